@@ -1,0 +1,7 @@
+"""`python -m irg_jax`: the same as the console command `irg`."""
+
+import sys
+
+from irg_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,137 @@
+"""The context of a batch of conversations: one cache, seen through several views.
+
+Classifier-free guidance needs the velocity under contexts that lack something. Those are
+not copies of the cache: a view is a row of booleans (which slots it sees) and a rotary
+position (where its next token stands), and forking a view copies just these.
+
+    view       what it stands for                   sees
+    FULL       the conversation                     everything but private slots
+    NO_TEXT    ... without the newest text          a fork of FULL, taken before that text
+    NO_IMAGE   ... without any picture              texts; those after a picture are read a
+                                                    second time, into private slots
+
+Rows have lengths of their own. A slot in use is invisible to a view rather than absent, so
+an empty view (no system prompt) is nothing special.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from irg_jax.config import ModelConfig
+from irg_jax.model.attention import CAUSAL, PADDING, KeyValues, Tokens
+from irg_jax.sharding import constrain
+
+FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
+
+# Appended texts are padded to the next of these lengths, so that few shapes ever compile.
+LADDER = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+_CACHE_MULTIPLE = 512  # key blocks of the chunked attention divide the cache evenly
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """Cache and views of B rows.
+
+  Attributes:
+    k, v: [layers, B, S, K, H] keys (rotated) and values, in the compute dtype.
+    length: int32 [B], slots in use.
+    visible: bool [B, views, S].
+    position: int32 [B, views], rotary position of the next token.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  length: jax.Array
+  visible: jax.Array
+  position: jax.Array
+
+
+def rung(length: int) -> int:
+  """The padded length of an appended text.
+
+  Raises:
+    ValueError: longer than the ladder's top.
+  """
+  for step in LADDER:
+    if length <= step:
+      return step
+  raise ValueError(f"a text of {length} tokens is longer than the {LADDER[-1]} that are supported")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "size"))
+def new_context(config: ModelConfig, batch: int, size: int) -> Context:
+  """An empty context of `batch` rows with at least `size` slots each."""
+  llm = config.llm
+  size = -(-size // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+  kv = jnp.zeros((llm.num_layers, batch, size, llm.num_kv_heads, llm.head_dim), config.dtype)
+  return lay_out(Context(
+      k=kv, v=kv, length=jnp.zeros((batch,), jnp.int32),
+      visible=jnp.zeros((batch, len(VIEWS), size), bool),
+      position=jnp.zeros((batch, len(VIEWS)), jnp.int32)))
+
+
+def lay_out(ctx: Context) -> Context:
+  """The context sharded by rows and heads (a no-op without a mesh)."""
+  kv = lambda x: constrain(x, "layers", "batch", None, "heads", None)
+  rows = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))
+  return Context(kv(ctx.k), kv(ctx.v), rows(ctx.length), rows(ctx.visible), rows(ctx.position))
+
+
+def fork(ctx: Context, source: int, target: int) -> Context:
+  """Makes view `target` what view `source` is now."""
+  return dataclasses.replace(
+      ctx, visible=ctx.visible.at[:, target].set(ctx.visible[:, source]),
+      position=ctx.position.at[:, target].set(ctx.position[:, source]))
+
+
+def cached(ctx: Context, views, extra=0) -> KeyValues:
+  """The cache as `len(views)` consecutive query rows for each row of the batch see it.
+
+  Args:
+    views: static sequence of views.
+    extra: int scalar; that many slots after each row's length are visible as well (tokens
+      that are being decoded).
+
+  Returns:
+    KeyValues for `Decoder`: every visible slot lies before every new token.
+  """
+  B, _, S = ctx.visible.shape
+  ahead = jnp.arange(S) - ctx.length[:, None]
+  visible = ctx.visible[:, list(views)] | ((ahead >= 0) & (ahead < extra))[:, None]
+  before = jnp.full((B * len(views), S), -1, jnp.int32)
+  tokens = Tokens(sample=jnp.where(visible, 0, PADDING).reshape(-1, S), index=before,
+                  split=before, kind=jnp.full_like(before, CAUSAL))
+  return KeyValues(ctx.k, ctx.v, tokens, used=jnp.max(ctx.length) + extra)
+
+
+def write(ctx: Context, kv, offset=0) -> Context:
+  """Puts keys and values [layers, B, T, K, H] at `offset` slots after each row's length.
+
+  The T slots must exist (a write past the end would be moved, not refused): callers size the
+  cache before they start.
+  """
+  put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1),
+                 in_axes=(1, 1, 0), out_axes=1)
+  start = ctx.length + offset
+  k, v = (put(cache, new.astype(cache.dtype), start) for cache, new in zip((ctx.k, ctx.v), kv))
+  return lay_out(dataclasses.replace(ctx, k=k, v=v))
+
+
+def claim(ctx: Context, count, views, advance) -> Context:
+  """Takes the next `count` slots of each row into use, visible to `views`.
+
+  Args:
+    count: int32 [B].
+    advance: int32 [B] or scalar, how far the positions of `views` move on.
+  """
+  slot = jnp.arange(ctx.visible.shape[-1])
+  new = (slot >= ctx.length[:, None]) & (slot < (ctx.length + count)[:, None])
+  views = jnp.array(views)
+  visible = ctx.visible.at[:, views].set(ctx.visible[:, views] | new[:, None])
+  position = ctx.position.at[:, views].add(jnp.broadcast_to(advance, count.shape)[:, None])
+  return dataclasses.replace(ctx, length=ctx.length + count, visible=visible, position=position)

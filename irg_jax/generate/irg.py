@@ -1,0 +1,335 @@
+"""Interleaved generation, from a batch of prompts to thoughts and pictures.
+
+One prompt's way, top to bottom:
+
+    begin      system prompt, [picture to edit], prompt        -> context
+    then every round:
+    think      a thought is written, then read as a text       -> context
+    draw       noise is denoised under the guidance views      -> latents -> 8-bit picture
+    look       the 8-bit picture is read back, VAE then ViT    -> context
+
+The rows of a batch go through the same phases side by side, each with its own lengths, its
+own seed and its own end of thought. What a row gives does not depend on its neighbours.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from irg_jax import flow, images
+from irg_jax.generate import steps
+from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context, rung
+from irg_jax.generate.settings import Settings
+from irg_jax.model.unified import UnifiedTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Thought:
+  """A text that the model wrote.
+
+  Attributes:
+    text: as decoded.
+    ids: as tokenised again and read back into the context.
+    hit_limit: it did not end by itself.
+    cut: tokens dropped because, tokenised again, it was longer than the limit.
+  """
+
+  text: str = ""
+  ids: tuple[int, ...] = ()
+  hit_limit: bool = False
+  cut: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+  """What one round made of one prompt.
+
+  Attributes:
+    thought: empty without thinking.
+    picture: uint8 [height, width, 3].
+    seconds: wall time of the whole batch by phase: think, draw, decode, encode.
+  """
+
+  thought: Thought
+  picture: np.ndarray
+  seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+  prompt: str
+  rounds: list[Round]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A batch of B rows and everything that stays the same while it runs.
+
+  Attributes:
+    system_ids, prompt_ids: token ids without `<|im_start|>` and `<|im_end|>`.
+    pictures: None, or uint8 [B, H, W, 3] that the prompts are about.
+    draws: function (kind, round, shape) -> float32, kind "noise" or "posterior".
+  """
+
+  model: UnifiedTransformer
+  params: dict
+  tokenizer: object
+  settings: Settings
+  seeds: list[int]
+  system_ids: list[int]
+  prompt_ids: list[list[int]]
+  pictures: np.ndarray | None
+  draws: Callable
+  on_progress: Callable | None
+
+
+def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
+             settings: Settings = Settings(), system_prompt="", pictures=None, draws=None,
+             on_progress=None) -> list[Trajectory]:
+  """Thinks and draws, `settings.rounds` times, for every prompt (spec section 7).
+
+  Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`;
+  editing is `pictures`.
+
+  Args:
+    params: {"transformer": ..., "vae": ...}.
+    tokenizer: `text.Tokenizer` (`encode`, `decode`, `special`).
+    prompts: B strings.
+    seeds: B integers. What a row gives depends on its seed alone.
+    system_prompt: read before every prompt; may be empty.
+    pictures: None, or B pictures to edit, uint8 [H, W, 3] of one size; the prompts are then
+      instructions, and `settings.later` guides every round.
+    draws: see `Request`; replaces the draws that are made from the seeds.
+    on_progress: function (kind, round, step, total) called on the host as work goes on; give
+      the same function every time, since compiled code holds on to it.
+
+  Raises:
+    ValueError: settings, prompts or pictures that cannot work; before anything is computed.
+  """
+  settings.validate(model.config)
+  request = _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+                     draws, on_progress)
+  size, window = plan_cache(request)
+  ctx, history, results = _begin(request, size), [], []
+  for number in range(settings.rounds):
+    clock = _Clock()
+    thoughts = [Thought()] * len(prompts)
+    if settings.think:
+      ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
+      ctx, thoughts = _think(request, ctx, number)
+      ctx = _read_thoughts(request, ctx, thoughts, apart=bool(history))
+    clock.lap("think", ctx)
+    latents = clock.lap("draw", _draw(request, ctx, number))
+    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, _grid(request)))
+    clock.lap("decode", drawn)
+    if number + 1 < settings.rounds:
+      history = [*history, (thoughts, _encode(request, drawn, number))][-window:]
+      looked = number + 1 <= window
+      ctx = _look(request, ctx, history[-1][1]) if looked else _replay(request, size, history)
+      clock.lap("encode", ctx)
+    results.append([Round(t, p, clock.seconds) for t, p in zip(thoughts, drawn)])
+  return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
+
+
+def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
+           settings: Settings = Settings(), system_prompt="", pictures=None,
+           on_progress=None) -> list[Thought]:
+  """Text out: chat, or with `pictures` a question about each picture (ViT alone).
+
+  Arguments as in `generate`; `settings.think_limit` limits the answer.
+  """
+  request = _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+                     None, on_progress)
+  size, _ = plan_cache(request)
+  ctx = _begin(request, size, understand=True)
+  return _think(request, ctx, 0)[1]
+
+
+def plan_cache(request: Request) -> tuple[int, int]:
+  """Slots of the cache for each row, and how many earlier rounds fit into it.
+
+  Both follow from the settings and the system prompt alone, never from what a row or its
+  neighbours happen to say: so neither shapes nor results depend on them.
+
+  Raises:
+    ValueError: `settings.cache_size` does not hold even one earlier round.
+  """
+  s = request.settings
+  thought = rung(s.think_limit + 1)
+  prompt = rung(s.max_prompt_tokens + 2)
+  base = rung(len(request.system_ids) + 2) + prompt + thought
+  if request.pictures is not None:  # texts after a picture are read a second time
+    base += _picture_slots(request, *request.pictures.shape[1:3]) + prompt + thought
+  one_round = 2 * thought + _picture_slots(request, s.height, s.width)
+  window = min(s.rounds - 1, s.window or s.rounds)
+  if s.cache_size is not None:
+    window = min(window, (s.cache_size - base) // one_round)
+    need = base + one_round * min(1, s.rounds - 1)
+    if s.cache_size < need:
+      raise ValueError(f"cache_size {s.cache_size} is too small: these settings need at least "
+                       f"{need} slots a row; raise cache_size, or lower think_limit or the size")
+  return s.cache_size or base + one_round * window, window
+
+
+def _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
+             on_progress):
+  if len(seeds) != len(prompts) or not prompts:
+    raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
+  if pictures is not None:
+    if len(pictures) != len(prompts):
+      raise ValueError(f"{len(prompts)} prompts but {len(pictures)} pictures")
+    sizes = {p.shape for p in pictures}
+    if len(sizes) > 1:
+      raise ValueError(f"the pictures of a batch must have one size, but these have {sizes}")
+    pictures = np.stack([settings.vae_transform(p) for p in pictures])
+  prompt_ids = [tokenizer.encode(p) for p in prompts]
+  for number, ids in enumerate(prompt_ids):
+    if len(ids) > settings.max_prompt_tokens:
+      raise ValueError(
+          f"prompt {number} has {len(ids)} tokens, but the cache is made for "
+          f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
+  return Request(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
+                 prompt_ids, pictures, draws or seeded_draws(seeds), on_progress)
+
+
+def seeded_draws(seeds) -> Callable:
+  """Standard normal draws, row by row from that row's seed: see `Request.draws`."""
+  def draws(kind, number, shape):
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(_keys(seeds, number, kind))
+
+  return draws
+
+
+def _keys(seeds, number, kind):
+  """PRNG keys [B] of one round and one purpose."""
+  purpose = ("think", "noise", "posterior").index(kind)
+  fold = jax.random.fold_in
+  return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), purpose))(
+      jnp.asarray(seeds, jnp.uint32))
+
+
+def _begin(request, size, understand=False):
+  """A context that has read the system prompt, the pictures if any, and the prompts."""
+  B = len(request.prompt_ids)
+  ctx = new_context(request.model.config, B, size)
+  if request.system_ids:
+    ctx = _read(request, ctx, [request.system_ids] * B, VIEWS)
+  if request.pictures is None:
+    return _read(request, ctx, request.prompt_ids, (FULL, NO_IMAGE))
+  ctx = _look(request, ctx, _encode(request, request.pictures, 0, vae=not understand))
+  ctx = fork(ctx, FULL, NO_TEXT)
+  ctx = _read(request, ctx, request.prompt_ids, (FULL,))
+  return ctx if understand else _read(request, ctx, request.prompt_ids, (NO_IMAGE,))
+
+
+def _replay(request, size, history):
+  """The context as if the conversation had only the rounds of `history`."""
+  ctx = _begin(request, size)
+  for number, (thoughts, picture) in enumerate(history):
+    ctx = _read_thoughts(request, ctx, thoughts, apart=number > 0)
+    ctx = _look(request, ctx, picture)
+  return ctx
+
+
+def _read(request, ctx, texts, views):
+  """Appends a text to each row; texts are padded to a rung of the ladder."""
+  special = request.tokenizer.special
+  rows = [[special.text_start, *ids, special.text_end] for ids in texts]
+  padded = np.zeros((len(rows), rung(max(map(len, rows)))), np.int32)
+  for row, ids in zip(padded, rows):
+    row[:len(ids)] = ids
+  count = np.array([len(ids) for ids in rows], np.int32)
+  return steps.read_text(request.model, request.params["transformer"], ctx, padded, count, views)
+
+
+def _think(request, ctx, number):
+  s, tokenizer = request.settings, request.tokenizer
+  ctx, ids, count, ended = steps.think(
+      request.model, request.params["transformer"], ctx, _keys(request.seeds, number, "think"),
+      limit=s.think_limit, sampling=s.sampling, special=tokenizer.special,
+      on_progress=request.on_progress, round_number=number)
+  thoughts = []
+  for row, n, done in zip(*map(np.asarray, (ids, count, ended))):
+    text = tokenizer.decode(row[:n].tolist())
+    again = tokenizer.encode(text)
+    kept = again[:s.think_limit - 1]
+    thoughts.append(Thought(text, tuple(kept), not done, len(again) - len(kept)))
+  return ctx, thoughts
+
+
+def _read_thoughts(request, ctx, thoughts, apart):
+  """Appends thoughts; `apart` once the view without pictures has parted from the full one."""
+  texts = [t.ids for t in thoughts]
+  if not apart and request.pictures is None:
+    return _read(request, ctx, texts, (FULL, NO_IMAGE))
+  ctx = _read(request, ctx, texts, (FULL,))
+  guided = NO_IMAGE in steps.guidance_views(request.settings.later)
+  return _read(request, ctx, texts, (NO_IMAGE,)) if guided else ctx
+
+
+def _draw(request, ctx, number):
+  s = request.settings
+  first = number == 0 and request.pictures is None
+  guidance, grid = s.first if first else s.later, _grid(request)
+  shape = (len(request.seeds), grid[0] * grid[1], request.model.config.latent_dim)
+  return steps.draw(
+      request.model, request.params["transformer"], ctx, request.draws("noise", number, shape),
+      flow.schedule(s.steps, s.timestep_shift), guidance, grid=grid,
+      special=request.tokenizer.special, views=steps.guidance_views(guidance),
+      on_progress=request.on_progress, round_number=number)
+
+
+def _encode(request, pictures, number, vae=True):
+  """8-bit pictures [B, H, W, 3] -> keyword arguments of `steps.read_picture`."""
+  config, s = request.model.config, request.settings
+  resized = np.stack([s.vae_transform(p) for p in pictures])
+  B, height, width, _ = resized.shape
+  seen = [images.to_pixels(s.vit_transform(p)) for p in resized]
+  patches = np.stack([images.patchify(p, config.vit.patch_size) for p in seen])
+  down = config.vae.downsample
+  noise_shape = (B, height // down, width // down, config.vae.z_channels)
+  latents = steps.encode_pixels(
+      config, request.params["vae"], images.to_pixels(resized),
+      request.draws("posterior", number, noise_shape)) if vae else None
+  return dict(
+      latents=latents, patches=patches,
+      latent_grid=(height // config.pixel_stride, width // config.pixel_stride),
+      vit_grid=tuple(side // config.vit.patch_size for side in seen[0].shape[:2]))
+
+
+def _look(request, ctx, encoded):
+  return steps.read_picture(request.model, request.params["transformer"], ctx,
+                            special=request.tokenizer.special, **encoded)
+
+
+def _grid(request):
+  stride = request.model.config.pixel_stride
+  return request.settings.height // stride, request.settings.width // stride
+
+
+def _picture_slots(request, height, width):
+  """Slots that a picture takes once it is read back, both splits with their ends."""
+  config, s = request.model.config, request.settings
+  width, height = s.vae_transform.size(width, height)
+  vit_width, vit_height = s.vit_transform.size(width, height)
+  latents = (height // config.pixel_stride) * (width // config.pixel_stride)
+  patches = (vit_height // config.vit.patch_size) * (vit_width // config.vit.patch_size)
+  return latents + patches + 4
+
+
+class _Clock:
+  """Wall time by phase."""
+
+  def __init__(self):
+    self.seconds, self._last = {}, time.perf_counter()
+
+  def lap(self, name, value):
+    """Waits for `value`, books the time since the last lap under `name`, returns `value`."""
+    jax.block_until_ready(value)
+    now = time.perf_counter()
+    self.seconds[name], self._last = now - self._last, now
+    return value

@@ -1,0 +1,132 @@
+"""One `irg generate`, from request to files: check everything, read weights, draw, write."""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+
+import jax
+
+from irg_jax import images, sharding, text, trace, weights
+from irg_jax.generate import irg
+from irg_jax.generate.request import Request
+from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.progress import Progress
+
+
+def run_generate(request: Request) -> None:
+  """Draws every prompt, writes its trace as soon as it is done, and prints where.
+
+  Raises:
+    ValueError, OSError: with a message for the user; before the weights are read, and so
+      before anything is written, wherever that is possible.
+  """
+  folders = trace_folders(request)
+  for folder in folders:
+    trace.check_trace_folder(folder)
+  config = _model_config(request)
+  request.settings.validate(config)
+  tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
+  _check_prompts(request, tokenizer)
+  picture = None if request.image is None else images.read_picture(request.image)
+  mesh = sharding.make_mesh(request.mesh)
+  with Progress() as progress, jax.set_mesh(mesh):
+    progress("read")
+    params = weights.load(request.checkpoint, config, mesh=mesh, dtype=request.dtype)
+    entries = []
+    for rows in batches(len(request.prompts), request.batch_size):
+      progress.prefix = _prefix(rows, len(request.prompts))
+      drawn = _generate(request, UnifiedTransformer(config), params, tokenizer, rows, picture,
+                        progress)
+      entries += [trace.write_trace(folders[i], _trace(request, i, t))
+                  for i, t in zip(rows, drawn)]
+  if len(folders) > 1:
+    trace.write_index(request.out, entries)
+  _print_results(request.out, folders)
+
+
+def trace_folders(request: Request) -> list[pathlib.Path]:
+  """Where each prompt's trace goes: one prompt into `out` itself, several into 001, 002, ..."""
+  count = len(request.prompts)
+  if count == 1:
+    return [request.out]
+  return [request.out / f"{i:0{max(3, len(str(count)))}}" for i in range(1, count + 1)]
+
+
+def batches(count: int, size: int) -> list[range]:
+  """Numbers of the prompts that run side by side: `batches(5, 2)` is 0-1, 2-3, 4."""
+  return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _model_config(request):
+  config = weights.read_config(request.checkpoint)
+  return dataclasses.replace(config, dtype=request.dtype) if request.dtype else config
+
+
+def _check_prompts(request, tokenizer):
+  # The engine checks each batch; here all of them, before the first one costs anything.
+  limit = request.settings.max_prompt_tokens
+  for number, prompt in enumerate(request.prompts, 1):
+    count = len(tokenizer.encode(prompt))
+    if count > limit:
+      raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
+                       f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
+
+
+def _generate(request, model, params, tokenizer, rows, picture, progress):
+  return irg.generate(
+      model, params, tokenizer, [request.prompts[i] for i in rows],
+      seeds=[request.seed + i for i in rows], settings=request.settings,
+      system_prompt=request.system_prompt,
+      pictures=None if picture is None else [picture] * len(rows), on_progress=progress)
+
+
+def _prefix(rows, count):
+  if count == 1:
+    return ""
+  numbers = str(rows[0] + 1) if len(rows) == 1 else f"{rows[0] + 1} to {rows[-1] + 1}"
+  return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
+
+
+def _trace(request, number, trajectory) -> dict:
+  """The record of one prompt, as `trace.write_trace` wants it."""
+  thinks = request.settings.think
+  return {
+      "prompt": trajectory.prompt,
+      "system_prompt": request.system_prompt,
+      "seed": request.seed + number,
+      "checkpoint": str(request.checkpoint),
+      "settings": dataclasses.asdict(request.settings) | _run_settings(request),
+      "versions": _versions(),
+      "rounds": [{
+          "think": r.thought.text if thinks else None,
+          "think_tokens": len(r.thought.ids),
+          "hit_limit": r.thought.hit_limit,
+          "picture": r.picture,
+          "seconds": r.seconds,
+      } for r in trajectory.rounds],
+  }
+
+
+def _run_settings(request):
+  """What else decided the run; the seconds of a trace are those of its whole batch."""
+  image = None if request.image is None else str(request.image)
+  return {"batch_size": request.batch_size, "image": image, "dtype": request.dtype,
+          "mesh": request.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+
+
+def _versions():
+  found = {}
+  for name in ("irg_jax", "jax", "jaxlib", "flax"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"  # a source tree on the path
+  return found
+
+
+def _print_results(out, folders):
+  for folder in folders:
+    pictures = ", ".join(p.name for p in sorted(folder.glob("round*.png")))
+    print(f"{folder}: {pictures}, trace.json")
+  page = out / ("trace.html" if len(folders) == 1 else "index.html")
+  print(f"open {page} to read thoughts and pictures side by side")

@@ -1,0 +1,194 @@
+"""The mask rule, and the one function that attends.
+
+Which token may look at which is a pure function of four integers that every token carries
+(`Tokens`); `allowed` is the only place where the rule is written (spec section 3). Every
+way of computing attention calls it on the pieces it has at hand, so no mask of a whole row
+needs to exist, and the order of tokens in memory does not matter.
+
+A Pallas kernel goes here, as one more branch of `attend`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Kinds of split.
+CAUSAL, FULL, NOISE = 0, 1, 2
+
+PADDING = -1  # the `sample` of a token that is not there
+
+_DENSE_SCORES = 512 * 1024  # scores a head up to which the dense form is taken
+_MASKED = -1e30
+_MAX_INIT = -1e29  # above _MASKED: exp(_MASKED - max) is exactly 0, also where nothing is seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """What the mask needs to know of each token; int32 arrays of one shape [..., T].
+
+  Attributes:
+    sample: tokens see each other only within a sample; PADDING sees and is seen by nothing.
+    index: order within the sample. "Causal" goes by index, never by rotary position.
+    split: number of the split (one text, one picture) within the sample.
+    kind: CAUSAL, FULL or NOISE, the same for all tokens of a split.
+  """
+
+  sample: jax.Array
+  index: jax.Array
+  split: jax.Array
+  kind: jax.Array
+
+
+def allowed(query: Tokens, key: Tokens):
+  """The mask: bool [..., Tq, Tk], true where the query may look at the key.
+
+  allowed = same sample and (key is not later, or both are in one FULL or NOISE split)
+            and not (key is in a NOISE split that is not the query's)
+
+  Worked example, one sample: text `a b` (CAUSAL), a condition picture `p q` (FULL), a noised
+  picture `x y` (NOISE), text `c` (CAUSAL). Rows are queries:
+
+        a b p q x y c
+      a 1 . . . . . .     text is causal
+      b 1 1 . . . . .
+      p 1 1 1 1 . . .     a picture sees all of itself and everything before it
+      q 1 1 1 1 . . .
+      x 1 1 1 1 1 1 .     so does a noised picture
+      y 1 1 1 1 1 1 .
+      c 1 1 1 1 . . 1     but nobody else sees a noised picture
+
+  Second example, two samples `a b` and `c` and a padding token `_` in one row:
+
+        a b c _
+      a 1 . . .
+      b 1 1 . .
+      c . . 1 .           samples never see each other
+      _ . . . .           padding sees nothing and is seen by nothing
+  """
+  q = jax.tree.map(lambda x: x[..., :, None], query)
+  k = jax.tree.map(lambda x: x[..., None, :], key)
+  same_sample = (q.sample == k.sample) & (k.sample != PADDING)
+  same_split = q.split == k.split
+  visible = (k.index <= q.index) | (same_split & (k.kind != CAUSAL))
+  return same_sample & visible & (same_split | (k.kind != NOISE))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+  """Keys and values that queries may look at, with the keys' metadata.
+
+  Attributes:
+    k, v: [B, S, K, H].
+    tokens: Tokens of the keys, [R, S] where R is a multiple of B: the R // B query rows
+      that follow each other share one row of keys, each with its own view of them.
+    used: int32 scalar, or None. With a number, slots from `used` on are known to be
+      invisible and are not even read (a loop of dynamic length: not differentiable).
+  """
+
+  k: jax.Array
+  v: jax.Array
+  tokens: Tokens
+  used: jax.Array | None = None
+
+
+def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
+           query_chunk: int = 2048, key_chunk: int = 512):
+  """Softmax attention of q over all the keys of all sources, with grouped-query heads.
+
+  Args:
+    q_RTNH: [R, T, N, H], N a multiple of the sources' K.
+    query: Tokens of the queries, [R, T].
+    sources: sequence of KeyValues.
+    implementation: "dense" builds all scores of a source at once (the oracle, and the
+      fastest for short rows); "chunked" needs memory linear in the length and reads only the
+      slots in use; "auto" is dense where the scores are few and every slot counts.
+    query_chunk, key_chunk: largest blocks of the chunked form.
+
+  Returns:
+    [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
+    accumulator are float32.
+  """
+  T = q_RTNH.shape[1]
+  if implementation == "auto":
+    short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES
+    implementation = "dense" if short and all(s.used is None for s in sources) else "chunked"
+  if implementation == "dense":
+    return _attend_block(q_RTNH, query, sources, key_chunk=None)
+  if implementation != "chunked":
+    raise ValueError(f"unknown attention implementation {implementation!r}")
+  if T <= query_chunk:
+    return _attend_block(q_RTNH, query, sources, key_chunk)
+  # Recomputed block by block in the backward pass: memory stays linear there, too.
+  block = jax.checkpoint(lambda args: _attend_block(*args, sources, key_chunk))
+  out = lax.map(block, jax.tree.map(lambda x: _blocks(x, query_chunk), (q_RTNH, query)))
+  return jnp.moveaxis(out, 0, 1).reshape(q_RTNH.shape[0], -1, *q_RTNH.shape[2:])[:, :T]
+
+
+def _attend_block(q_RTNH, query, sources, key_chunk):
+  """Attends with one block of queries: each source apart, then the parts are joined."""
+  parts = [_attend_source(q_RTNH, query, source, key_chunk) for source in sources]
+  highest = parts[0][0]
+  for part in parts[1:]:
+    highest = jnp.maximum(highest, part[0])
+  scales = [jnp.exp(part[0] - highest) for part in parts]
+  total = sum(scale * part[1] for scale, part in zip(scales, parts))
+  out = sum(scale[..., None] * part[2] for scale, part in zip(scales, parts))
+  # Where nothing is seen, total is 0 and so is out.
+  return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q_RTNH.dtype)
+
+
+def _attend_source(q_RTNH, query, source, key_chunk):
+  """Online softmax over one source.
+
+  Returns:
+    (highest logit, sum of exponentials, weighted sum of values): float32 [R, T, N],
+    [R, T, N], [R, T, N, H].
+  """
+  R, T, N, H = q_RTNH.shape
+  B, S, K, _ = source.k.shape
+  q = q_RTNH.reshape(B, R // B, T, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)  # B K view T group H
+
+  def step(state, k, v, tokens):
+    highest, total, out = state
+    mask = allowed(query, tokens).reshape(B, 1, R // B, T, 1, -1)
+    logits = jnp.einsum("bkvtgh,bckh->bkvtgc", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask, logits * H**-0.5, _MASKED)
+    new = jnp.maximum(highest, jnp.max(logits, -1))
+    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
+    values = jnp.einsum("bkvtgc,bckh->bkvtgh", weights.astype(v.dtype), v,
+                        preferred_element_type=jnp.float32)
+    return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
+
+  state = (jnp.full(q.shape[:-1], _MAX_INIT, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
+           jnp.zeros(q.shape, jnp.float32))
+  keys = (source.k, source.v, source.tokens)
+  if key_chunk is None or S <= key_chunk:
+    state = step(state, *keys)
+  elif source.used is None:
+    scanned = lambda state, block: (step(state, *block), None)
+    state, _ = lax.scan(scanned, state, jax.tree.map(lambda x: _blocks(x, key_chunk), keys))
+  else:
+    keys = jax.tree.map(lambda x: _pad_to_multiple(x, key_chunk), keys)
+    block = lambda i: jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, i * key_chunk, key_chunk, axis=1), keys)
+    state = lax.fori_loop(0, -(-source.used // key_chunk), lambda i, s: step(s, *block(i)), state)
+  to_rows = lambda x: jnp.moveaxis(x, 1, 3).reshape(R, T, N, *x.shape[5:])
+  return jax.tree.map(to_rows, state)
+
+
+def _blocks(x, size):
+  """[A, T, ...] -> [ceil(T / size), A, size, ...], for a loop over blocks of axis 1."""
+  x = _pad_to_multiple(x, size)
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _pad_to_multiple(x, size):
+  """Pads axis 1; metadata gets PADDING, everything else may be anything, since masked."""
+  missing = -x.shape[1] % size
+  if not missing:
+    return x
+  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=PADDING)

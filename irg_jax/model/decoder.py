@@ -1,0 +1,122 @@
+"""The Mixture-of-Transformers decoder as two dense buffers.
+
+A row is two buffers: `und` [R, U, D] (text, special and ViT tokens) and `gen` [R, G, D]
+(VAE latent tokens). Each expert runs on its own buffer, so nothing is routed; the two meet
+only in attention, which sees the concatenation [und | gen]. The mask is made of metadata,
+so the order within that concatenation is free (spec section 2, design "two buffers").
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from irg_jax.config import ModelConfig
+from irg_jax.model.attention import KeyValues, Tokens, attend
+from irg_jax.model.layers import RMSNorm, apply_rope, rope_table, scan_layers
+from irg_jax.sharding import constrain
+
+
+EXPERTS = ("und", "gen")  # the order of the buffers in the concatenation
+
+
+class Expert(nn.Module):
+  """One expert's weights of one layer. A namespace of two steps, before and after attention."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c, llm = self.config, self.config.llm
+    dense = lambda features, bias=False: nn.Dense(
+        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype)
+    norm = lambda: RMSNorm(llm.norm_eps, c.param_dtype)
+    self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm = norm(), norm(), norm(), norm()
+    self.q = dense(llm.num_heads * llm.head_dim, bias=True)
+    self.k = dense(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.v = dense(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.o = dense(llm.hidden_size)
+    self.gate, self.up, self.down = dense(llm.mlp_size), dense(llm.mlp_size), dense(llm.hidden_size)
+
+  def queries_keys_values(self, x_RTD, cos, sin):
+    """[R, T, D] -> q [R, T, N, H], k and v [R, T, K, H]; q and k normalised and rotated."""
+    heads = lambda x: x.reshape(*x.shape[:-1], -1, self.config.llm.head_dim)
+    x_RTD = self.attn_norm(x_RTD)
+    q = apply_rope(self.q_norm(heads(self.q(x_RTD))), cos, sin)
+    k = apply_rope(self.k_norm(heads(self.k(x_RTD))), cos, sin)
+    return q, k, heads(self.v(x_RTD))
+
+  def finish(self, x_RTD, attended_RTNH):
+    """Adds the attention's output projection, then the MLP."""
+    x_RTD = x_RTD + self.o(attended_RTNH.reshape(*x_RTD.shape[:-1], -1))
+    h = self.mlp_norm(x_RTD)
+    h = constrain(nn.silu(self.gate(h)) * self.up(h), "batch", "length", "mlp")
+    return constrain(x_RTD + self.down(h), "batch", "length", "embed")
+
+
+class Layer(nn.Module):
+  """One layer: both experts up to attention, one attention, both experts after it."""
+
+  config: ModelConfig
+  attention: str
+
+  @nn.compact
+  def __call__(self, buffers, cache_kv, tokens: Tokens, rope, cache_tokens, cache_used):
+    """See `Decoder`. `cache_kv` is this layer's slice of the cache, or None."""
+    places = _places(buffers)
+    experts = {name: Expert(self.config, name=name) for name in places}
+    qkv = [experts[name].queries_keys_values(buffers[name], *(r[:, place] for r in rope))
+           for name, place in places.items()]
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*qkv))
+    q = constrain(q, "batch", "length", "heads", None)
+    sources = [KeyValues(k, v, tokens)]
+    if cache_kv is not None:
+      sources.append(KeyValues(*cache_kv, cache_tokens, cache_used))
+    attended = attend(q, tokens, sources, implementation=self.attention)
+    buffers = {name: experts[name].finish(buffers[name], attended[:, place])
+               for name, place in places.items()}
+    return buffers, (k, v)
+
+
+class Decoder(nn.Module):
+  """All layers and the final norms."""
+
+  config: ModelConfig
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(self, buffers, tokens: Tokens, position, cache=None):
+    """Runs the layers on one or both buffers.
+
+    Args:
+      buffers: dict with "und" [R, U, D] and/or "gen" [R, G, D]. A buffer that is left out
+        costs nothing: its expert is not run.
+      tokens: metadata of the concatenated buffers, `und` first, [R, U + G].
+      position: int [R, U + G], rotary positions.
+      cache: None, or KeyValues whose k and v are [layers, B, S, K, H] (see
+        `attention.KeyValues` for how R and B relate). It is read, never written.
+
+    Returns:
+      (buffers after the final norms, (k, v) of these tokens, each [layers, R, U + G, K, H]).
+    """
+    llm = self.config.llm
+    rope = rope_table(position, llm.head_dim, llm.rope_theta)
+    layers = scan_layers(
+        Layer, llm.num_layers, self.config.remat,
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        config=self.config, attention=self.attention)
+    cached = (None, None, None) if cache is None else ((cache.k, cache.v), cache.tokens, cache.used)
+    buffers = {name: constrain(x.astype(self.config.dtype), "batch", "length", "embed")
+               for name, x in buffers.items()}
+    buffers, kv = layers(buffers, cached[0], tokens, rope, *cached[1:])
+    norms = {name: RMSNorm(llm.norm_eps, self.config.param_dtype, name=f"{name}_norm")
+             for name in buffers}
+    return {name: norms[name](x) for name, x in buffers.items()}, kv
+
+
+def _places(buffers):
+  """The slice of each buffer in the concatenation, by name and in order."""
+  places, start = {}, 0
+  for name in EXPERTS:  # never the dict's own order, which passing through JAX may change
+    if name in buffers:
+      places[name] = slice(start, start + buffers[name].shape[1])
+      start = places[name].stop
+  return places

@@ -1,0 +1,70 @@
+"""SigLIP NaViT: patches of any number of pictures packed in a row (spec section 2)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from irg_jax.config import ModelConfig
+from irg_jax.model.attention import FULL, KeyValues, Tokens, attend
+from irg_jax.model.layers import scan_layers
+from irg_jax.sharding import constrain
+
+
+class VitLayer(nn.Module):
+  config: ModelConfig
+  attention: str
+
+  @nn.compact
+  def __call__(self, x_RPD, tokens: Tokens):
+    c, vit = self.config, self.config.vit
+    dense = lambda features, name: nn.Dense(
+        features, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+    norm = lambda name: layer_norm(c, name)
+    heads = lambda x: x.reshape(*x.shape[:-1], vit.num_heads, -1)
+
+    h = norm("norm1")(x_RPD)
+    q, k, v = (constrain(heads(dense(vit.hidden_size, n)(h)), "batch", "length", "heads", None)
+               for n in "qkv")
+    attended = attend(q, tokens, [KeyValues(k, v, tokens)], implementation=self.attention)
+    x_RPD = x_RPD + dense(vit.hidden_size, "o")(attended.reshape(x_RPD.shape))
+
+    h = nn.gelu(dense(vit.mlp_size, "fc1")(norm("norm2")(x_RPD)), approximate=True)
+    h = constrain(h, "batch", "length", "mlp")
+    return constrain(x_RPD + dense(vit.hidden_size, "fc2")(h), "batch", "length", "embed"), None
+
+
+class Vit(nn.Module):
+  """Vision transformer. The published last layer is dropped, the post-norm is kept."""
+
+  config: ModelConfig
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(self, patches_RPC, position_RP, picture_RP):
+    """Encodes patches; attention stays inside each picture.
+
+    Args:
+      patches_RPC: float [R, P, patch * patch * 3], pixels in [-1, 1], flattened
+        (row, column, channel).
+      position_RP: int [R, P], `row * grid_size + column` of the patch in its picture.
+      picture_RP: int [R, P], number of the picture within the row, `attention.PADDING` where
+        there is no patch.
+
+    Returns:
+      [R, P, width] in the compute dtype.
+    """
+    c = self.config
+    x = nn.Dense(c.vit.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype,
+                 name="patch_embed")(patches_RPC)
+    x += nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, dtype=c.dtype,
+                  param_dtype=c.param_dtype, name="position_embed")(position_RP)
+    zeros = jnp.zeros_like(picture_RP)
+    tokens = Tokens(sample=picture_RP, index=zeros, split=zeros, kind=zeros + FULL)
+    layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),
+                         config=c, attention=self.attention)
+    x, _ = layers(constrain(x, "batch", "length", "embed"), tokens)
+    return layer_norm(c, "post_norm")(x)
+
+
+def layer_norm(config: ModelConfig, name: str):
+  return nn.LayerNorm(epsilon=config.vit.norm_eps, dtype=config.dtype,
+                      param_dtype=config.param_dtype, name=name)

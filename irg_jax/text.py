@@ -1,0 +1,176 @@
+"""Text to token ids and back: Qwen2's byte-level BPE, read from a checkpoint folder.
+
+The four control tokens frame text and pictures (spec section 2). Only the program places
+them: a prompt that spells one out is encoded as the plain characters it is made of.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from irg_jax import config
+from irg_jax.text_files import added_token, qwen2_spec, read_spec
+
+# Field of SpecialTokens -> the token's name in the tokenizer.
+CONTROL_NAMES = {
+    "text_start": "<|im_start|>",
+    "text_end": "<|im_end|>",
+    "image_start": "<|vision_start|>",
+    "image_end": "<|vision_end|>",
+}
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A byte-level BPE with the control tokens known by name. Make one with `load_tokenizer`.
+
+  Attributes:
+    special: ids of the four control tokens.
+    special_names: every special token's id by name, the four among them.
+    size: one more than the largest id that has a token.
+  """
+
+  special: config.SpecialTokens
+  special_names: dict[str, int]
+  size: int
+  _backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+
+  def encode(self, text: str, *, control: bool = False) -> list[int]:
+    """Ids of `text`, without framing.
+
+    Args:
+      text: any Unicode text.
+      control: if true, the names of special tokens in `text` become these tokens. Never
+        set it for text that a user or a model wrote.
+
+    Raises:
+      ValueError: `text` holds a lone surrogate, which no UTF-8 text can.
+    """
+    if not control or not self.special_names:
+      return self._encode_plain(text)
+    longest_first = sorted(self.special_names, key=len, reverse=True)
+    pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    ids = []
+    for piece in pieces:
+      named = self.special_names.get(piece)
+      ids.extend(self._encode_plain(piece) if named is None else [named])
+    return ids
+
+  def decode(self, ids, *, control: bool = False) -> str:
+    """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+    Ids without a token are dropped: the embedding has spare rows, which an untrained model
+    may well emit. Special tokens are dropped too, and the text is brought to the
+    tokenizer's normal form, so that decode(encode(decode(ids))) == decode(ids).
+
+    Args:
+      ids: sequence or array of integers [length].
+      control: if true, keeps the names of special tokens and the bytes as they are.
+    """
+    known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.size]
+    text = self._backend.decode(known, skip_special_tokens=not control)
+    normalizer = self._backend.normalizer
+    return text if control or normalizer is None else normalizer.normalize_str(text)
+
+  def _encode_plain(self, text):
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as e:
+      raise ValueError(
+          f"the text is not valid Unicode at character {e.start} (lone surrogate "
+          f"{text[e.start]!r}); check the encoding of its source"
+      ) from e
+    return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
+  """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a checkpoint folder.
+
+  With the second pair, added tokens come from `tokenizer_config.json` and
+  `added_tokens.json`; where neither names any, Qwen2.5's own vocabulary gets Qwen2.5's.
+
+  Args:
+    folder: the checkpoint folder.
+    vocab_size: rows of the model's embedding; every id must be below it.
+
+  Raises:
+    ValueError: files missing or broken, a control token missing, an id out of range, or
+      a vocabulary that cannot spell every byte. Names the file and the token.
+  """
+  spec, path = read_spec(pathlib.Path(folder))
+  model = spec.get("model")
+  if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+    raise ValueError(f"{path}: not a byte-level BPE tokenizer (no model.vocab table)")
+  added = _with_control_tokens(spec.get("added_tokens") or [], model["vocab"], path)
+  # Listing added tokens in the vocabulary too makes the library keep their ids, gaps or not.
+  vocab = model["vocab"] | {t["content"]: t["id"] for t in added}
+  _check_ids(vocab, model["vocab"], vocab_size, path)
+  # A file may ask for truncation or padding; prompts must come through whole.
+  spec = spec | {"model": model | {"vocab": vocab}, "added_tokens": added, "truncation": None,
+                 "padding": None}
+  return _build(spec, path)
+
+
+def write_byte_tokenizer(folder) -> None:
+  """Writes a `tokenizer.json` of one token a byte and the four control tokens (260 ids).
+
+  For checkpoints with made-up weights: any text can be encoded, nothing is downloaded.
+  """
+  vocab = {c: i for i, c in enumerate(_byte_alphabet())}
+  names = enumerate(CONTROL_NAMES.values(), len(vocab))
+  added = [added_token(name, i, True) for i, name in names]
+  text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
+  (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
+
+
+def _build(spec, path):
+  try:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  except Exception as e:  # the library raises nothing narrower
+    raise ValueError(f"{path}: not a tokenizer that can be loaded: {e}") from e
+  missing = [c for c in _byte_alphabet() if backend.token_to_id(c) is None]
+  if missing:
+    raise ValueError(f"{path}: the vocabulary lacks {len(missing)} of the 256 byte tokens "
+                     f"(first {missing[0]!r}), so some text could not be encoded")
+  backend.encode_special_tokens = True  # names of special tokens in text are plain text
+  special_names = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+  special = config.SpecialTokens(**{f: special_names[n] for f, n in CONTROL_NAMES.items()})
+  return Tokenizer(special, special_names, max(backend.get_vocab().values()) + 1, backend)
+
+
+def _with_control_tokens(added, vocab, path):
+  """The added tokens with the four control tokens among them, marked special."""
+  try:
+    by_name = {t["content"]: added_token(t["content"], t["id"], False) | t for t in added}
+  except (TypeError, KeyError) as e:
+    raise ValueError(f"{path}: an entry of added_tokens lacks its content or id") from e
+  for name in CONTROL_NAMES.values():
+    if name not in by_name and name not in vocab:
+      raise ValueError(f"{path}: no token {name!r}; the checkpoint's tokenizer must have "
+                       f"{', '.join(CONTROL_NAMES.values())}")
+    token = by_name.get(name) or added_token(name, vocab[name], True)
+    by_name[name] = token | {"special": True}
+  return sorted(by_name.values(), key=lambda t: t["id"])
+
+
+def _check_ids(vocab, base, vocab_size, path):
+  """Every id a whole number below `vocab_size`, belonging to one token only."""
+  names = {}
+  for name, i in vocab.items():
+    if not isinstance(i, int) or i < 0:
+      raise ValueError(f"{path}: token {name!r} has id {i!r}, not a whole number")
+    if i >= vocab_size:
+      raise ValueError(f"{path}: token {name!r} has id {i}, but the embedding has only "
+                       f"{vocab_size} rows; tokenizer and weights do not belong together")
+    if i in names or base.get(name, i) != i:
+      other = f"token {names[i]!r}" if i in names else f"its id {base[name]} in model.vocab"
+      raise ValueError(f"{path}: token {name!r} has id {i}, in conflict with {other}")
+    names[i] = name
+
+
+def _byte_alphabet():
+  return sorted(pre_tokenizers.ByteLevel.alphabet())

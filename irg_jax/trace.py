@@ -1,0 +1,170 @@
+"""Writes what a run produced: pictures, `trace.json`, and a page to read it by.
+
+A trace is a plain dict:
+
+  {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
+   "settings": {...}, "versions": {...}, "note": str (optional),
+   "rounds": [{"think": str, or None where the round had no thought,
+               "think_tokens": int, "hit_limit": bool,
+               "picture": uint8 [H, W, 3], or None where it drew nothing,
+               "seconds": {"think": float, "draw": float, ...}}]}
+
+Folders appear whole or not at all: they are written beside their place and renamed.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import uuid
+
+import numpy as np
+from PIL import Image
+
+from irg_jax import trace_page
+
+_OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
+
+
+def check_output_folder(path) -> None:
+  """Checks that a folder can be made, or written into, at `path`. Leaves nothing behind.
+
+  Raises:
+    ValueError: it cannot; says why. Call this before expensive work.
+  """
+  path = pathlib.Path(path)
+  try:
+    existing = path.absolute()
+    while not (existing.exists() or existing.is_symlink()):
+      existing = existing.parent
+    if not existing.is_dir():
+      raise ValueError(f"cannot write into {path}: {existing} is not a folder")
+    # Asking for permissions misleads (root, read-only mounts): make something and see.
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".irg-"):
+      pass
+  except OSError as e:
+    raise ValueError(f"cannot write into {path}: {e.strerror or e}") from e
+
+
+def check_trace_folder(folder) -> None:
+  """As `check_output_folder`; an existing folder must be empty or an earlier trace.
+
+  Raises:
+    ValueError: `write_trace` would fail, or would replace files that are not its own.
+  """
+  check_output_folder(folder)
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    return
+  others = sorted(p.name for p in folder.iterdir() if not _OWN_FILES.fullmatch(p.name))
+  if others:
+    raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
+                     f"{len(others)} in all); choose another output folder")
+
+
+def write_trace(folder, trace: dict) -> dict:
+  """Writes `round1.png`, ..., `trace.json` and the self-contained `trace.html`.
+
+  Args:
+    folder: the folder to make, or an earlier trace to replace.
+    trace: see the top of this file.
+
+  Returns:
+    The entry for `write_index`.
+
+  Raises:
+    ValueError: see `check_trace_folder`.
+  """
+  check_trace_folder(folder)
+  folder = pathlib.Path(folder).absolute()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  aside = folder.with_name(f".{folder.name[:100]}.{uuid.uuid4().hex[:8]}.partial")
+  aside.mkdir()
+  try:
+    _write_files(aside, trace)
+    _replace(folder, aside)
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+  return _index_entry(folder, trace)
+
+
+def write_index(folder, entries: list[dict]) -> None:
+  """Writes `index.html`: final picture and prompt of each trace, linked to its page.
+
+  Args:
+    folder: the folder that holds the trace folders.
+    entries: what `write_trace` returned for each, in the order to show them.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  aside = folder / f".index.{uuid.uuid4().hex[:8]}.partial"
+  try:
+    _write_text(aside, trace_page.index_html(entries))
+    os.replace(aside, folder / "index.html")
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def picture_name(round_number: int) -> str:
+  """File name of the picture of a round, counted from 1."""
+  return f"round{round_number}.png"
+
+
+def _write_files(folder, trace):
+  pngs = []
+  for number, entry in enumerate(trace["rounds"], 1):
+    png = None
+    if entry.get("picture") is not None:
+      path = folder / picture_name(number)
+      Image.fromarray(np.asarray(entry["picture"], np.uint8)).save(path)
+      png = path.read_bytes()
+    pngs.append(png)
+  record = json.dumps(_without_pictures(trace), indent=2, ensure_ascii=False, default=_plain)
+  _write_text(folder / "trace.json", record + "\n")
+  _write_text(folder / "trace.html", trace_page.trace_html(trace, pngs))
+
+
+def _without_pictures(trace):
+  """The trace with file names for pictures."""
+  rounds = [
+      entry | {"picture": None if entry.get("picture") is None else picture_name(number)}
+      for number, entry in enumerate(trace["rounds"], 1)
+  ]
+  return trace | {"rounds": rounds}
+
+
+def _index_entry(folder, trace):
+  drawn = [i for i, r in enumerate(trace["rounds"], 1) if r.get("picture") is not None]
+  return {
+      "folder": folder.name,
+      "prompt": trace["prompt"],
+      "picture": picture_name(drawn[-1]) if drawn else None,
+      "rounds": len(trace["rounds"]),
+      "seed": trace.get("seed"),
+  }
+
+
+def _replace(folder, aside):
+  """Puts `aside` in the place of `folder`; an earlier trace stays if that fails."""
+  if not folder.exists():
+    aside.rename(folder)
+    return
+  earlier = aside.with_suffix(".earlier")
+  folder.rename(earlier)
+  try:
+    aside.rename(folder)
+  except OSError:
+    earlier.rename(folder)
+    raise
+  shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _write_text(path, text):
+  path.write_text(text, encoding="utf-8", errors="replace")
+
+
+def _plain(value):
+  """JSON for what settings may hold beyond plain types: arrays, numpy numbers, paths."""
+  return value.tolist() if hasattr(value, "tolist") else str(value)

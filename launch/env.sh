@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: one virtual environment, made once and kept current.
+#   IRG_VENV    where it is (default .venv in the project's root)
+#   IRG_PYTHON  which Python makes it (default: the first of 3.11 or newer that is found)
+
+IRG_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit
+IRG_VENV=${IRG_VENV:-$IRG_ROOT/.venv}
+
+irg_fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# Prints a Python of 3.11 or newer. Tries to run each: a shim may stand for one that is absent.
+irg_find_python() {
+  local candidate candidates=(python3 python3.11 python3.12 python3.13 python3.14)
+  [[ -n ${IRG_PYTHON:-} ]] && candidates=("$IRG_PYTHON")
+  for candidate in "${candidates[@]}"; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  irg_fail "no Python of 3.11 or newer (tried: ${candidates[*]});" \
+    "install one, or name it with IRG_PYTHON=/path/to/python3"
+}
+
+irg_make_venv() {
+  local python
+  "$IRG_VENV/bin/python" -c 'import pip' 2>/dev/null && return
+  python=$(irg_find_python) || exit
+  echo "making the environment $IRG_VENV" >&2
+  "$python" -m venv "$IRG_VENV" || irg_fail "$python cannot make $IRG_VENV (on Debian and" \
+    "Ubuntu, the package python3-venv is needed)"
+}
+
+# irg_install [EXTRA]: installs the project, editable. The stamp is written last, so an
+# interrupted installation runs again, and one that is current takes no time.
+irg_install() {
+  local extra=${1:-} stamp wanted
+  irg_make_venv
+  stamp=$IRG_VENV/irg-installed-${extra:-base}
+  wanted="$IRG_ROOT $(cat "$IRG_ROOT/setup.cfg" "$IRG_ROOT/pyproject.toml" | cksum)"
+  [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+  echo "installing irg_jax${extra:+[$extra]} into $IRG_VENV" >&2
+  "$IRG_VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --editable "$IRG_ROOT${extra:+[$extra]}" || irg_fail "the installation failed (see above)"
+  printf '%s\n' "$wanted" >"$stamp"
+}

@@ -1,0 +1,71 @@
+"""Eight virtual CPU devices, and the reference vectors where they exist."""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def reference_root() -> pathlib.Path:
+  return pathlib.Path(os.environ.get("IRG_REFERENCE", ROOT.parent / "shared" / "reference"))
+
+
+def reference_folders() -> list[pathlib.Path]:
+  """Every folder of reference vectors, found by listing."""
+  return sorted(p.parent for p in reference_root().rglob("reference.npz"))
+
+
+class Reference:
+  """One folder of vectors: arrays by name, JSON files by name."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self._arrays = np.load(folder / "reference.npz")
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._arrays[name]
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._arrays.files
+
+  def names(self, prefix: str) -> list[str]:
+    return [n for n in self._arrays.files if n.startswith(prefix)]
+
+  def json(self, name: str):
+    return json.loads((self.folder / name).read_text())
+
+
+def pytest_generate_tests(metafunc):
+  """A test that asks for `reference` runs once for every folder, or is skipped with the reason."""
+  if "reference" not in metafunc.fixturenames:
+    return
+  folders = reference_folders()
+  if folders:
+    params = [pytest.param(f, id=f.name) for f in folders]
+  else:
+    reason = f"no reference vectors under {reference_root()} (set IRG_REFERENCE)"
+    params = [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+  metafunc.parametrize("reference", params, indirect=True)
+
+
+@pytest.fixture
+def reference(request):
+  return _open_reference(request.param)
+
+
+_open_reference = functools.cache(Reference)
+
+
+def relative_error(got, want) -> float:
+  """Norm of the difference over the norm of `want`."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape, (got.shape, want.shape)
+  return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))

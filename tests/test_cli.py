@@ -1,0 +1,228 @@
+"""The command line: what it asks for, and what it says when something is wrong."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from irg_jax import cli
+from irg_jax.generate import request as request_lib
+from irg_jax.generate.prompts import SYSTEM_PROMPT
+from irg_jax.generate.settings import Settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+  folder = tmp_path / "checkpoint"
+  folder.mkdir()
+  return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Runs `irg generate` up to the engine and returns the Request it would get."""
+  from irg_jax.generate import run
+  requests = []
+  monkeypatch.setattr(run, "run_generate", requests.append)
+
+  def call(*argv):
+    assert cli.main(["generate", *map(str, argv)]) == 0
+    return requests.pop()
+
+  return call
+
+
+def _status(*argv):
+  try:
+    return cli.main([str(a) for a in argv])
+  except SystemExit as e:  # argparse's own errors
+    return e.code
+
+
+def _fails(capsys, *argv):
+  """Runs a command that must end with status 2; returns the last line it printed."""
+  assert _status(*argv) == 2
+  captured = capsys.readouterr()
+  assert captured.out == ""
+  assert "Traceback" not in captured.err
+  return captured.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", [(), ("generate",), ("convert",), ("init",)])
+def test_help_shows_examples(capsys, verb):
+  assert _status(*verb, "--help") == 0
+  out = capsys.readouterr().out
+  assert "examples:\n  irg " in out
+  assert max(map(len, out.splitlines())) <= 100
+
+
+def test_help_does_not_wait_for_jax():
+  code = ("import sys; from irg_jax import cli\n"
+          "try: cli.main(['generate', '--help'])\n"
+          "except SystemExit: assert 'jax' not in sys.modules and 'numpy' not in sys.modules")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_module_and_command_are_the_same():
+  out = subprocess.run([sys.executable, "-m", "irg_jax", "paint"], cwd=ROOT,
+                       capture_output=True, text=True)
+  assert out.returncode == 2
+  assert "invalid choice: 'paint'" in out.stderr
+
+
+def test_defaults_are_those_of_the_settings(asked, checkpoint):
+  request = asked("a fox", "--checkpoint", checkpoint)
+  assert request.prompts == ("a fox",)
+  assert request.settings == Settings()
+  assert request.system_prompt == SYSTEM_PROMPT.strip()
+  assert (request.seed, request.batch_size) == (0, 1)
+  assert request.mesh is request.dtype is request.image is None
+  assert request.out.parent == pathlib.Path("out")
+
+
+def test_short_flags_set_their_fields(asked, checkpoint):
+  request = asked(
+      "--checkpoint", checkpoint, "--rounds", 3, "--size", "768x1024", "--steps", 25,
+      "--text-scale", 2, "--image-scale", 1.5, "--think-limit", 64, "--temperature", 0.7,
+      "--top-k", 40, "--top-p", 0.9, "--window", 1, "--no-think", "--mesh",
+      "data=2,fsdp=2,tensor=2", "--dtype", "bfloat16", "--seed", 5, "--batch-size", 4, "a", "b")
+  s = request.settings
+  assert (s.rounds, s.width, s.height, s.steps) == (3, 768, 1024, 25)
+  assert (s.think, s.think_limit, s.temperature) == (False, 64, 0.7)
+  assert (s.top_k, s.top_p, s.window) == (40, 0.9, 1)
+  assert s.first.text_scale == s.later.text_scale == 2.0
+  assert (s.first.image_scale, s.later.image_scale) == (1.0, 1.5)
+  assert request.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert (request.dtype, request.seed, request.batch_size) == ("bfloat16", 5, 4)
+  assert request.prompts == ("a", "b")
+
+
+def test_short_flags_win_over_overrides_and_these_over_the_file(asked, checkpoint):
+  request = asked(
+      "a fox", "--rounds", 4, "--checkpoint", checkpoint, "--config.rounds=3",
+      "--config", ROOT / "configs" / "generate_tiny.py", "--config.steps=7",
+      "--config.later.interval=(0.1, 0.9)", "--greedy")
+  assert (request.settings.rounds, request.settings.steps) == (4, 7)
+  assert (request.settings.width, request.settings.temperature) == (64, 0.0)
+  assert request.settings.later.interval == (0.1, 0.9)
+
+
+def test_overrides_need_no_file(asked, checkpoint):
+  request = asked("a fox", "--checkpoint", checkpoint, "--config.first.renorm=channel")
+  assert request.settings.first.renorm == "channel"
+
+
+def test_prompts_come_from_arguments_then_from_the_file(asked, checkpoint, tmp_path):
+  path = tmp_path / "prompts.txt"
+  path.write_bytes("\ufeffein Füchslein\r\n\r\n  two dogs  \n".encode())
+  request = asked("a fox", "--prompts-file", path, "--checkpoint", checkpoint)
+  assert request.prompts == ("a fox", "ein Füchslein", "two dogs")
+
+
+def test_a_prompt_may_look_like_a_flag_behind_two_dashes(asked, checkpoint):
+  request = asked("--checkpoint", checkpoint, "--", "--config.rounds=3", "-5 degrees")
+  assert request.prompts == ("--config.rounds=3", "-5 degrees")
+  assert request.settings.rounds == 2
+
+
+def test_the_system_prompt_can_be_replaced_or_left_out(asked, checkpoint, tmp_path):
+  path = tmp_path / "system.txt"
+  for text in ("Draw like a child.", ""):
+    path.write_text(text + "\n")
+    request = asked("a fox", "--system-prompt-file", path, "--checkpoint", checkpoint)
+    assert request.system_prompt == text
+
+
+def test_the_system_prompt_asks_for_both_thoughts():
+  assert 100 <= len(SYSTEM_PROMPT.split()) <= 160
+  for part in ("<think>", "</think>", "step-by-step", "comprehensive prompt"):
+    assert part in SYSTEM_PROMPT
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "the following arguments are required: VERB"),
+    (["paint"], "invalid choice: 'paint'"),
+    (["generate", "a"], "the following arguments are required: --checkpoint"),
+    (["generate", "a", "--checkpoint", "d", "--round", "3"], "unrecognized arguments: --round"),
+    (["generate", "a", "--checkpoint", "d", "--rounds", "two"], "--rounds: invalid int value"),
+    (["generate", "a", "--checkpoint", "d", "--size", "0"], "--size: '0' is not a size"),
+    (["generate", "a", "--checkpoint", "d", "--size", "64x"], "--size: '64x' is not a size"),
+    (["generate", "a", "--checkpoint", "d", "--mesh", "data"], "--mesh: 'data' is not a mesh"),
+    (["generate", "a", "--checkpoint", "d", "--mesh", "a=1,a=2"], "is not a mesh"),
+    (["generate", "a", "--checkpoint", "d", "--dtype", "int8"], "--dtype: invalid choice"),
+    (["convert", "a", "b"], "the following arguments are required: --to"),
+    (["convert", "a", "b", "--to", "orbax", "--config.x=1"], "irg convert has no configuration"),
+    (["init", "--out", "x"], "the following arguments are required: --config"),
+])
+def test_a_wrong_command_line_is_explained(capsys, argv, message):
+  assert message in _fails(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "nothing to draw: give a PROMPT or --prompts-file FILE"),
+    (["  "], "PROMPT: a prompt is empty"),
+    (["a", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+    (["a", "--seed", "-1"], "--seed -1: must be 0 or more"),
+    (["a", "--seed", "4294967296"], "(SEED + 0) below 2**32"),
+    (["a", "--image", "none.png"], "--image none.png: no such file"),
+    (["a", "--prompts-file", "none.txt"], "--prompts-file none.txt: cannot be read (No such"),
+    (["a", "--system-prompt-file", "none"], "--system-prompt-file none: cannot be read (No such"),
+    (["a", "--config", "none.py"], "config file none.py: no such file"),
+    (["a", "--config.round=3"], "--config.round: no field 'round'"),
+    (["a", "--config.rounds=x"], "--config.rounds=x: invalid literal"),
+    (["a", "--config.rounds"], "write it as --config.rounds=VALUE"),
+    (["a", "--mesh", "date=2"], "--mesh: unknown mesh axes ['date']"),
+])
+def test_a_wrong_request_is_explained(capsys, checkpoint, argv, message):
+  last = _fails(capsys, "generate", *argv, "--checkpoint", checkpoint)
+  assert last.startswith("irg generate: error: ")
+  assert message in last
+
+
+def test_a_missing_checkpoint_is_named(capsys):
+  assert "--checkpoint none: no such folder" in _fails(capsys, "generate", "a",
+                                                       "--checkpoint", "none")
+  assert "SRC none: no such folder" in _fails(capsys, "convert", "none", "x", "--to", "orbax")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no prompt"),
+    (b"\n  \n", "holds no prompt"),
+    (b"caf\xe9\n", "not UTF-8 text (byte 3)"),
+])
+def test_a_bad_prompts_file_is_named(capsys, checkpoint, tmp_path, content, message):
+  path = tmp_path / "prompts.txt"
+  path.write_bytes(content)
+  last = _fails(capsys, "generate", "--prompts-file", path, "--checkpoint", checkpoint)
+  assert f"--prompts-file {path}: " in last and message in last
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch):
+  monkeypatch.setenv("IRG_DEBUG", "1")
+  with pytest.raises(ValueError, match="no such folder"):
+    cli.main(["generate", "a", "--checkpoint", "none"])
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys, checkpoint):
+  from irg_jax.generate import run
+
+  def interrupt(_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(run, "run_generate", interrupt)
+  assert _status("generate", "a", "--checkpoint", checkpoint) == 130
+  assert capsys.readouterr().err == "irg generate: interrupted\n"
+
+
+def test_init_wants_a_model_configuration(capsys, tmp_path):
+  out = tmp_path / "out"
+  config = ROOT / "configs" / "generate.py"
+  assert "has no field 'model'" in _fails(capsys, "init", "--config", config, "--out", out)
+  config = ROOT / "configs" / "tiny.py"
+  last = _fails(capsys, "init", "--config", config, "--config.model.llm.layers=1", "--out", out)
+  assert "no field 'layers' in model.llm" in last
+  assert not out.exists()

@@ -1,0 +1,142 @@
+"""configs/*.py: what they say, and how files and overrides are read."""
+
+import dataclasses
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+
+from irg_jax import config as config_lib
+from irg_jax import config_files
+from irg_jax.generate import request
+from irg_jax.generate.settings import Settings
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+MODELS = ("bagel_7b", "tiny", "bench")
+
+
+def _model(name, *overrides):
+  config = config_files.load(CONFIGS / f"{name}.py", overrides)
+  return config_lib.from_dict(config.model.to_dict())
+
+
+def _write(folder, text):
+  path = folder / "custom.py"
+  path.write_text("from ml_collections import config_dict\n" + text)
+  return path
+
+
+def test_every_configuration_file_is_covered_here():
+  names = {p.stem for p in CONFIGS.glob("*.py")}
+  assert names == {*MODELS, "generate", "generate_tiny"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_sizes_fit_together(name):
+  model = _model(name)
+  llm, vit = model.llm, model.vit
+  assert llm.hidden_size % llm.num_heads == 0
+  assert llm.num_heads % llm.num_kv_heads == 0
+  assert vit.hidden_size % vit.num_heads == 0
+  assert llm.hidden_size % 4 == 0  # two halves of sine and cosine
+  assert all(model.vae.ch * m % 32 == 0 for m in model.vae.ch_mult)  # 32 groups
+  assert model.pixel_stride == 16
+
+
+def test_bagel_7b_has_the_published_sizes():
+  model = _model("bagel_7b")
+  assert dataclasses.replace(model, dtype="float32") == config_lib.ModelConfig()
+  assert model.dtype == "bfloat16"
+
+
+def test_bench_model_has_positions_for_its_pictures():
+  model = _model("bench")
+  assert model.vit.grid_size * model.vit.patch_size >= 252
+  assert model.max_latent_size * model.pixel_stride >= 256
+
+
+def test_overrides_reach_nested_fields_and_the_last_one_wins():
+  model = _model("tiny", "model.llm.num_layers=4", "model.vae.ch_mult=(1,2)",
+                 "model.dtype=bfloat16", "model.llm.rope_theta=10", "model.llm.num_layers=3")
+  assert model.llm.num_layers == 3
+  assert model.vae.ch_mult == (1, 2)
+  assert model.dtype == "bfloat16"
+  assert model.llm.rope_theta == 10.0
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.llm.num_layer=4", r"no field 'num_layer' in model\.llm; .*num_layers"),
+    ("mode.llm=4", r"no field 'mode' in the configuration; its fields: model"),
+    ("model.llm=4", r"group of fields.*--config\.model\.llm\.num_layers"),
+    ("model.llm.num_layers.x=4", r"no field 'x' in model\.llm\.num_layers"),
+    ("model.llm.num_layers=four", r"--config\.model\.llm\.num_layers=four.*int"),
+    ("model.llm.num_layers=4.5", r"--config\.model\.llm\.num_layers=4\.5"),
+    ("model.vae.ch_mult=(1,two)", r"'ch_mult' must hold int values"),
+    ("model.vae.ch_mult=(1,0.5)", r"'ch_mult' must hold int values"),
+    ("model.llm.num_layers", r"write it as --config\.model\.llm\.num_layers=VALUE"),
+])
+def test_a_bad_override_is_named(override, message):
+  with pytest.raises(ValueError, match=message):
+    _model("tiny", override)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1", r"custom\.py: has no function get_config"),
+    ("def get_config(:", r"custom\.py: SyntaxError"),
+    ("def get_config():\n  return 1 / 0", r"custom\.py: ZeroDivisionError: division by zero"),
+    ("def get_config():\n  return {}", r"custom\.py: get_config\(\) returned a dict"),
+    ("def get_config():\n  return config_dict.ConfigDict()['a']", r"custom\.py: .*'a'"),
+])
+def test_a_bad_file_is_named(tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    config_files.load(_write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r"none\.py: no such file"):
+    config_files.load(tmp_path / "none.py")
+
+
+def test_loading_touches_neither_global_flags_nor_modules(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["irg", "--config.model.llm.num_layers=9"])
+  flag_names, modules = set(flags.FLAGS), set(sys.modules)
+  assert _model("tiny", "model.llm.num_heads=2").llm.num_layers == 2
+  assert set(flags.FLAGS) == flag_names
+  assert not {m for m in set(sys.modules) - modules if "config" in m}
+
+
+def test_generate_config_is_the_default_settings():
+  assert request.read_settings(CONFIGS / "generate.py") == Settings()
+  written = config_files.load(CONFIGS / "generate.py")
+  assert written.to_dict() == request.default_config().to_dict()  # and no field is left out
+
+
+def test_tiny_settings_suit_the_tiny_model():
+  settings, model = request.read_settings(CONFIGS / "generate_tiny.py"), _model("tiny")
+  settings.validate(model)
+  assert settings.vae_transform.max_size <= model.max_latent_size * model.pixel_stride
+  assert settings.vit_transform.max_size <= model.vit.grid_size * model.vit.patch_size
+
+
+def test_a_settings_file_may_set_some_fields_only(tmp_path):
+  path = _write(tmp_path, "def get_config():\n  return config_dict.ConfigDict("
+                          "{'rounds': 3, 'later': {'interval': (0, 1), 'text_scale': 4}})")
+  settings = request.read_settings(path, ["rounds=4", "window=2", "think=false"])
+  assert (settings.rounds, settings.window, settings.think) == (4, 2, False)
+  assert settings.later == Settings().later
+  assert settings.first == Settings().first
+
+
+@pytest.mark.parametrize("fields, message", [
+    ("{'round': 3}", r"custom\.py: no field 'round'; known: .*rounds"),
+    ("{'rounds': 'three'}", r"custom\.py: .*rounds"),
+    ("{'rounds': None}", r"custom\.py: .*'rounds': must have a value"),
+    ("{'later': 3}", r"custom\.py: field 'later' must be a ConfigDict"),
+    ("{'first': {'renorm': {'min': 0}}}", r"custom\.py: field 'first\.renorm' must not be"),
+    ("{'first': {'interval': (0, 'a')}}", r"custom\.py: .*'interval' must hold float"),
+])
+def test_a_settings_file_with_a_wrong_field_is_named(tmp_path, fields, message):
+  path = _write(tmp_path, f"def get_config():\n  return config_dict.ConfigDict({fields})")
+  with pytest.raises(ValueError, match=message):
+    request.read_settings(path)

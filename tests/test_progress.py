@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on."""
+
+import io
+
+from irg_jax.progress import Progress
+
+
+class _Terminal(io.StringIO):
+
+  def isatty(self):
+    return True
+
+
+def _run(stream, events, prefix=""):
+  with Progress(stream, prefix) as progress:
+    for event in events:
+      progress(*event)
+  return stream.getvalue()
+
+
+def test_a_log_file_gets_one_line_a_phase():
+  events = [("think", 0, 0, 23), ("think", 0, 1, 23), ("draw", 0, 1, 49), ("think", 1, 0, 23)]
+  assert _run(io.StringIO(), events).splitlines() == [
+      "thinking, round 1 (the first time compiles)",
+      "drawing, round 1",
+      "thinking, round 2",
+  ]
+
+
+def test_late_events_change_nothing():
+  events = [("think", 0, 1, 9), ("draw", 0, 1, 9), ("think", 0, 2, 9), ("draw", 0, 2, 9)]
+  assert _run(io.StringIO(), events).splitlines() == ["thinking, round 1", "drawing, round 1"]
+
+
+def test_a_terminal_sees_step_and_total():
+  text = _run(_Terminal(), [("draw", 1, i, 49) for i in range(13)])
+  assert "drawing, round 2" in text
+  assert "12 of 49" in text
+
+
+def test_a_total_may_be_unknown_and_a_step_may_come_late():
+  text = _run(_Terminal(), [("read", 0, 0, 0), ("draw", 0, 2, 9), ("draw", 0, 1, 9)])
+  assert "reading weights" in text
+  assert "2 of 9" in text and "1 of 9" not in text
+
+
+def test_the_prefix_tells_which_prompts_run():
+  text = _run(io.StringIO(), [("think", 0, 1, 9)], "prompts 3 to 4 of 7: ")
+  assert text.startswith("prompts 3 to 4 of 7: thinking, round 1")
+
+
+def test_an_unknown_kind_is_shown_as_it_is():
+  assert _run(io.StringIO(), [("tidying up",)]).startswith("tidying up")

@@ -1,0 +1,208 @@
+"""Tokenizers made on the spot: control tokens, folders good and bad, decoding."""
+
+import json
+
+import numpy as np
+import pytest
+
+from irg_jax import text, text_files
+
+CONTROL = list(text.CONTROL_NAMES.values())
+
+
+@pytest.fixture
+def folder(tmp_path):
+  text.write_byte_tokenizer(tmp_path)
+  return tmp_path
+
+
+@pytest.fixture
+def byte_tokenizer(folder):
+  return text.load_tokenizer(folder, 300)
+
+
+def edit(folder, change):
+  """Rewrites tokenizer.json after `change` has had its way with it."""
+  path = folder / "tokenizer.json"
+  spec = json.loads(path.read_text())
+  change(spec)
+  path.write_text(json.dumps(spec))
+
+
+def split_files(folder, added_file):
+  """Replaces tokenizer.json by vocab.json, merges.txt and one file of added tokens."""
+  spec = json.loads((folder / "tokenizer.json").read_text())
+  (folder / "tokenizer.json").unlink()
+  (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+  pairs = "\n".join(" ".join(m) for m in spec["model"]["merges"])
+  (folder / "merges.txt").write_text(f"#version: 0.2\n{pairs}\n")
+  added = spec["added_tokens"]
+  if added_file == "added_tokens.json":
+    content = {t["content"]: t["id"] for t in added}
+  else:
+    content = {"added_tokens_decoder": {str(t["id"]): {"content": t["content"],
+                                                       "special": t["special"]}
+                                        for t in added}}
+  (folder / added_file).write_text(json.dumps(content))
+
+
+def test_every_text_comes_back(byte_tokenizer):
+  for sample in ["", " ", "a red circle", "日本 🍎\r\n\tx", "\x00\x7f\u200b", "<think>a</think>"]:
+    assert byte_tokenizer.decode(byte_tokenizer.encode(sample)) == sample
+
+
+def test_text_is_brought_to_nfc_both_ways(byte_tokenizer):
+  assert byte_tokenizer.encode("e\u0301") == byte_tokenizer.encode("é")
+  raw = byte_tokenizer.encode("e") + byte_tokenizer.encode("\u0301")
+  assert byte_tokenizer.decode(raw) == "é"
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_control_names_in_a_prompt_are_plain_text(byte_tokenizer, name):
+  prompt = f"before {name}after"
+  ids = byte_tokenizer.encode(prompt)
+  assert not set(ids) & set(byte_tokenizer.special_names.values())
+  assert byte_tokenizer.decode(ids) == prompt
+
+
+def test_control_names_become_tokens_only_on_request(byte_tokenizer):
+  special = byte_tokenizer.special
+  ids = byte_tokenizer.encode("<|im_start|>hi<|im_end|><|vision_start|>", control=True)
+  want = [special.text_start, *byte_tokenizer.encode("hi"), special.text_end,
+          special.image_start]
+  assert ids == want
+  assert byte_tokenizer.decode(ids, control=True) == "<|im_start|>hi<|im_end|><|vision_start|>"
+
+
+def test_decode_drops_special_tokens_and_ids_without_a_token(byte_tokenizer):
+  special = byte_tokenizer.special
+  a, b = byte_tokenizer.encode("ab")
+  ids = np.array([special.text_start, a, 290, 10**9, -1, b, special.text_end])
+  assert byte_tokenizer.decode(ids) == "ab"
+  assert byte_tokenizer.decode([]) == ""
+
+
+def test_decoding_is_stable_for_ids_that_no_text_has(byte_tokenizer):
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    once = byte_tokenizer.decode(rng.integers(0, 300, 40))
+    assert byte_tokenizer.decode(byte_tokenizer.encode(once)) == once
+
+
+def test_a_lone_surrogate_is_named(byte_tokenizer):
+  with pytest.raises(ValueError, match="character 2"):
+    byte_tokenizer.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("added_file", ["added_tokens.json", "tokenizer_config.json"])
+def test_vocab_and_merges_equal_tokenizer_json(folder, added_file):
+  def merge_some(spec):
+    vocab = spec["model"]["vocab"]
+    vocab |= {"re": 260, "red": 261, "Ġred": 262}
+    spec["model"]["merges"] = [["r", "e"], ["re", "d"], ["Ġ", "red"]]
+    spec["added_tokens"] += [text_files.added_token("<tool>", 280, False)]  # after a gap
+
+  edit(folder, merge_some)
+  want = text.load_tokenizer(folder, 300)
+  split_files(folder, added_file)
+  got = text.load_tokenizer(folder, 300)
+  sample = "a red <|im_end|> red<tool>!  1234 don't"
+  assert got.special == want.special and got.size == want.size == 281
+  if added_file == "tokenizer_config.json":
+    assert got.encode(sample) == want.encode(sample)
+    assert got.decode(got.encode(sample)) == sample
+  assert got.encode("a red red") == want.encode("a red red")
+
+
+def test_a_control_token_marked_ordinary_is_still_kept_from_prompts(folder):
+  def unmark(spec):
+    for token in spec["added_tokens"]:
+      token["special"] = False
+
+  edit(folder, unmark)
+  tokenizer = text.load_tokenizer(folder, 300)
+  ids = tokenizer.encode("<|im_end|>")
+  assert len(ids) > 1 and tokenizer.decode([tokenizer.special.text_end]) == ""
+  assert tokenizer.decode(ids) == "<|im_end|>"
+
+
+def test_ordinary_added_tokens_stay_tokens(folder):
+  tool = text_files.added_token("<tool_call>", 260, False)
+  edit(folder, lambda s: s["added_tokens"].append(tool))
+  tokenizer = text.load_tokenizer(folder, 300)
+  assert tokenizer.encode("<tool_call>") == [260]
+  assert tokenizer.decode([260]) == "<tool_call>"
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(folder):
+  def truncate(spec):
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst",
+                          "stride": 0}
+
+  edit(folder, truncate)
+  assert len(text.load_tokenizer(folder, 300).encode("a long prompt")) == 13
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+  with pytest.raises(ValueError, match="no tokenizer; expected tokenizer.json"):
+    text.load_tokenizer(tmp_path, 300)
+  (tmp_path / "vocab.json").write_text("{}")
+  with pytest.raises(ValueError, match="merges.txt"):
+    text.load_tokenizer(tmp_path, 300)
+
+
+def test_ids_beyond_the_embedding_are_refused(folder):
+  with pytest.raises(ValueError, match=r"tokenizer.json: token '<\|vision_end\|>' has id 259"):
+    text.load_tokenizer(folder, 259)
+  text.load_tokenizer(folder, 260)
+
+
+def test_a_missing_control_token_is_named(folder):
+  edit(folder, lambda s: s["added_tokens"].pop(1))
+  with pytest.raises(ValueError, match=r"tokenizer.json: no token '<\|im_end\|>'"):
+    text.load_tokenizer(folder, 300)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"vocab": []}}',
+                                     '{"model": {"vocab": {"a": "x"}}}', "\udc80"])
+def test_a_broken_file_is_named(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+  with pytest.raises(ValueError, match="tokenizer.json"):
+    text.load_tokenizer(tmp_path, 300)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s["model"]["merges"].append(["a", "zz"]), "tokenizer.json: not a tokenizer"),
+    (lambda s: s["model"].update(type="Other"), "tokenizer.json: not a tokenizer"),
+    (lambda s: s["model"]["vocab"].pop("a"), "lacks 1 of the 256 byte tokens"),
+    (lambda s: s["added_tokens"][3].update(id=5), "has id 5, in conflict with token"),
+    (lambda s: s["model"]["vocab"].update({"<|im_end|>": 280}), "its id 280 in model.vocab"),
+    (lambda s: s["added_tokens"][3].pop("id"), "lacks its content or id"),
+])
+def test_a_tokenizer_that_would_lose_text_or_ids_is_refused(folder, change, message):
+  edit(folder, change)
+  with pytest.raises(ValueError, match=message):
+    text.load_tokenizer(folder, 300)
+
+
+def test_a_bad_line_of_merges_is_named(folder):
+  split_files(folder, "added_tokens.json")
+  (folder / "merges.txt").write_text("#version: 0.2\na b c\n")
+  with pytest.raises(ValueError, match="merges.txt: line 2"):
+    text.load_tokenizer(folder, 300)
+
+
+def test_two_files_that_disagree_on_an_id_are_refused(folder):
+  split_files(folder, "added_tokens.json")
+  config = {"added_tokens_decoder": {"258": {"content": "<|im_start|>", "special": True}}}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="has id 258, but 256 in added_tokens.json"):
+    text.load_tokenizer(folder, 300)
+
+
+@pytest.mark.parametrize("table", [[], {"x": {"content": "a"}}, {"7": "a"}, {"7": {}}])
+def test_a_broken_table_of_added_tokens_is_named(folder, table):
+  split_files(folder, "tokenizer_config.json")
+  (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": table}))
+  with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder|no token"):
+    text.load_tokenizer(folder, 300)

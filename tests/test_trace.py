@@ -1,0 +1,233 @@
+"""Traces on disk: complete or absent, and pages that show every word and fetch nothing."""
+
+import base64
+import html.parser
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from irg_jax import images, trace, trace_page
+
+THOUGHT = '<think>\n### Plan\n1. two <b>circles</b> & "one" star\n\n  indented\n</think>'
+VOID = {"meta", "img"}
+
+
+class Page(html.parser.HTMLParser):
+  """Collects tags, attributes and text; fails on tags that do not match up."""
+
+  def __init__(self, content):
+    super().__init__()
+    self.tags, self.text, self._open = [], "", []
+    self.feed(content)
+    self.close()
+    assert not self._open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in VOID:
+      self._open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+
+  def named(self, tag):
+    return [attrs for name, attrs in self.tags if name == tag]
+
+
+def picture(width=48, height=32, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def make_round(think=THOUGHT, seed=0, **fields):
+  return {"think": think, "think_tokens": 21, "hit_limit": False, "picture": picture(seed=seed),
+          "seconds": {"think": 1.25, "draw": 2.5}} | fields
+
+
+def make_trace(*rounds, **fields):
+  return {"prompt": "two <circles> & a star", "system_prompt": "Think, then draw.", "seed": 7,
+          "checkpoint": "weights", "settings": {"steps": 50, "round1": {"scale": 4.0}},
+          "versions": {"irg_jax": "0"}, "rounds": list(rounds)} | fields
+
+
+def written(folder):
+  return sorted(p.name for p in folder.iterdir())
+
+
+def page(folder, name="trace.html"):
+  return Page((folder / name).read_text(encoding="utf-8"))
+
+
+def test_a_trace_is_its_pictures_its_record_and_its_page(tmp_path):
+  given = make_trace(make_round(), make_round("again", seed=1))
+  trace.write_trace(tmp_path / "deep" / "run", given)
+  folder = tmp_path / "deep" / "run"
+  assert written(folder) == ["round1.png", "round2.png", "trace.html", "trace.json"]
+  assert written(tmp_path / "deep") == ["run"]
+  for number, entry in enumerate(given["rounds"], 1):
+    np.testing.assert_array_equal(images.read_picture(folder / f"round{number}.png"),
+                                  entry["picture"])
+  record = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+  assert [r["picture"] for r in record["rounds"]] == ["round1.png", "round2.png"]
+  for r in record["rounds"] + given["rounds"]:
+    r.pop("picture")
+  assert record == given
+
+
+def test_the_record_takes_numpy_numbers_and_paths(tmp_path):
+  settings = {"a": np.float32(0.5), "b": np.arange(2), "c": tmp_path}
+  trace.write_trace(tmp_path / "run", make_trace(make_round(), settings=settings))
+  record = json.loads((tmp_path / "run" / "trace.json").read_text())
+  assert record["settings"] == {"a": 0.5, "b": [0, 1], "c": str(tmp_path)}
+
+
+def test_the_page_shows_every_word_in_the_order_of_the_run(tmp_path):
+  given = make_trace(make_round(), make_round("second <think>", seed=1), note="only <noise>")
+  trace.write_trace(tmp_path / "run", given)
+  text = page(tmp_path / "run").text
+  order = [given["prompt"], given["note"], "Plan", THOUGHT, "Picture 1", "Reflection",
+           "second <think>", "Final picture", given["system_prompt"], "round1.scale"]
+  places = [text.index(part) for part in order[:2]]
+  for part in order[2:]:
+    places.append(text.index(part, places[-1]))
+  assert places == sorted(places)
+
+
+def test_the_page_embeds_its_pictures_and_fetches_nothing(tmp_path):
+  trace.write_trace(tmp_path / "run", make_trace(make_round(), make_round(seed=1)))
+  content = page(tmp_path / "run")
+  assert not {tag for tag, _ in content.tags} & {"script", "link", "iframe", "object"}
+  assert not re.search(r"url\(|@import|https?:", (tmp_path / "run/trace.html").read_text())
+  for number, image in enumerate(content.named("img"), 1):
+    kind, data = image["src"].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == (tmp_path / f"run/round{number}.png").read_bytes()
+    assert "two <circles> & a star" in image["alt"]
+
+
+@pytest.mark.parametrize("hostile", ["</h1><script>alert(1)</script>", '" onerror="x', "<!--",
+                                     "&lt;"])
+def test_nothing_a_user_or_model_wrote_becomes_markup(tmp_path, hostile):
+  def pages(name, words):
+    given = make_trace(make_round(words), prompt=words, system_prompt=words, note=words,
+                       settings={words: {words: words}}, versions={words: words},
+                       checkpoint=words)
+    entry = trace.write_trace(tmp_path / name, given)
+    trace.write_index(tmp_path, [entry])
+    return page(tmp_path / name), page(tmp_path, "index.html")
+
+  for got, plain in zip(pages("hostile", hostile), pages("plain", "harmless")):
+    assert [(t, list(a)) for t, a in got.tags] == [(t, list(a)) for t, a in plain.tags]
+    assert got.text.count(hostile) == plain.text.count("harmless") > 0
+
+
+@pytest.mark.parametrize("thoughts, titles", [
+    ([None], ["Picture"]),
+    ([THOUGHT], ["Plan", "Picture"]),
+    (["a", "b", "c", "d"], ["Plan", "Picture 1", "Reflection", "Picture 2", "Reflection",
+                            "Picture 3", "Reflection", "Final picture"]),
+])
+def test_any_number_of_rounds_with_or_without_thoughts(tmp_path, thoughts, titles):
+  rounds = [make_round(t, seed=i) for i, t in enumerate(thoughts)]
+  trace.write_trace(tmp_path / "run", make_trace(*rounds))
+  content = (tmp_path / "run" / "trace.html").read_text(encoding="utf-8")
+  assert re.findall(r"<h2>(.*?)</h2>", content) == titles
+  assert content.count("class=final") == 1
+
+
+def test_thoughts_that_end_at_once_or_hit_the_limit_say_so(tmp_path):
+  trace.write_trace(tmp_path / "run", make_trace(make_round(""), make_round("x", hit_limit=True)))
+  text = page(tmp_path / "run").text
+  assert "The thought ended at once." in text and "Cut off at the length limit." in text
+
+
+def test_long_thoughts_scroll_and_short_ones_do_not(tmp_path):
+  trace.write_trace(tmp_path / "run", make_trace(make_round("word " * 2000), make_round("x")))
+  thoughts = [a for a in page(tmp_path / "run").named("div") if "thought" in a.get("class", "")]
+  assert [a["class"] for a in thoughts] == ["thought long", "thought"]
+  assert thoughts[0]["tabindex"] == "0"
+
+
+def test_an_answer_without_a_picture_is_a_trace_too(tmp_path):
+  entry = trace.write_trace(tmp_path / "run", make_trace(make_round("a cat", picture=None)))
+  assert written(tmp_path / "run") == ["trace.html", "trace.json"]
+  assert entry["picture"] is None
+  trace.write_index(tmp_path, [entry])
+  assert not page(tmp_path, "index.html").named("img")
+
+
+def test_an_earlier_trace_is_replaced_whole(tmp_path):
+  folder = tmp_path / "run"
+  trace.write_trace(folder, make_trace(make_round(), make_round()))
+  trace.write_trace(folder, make_trace(make_round(seed=5)))
+  assert written(folder) == ["round1.png", "trace.html", "trace.json"]
+  assert written(tmp_path) == ["run"]
+
+
+def test_a_failure_leaves_the_earlier_trace_and_nothing_else(tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  trace.write_trace(folder, make_trace(make_round()))
+  before = (folder / "trace.json").read_bytes()
+
+  def fail(*_):
+    raise RuntimeError("disk full")
+
+  monkeypatch.setattr(trace_page, "trace_html", fail)
+  for name in ("run", "other"):
+    with pytest.raises(RuntimeError, match="disk full"):
+      trace.write_trace(tmp_path / name, make_trace(make_round(), make_round()))
+  assert written(tmp_path) == ["run"]
+  assert (folder / "trace.json").read_bytes() == before
+
+
+def test_files_of_others_are_never_replaced(tmp_path):
+  (tmp_path / "thesis.txt").write_text("mine")
+  for call in (lambda: trace.check_trace_folder(tmp_path),
+               lambda: trace.write_trace(tmp_path, make_trace(make_round()))):
+    with pytest.raises(ValueError, match="'thesis.txt', 1 in all.*another output folder"):
+      call()
+  assert written(tmp_path) == ["thesis.txt"]
+
+
+def test_checking_an_output_folder_leaves_nothing_behind(tmp_path):
+  trace.check_output_folder(tmp_path)
+  trace.check_output_folder(tmp_path / "a" / "b")
+  trace.check_trace_folder(tmp_path / "a")
+  assert written(tmp_path) == []
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+  for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "broken" / "a"):
+    with pytest.raises(ValueError, match="cannot write into .*is not a folder"):
+      trace.check_output_folder(path)
+  with pytest.raises(ValueError, match="cannot write into"):
+    trace.check_output_folder(tmp_path / ("x" * 300))
+
+  def denied(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(os, "mkdir", denied)
+  with pytest.raises(ValueError, match="Permission denied"):
+    trace.check_output_folder(tmp_path / "new")
+
+
+def test_the_index_links_each_trace_by_its_final_picture(tmp_path):
+  entries = [
+      trace.write_trace(tmp_path / "a 1#", make_trace(make_round(), make_round())),
+      trace.write_trace(tmp_path / "b", make_trace(make_round(None), prompt="second")),
+  ]
+  trace.write_index(tmp_path, entries)
+  content = page(tmp_path, "index.html")
+  assert [a["href"] for a in content.named("a")] == ["a%201%23/trace.html", "b/trace.html"]
+  assert [i["src"] for i in content.named("img")] == ["a%201%23/round2.png", "b/round1.png"]
+  assert "2 prompts" in content.text and "second" in content.text
+  trace.write_index(tmp_path, entries[1:])
+  assert "1 prompt" in page(tmp_path, "index.html").text
+  assert written(tmp_path) == ["a 1#", "b", "index.html"]
