@@ -14,7 +14,7 @@ def get_config() -> config_dict.ConfigDict:
   config.width = 64
   config.steps = 10
   config.think_limit = 48
-  config.max_prompt_tokens = 2048  # its tokenizer has one token a byte
+  config.max_prompt_tokens = 256  # one token a byte: a long sentence
   config.vae_transform = config_dict.ConfigDict(dict(max_size=128, min_size=32, stride=16))
   config.vit_transform = config_dict.ConfigDict(dict(max_size=112, min_size=28, stride=14))
   return config

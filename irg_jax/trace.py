@@ -9,7 +9,8 @@ A trace is a plain dict:
                "picture": uint8 [H, W, 3], or None where it drew nothing,
                "seconds": {"think": float, "draw": float, ...}}]}
 
-Folders appear whole or not at all: they are written beside their place and renamed.
+New folders appear whole or not at all: they are written beside their place and renamed.
+In a folder that exists, each file does.
 """
 
 import json
@@ -26,6 +27,7 @@ from PIL import Image
 from irg_jax import trace_page
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # left behind by a run that was killed
 
 
 def check_output_folder(path) -> None:
@@ -58,7 +60,8 @@ def check_trace_folder(folder) -> None:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     return
-  others = sorted(p.name for p in folder.iterdir() if not _OWN_FILES.fullmatch(p.name))
+  names = sorted(p.name for p in folder.iterdir())
+  others = [n for n in names if not (_OWN_FILES.fullmatch(n) or _PARTIAL.fullmatch(n))]
   if others:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
                      f"{len(others)} in all); choose another output folder")
@@ -68,7 +71,7 @@ def write_trace(folder, trace: dict) -> dict:
   """Writes `round1.png`, ..., `trace.json` and the self-contained `trace.html`.
 
   Args:
-    folder: the folder to make, or an earlier trace to replace.
+    folder: the folder to make; or an empty one, or an earlier trace to replace.
     trace: see the top of this file.
 
   Returns:
@@ -79,12 +82,11 @@ def write_trace(folder, trace: dict) -> dict:
   """
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  aside = folder.with_name(f".{folder.name[:100]}.{uuid.uuid4().hex[:8]}.partial")
-  aside.mkdir()
+  aside = (folder if folder.is_dir() else folder.parent) / _partial_name()
+  aside.mkdir(parents=True)
   try:
     _write_files(aside, trace)
-    _replace(folder, aside)
+    _move(aside, folder)
   finally:
     shutil.rmtree(aside, ignore_errors=True)
   return _index_entry(folder, trace)
@@ -99,7 +101,7 @@ def write_index(folder, entries: list[dict]) -> None:
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  aside = folder / f".index.{uuid.uuid4().hex[:8]}.partial"
+  aside = folder / _partial_name()
   try:
     _write_text(aside, trace_page.index_html(entries))
     os.replace(aside, folder / "index.html")
@@ -146,19 +148,22 @@ def _index_entry(folder, trace):
   }
 
 
-def _replace(folder, aside):
-  """Puts `aside` in the place of `folder`; an earlier trace stays if that fails."""
+def _move(aside, folder):
+  """Puts the files of `aside` in their place, and removes pictures of an earlier trace."""
   if not folder.exists():
     aside.rename(folder)
     return
-  earlier = aside.with_suffix(".earlier")
-  folder.rename(earlier)
-  try:
-    aside.rename(folder)
-  except OSError:
-    earlier.rename(folder)
-    raise
-  shutil.rmtree(earlier, ignore_errors=True)
+  # File by file: a folder that exists may be a mount point, which cannot be renamed.
+  names = sorted(p.name for p in aside.iterdir())
+  for name in names:
+    os.replace(aside / name, folder / name)
+  for path in folder.iterdir():
+    if _OWN_FILES.fullmatch(path.name) and path.name not in names:
+      path.unlink()
+
+
+def _partial_name():
+  return f".{uuid.uuid4().hex[:8]}.partial"
 
 
 def _write_text(path, text):

@@ -12,13 +12,12 @@ if [[ $# -gt 0 && $1 != -* ]]; then
 fi
 
 irg_install ""
-cd "$IRG_ROOT"
 irg="$IRG_VENV/bin/irg"
-checkpoint=out/demo-checkpoint
-out=out/demo
+checkpoint=$IRG_ROOT/out/demo-checkpoint
+out=$IRG_ROOT/out/demo
 
 if [[ ! -d $checkpoint ]]; then
-  "$irg" init --config configs/tiny.py --out "$checkpoint"
+  "$irg" init --config "$IRG_ROOT/configs/tiny.py" --out "$checkpoint"
 fi
 cat <<'EOF'
 
@@ -28,4 +27,4 @@ are gibberish and its pictures are noise. For real ones, pass a trained checkpoi
 
 EOF
 "$irg" generate "$prompt" --checkpoint "$checkpoint" --out "$out" \
-  --config configs/generate_tiny.py "$@"
+  --config "$IRG_ROOT/configs/generate_tiny.py" "$@"

@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices, and the reference vectors where they exist."""
+"""Eight virtual CPU devices, and the reference vectors with their checkpoints where they exist."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,6 +9,10 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+
+from irg_jax import weights
+from irg_jax.config import ModelConfig, SpecialTokens
+from irg_jax.model.unified import UnifiedTransformer
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -62,6 +67,33 @@ def reference(request):
 
 
 _open_reference = functools.cache(Reference)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+  """The checkpoint that belongs to a folder of vectors."""
+
+  config: ModelConfig
+  params: dict
+  special: SpecialTokens
+
+  @property
+  def model(self):
+    return UnifiedTransformer(self.config)
+
+
+@functools.cache
+def _checkpoint(reference):
+  config, params = weights.load_checkpoint(reference.folder)
+  ids = reference.json("special_tokens.json")
+  special = SpecialTokens(text_start=ids["bos_token_id"], text_end=ids["eos_token_id"],
+                          image_start=ids["start_of_image"], image_end=ids["end_of_image"])
+  return Checkpoint(config, params, special)
+
+
+@pytest.fixture
+def checkpoint(reference):
+  return _checkpoint(reference)
 
 
 def relative_error(got, want) -> float:

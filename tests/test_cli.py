@@ -1,6 +1,5 @@
 """The command line: what it asks for, and what it says when something is wrong."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import sys
 import pytest
 
 from irg_jax import cli
-from irg_jax.generate import request as request_lib
 from irg_jax.generate.prompts import SYSTEM_PROMPT
 from irg_jax.generate.settings import Settings
 

@@ -185,6 +185,17 @@ def test_a_failure_leaves_the_earlier_trace_and_nothing_else(tmp_path, monkeypat
   assert (folder / "trace.json").read_bytes() == before
 
 
+def test_an_existing_folder_is_filled_not_renamed(tmp_path, monkeypatch):
+  """It may be a mount point, or where the user's shell is."""
+  (tmp_path / ".0123abcd.partial").mkdir()  # of a run that was killed
+  monkeypatch.chdir(tmp_path)
+  inode = tmp_path.stat().st_ino
+  trace.check_trace_folder(".")
+  trace.write_trace(".", make_trace(make_round()))
+  assert tmp_path.stat().st_ino == inode
+  assert written(tmp_path)[1:] == ["round1.png", "trace.html", "trace.json"]
+
+
 def test_files_of_others_are_never_replaced(tmp_path):
   (tmp_path / "thesis.txt").write_text("mine")
   for call in (lambda: trace.check_trace_folder(tmp_path),

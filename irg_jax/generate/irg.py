@@ -50,11 +50,13 @@ class Round:
 
   Attributes:
     thought: empty without thinking.
-    picture: uint8 [height, width, 3].
+    latents: float32 [P, latent_dim], the clean latent tokens that flow ended in.
+    picture: uint8 [height, width, 3], decoded from them.
     seconds: wall time of the whole batch by phase: think, draw, decode, encode.
   """
 
   thought: Thought
+  latents: np.ndarray
   picture: np.ndarray
   seconds: dict[str, float]
 
@@ -66,7 +68,7 @@ class Trajectory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Run:
   """A batch of B rows and everything that stays the same while it runs.
 
   Attributes:
@@ -103,7 +105,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     system_prompt: read before every prompt; may be empty.
     pictures: None, or B pictures to edit, uint8 [H, W, 3] of one size; the prompts are then
       instructions, and `settings.later` guides every round.
-    draws: see `Request`; replaces the draws that are made from the seeds.
+    draws: see `Run`; replaces the draws that are made from the seeds.
     on_progress: function (kind, round, step, total) called on the host as work goes on; give
       the same function every time, since compiled code holds on to it.
 
@@ -111,27 +113,30 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     ValueError: settings, prompts or pictures that cannot work; before anything is computed.
   """
   settings.validate(model.config)
-  request = _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
                      draws, on_progress)
-  size, window = plan_cache(request)
-  ctx, history, results = _begin(request, size), [], []
+  size, window = plan_cache(run)
+  ctx, history, results = _begin(run, size), [], []
   for number in range(settings.rounds):
     clock = _Clock()
     thoughts = [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
-      ctx, thoughts = _think(request, ctx, number)
-      ctx = _read_thoughts(request, ctx, thoughts, apart=bool(history))
+      ctx, thoughts = _think(run, ctx, number)
+      ctx = _read_thoughts(run, ctx, thoughts, apart=bool(history))
     clock.lap("think", ctx)
-    latents = clock.lap("draw", _draw(request, ctx, number))
-    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, _grid(request)))
+    latents = clock.lap("draw", _draw(run, ctx, number))
+    _announce(run, "decode", number)
+    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, _grid(run)))
     clock.lap("decode", drawn)
     if number + 1 < settings.rounds:
-      history = [*history, (thoughts, _encode(request, drawn, number))][-window:]
+      _announce(run, "encode", number)
+      history = [*history, (thoughts, _encode(run, drawn, number))][-window:]
       looked = number + 1 <= window
-      ctx = _look(request, ctx, history[-1][1]) if looked else _replay(request, size, history)
+      ctx = _look(run, ctx, history[-1][1]) if looked else _replay(run, size, history)
       clock.lap("encode", ctx)
-    results.append([Round(t, p, clock.seconds) for t, p in zip(thoughts, drawn)])
+    results.append([Round(*row, clock.seconds)
+                    for row in zip(thoughts, np.asarray(latents), drawn)])
   return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
 
 
@@ -142,14 +147,14 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 
   Arguments as in `generate`; `settings.think_limit` limits the answer.
   """
-  request = _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
                      None, on_progress)
-  size, _ = plan_cache(request)
-  ctx = _begin(request, size, understand=True)
-  return _think(request, ctx, 0)[1]
+  size, _ = plan_cache(run)
+  ctx = _begin(run, size, understand=True)
+  return _think(run, ctx, 0)[1]
 
 
-def plan_cache(request: Request) -> tuple[int, int]:
+def plan_cache(run: Run) -> tuple[int, int]:
   """Slots of the cache for each row, and how many earlier rounds fit into it.
 
   Both follow from the settings and the system prompt alone, never from what a row or its
@@ -158,13 +163,13 @@ def plan_cache(request: Request) -> tuple[int, int]:
   Raises:
     ValueError: `settings.cache_size` does not hold even one earlier round.
   """
-  s = request.settings
+  s = run.settings
   thought = rung(s.think_limit + 1)
   prompt = rung(s.max_prompt_tokens + 2)
-  base = rung(len(request.system_ids) + 2) + prompt + thought
-  if request.pictures is not None:  # texts after a picture are read a second time
-    base += _picture_slots(request, *request.pictures.shape[1:3]) + prompt + thought
-  one_round = 2 * thought + _picture_slots(request, s.height, s.width)
+  base = rung(len(run.system_ids) + 2) + prompt + thought
+  if run.pictures is not None:  # texts after a picture are read a second time
+    base += _picture_slots(run, *run.pictures.shape[1:3]) + prompt + thought
+  one_round = 2 * thought + _picture_slots(run, s.height, s.width)
   window = min(s.rounds - 1, s.window or s.rounds)
   if s.cache_size is not None:
     window = min(window, (s.cache_size - base) // one_round)
@@ -175,10 +180,12 @@ def plan_cache(request: Request) -> tuple[int, int]:
   return s.cache_size or base + one_round * window, window
 
 
-def _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
+def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
              on_progress):
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
+  if not all(0 <= seed < 2**32 for seed in seeds):
+    raise ValueError(f"seeds must be from 0 to 2**32 - 1: {list(seeds)}")
   if pictures is not None:
     if len(pictures) != len(prompts):
       raise ValueError(f"{len(prompts)} prompts but {len(pictures)} pictures")
@@ -192,12 +199,12 @@ def _request(model, params, tokenizer, prompts, seeds, settings, system_prompt, 
       raise ValueError(
           f"prompt {number} has {len(ids)} tokens, but the cache is made for "
           f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
-  return Request(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
+  return Run(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
                  prompt_ids, pictures, draws or seeded_draws(seeds), on_progress)
 
 
 def seeded_draws(seeds) -> Callable:
-  """Standard normal draws, row by row from that row's seed: see `Request.draws`."""
+  """Standard normal draws, row by row from that row's seed: see `Run.draws`."""
   def draws(kind, number, shape):
     return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(_keys(seeds, number, kind))
 
@@ -212,46 +219,48 @@ def _keys(seeds, number, kind):
       jnp.asarray(seeds, jnp.uint32))
 
 
-def _begin(request, size, understand=False):
+def _begin(run, size, understand=False):
   """A context that has read the system prompt, the pictures if any, and the prompts."""
-  B = len(request.prompt_ids)
-  ctx = new_context(request.model.config, B, size)
-  if request.system_ids:
-    ctx = _read(request, ctx, [request.system_ids] * B, VIEWS)
-  if request.pictures is None:
-    return _read(request, ctx, request.prompt_ids, (FULL, NO_IMAGE))
-  ctx = _look(request, ctx, _encode(request, request.pictures, 0, vae=not understand))
+  B = len(run.prompt_ids)
+  _announce(run, "prompt", 0)
+  ctx = new_context(run.model.config, B, size)
+  if run.system_ids:
+    ctx = _read(run, ctx, [run.system_ids] * B, VIEWS)
+  if run.pictures is None:
+    return _read(run, ctx, run.prompt_ids, (FULL, NO_IMAGE))
+  ctx = _look(run, ctx, _encode(run, run.pictures, 0, vae=not understand))
   ctx = fork(ctx, FULL, NO_TEXT)
-  ctx = _read(request, ctx, request.prompt_ids, (FULL,))
-  return ctx if understand else _read(request, ctx, request.prompt_ids, (NO_IMAGE,))
+  ctx = _read(run, ctx, run.prompt_ids, (FULL,))
+  return ctx if understand else _read(run, ctx, run.prompt_ids, (NO_IMAGE,))
 
 
-def _replay(request, size, history):
+def _replay(run, size, history):
   """The context as if the conversation had only the rounds of `history`."""
-  ctx = _begin(request, size)
+  ctx = _begin(run, size)
   for number, (thoughts, picture) in enumerate(history):
-    ctx = _read_thoughts(request, ctx, thoughts, apart=number > 0)
-    ctx = _look(request, ctx, picture)
+    ctx = _read_thoughts(run, ctx, thoughts, apart=number > 0)
+    ctx = _look(run, ctx, picture)
   return ctx
 
 
-def _read(request, ctx, texts, views):
+def _read(run, ctx, texts, views):
   """Appends a text to each row; texts are padded to a rung of the ladder."""
-  special = request.tokenizer.special
+  special = run.tokenizer.special
   rows = [[special.text_start, *ids, special.text_end] for ids in texts]
   padded = np.zeros((len(rows), rung(max(map(len, rows)))), np.int32)
   for row, ids in zip(padded, rows):
     row[:len(ids)] = ids
   count = np.array([len(ids) for ids in rows], np.int32)
-  return steps.read_text(request.model, request.params["transformer"], ctx, padded, count, views)
+  return steps.read_text(run.model, run.params["transformer"], ctx, padded, count, views)
 
 
-def _think(request, ctx, number):
-  s, tokenizer = request.settings, request.tokenizer
+def _think(run, ctx, number):
+  s, tokenizer = run.settings, run.tokenizer
+  _announce(run, "think", number, s.think_limit - 1)
   ctx, ids, count, ended = steps.think(
-      request.model, request.params["transformer"], ctx, _keys(request.seeds, number, "think"),
+      run.model, run.params["transformer"], ctx, _keys(run.seeds, number, "think"),
       limit=s.think_limit, sampling=s.sampling, special=tokenizer.special,
-      on_progress=request.on_progress, round_number=number)
+      on_progress=run.on_progress, round_number=number)
   thoughts = []
   for row, n, done in zip(*map(np.asarray, (ids, count, ended))):
     text = tokenizer.decode(row[:n].tolist())
@@ -261,31 +270,32 @@ def _think(request, ctx, number):
   return ctx, thoughts
 
 
-def _read_thoughts(request, ctx, thoughts, apart):
+def _read_thoughts(run, ctx, thoughts, apart):
   """Appends thoughts; `apart` once the view without pictures has parted from the full one."""
   texts = [t.ids for t in thoughts]
-  if not apart and request.pictures is None:
-    return _read(request, ctx, texts, (FULL, NO_IMAGE))
-  ctx = _read(request, ctx, texts, (FULL,))
-  guided = NO_IMAGE in steps.guidance_views(request.settings.later)
-  return _read(request, ctx, texts, (NO_IMAGE,)) if guided else ctx
+  if not apart and run.pictures is None:
+    return _read(run, ctx, texts, (FULL, NO_IMAGE))
+  ctx = _read(run, ctx, texts, (FULL,))
+  guided = NO_IMAGE in steps.guidance_views(run.settings.later)
+  return _read(run, ctx, texts, (NO_IMAGE,)) if guided else ctx
 
 
-def _draw(request, ctx, number):
-  s = request.settings
-  first = number == 0 and request.pictures is None
-  guidance, grid = s.first if first else s.later, _grid(request)
-  shape = (len(request.seeds), grid[0] * grid[1], request.model.config.latent_dim)
+def _draw(run, ctx, number):
+  s = run.settings
+  first = number == 0 and run.pictures is None
+  guidance, grid = s.first if first else s.later, _grid(run)
+  _announce(run, "draw", number, s.steps - 1)
+  shape = (len(run.seeds), grid[0] * grid[1], run.model.config.latent_dim)
   return steps.draw(
-      request.model, request.params["transformer"], ctx, request.draws("noise", number, shape),
+      run.model, run.params["transformer"], ctx, run.draws("noise", number, shape),
       flow.schedule(s.steps, s.timestep_shift), guidance, grid=grid,
-      special=request.tokenizer.special, views=steps.guidance_views(guidance),
-      on_progress=request.on_progress, round_number=number)
+      special=run.tokenizer.special, views=steps.guidance_views(guidance),
+      on_progress=run.on_progress, round_number=number)
 
 
-def _encode(request, pictures, number, vae=True):
+def _encode(run, pictures, number, vae=True):
   """8-bit pictures [B, H, W, 3] -> keyword arguments of `steps.read_picture`."""
-  config, s = request.model.config, request.settings
+  config, s = run.model.config, run.settings
   resized = np.stack([s.vae_transform(p) for p in pictures])
   B, height, width, _ = resized.shape
   seen = [images.to_pixels(s.vit_transform(p)) for p in resized]
@@ -293,32 +303,38 @@ def _encode(request, pictures, number, vae=True):
   down = config.vae.downsample
   noise_shape = (B, height // down, width // down, config.vae.z_channels)
   latents = steps.encode_pixels(
-      config, request.params["vae"], images.to_pixels(resized),
-      request.draws("posterior", number, noise_shape)) if vae else None
+      config, run.params["vae"], images.to_pixels(resized),
+      run.draws("posterior", number, noise_shape)) if vae else None
   return dict(
       latents=latents, patches=patches,
       latent_grid=(height // config.pixel_stride, width // config.pixel_stride),
       vit_grid=tuple(side // config.vit.patch_size for side in seen[0].shape[:2]))
 
 
-def _look(request, ctx, encoded):
-  return steps.read_picture(request.model, request.params["transformer"], ctx,
-                            special=request.tokenizer.special, **encoded)
+def _look(run, ctx, encoded):
+  return steps.read_picture(run.model, run.params["transformer"], ctx,
+                            special=run.tokenizer.special, **encoded)
 
 
-def _grid(request):
-  stride = request.model.config.pixel_stride
-  return request.settings.height // stride, request.settings.width // stride
+def _grid(run):
+  stride = run.model.config.pixel_stride
+  return run.settings.height // stride, run.settings.width // stride
 
 
-def _picture_slots(request, height, width):
+def _picture_slots(run, height, width):
   """Slots that a picture takes once it is read back, both splits with their ends."""
-  config, s = request.model.config, request.settings
+  config, s = run.model.config, run.settings
   width, height = s.vae_transform.size(width, height)
   vit_width, vit_height = s.vit_transform.size(width, height)
   latents = (height // config.pixel_stride) * (width // config.pixel_stride)
   patches = (vit_height // config.vit.patch_size) * (vit_width // config.vit.patch_size)
   return latents + patches + 4
+
+
+def _announce(run, kind, number, total=0):
+  """Says that a phase begins; the steps that have any report themselves as they go on."""
+  if run.on_progress is not None:
+    run.on_progress(kind, number, 0, total)
 
 
 class _Clock:

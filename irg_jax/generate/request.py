@@ -1,6 +1,7 @@
 """What one `irg generate` asks for, checked as far as that costs nothing."""
 
 import dataclasses
+import math
 import pathlib
 import time
 import types
@@ -167,9 +168,13 @@ def _to_config(instance):
   return config
 
 
-def _from_config(instance, config):
+def _from_config(instance, config, prefix=""):
   fields = {}
   for name, value in config.items():
     old = getattr(instance, name)
-    fields[name] = _from_config(old, value) if dataclasses.is_dataclass(old) else value
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+      raise ValueError(f"{prefix}{name} is {value}, but must be finite")
+    is_group = dataclasses.is_dataclass(old)
+    fields[name] = _from_config(old, value, f"{prefix}{name}.") if is_group else value
   return dataclasses.replace(instance, **fields)

@@ -23,7 +23,7 @@ def run_generate(request: Request) -> None:
   folders = trace_folders(request)
   for folder in folders:
     trace.check_trace_folder(folder)
-  config = _model_config(request)
+  config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
   tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
@@ -31,12 +31,13 @@ def run_generate(request: Request) -> None:
   mesh = sharding.make_mesh(request.mesh)
   with Progress() as progress, jax.set_mesh(mesh):
     progress("read")
-    params = weights.load(request.checkpoint, config, mesh=mesh, dtype=request.dtype)
-    entries = []
+    config, params = weights.load_checkpoint(
+        request.checkpoint, dtype=request.dtype, compute_dtype=request.dtype,
+        shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
+    model, entries = UnifiedTransformer(config), []
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
-      drawn = _generate(request, UnifiedTransformer(config), params, tokenizer, rows, picture,
-                        progress)
+      drawn = _generate(request, model, params, tokenizer, rows, picture, progress)
       entries += [trace.write_trace(folders[i], _trace(request, i, t))
                   for i, t in zip(rows, drawn)]
   if len(folders) > 1:
@@ -57,11 +58,6 @@ def batches(count: int, size: int) -> list[range]:
   return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def _model_config(request):
-  config = weights.read_config(request.checkpoint)
-  return dataclasses.replace(config, dtype=request.dtype) if request.dtype else config
-
-
 def _check_prompts(request, tokenizer):
   # The engine checks each batch; here all of them, before the first one costs anything.
   limit = request.settings.max_prompt_tokens
@@ -73,11 +69,15 @@ def _check_prompts(request, tokenizer):
 
 
 def _generate(request, model, params, tokenizer, rows, picture, progress):
+  # A last batch that is not full repeats its last row: another batch size would compile anew,
+  # and no row's result depends on its neighbours.
+  size = min(request.batch_size, len(request.prompts))
+  padded = [*rows, *[rows[-1]] * (size - len(rows))]
   return irg.generate(
-      model, params, tokenizer, [request.prompts[i] for i in rows],
-      seeds=[request.seed + i for i in rows], settings=request.settings,
+      model, params, tokenizer, [request.prompts[i] for i in padded],
+      seeds=[request.seed + i for i in padded], settings=request.settings,
       system_prompt=request.system_prompt,
-      pictures=None if picture is None else [picture] * len(rows), on_progress=progress)
+      pictures=None if picture is None else [picture] * size, on_progress=progress)[:len(rows)]
 
 
 def _prefix(rows, count):

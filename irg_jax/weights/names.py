@@ -86,30 +86,6 @@ def abstract_params(config: ModelConfig, dtype) -> dict:
   return unflatten({r.path: jax.ShapeDtypeStruct(r.shape, dtype) for r in rows(config)})
 
 
-def tables(config: ModelConfig) -> dict[str, int]:
-  """Published keys of the fixed sin-cos tables and the side of their grid.
-
-  They are no parameters: the model computes the same numbers from positions.
-  """
-  return {"latent_pos_embed.pos_embed": config.max_latent_size,
-          "vit_pos_embed.pos_embed": config.vit.grid_size}
-
-
-def sincos_table(width: int, grid: int) -> np.ndarray:
-  """Fixed 2-D position table, float32 [grid * grid, width], row-major over the grid.
-
-  The first half of the width encodes the column, the second half the row; each half is sines,
-  then cosines, base 10000 (spec section 2). Rounded once, from float64.
-  """
-  frequency = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
-  angle = np.arange(grid, dtype=np.float64)[:, None] * frequency
-  line = np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
-  table = np.empty((grid, grid, width), np.float32)
-  table[..., :width // 2] = line[None, :]
-  table[..., width // 2:] = line[:, None]
-  return table.reshape(grid * grid, width)
-
-
 def flatten(tree: dict) -> dict:
   """Nested dicts -> {path: leaf}."""
   return flax.traverse_util.flatten_dict(tree, sep="/")

@@ -71,9 +71,10 @@ def test_packed_vit_tokens_are_exact(reference):
 def test_packed_latent_position_ids_are_exact(reference):
   want = reference["train/packed_latent_position_ids"]
   shapes = reference["train/latent_shapes"].tolist()
-  # The side of the latent grid is not in the files: the second row of the first picture
-  # starts one grid row further on.
-  grid = int(want[shapes[0][1]])
+  # The side of the latent grid is not in the files: a picture's second row starts it.
+  first = next(i for i, (rows, _) in enumerate(shapes) if rows > 1)
+  start = sum(rows * columns for rows, columns in shapes[:first])
+  grid = int(want[start + shapes[first][1]])
   got = [images.position_ids(rows, columns, grid) for rows, columns in shapes]
   np.testing.assert_array_equal(np.concatenate(got), want)
 

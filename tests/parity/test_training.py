@@ -2,14 +2,15 @@
 
 import functools
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conftest import relative_error
 from irg_jax import flow
 from irg_jax.data.batch import pack_row, stack_rows
 from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.generate import context
 from irg_jax.model import attention
 from irg_jax.train.loss import mean_losses, token_losses
 from irg_jax.weights import names
@@ -19,14 +20,10 @@ TRAIN_SHIFT = 4.0
 
 def read_samples(reference, config):
   """`train_samples.json` as lists of splits, with the recorded latents and patches."""
-  vit_parts = np.split(reference["train/packed_vit_tokens"],
-                       np.cumsum(reference["train/vit_token_seqlens"])[:-1])
-  vit_parts = iter(vit_parts)
+  vit_parts = iter(np.split(reference["train/packed_vit_tokens"],
+                            np.cumsum(reference["train/vit_token_seqlens"])[:-1]))
   latents = zip(reference["train/padded_latent"], reference["train/latent_shapes"])
   latents = iter([_tokens(z, *shape, config.latent_patch_size) for z, shape in latents])
-  pictures = (reference[name].shape for name in sorted(
-      reference.names("train/image_"), key=lambda n: int(n.rsplit("_", 1)[1])))
-  del pictures
 
   def splits(split):
     if split["type"] == "text":
@@ -36,7 +33,7 @@ def read_samples(reference, config):
              for role in ("need_loss", "need_vae") if split[role]]
     if split["need_vit"]:
       patch = config.vit.patch_size
-      columns = _stride_round(split["w"], patch)
+      columns = round(split["w"] / patch)  # these pictures are within the size limits
       roles.append(PictureSplit(None, next(vit_parts).reshape(-1, columns, patch * patch * 3),
                                 need_vit=True))
     return roles
@@ -49,10 +46,6 @@ def _tokens(z, h, w, patch):
   """[channels, padded height, padded width] -> latent tokens [h, w, patch * patch * channels]."""
   z = z.transpose(1, 2, 0)[:h * patch, :w * patch]
   return z.reshape(h, patch, w, patch, -1).swapaxes(1, 2).reshape(h, w, -1)
-
-
-def _stride_round(pixels, stride):
-  return round(pixels / stride)
 
 
 @functools.cache
@@ -91,8 +84,8 @@ def test_mask_and_positions_of_the_packed_row_are_exact(reference, checkpoint):
 
 def test_losses_of_every_token(reference, checkpoint):
   batch = packed(reference, checkpoint.config, checkpoint.special)
-  ce, error = token_losses(checkpoint.model, checkpoint.params["transformer"], batch,
-                           *recorded_draws(reference, batch))
+  ce, error = jax.jit(token_losses, static_argnums=0)(
+      checkpoint.model, checkpoint.params["transformer"], batch, *recorded_draws(reference, batch))
   ce_here = np.asarray(ce)[np.asarray(batch.text_weight) > 0]
   mse_here = np.asarray(error)[np.asarray(batch.latent_weight) > 0]
   np.testing.assert_allclose(ce_here, reference["train/ce_per_token"], rtol=1e-5)
@@ -109,16 +102,23 @@ def test_every_gradient(reference, checkpoint):
   loss = lambda params: mean_losses(
       *token_losses(checkpoint.model, params, batch, *draws), batch)["loss"]
   gradient = jax.jit(jax.grad(loss))(checkpoint.params["transformer"])
-  published = dict(names.to_published({"transformer": gradient}, checkpoint.config))
+  published = dict(as_published(gradient, checkpoint.config))
   norms = reference.json("train_grad_norms.json")
-  checked = 0
+  assert published.keys() == norms.keys()
+  # A bias of the ViT's keys shifts all logits of a query alike: its gradient is rounding.
+  rounding = 1e-7 * max(norms.values())
   for key, norm in norms.items():
-    if key.endswith("pos_embed.pos_embed"):
-      continue
-    np.testing.assert_allclose(np.linalg.norm(published[key]), norm, rtol=1e-4, err_msg=key)
-    checked += 1
-  assert checked == len([k for k in published if not k.endswith("pos_embed.pos_embed")])
+    np.testing.assert_allclose(np.linalg.norm(published[key]), norm, rtol=1e-4, atol=rounding,
+                               err_msg=key)
   for name in reference.names("train/grad/"):
-    want = reference[name]
-    got = published[name.removeprefix("train/grad/")]
-    assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
+    assert relative_error(published[name.removeprefix("train/grad/")], reference[name]) < 1e-4, name
+
+
+def as_published(transformer, config):
+  """(published key, array in published layout) of every parameter of the transformer."""
+  flat = flax.traverse_util.flatten_dict(transformer, sep="/")
+  for row in names.rows(config):
+    if row.path.startswith("transformer/"):
+      x = np.asarray(flat[row.path.removeprefix("transformer/")])
+      for key, layer in zip(row.keys, x if row.layers else [x], strict=True):
+        yield key, row.to_published(layer)

@@ -1,0 +1,188 @@
+"""The JSON files of a published checkpoint folder, read into a ModelConfig and written back.
+
+What they do not say (grid sizes) comes from the shapes in the weights' headers.
+"""
+
+import json
+import math
+import pathlib
+
+from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from irg_jax.weights.errors import CheckpointError
+from irg_jax.weights.folders import write_json
+from irg_jax.weights.tensors import Tensor, find_tensors
+
+NAMES = ("llm_config.json", "vit_config.json", "ae_config.json")
+
+# The published ViT counts its last layer, whose output is never used and which is not stored.
+DROPPED_VIT_LAYERS = 1
+
+# Fields that may be absent, and the only values that the model implements.
+_LLM_FIXED = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,),
+              "use_sliding_window": (False,), "attention_bias": (True,)}
+_VIT_FIXED = {"hidden_act": ("gelu_pytorch_tanh", "gelu_tanh"), "num_channels": (3,),
+              "rope": (False,)}
+_VAE_FIXED = {"in_channels": (3,), "out_ch": (3,)}
+
+
+class _Fields:
+  """A JSON object whose fields are checked as they are asked for."""
+
+  def __init__(self, path, fixed):
+    self.path = path
+    try:
+      self.content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:
+      raise CheckpointError(f"{path}: not readable as JSON: {e}") from e
+    if not isinstance(self.content, dict):
+      raise CheckpointError(f"{path}: expected a JSON object")
+    for name, allowed in fixed.items():
+      if self.content.get(name, allowed[0]) not in allowed:
+        self.fail(name, f"only {' or '.join(map(json.dumps, allowed))} is supported")
+
+  def fail(self, name, why):
+    raise CheckpointError(f"{self.path}: {name} is {json.dumps(self.content.get(name))}; {why}")
+
+  def count(self, name, default=None) -> int:
+    value = self.content.get(name, default)
+    if type(value) is not int or value < 1:
+      self.fail(name, "expected a whole number of at least 1")
+    return value
+
+  def number(self, name, default) -> float:
+    value = self.content.get(name, default)
+    if type(value) not in (int, float) or not math.isfinite(value):
+      self.fail(name, "expected a number")
+    return float(value)
+
+  def heads(self, name, width) -> int:
+    value = self.count(name)
+    if width % value:
+      self.fail(name, f"it must divide {width}")
+    return value
+
+
+def read_config(folder, dtype: str = "float32") -> ModelConfig:
+  """The configuration of a published checkpoint folder.
+
+  Args:
+    folder: with `llm_config.json`, `vit_config.json`, the weights, and `ae_config.json` where
+      the autoencoder is not FLUX.1's own.
+    dtype: of the arithmetic, see `ModelConfig`.
+
+  Raises:
+    CheckpointError: a file that is missing or not understood, a field that the model does not
+      implement, or sizes that contradict each other.
+  """
+  folder = pathlib.Path(folder)
+  llm, vit, vae = _read_llm(folder), _read_vit(folder), _read_vae(folder)
+  tensors = find_tensors(folder, "ema")
+  return ModelConfig(
+      llm=llm, vit=vit, vae=vae, dtype=dtype,
+      max_latent_size=_side(_matrix(tensors, "latent_pos_embed.pos_embed"), 0),
+      latent_patch_size=_side(_matrix(tensors, "vae2llm.weight"), 1, vae.z_channels))
+
+
+def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> None:
+  """Writes the three files; fields of `source`'s files that we do not set are kept."""
+  for name, ours in zip(NAMES, (_llm_json(config.llm), _vit_json(config.vit),
+                                _vae_json(config.vae))):
+    kept = pathlib.Path(source) / name if source is not None else None
+    theirs = _Fields(kept, {}).content if kept is not None and kept.is_file() else {}
+    write_json(folder / name, theirs | ours)
+
+
+def _read_llm(folder):
+  f = _Fields(folder / "llm_config.json", _LLM_FIXED)
+  width = f.count("hidden_size")
+  if width % 4:
+    f.fail("hidden_size", "the position tables need a multiple of 4")
+  heads = f.heads("num_attention_heads", width)
+  if (width // heads) % 2:
+    f.fail("num_attention_heads", f"{width} / {heads} must be even for rotary positions")
+  if f.content.get("head_dim") not in (None, width // heads):
+    f.fail("head_dim", f"only hidden_size / num_attention_heads = {width // heads} is supported")
+  return LlmConfig(
+      vocab_size=f.count("vocab_size"), hidden_size=width, mlp_size=f.count("intermediate_size"),
+      num_layers=f.count("num_hidden_layers"), num_heads=heads,
+      num_kv_heads=f.heads("num_key_value_heads", heads),
+      rope_theta=f.number("rope_theta", 1e6), norm_eps=f.number("rms_norm_eps", 1e-6))
+
+
+def _read_vit(folder):
+  f = _Fields(folder / "vit_config.json", _VIT_FIXED)
+  width, layers, patch = (f.count(n) for n in ("hidden_size", "num_hidden_layers", "patch_size"))
+  if layers <= DROPPED_VIT_LAYERS:
+    f.fail("num_hidden_layers", "the last one is dropped, so there must be at least 2")
+  if f.count("image_size") % patch:
+    f.fail("image_size", f"it must be a multiple of patch_size {patch}")
+  return VitConfig(
+      hidden_size=width, mlp_size=f.count("intermediate_size"),
+      num_layers=layers - DROPPED_VIT_LAYERS, num_heads=f.heads("num_attention_heads", width),
+      patch_size=patch, grid_size=f.count("image_size") // patch,
+      norm_eps=f.number("layer_norm_eps", 1e-6))
+
+
+def _read_vae(folder):
+  if not (folder / "ae_config.json").exists():
+    return VaeConfig()
+  f, flux = _Fields(folder / "ae_config.json", _VAE_FIXED), VaeConfig()
+  mult = f.content.get("ch_mult", list(flux.ch_mult))
+  if not isinstance(mult, list) or not mult or any(type(m) is not int or m < 1 for m in mult):
+    f.fail("ch_mult", "expected a list of whole numbers of at least 1")
+  vae = VaeConfig(
+      ch=f.count("ch", flux.ch), ch_mult=tuple(mult),
+      num_res_blocks=f.count("num_res_blocks", flux.num_res_blocks),
+      z_channels=f.count("z_channels", flux.z_channels),
+      scale_factor=f.number("scale_factor", flux.scale_factor),
+      shift_factor=f.number("shift_factor", flux.shift_factor))
+  if f.count("downsample", vae.downsample) != vae.downsample:
+    f.fail("downsample", f"ch_mult {mult} makes {vae.downsample}")
+  return vae
+
+
+def _matrix(tensors: dict[str, Tensor], key) -> Tensor:
+  if key not in tensors:
+    path = next(iter(tensors.values())).path if tensors else "the weights"
+    raise CheckpointError(f"{path}: lacks {key}; the file is incomplete or of another model")
+  if len(tensors[key].shape) != 2:
+    raise CheckpointError(f"{tensors[key].path}: {key} has shape {tensors[key].shape}; expected "
+                          "two axes")
+  return tensors[key]
+
+
+def _side(tensor, axis, channels=1) -> int:
+  """Side of the square grid that one axis of a tensor lists, `channels` numbers a cell."""
+  cells, rest = divmod(tensor.shape[axis], channels)
+  side = math.isqrt(cells)
+  if rest or side * side != cells or not side:
+    per = f" of {channels} channels" if channels > 1 else ""
+    raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}; axis {axis} must "
+                          f"list a square grid{per}")
+  return side
+
+
+def _llm_json(llm):
+  return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu",
+          "tie_word_embeddings": False, "vocab_size": llm.vocab_size,
+          "hidden_size": llm.hidden_size, "intermediate_size": llm.mlp_size,
+          "num_hidden_layers": llm.num_layers, "num_attention_heads": llm.num_heads,
+          "num_key_value_heads": llm.num_kv_heads, "rope_theta": llm.rope_theta,
+          "rms_norm_eps": llm.norm_eps}
+
+
+def _vit_json(vit):
+  return {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh",
+          "num_channels": 3, "hidden_size": vit.hidden_size, "intermediate_size": vit.mlp_size,
+          "num_hidden_layers": vit.num_layers + DROPPED_VIT_LAYERS,
+          "num_attention_heads": vit.num_heads, "image_size": vit.grid_size * vit.patch_size,
+          "patch_size": vit.patch_size, "layer_norm_eps": vit.norm_eps}
+
+
+def _vae_json(vae):
+  return {"in_channels": 3, "out_ch": 3, "downsample": vae.downsample, "ch": vae.ch,
+          "ch_mult": list(vae.ch_mult), "num_res_blocks": vae.num_res_blocks,
+          "z_channels": vae.z_channels, "scale_factor": vae.scale_factor,
+          "shift_factor": vae.shift_factor}

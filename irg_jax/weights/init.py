@@ -1,0 +1,57 @@
+"""Random parameters: for tests, benchmarks and the demo that has no trained weights."""
+
+import math
+import tempfile
+import zlib
+
+import jax
+import numpy as np
+
+from irg_jax import text
+from irg_jax.config import ModelConfig
+from irg_jax.weights import names, published
+from irg_jax.weights.errors import CheckpointError
+
+EMBEDDING_STD = 0.02
+BYTE_TOKENS = 256 + len(text.CONTROL_NAMES)
+
+
+def random_params(config: ModelConfig, key) -> dict:
+  """Parameters of `names.abstract_params` in `config.param_dtype`.
+
+  Kernels are normal with variance 1 / fan-in, embeddings normal with a standard deviation of
+  0.02, norm scales one, biases zero. Drawn on the host: nothing is compiled for it.
+
+  Args:
+    key: `jax.random.key`.
+  """
+  seed = np.asarray(jax.random.key_data(key)).tolist()
+  dtype = np.dtype(config.param_dtype)
+  leaves = {r.path: jax.numpy.asarray(_draw(r, seed, dtype)) for r in names.rows(config)}
+  return names.unflatten(leaves)
+
+
+def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
+  """Writes random parameters in the published layout with a byte-level tokenizer.
+
+  Raises:
+    CheckpointError: a vocabulary too small for the tokenizer, a `folder` that is not empty.
+  """
+  if config.llm.vocab_size < BYTE_TOKENS:
+    raise CheckpointError(f"llm.vocab_size is {config.llm.vocab_size}; the byte-level tokenizer "
+                          f"needs at least {BYTE_TOKENS}")
+  with tempfile.TemporaryDirectory() as source:
+    text.write_byte_tokenizer(source)
+    params = random_params(config, jax.random.key(seed))
+    published.save(folder, params, config, source=source)
+
+
+def _draw(row, seed, dtype):
+  name = row.path.rsplit("/", 1)[-1]
+  if name in ("scale", "bias"):
+    return np.full(row.shape, name == "scale", dtype)
+  # The seed depends on the path, not on the order of the table.
+  rng = np.random.default_rng([*seed, zlib.crc32(row.path.encode())])
+  fan_in = math.prod(row.layer_shape[:-1])
+  std = EMBEDDING_STD if name == "embedding" else fan_in**-0.5
+  return (rng.standard_normal(row.shape, np.float32) * np.float32(std)).astype(dtype)

@@ -1,0 +1,227 @@
+"""Checkpoints in the published layout: `ema.safetensors` (or shards), `ae.safetensors`, JSON.
+
+Both directions go one tensor at a time, so that no second copy of the model ever exists.
+"""
+
+import functools
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from irg_jax.config import ModelConfig
+from irg_jax.weights import names
+from irg_jax.weights.configs import read_config, write_configs
+from irg_jax.weights.errors import CheckpointError, listing
+from irg_jax.weights.folders import copy_tokenizer, new_folder
+from irg_jax.weights.names import Row
+from irg_jax.weights.tables import check_table, sincos_table, table_grids
+from irg_jax.weights.tensors import DTYPES, Tensor, all_finite, find_tensors
+from irg_jax.weights.writing import Pending, write_tensors
+
+ALIGNMENT = 64  # bytes; JAX takes over a host buffer without a copy if it starts at a multiple
+
+
+def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None) -> dict:
+  """Reads the parameters of a published checkpoint folder straight into their shards.
+
+  Every key and shape is checked before any tensor is read. The position tables are compared
+  with the computed ones and left out.
+
+  Args:
+    folder: the checkpoint folder.
+    config: None reads the folder's own.
+    shardings: pytree of `jax.sharding.Sharding` with the structure of
+      `names.abstract_params`; a process reads only what its devices hold. None puts
+      everything on the default device.
+    dtype: of the parameters; None keeps each one's own.
+
+  Returns:
+    {"transformer": ..., "vae": ...} of arrays.
+
+  Raises:
+    CheckpointError: a file or key that is missing, surplus, double, of another shape,
+      truncated or not finite, a table that disagrees, a config that contradicts the weights.
+  """
+  folder = pathlib.Path(folder)
+  config = config or read_config(folder)
+  tensors = {stem: find_tensors(folder, stem) for stem in ("ema", "ae")}
+  grids = table_grids(config)
+  for stem, found in tensors.items():
+    _check_header(stem, found, config, dtype)
+  for key, grid in grids.items():
+    check_table(tensors["ema"][key], grid)
+  placed = _by_path(shardings, config)
+  leaves = {}
+  for row in names.rows(config):
+    layers = [tensors[row.file][key] for key in row.keys]
+    leaves[row.path] = _load_row(row, layers, placed[row.path], dtype)
+  return names.unflatten(leaves)
+
+
+def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
+         max_shard_bytes: int | None = None) -> None:
+  """Writes parameters in the published layout; the folder appears only when it is complete.
+
+  What `load` read comes out bit for bit in the same dtype; the position tables are computed
+  anew, in the dtype of the layer that they are added to.
+
+  Args:
+    folder: must not exist, or be empty.
+    params: {"transformer": ..., "vae": ...} of arrays, sharded or not, jax or numpy.
+    dtype: to write; None keeps each parameter's own.
+    source: a checkpoint folder whose tokenizer files and further config fields to keep.
+    max_shard_bytes: splits `ema.safetensors` into files of at most so many bytes of tensors.
+
+  Raises:
+    CheckpointError: parameters that do not fit `config`, are not finite, or do not fit
+      `dtype`; a folder that is not empty.
+  """
+  leaves = names.check_params(params, config)
+  pending = {stem: [] for stem in ("ema", "ae")}
+  for row in names.rows(config):
+    pending[row.file] += _pending(row, leaves[row.path], dtype)
+  pending["ema"] += _pending_tables(leaves, config, dtype)
+  with new_folder(folder) as partial:
+    write_configs(partial, config, source)
+    write_tensors(partial, "ema", pending["ema"], max_shard_bytes)
+    write_tensors(partial, "ae", pending["ae"])
+    copy_tokenizer(source, partial)
+
+
+def _by_path(shardings, config) -> dict:
+  paths = {row.path for row in names.rows(config)}
+  if shardings is None:
+    return dict.fromkeys(paths)
+  placed = names.flatten(shardings)
+  if placed.keys() != paths:
+    raise ValueError(f"shardings do not have the structure of the parameters; they differ in "
+                     f"{listing(placed.keys() ^ paths)}")
+  return placed
+
+
+def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
+  """Keys, shapes and dtypes of one file (or its shards) against the table."""
+  table = [row for row in names.rows(config) if row.file == stem]
+  shapes = {key: row.published_shape for row in table for key in row.keys}
+  if stem == "ema":
+    shapes |= {k: (n * n, config.llm.hidden_size) for k, n in table_grids(config).items()}
+  path = next((t.path for t in tensors.values()), f"{stem}.safetensors")
+  missing, surplus = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+  if missing or surplus:
+    raise CheckpointError(
+        f"{path}: not the keys of this model; missing: {listing(missing) or 'none'}; surplus: "
+        f"{listing(surplus) or 'none'}{_layer_hint(tensors, table)}")
+  for row in table:
+    for key in row.keys:
+      _check_shape(tensors[key], row.published_shape, row.config_file)
+    _check_dtype(row, [tensors[key] for key in row.keys], dtype)
+  for key in shapes.keys() & table_grids(config).keys():
+    _check_shape(tensors[key], shapes[key], "vit_config.json or llm_config.json")
+
+
+def _layer_hint(tensors, table) -> str:
+  """Says so where the file has more or fewer layers than the config."""
+  for row in table:
+    if row.layers:
+      pattern = re.escape(row.key).replace(re.escape("{layer}"), r"(\d+)")
+      found = sum(re.fullmatch(pattern, key) is not None for key in tensors)
+      if found not in (0, row.layers):
+        return (f". {row.config_file} makes {row.layers} layers, the file has {found} of "
+                f"{row.key}; use the config of these weights")
+  return "; use the complete files of one model"
+
+
+def _check_shape(tensor, shape, config_file):
+  if tensor.shape != shape:
+    raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}, but {shape} "
+                          f"follows from {config_file}; use the config of these weights")
+
+
+def _check_dtype(row, layers, dtype):
+  first = layers[0]
+  for t in layers:
+    if dtype is None and t.dtype != first.dtype:
+      raise CheckpointError(f"{t.path}: {t.key} is {t.dtype} but {first.key} is {first.dtype}; "
+                            f"they become one array {row.path}, so choose a dtype for all")
+  if dtype is None and first.dtype == np.float64:
+    raise CheckpointError(f"{first.path}: {first.key} is float64; choose dtype float32")
+
+
+def _load_row(row: Row, layers: list[Tensor], sharding, dtype):
+  dtype = np.dtype(dtype or layers[0].dtype)
+
+  @functools.cache  # devices that hold the same piece share one read and one buffer
+  def read(bounds):
+    return _read(row, layers, tuple(slice(*b) for b in bounds), dtype)
+
+  def shard(index):
+    return read(tuple(s.indices(n)[:2] for s, n in zip(index, row.shape)))
+
+  if sharding is None:
+    array = jax.device_put(shard((slice(None),) * len(row.shape)))
+  else:
+    array = jax.make_array_from_callback(row.shape, sharding, shard, dtype=dtype)
+  return array.block_until_ready()  # so that host buffers do not queue up for the device
+
+
+def _read(row, layers, index, dtype):
+  """One shard of a parameter, layers stacked, in our layout."""
+  if row.layers:
+    layers, index = layers[index[0]], index[1:]
+  out = _aligned_empty((len(layers), *(s.stop - s.start for s in index)), dtype)
+  for layer, target in zip(layers, out):
+    layer.read_into(row.to_published(target), row.to_published_index(index))
+  return out if row.layers else out[0]
+
+
+def _aligned_empty(shape, dtype):
+  size = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(size + ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % ALIGNMENT
+  return buffer[start:start + size].view(dtype).reshape(shape)
+
+
+def _pending(row, leaf, dtype) -> list[Pending]:
+  dtype = _writable(dtype or leaf.dtype, row.path)
+  make = lambda layer: _to_host(row, leaf, layer, dtype)
+  return [Pending(key, dtype, row.published_shape, functools.partial(make, layer))
+          for layer, key in enumerate(row.keys)]
+
+
+def _pending_tables(leaves, config, dtype) -> list[Pending]:
+  added_to = {"latent_pos_embed.pos_embed": "transformer/latent_embed/kernel",
+              "vit_pos_embed.pos_embed": "transformer/connector/fc2/kernel"}
+  width, tensors = config.llm.hidden_size, []
+  for key, grid in table_grids(config).items():
+    to = np.dtype(dtype or leaves[added_to[key]].dtype)
+    make = lambda grid=grid, to=to: sincos_table(width, grid).astype(to)
+    tensors.append(Pending(key, to, (grid * grid, width), make))
+  return tensors
+
+
+def _writable(dtype, path):
+  dtype = np.dtype(dtype)
+  if dtype not in DTYPES.values():
+    raise CheckpointError(f"{path}: cannot write dtype {dtype}; choose one of "
+                          f"{', '.join(map(str, DTYPES.values()))}")
+  return dtype
+
+
+def _to_host(row, leaf, layer, dtype):
+  """One layer of a parameter in the published layout and dtype, checked to be finite."""
+  if not row.layers:
+    x = leaf
+  elif isinstance(leaf, jax.Array):
+    x = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)  # on the device: one layer moves
+  else:
+    x = leaf[layer]
+  x = np.asarray(x)
+  with np.errstate(over="ignore"):  # reported below
+    y = x.astype(dtype, copy=False)
+  if not all_finite(y):
+    cause = f"numbers too large for {dtype}" if all_finite(x) else "NaN or infinite numbers"
+    raise CheckpointError(f"{row.path} ({row.keys[layer]}): has {cause}; nothing was written")
+  return row.to_published(y)

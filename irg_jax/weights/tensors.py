@@ -1,0 +1,184 @@
+"""Safetensors files, read and written piece by piece.
+
+The library checks and parses; the data itself goes through small memory maps of our own,
+because a map that stays open counts every page it has touched as memory of the process.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from irg_jax.weights.errors import CheckpointError, listing
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+# Bytes and rows looked at a time. Rows are few so that both sides of a transposing copy stay in
+# the cache.
+CHUNK = 4 * 2**20
+ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor in a file. Nothing of it is in memory.
+
+  Attributes:
+    offset: of its first byte in the file.
+  """
+
+  path: pathlib.Path
+  key: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int
+
+  def read_into(self, out: np.ndarray, index: tuple | None = None) -> None:
+    """out[...] = tensor[index], cast to out's dtype, reading only the pages it needs.
+
+    Args:
+      out: any writable array or view of the shape that `index` selects.
+      index: a slice of step 1 for each axis; None takes everything.
+
+    Raises:
+      CheckpointError: a number that is not finite, or not finite any more in out's dtype.
+    """
+    first, *rest = index or (slice(None),) * len(self.shape)
+    start, stop, _ = first.indices(self.shape[0])
+    row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+    step = max(1, min(CHUNK // row_bytes, ROWS))
+    for row in range(start, stop, step):
+      block = out[row - start:row - start + step]
+      with np.errstate(over="ignore"):  # reported below
+        block[...] = self._map()[(slice(row, min(row + step, stop)), *rest)]
+      if not _finite(block):
+        self._raise_not_finite(out.dtype, row, min(row + step, stop))
+
+  def _map(self):
+    return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+  def _raise_not_finite(self, dtype, start, stop):
+    if _finite(np.array(self._map()[start:stop])):
+      raise CheckpointError(f"{self.path}: {self.key} has numbers too large for {dtype}; use "
+                            "bfloat16 or float32")
+    raise CheckpointError(f"{self.path}: {self.key} has NaN or infinite numbers (rows {start} to "
+                          f"{stop - 1}); the file is damaged or its training diverged")
+
+
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of one file, by key, in the order of the file.
+
+  Raises:
+    CheckpointError: no such file, not safetensors, truncated, a key twice, a dtype that is
+      not a float.
+  """
+  if not path.is_file():
+    raise CheckpointError(f"{path}: no such file")
+  try:
+    with safetensors.safe_open(path, framework="numpy"):
+      pass  # opening checks the header against itself and against the file's length
+  except (safetensors.SafetensorError, OSError) as e:
+    raise CheckpointError(f"{path}: not a complete safetensors file ({e}); download or write it "
+                          "again") from e
+  with open(path, "rb") as f:
+    length = int.from_bytes(f.read(8), "little")
+    header = json.loads(f.read(length), object_pairs_hook=lambda p: _unique(p, path))
+  header.pop("__metadata__", None)
+  return {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
+
+
+def all_finite(x: np.ndarray) -> bool:
+  """Whether `x` holds no NaN and no infinity, looked at piece by piece."""
+  flat, step = x.reshape(-1), CHUNK // x.dtype.itemsize
+  return all(_finite(flat[i:i + step]) for i in range(0, flat.size, step))
+
+
+def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
+  """The tensors of `stem`.safetensors, or of the shards that an index names.
+
+  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json.
+
+  Raises:
+    CheckpointError: see `read_header`; also an index and shards that disagree.
+  """
+  single = folder / f"{stem}.safetensors"
+  index = folder / f"{stem}.safetensors.index.json"
+  if single.is_file() and index.is_file():
+    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the stale one")
+  if single.is_file():
+    return read_header(single)
+  for path in (index, folder / "model.safetensors.index.json"):
+    if path.is_file() and (path == index or stem == "ema"):
+      return _read_shards(path)
+  raise CheckpointError(f"{single}: no such file, and no {index.name} beside it")
+
+
+def _finite(x):
+  if x.dtype == ml_dtypes.bfloat16:  # whose own isfinite goes number by number
+    exponent = np.uint16(0x7F80)
+    return ((x.view(np.uint16) & exponent) != exponent).all()
+  return np.isfinite(x).all()
+
+
+def _unique(pairs, path):
+  entries = dict(pairs)
+  if len(entries) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    raise CheckpointError(f"{path}: holds {listing(twice)} twice; write the file again")
+  return entries
+
+
+def _tensor(path, key, entry, data_start):
+  if entry["dtype"] not in DTYPES:
+    raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; expected one of "
+                          f"{', '.join(DTYPES)}")
+  return Tensor(path, key, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+                data_start + entry["data_offsets"][0])
+
+
+def _read_shards(index):
+  weight_map = _read_index(index)
+  tensors = {}
+  for name in sorted(set(weight_map.values())):
+    path = index.parent / name
+    if not path.is_file():
+      raise CheckpointError(f"{path}: no such file, though {index.name} names it")
+    shard = read_header(path)
+    for key in shard.keys() & tensors.keys():
+      raise CheckpointError(f"{path}: {key} is in {tensors[key].path.name} too; one of them must go")
+    tensors |= shard
+  surplus = tensors.keys() - weight_map.keys()
+  if surplus:
+    raise CheckpointError(f"{index}: does not name {listing(surplus)}, which "
+                          f"{tensors[min(surplus)].path.name} holds")
+  for key, name in weight_map.items():
+    if key not in tensors or tensors[key].path.name != name:
+      raise CheckpointError(f"{index.parent / name}: lacks {key}, which {index.name} places there")
+  return tensors
+
+
+def _read_index(index):
+  try:
+    content = json.loads(index.read_text(encoding="utf-8"),
+                         object_pairs_hook=lambda p: _unique(p, index))
+  except CheckpointError:
+    raise
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"{index}: not readable as JSON: {e}") from e
+  weight_map = content.get("weight_map") if isinstance(content, dict) else None
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise CheckpointError(f"{index}: has no weight_map from key to file")
+  for key, name in weight_map.items():
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+      raise CheckpointError(f"{index}: weight_map places {key} in {name!r}; expected a file name")
+  return weight_map
