@@ -50,7 +50,8 @@ def _run(folder, size):
   cases = [("float32", 1, "stored"), ("bfloat16", 1, "stored"), ("float32", 1, "bfloat16"),
            ("float32", DEVICES, "stored"), ("bfloat16", DEVICES, "stored"),
            ("orbax", 1, "stored"), ("orbax", DEVICES, "stored")]
-  print(f"{'checkpoint':12}{'devices':>8}  {'dtype':10}{'arrays GB':>10}{'peak GB':>10}{'ratio':>8}")
+  print(f"{'checkpoint':12}{'devices':>8}  {'dtype':10}{'arrays GB':>10}{'peak GB':>10}"
+        f"{'ratio':>8}")
   worst = 0.0
   for name, devices, dtype in cases:
     peak, arrays = _in_fresh_process(folder / name, devices, dtype)

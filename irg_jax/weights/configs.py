@@ -17,6 +17,12 @@ NAMES = ("llm_config.json", "vit_config.json", "ae_config.json")
 # The published ViT counts its last layer, whose output is never used and which is not stored.
 DROPPED_VIT_LAYERS = 1
 
+# What other tools want to find; a folder that says something else keeps it.
+_LABELS = {
+    "llm_config.json": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "vit_config.json": {"model_type": "siglip_vision_model"},
+}
+
 # Fields that may be absent, and the only values that the model implements.
 _LLM_FIXED = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,),
               "use_sliding_window": (False,), "attention_bias": (True,)}
@@ -91,7 +97,7 @@ def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> Non
                                 _vae_json(config.vae))):
     kept = pathlib.Path(source) / name if source is not None else None
     theirs = _Fields(kept, {}).content if kept is not None and kept.is_file() else {}
-    write_json(folder / name, theirs | ours)
+    write_json(folder / name, _LABELS.get(name, {}) | theirs | ours)
 
 
 def _read_llm(folder):
@@ -158,15 +164,14 @@ def _side(tensor, axis, channels=1) -> int:
   cells, rest = divmod(tensor.shape[axis], channels)
   side = math.isqrt(cells)
   if rest or side * side != cells or not side:
-    per = f" of {channels} channels" if channels > 1 else ""
+    per = f" of {channels} channels (z_channels of ae_config.json)" if channels > 1 else ""
     raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}; axis {axis} must "
                           f"list a square grid{per}")
   return side
 
 
 def _llm_json(llm):
-  return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu",
-          "tie_word_embeddings": False, "vocab_size": llm.vocab_size,
+  return {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": llm.vocab_size,
           "hidden_size": llm.hidden_size, "intermediate_size": llm.mlp_size,
           "num_hidden_layers": llm.num_layers, "num_attention_heads": llm.num_heads,
           "num_key_value_heads": llm.num_kv_heads, "rope_theta": llm.rope_theta,
@@ -174,8 +179,8 @@ def _llm_json(llm):
 
 
 def _vit_json(vit):
-  return {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh",
-          "num_channels": 3, "hidden_size": vit.hidden_size, "intermediate_size": vit.mlp_size,
+  return {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
+          "hidden_size": vit.hidden_size, "intermediate_size": vit.mlp_size,
           "num_hidden_layers": vit.num_layers + DROPPED_VIT_LAYERS,
           "num_attention_heads": vit.num_heads, "image_size": vit.grid_size * vit.patch_size,
           "patch_size": vit.patch_size, "layer_norm_eps": vit.norm_eps}

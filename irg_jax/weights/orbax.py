@@ -93,9 +93,12 @@ def _restore(path, wanted):
 
 
 def _groups(wanted):
-  """Names in groups of at most 1 / `GROUPS` of all bytes, or one larger parameter."""
+  """Names in groups of at most 1 / `GROUPS` of all bytes, or one larger parameter.
+
+  The largest come first, while there is room for their copies.
+  """
   limit, groups, size = sum(map(_bytes, wanted.values())) / GROUPS, [[]], 0
-  for name, x in wanted.items():
+  for name, x in sorted(wanted.items(), key=lambda item: -_bytes(item[1])):
     if groups[-1] and size + _bytes(x) > limit:
       groups.append([])
       size = 0

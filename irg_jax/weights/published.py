@@ -131,7 +131,8 @@ def _layer_hint(tensors, table) -> str:
       if found not in (0, row.layers):
         return (f". {row.config_file} makes {row.layers} layers, the file has {found} of "
                 f"{row.key}; use the config of these weights")
-  return "; use the complete files of one model"
+  configs = " and ".join(sorted({row.config_file for row in table}))
+  return f"; complete the file, or use the {configs} of these weights"
 
 
 def _check_shape(tensor, shape, config_file):
@@ -212,16 +213,18 @@ def _writable(dtype, path):
 
 def _to_host(row, leaf, layer, dtype):
   """One layer of a parameter in the published layout and dtype, checked to be finite."""
-  if not row.layers:
-    x = leaf
-  elif isinstance(leaf, jax.Array):
-    x = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)  # on the device: one layer moves
-  else:
-    x = leaf[layer]
-  x = np.asarray(x)
+  if row.layers and isinstance(leaf, jax.Array) and not _is_host_memory(leaf):
+    # On the device, so that one layer moves to the host and no copy of all stays with the array.
+    leaf, layer = jax.lax.dynamic_index_in_dim(leaf, layer), 0
+  x = np.asarray(leaf)[layer] if row.layers else np.asarray(leaf)
   with np.errstate(over="ignore"):  # reported below
     y = x.astype(dtype, copy=False)
   if not all_finite(y):
     cause = f"numbers too large for {dtype}" if all_finite(x) else "NaN or infinite numbers"
     raise CheckpointError(f"{row.path} ({row.keys[layer]}): has {cause}; nothing was written")
   return row.to_published(y)
+
+
+def _is_host_memory(x: jax.Array) -> bool:
+  """Whether numpy can look at `x` without a copy."""
+  return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"

@@ -113,7 +113,8 @@ def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
   single = folder / f"{stem}.safetensors"
   index = folder / f"{stem}.safetensors.index.json"
   if single.is_file() and index.is_file():
-    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the stale one")
+    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
+                          "that is stale")
   if single.is_file():
     return read_header(single)
   for path in (index, folder / "model.safetensors.index.json"):
@@ -155,7 +156,8 @@ def _read_shards(index):
       raise CheckpointError(f"{path}: no such file, though {index.name} names it")
     shard = read_header(path)
     for key in shard.keys() & tensors.keys():
-      raise CheckpointError(f"{path}: {key} is in {tensors[key].path.name} too; one of them must go")
+      raise CheckpointError(f"{path}: {key} is in {tensors[key].path.name} too; remove one of "
+                            "them and its file from the index")
     tensors |= shard
   surplus = tensors.keys() - weight_map.keys()
   if surplus:

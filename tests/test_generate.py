@@ -1,0 +1,271 @@
+"""Interleaved generation on a tiny random model: batches, meshes, edge cases, compilations."""
+
+import dataclasses
+import functools
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from irg_jax import config as config_lib
+from irg_jax import sharding
+from irg_jax.config import SpecialTokens
+from irg_jax.generate import irg, steps
+from irg_jax.generate.settings import Guidance, Settings
+from irg_jax.images import ImageTransform
+from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.weights.init import random_params
+
+CONFIG = config_lib.from_dict(runpy.run_path(
+    str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"))["get_config"]().model.to_dict())
+MODEL = UnifiedTransformer(CONFIG)
+SPECIAL = SpecialTokens(text_start=256, text_end=257, image_start=258, image_end=259)
+SETTINGS = Settings(
+    rounds=2, height=32, width=48, steps=4, think_limit=12, max_prompt_tokens=60, temperature=1.0,
+    vae_transform=ImageTransform(128, 32, 16), vit_transform=ImageTransform(112, 28, 14))
+ONE_ROUND = dataclasses.replace(SETTINGS, rounds=1)
+SYSTEM = (1, 2, 3)
+PROMPTS = [(5, 6, 7), tuple(range(20, 60)), (9,), (70, 71, 72, 73, 74)]
+SEEDS = [3, 1, 4, 15]
+
+
+class IdTokenizer:
+  """Texts are tuples of ids."""
+
+  def __init__(self, special=SPECIAL):
+    self.special = special
+
+  def encode(self, text):
+    return [int(i) for i in text]
+
+  def decode(self, ids):
+    return tuple(int(i) for i in ids)
+
+
+@functools.cache
+def params():
+  return random_params(CONFIG, jax.random.key(0))
+
+
+def generate(prompts=PROMPTS, seeds=SEEDS, settings=SETTINGS, system=SYSTEM, special=SPECIAL,
+             weights=None, **kwargs):
+  return irg.generate(MODEL, weights or params(), IdTokenizer(special), prompts, seeds=seeds,
+                      settings=settings, system_prompt=system, **kwargs)
+
+
+@functools.cache
+def batch_of_four():
+  return generate()
+
+
+def assert_same(got, want):
+  """The same thoughts, latents within 1e-4, pictures but for rounding at a level's edge."""
+  assert len(got.rounds) == len(want.rounds)
+  for a, b in zip(got.rounds, want.rounds):
+    assert a.thought == b.thought
+    error = np.linalg.norm(a.latents - b.latents) / np.linalg.norm(b.latents)
+    assert error < 1e-4
+    assert np.abs(a.picture.astype(int) - b.picture).max() <= 1
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_row_of_a_batch_is_what_it_is_alone(row):
+  alone, = generate([PROMPTS[row]], [SEEDS[row]])
+  assert_same(batch_of_four()[row], alone)
+
+
+def test_rows_differ():
+  first, second = (t.rounds[0] for t in batch_of_four()[:2])
+  assert first.thought != second.thought
+  assert np.abs(first.latents - second.latents).max() > 0.1
+
+
+def test_the_order_of_the_rows_does_not_matter():
+  order = [2, 0, 3, 1]
+  shuffled = generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order])
+  for place, row in enumerate(order):
+    assert_same(shuffled[place], batch_of_four()[row])
+
+
+def test_eight_devices_give_what_one_gives_and_hold_their_part():
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  weights = jax.device_put(params(), sharding.parameter_shardings(params(), mesh))
+  up = weights["transformer"]["decoder"]["layers"]["und"]["up"]["kernel"]
+  layers, width, mlp = up.shape
+  assert up.addressable_shards[0].data.shape == (layers, width // 2, mlp // 2)
+  with jax.set_mesh(mesh):
+    for got, want in zip(generate(weights=weights), batch_of_four()):
+      assert_same(got, want)
+    run = irg._prepare(MODEL, weights, IdTokenizer(), PROMPTS, SEEDS, SETTINGS, SYSTEM, None, None,
+                       None)
+    ctx = irg._begin(run, irg.plan_cache(run)[0])
+    latents = irg._draw(run, ctx, 0)
+  layers, B, slots, heads, dim = ctx.k.shape
+  assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, slots, heads // 2, dim)
+  assert ctx.visible.addressable_shards[0].data.shape[0] == B // 4
+  assert latents.addressable_shards[0].data.shape[0] == B // 4
+
+
+def test_an_empty_guidance_context_works_in_a_batch():
+  settings = dataclasses.replace(ONE_ROUND, think=False)
+  both = generate(PROMPTS[:2], SEEDS[:2], settings, system=())
+  for row in range(2):
+    alone, = generate([PROMPTS[row]], [SEEDS[row]], settings, system=())
+    assert_same(both[row], alone)
+    assert np.isfinite(both[row].rounds[0].latents).all()
+  unguided = dataclasses.replace(settings, first=Guidance(text_scale=1.0))
+  plain, = generate(PROMPTS[:1], SEEDS[:1], unguided, system=())
+  assert np.abs(plain.rounds[0].latents - both[0].rounds[0].latents).max() > 1e-3
+
+
+@functools.cache
+def silent_params():
+  """All logits are equal, so greedy decoding always writes token 0."""
+  zeroed = jax.tree.map(lambda x: x, params())
+  zeroed["transformer"]["heads"]["text"]["kernel"] *= 0
+  return zeroed
+
+
+def test_a_thought_that_ends_at_once_and_one_that_hits_the_limit():
+  greedy = dataclasses.replace(ONE_ROUND, temperature=0.0)
+  at_once = dataclasses.replace(SPECIAL, text_end=0)
+  thought = generate(PROMPTS[:1], [0], greedy, special=at_once, weights=silent_params())[0].rounds[0].thought
+  assert thought == irg.Thought(text=(), ids=(), hit_limit=False)
+  thought = generate(PROMPTS[:1], [0], greedy, weights=silent_params())[0].rounds[0].thought
+  assert thought == irg.Thought(text=(0,) * 11, ids=(0,) * 11, hit_limit=True)
+
+
+def test_a_limit_of_one_leaves_no_room_for_text():
+  thought = generate(PROMPTS[:1], [0], dataclasses.replace(ONE_ROUND, think_limit=1))[0].rounds[0].thought
+  assert thought.ids == () and thought.hit_limit
+
+
+def test_rows_end_their_thoughts_apart():
+  counts = {len(r.thought.ids) for t in irg_rows_with_frequent_ends() for r in t.rounds}
+  assert len(counts) > 1
+
+
+def irg_rows_with_frequent_ends():
+  """Half of all tokens end the text, so thoughts of a batch differ in length."""
+  class Ends(IdTokenizer):
+    pass
+
+  weights = jax.tree.map(lambda x: x, params())
+  kernel = weights["transformer"]["heads"]["text"]["kernel"]
+  weights["transformer"]["heads"]["text"]["kernel"] = kernel * 0.5
+  settings = dataclasses.replace(SETTINGS, top_k=3)
+  return irg.generate(MODEL, weights, Ends(dataclasses.replace(SPECIAL, text_end=likely_token(weights))),
+                      PROMPTS, seeds=SEEDS, settings=settings, system_prompt=SYSTEM)
+
+
+def likely_token(weights):
+  """The token that the first thought of some row starts with."""
+  run = irg._prepare(MODEL, weights, IdTokenizer(), PROMPTS, SEEDS, SETTINGS, SYSTEM, None, None, None)
+  ctx = irg._begin(run, irg.plan_cache(run)[0])
+  return irg._think(run, ctx, 0)[1][0].ids[1]
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 4])
+def test_any_number_of_rounds_begins_alike(rounds):
+  longer = generate(PROMPTS[:1], SEEDS[:1], dataclasses.replace(SETTINGS, rounds=rounds))[0]
+  assert len(longer.rounds) == rounds
+  for got, want in zip(longer.rounds, batch_of_four()[0].rounds):
+    assert got.thought == want.thought
+    assert np.abs(got.latents - want.latents).max() < 1e-3
+
+
+def test_a_window_forgets_old_rounds_and_a_small_cache_forces_one():
+  three = dataclasses.replace(SETTINGS, rounds=3)
+  everything = generate(PROMPTS[:1], SEEDS[:1], three)[0]
+  windowed = generate(PROMPTS[:1], SEEDS[:1], dataclasses.replace(three, window=1))[0]
+  for round_number in (0, 1):
+    assert windowed.rounds[round_number].thought == everything.rounds[round_number].thought
+  assert np.abs(windowed.rounds[2].latents - everything.rounds[2].latents).max() > 1e-3
+
+  run = irg._prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], SEEDS[:1],
+                     dataclasses.replace(three, window=1), SYSTEM, None, None, None)
+  small, _ = irg.plan_cache(run)
+  squeezed = dataclasses.replace(three, cache_size=small)
+  assert irg.plan_cache(dataclasses.replace(run, settings=squeezed)) == (small, 1)
+  assert_same(generate(PROMPTS[:1], SEEDS[:1], squeezed)[0], windowed)
+
+
+def test_a_cache_too_small_for_one_round_is_refused():
+  with pytest.raises(ValueError, match="cache_size 100 is too small.*at least"):
+    generate(settings=dataclasses.replace(SETTINGS, cache_size=100))
+
+
+def test_editing_depends_on_picture_and_instruction():
+  pictures = [np.full((48, 32, 3), level, np.uint8) for level in (20, 200)]
+  edited = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, pictures=pictures)
+  swapped = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, pictures=pictures[::-1])
+  alone, = generate(PROMPTS[:1], SEEDS[:1], ONE_ROUND, pictures=pictures[:1])
+  assert_same(edited[0], alone)
+  assert np.abs(edited[0].rounds[0].latents - swapped[0].rounds[0].latents).max() > 1e-3
+
+
+def test_answers_about_pictures_and_chat():
+  tokenizer = IdTokenizer()
+  ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS[:2], seeds=[0, 0],
+                          settings=dataclasses.replace(SETTINGS, temperature=0.0))
+  rng = np.random.default_rng(0)
+  picture = rng.integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
+  about = ask(pictures=list(picture))
+  assert len(about) == 2 and all(len(a.ids) == 11 or not a.hit_limit for a in about)
+  assert [a.ids for a in about] != [a.ids for a in ask()]
+
+
+def test_later_prompts_of_any_length_compile_nothing():
+  generate(PROMPTS[:1], [0])
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+  for length in (1, 2, 5, 17, 30, 60):
+    generate([tuple(range(length))], [length])
+  assert not compiled
+
+
+def test_progress_reports_every_step_of_every_phase():
+  events = []
+  generate(PROMPTS[:1], [0], on_progress=lambda *e: events.append(e))
+  jax.effects_barrier()
+  for number in (0, 1):
+    for kind, total in (("think", 11), ("draw", 3)):
+      steps_seen = [e[2] for e in events if e[:2] == (kind, number)]
+      assert sorted(steps_seen) == list(range(total + 1)), kind
+  assert {e[0] for e in events} == {"prompt", "think", "draw", "decode", "encode"}
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(rounds=0), "rounds is 0"),
+    (dict(height=40), "height 40 is not a positive multiple of 16"),
+    (dict(width=4096), "width 4096 is more than the 128"),
+    (dict(steps=1), "steps is 1"),
+    (dict(think_limit=0), "think_limit is 0"),
+    (dict(window=0), "window is 0"),
+    (dict(think=False), "rounds is 2, but without thinking"),
+    (dict(temperature=-1.0), "temperature >= 0"),
+    (dict(first=Guidance(renorm="none")), "first.renorm is 'none'"),
+])
+def test_settings_that_make_no_sense_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    generate(settings=dataclasses.replace(SETTINGS, **change))
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(prompts=[(1,) * 61], seeds=[0]), "prompt 0 has 61 tokens.*raise max_prompt_tokens"),
+    (dict(seeds=[1]), "4 prompts but 1 seeds"),
+    (dict(seeds=[1, 2, 3, -4]), "seeds must be from 0"),
+    (dict(prompts=[(1,)], seeds=[0], pictures=[]), "1 prompts but 0 pictures"),
+])
+def test_requests_that_cannot_work_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    generate(**arguments)
+
+
+def test_guidance_needs_only_the_views_it_uses():
+  assert steps.guidance_views(Guidance(text_scale=1.0, image_scale=2.0)) == (0,)
+  assert steps.guidance_views(Guidance(text_scale=2.0, image_scale=1.0)) == (0, 1)
+  assert steps.guidance_views(Guidance(text_scale=2.0, image_scale=2.0)) == (0, 1, 2)

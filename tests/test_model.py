@@ -1,0 +1,228 @@
+"""What the unified transformer must not see, must not run and must not allocate."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+
+from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
+from irg_jax.data.batch import pack_row, stack_rows
+from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
+from irg_jax.model.attention import NOISE, PADDING, Tokens
+from irg_jax.model.layers import apply_rope, rope_table, sincos_2d, timestep_features
+from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.model.vae import Vae
+from irg_jax.train.loss import mean_losses, token_losses
+from irg_jax.weights import names
+
+CONFIG = ModelConfig(
+    llm=LlmConfig(vocab_size=32, hidden_size=16, mlp_size=24, num_layers=2, num_heads=4,
+                  num_kv_heads=2),
+    vit=VitConfig(hidden_size=8, mlp_size=12, num_layers=1, num_heads=2, patch_size=2, grid_size=4),
+    vae=VaeConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=2),
+    max_latent_size=4)
+SPECIAL = SpecialTokens(text_start=28, text_end=29, image_start=30, image_end=31)
+U, G, P = 44, 14, 9  # buffers that hold the two samples below and some padding
+
+
+@functools.cache
+def random_params():
+  """Random in every leaf: zero biases and unit scales would hide one that is never used."""
+  rng = np.random.default_rng(0)
+  draw = lambda x: (rng.standard_normal(x.shape) * 0.3).astype(np.float32)
+  return jax.tree.map(draw, names.abstract_params(CONFIG, jnp.float32)["transformer"])
+
+
+def picture(seed, **roles):
+  rng = np.random.default_rng(seed)
+  return PictureSplit(rng.standard_normal((2, 2, CONFIG.latent_dim), np.float32),
+                      rng.standard_normal((2, 2, 12), np.float32), **roles)
+
+
+def samples():
+  """A picture that is target and condition between two texts; an edited picture."""
+  first = [TextSplit([1, 2, 3]), picture(0, need_loss=True, need_vae=True, need_vit=True),
+           TextSplit([4, 5], need_loss=True)]
+  second = [picture(1, need_vit=True), TextSplit([6], need_loss=True), picture(2, need_loss=True)]
+  return [sample_features(s, CONFIG, SPECIAL) for s in (first, second)]
+
+
+def one_row(parts):
+  return stack_rows([pack_row(parts, U, G, P)])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def outputs(params, batch, latents, *, config=CONFIG):
+  """(logits, velocity) with flow time 0.6 on the targets."""
+  return UnifiedTransformer(config).apply(
+      {"params": params}, batch, latents, 0.6 * batch.latent_weight)
+
+
+def outputs_of(sample, batch, latents=None):
+  """The outputs of one sample of a row of `batch`, in the order of its tokens."""
+  latents = batch.latents if latents is None else latents
+  number = batch.tokens.sample[0]
+  places = number[:U] == sample, number[U:] == sample
+  return [np.asarray(x)[0][place] for x, place in
+          zip(outputs(random_params(), batch, latents), places)]
+
+
+def test_noised_picture_is_invisible_to_all_but_itself():
+  batch = one_row(samples())
+  before = outputs(random_params(), batch, batch.latents)
+  noised = batch.latents + batch.latent_weight[..., None]
+  after = outputs(random_params(), batch, noised)
+  kinds = jnp.split(jnp.where(batch.tokens.sample == PADDING, PADDING, batch.tokens.kind), [U], 1)
+  for name, a, b, kind in zip(("logits", "velocity"), before, after, kinds):
+    changed = np.asarray(jnp.any(a != b, axis=-1))
+    np.testing.assert_array_equal(changed, kind == NOISE, err_msg=name)
+
+
+def test_sample_does_not_depend_on_what_is_packed_beside_it():
+  a, b = samples()
+  together, swapped, alone = one_row([a, b]), one_row([b, a]), one_row([a])
+  want = outputs_of(0, together)
+  assert len(want[0]) == len(a["und_ids"]) and len(want[1]) == len(a["gen_place"])
+  for got in (outputs_of(1, swapped), outputs_of(0, alone)):
+    for x, y in zip(got, want):
+      np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_contents_of_another_sample_and_of_padding_change_nothing():
+  batch = one_row(samples())
+  other_und, other_gen = np.split(batch.tokens.sample != 0, [U], axis=1)
+  other_vit = (batch.vit_picture != batch.vit_picture[0, 0])
+  changed = dataclasses.replace(
+      batch, text_ids=np.where(other_und, 7, batch.text_ids),
+      vit_patches=np.where(other_vit[..., None], 9.0, batch.vit_patches))
+  latents = np.where(other_gen[..., None], 5.0, batch.latents)
+  assert other_und.sum() > 12 and other_gen.sum() > 4 and other_vit.sum() > 4
+  for x, y in zip(outputs_of(0, changed, latents), outputs_of(0, batch)):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("present, absent", [("und", "gen"), ("gen", "und")])
+def test_expert_whose_buffer_is_left_out_is_not_run(present, absent):
+  """Its parameters need not even exist."""
+  def decode(params, names):
+    zero = jnp.zeros((1, 3 * len(names)), jnp.int32)
+    x = {name: jnp.ones((1, 3, CONFIG.llm.hidden_size)) for name in names}
+    return UnifiedTransformer(CONFIG).apply(
+        {"params": params}, x, Tokens(zero, zero, zero, zero), zero, method="decode")
+
+  leaves = names.flatten(random_params())
+  kept = {path: x for path, x in leaves.items()
+          if f"layers/{absent}/" not in path and f"{absent}_norm" not in path}
+  assert 0 < len(kept) < len(leaves)
+  buffers, _ = jax.eval_shape(lambda p: decode(p, [present]), names.unflatten(kept))
+  assert set(buffers) == {present}
+  with pytest.raises(Exception, match="scope"):
+    jax.eval_shape(lambda p: decode(p, [present, absent]), names.unflatten(kept))
+
+
+def loss_and_gradients(remat):
+  model = UnifiedTransformer(dataclasses.replace(CONFIG, remat=remat))
+  batch = one_row(samples())
+  noise = np.random.default_rng(3).standard_normal(batch.latents.shape, np.float32)
+  def loss(params):
+    tokens = token_losses(model, params, batch, 0.6 * batch.latent_weight, noise)
+    return mean_losses(*tokens, batch)["loss"]
+  return jax.value_and_grad(loss)
+
+
+def test_rematerialisation_changes_neither_loss_nor_gradients():
+  loss, gradients = jax.jit(loss_and_gradients("none"))(random_params())
+  for path, gradient in names.flatten(gradients).items():
+    unused = "velocity" not in path and "text" not in path and not np.any(gradient)
+    assert np.isfinite(gradient).all() and not unused, path
+  for remat in ("full", "dots_saveable"):
+    other_loss, other = jax.jit(loss_and_gradients(remat))(random_params())
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+                 other, gradients)
+
+
+def test_rematerialisation_recomputes_what_its_policy_says():
+  operations = {remat: jax.jit(loss_and_gradients(remat)).lower(random_params()).as_text()
+                .count("dot_general") for remat in ("none", "full", "dots_saveable")}
+  assert operations["none"] == operations["dots_saveable"] < operations["full"]
+
+
+def abstract_init(config):
+  """Shapes of the parameters that `init` makes, without making any."""
+  shape = jax.ShapeDtypeStruct
+  row = sample_features([picture(0, need_vae=True, need_vit=True)], CONFIG, SPECIAL)
+  batch = stack_rows([pack_row([row], 8, 4, 4)])
+  batch = dataclasses.replace(
+      batch, vit_patches=shape((1, 4, config.vit.patch_size**2 * 3), jnp.float32))
+  latents = shape((1, 4, config.latent_dim), jnp.float32)
+  init = UnifiedTransformer(config).init
+  return jax.eval_shape(init, jax.random.key(0), batch, latents, batch.latent_weight)["params"]
+
+
+def test_7b_config_has_the_published_number_of_parameters():
+  params = abstract_init(ModelConfig())
+  parts = {"decoder": params["decoder"], "embed": params["embed"], "text": params["heads"]["text"]}
+  count = sum(np.prod(x.shape) for x in jax.tree.leaves(parts))
+  assert 14.1e9 < count < 14.7e9
+
+
+@pytest.mark.parametrize("config", [CONFIG, ModelConfig(param_dtype="bfloat16")],
+                         ids=["tiny", "7B"])
+def test_modules_create_exactly_the_parameters_of_the_weights_table(config):
+  pixels = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  vae = jax.eval_shape(Vae(config.vae, param_dtype=config.param_dtype).init, jax.random.key(0),
+                       pixels)["params"]
+  made = names.flatten({"transformer": abstract_init(config), "vae": vae})
+  table = names.flatten(names.abstract_params(config, config.param_dtype))
+  describe = lambda leaves: {path: (x.shape, x.dtype) for path, x in leaves.items()}
+  assert describe(made) == describe(table)
+
+
+def test_bfloat16_model_stays_near_and_predicts_in_float32():
+  batch = one_row(samples())
+  bf16 = dataclasses.replace(CONFIG, dtype="bfloat16")
+  got = outputs(random_params(), batch, batch.latents, config=bf16)
+  want = outputs(random_params(), batch, batch.latents)
+  for name, x, y in zip(("logits", "velocity"), got, want):
+    assert x.dtype == jnp.float32, name
+    assert 1e-4 < relative_error(x, y) < 0.05, name
+
+
+def test_sincos_position_worked_out_by_hand():
+  """Cell 6 of a grid of side 4 is row 1, column 2; frequencies of width 8 are 1 and 1/100."""
+  sin, cos = np.sin, np.cos
+  want = [sin(2), sin(0.02), cos(2), cos(0.02), sin(1), sin(0.01), cos(1), cos(0.01)]
+  np.testing.assert_allclose(sincos_2d(jnp.array(6), 4, 8), want, rtol=1e-5)
+
+
+def test_timestep_features_worked_out_by_hand():
+  """Cosines first; frequencies of 4 features are 1 and 1/100; t is not scaled."""
+  want = [np.cos(0.5), np.cos(0.005), np.sin(0.5), np.sin(0.005)]
+  np.testing.assert_allclose(timestep_features(jnp.array(0.5), 4), want, rtol=1e-5)
+  assert timestep_features(jnp.zeros((2, 3))).shape == (2, 3, 256)
+
+
+def rotated(x, position, theta=100.0):
+  x = jnp.asarray(x, jnp.float32)
+  return apply_rope(x[None, None], *rope_table(jnp.array([position]), x.shape[-1], theta))[0, 0]
+
+
+def test_rotary_embedding_turns_pairs_half_a_head_apart():
+  """Head dim 4, theta 100: the pairs (0, 2) and (1, 3) turn by p and p / 10."""
+  np.testing.assert_allclose(
+      rotated([1.0, 2.0, 0.0, 0.0], 3), [np.cos(3), 2 * np.cos(0.3), np.sin(3), 2 * np.sin(0.3)],
+      rtol=1e-5)
+
+
+def test_rotary_embedding_keeps_norms_and_knows_relative_position_alone():
+  q, k = np.random.default_rng(0).standard_normal((2, 8), np.float32)
+  dot = lambda i, j: float(rotated(q, i) @ rotated(k, j))
+  np.testing.assert_allclose(jnp.linalg.norm(rotated(q, 57)), np.linalg.norm(q), rtol=1e-5)
+  np.testing.assert_allclose([dot(12, 5), dot(107, 100)], dot(7, 0), rtol=1e-4)
+  np.testing.assert_allclose(dot(4, 4), q @ k, rtol=1e-4)
+  assert abs(dot(7, 0) - dot(0, 7)) > 1e-2
