@@ -59,6 +59,8 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None):
   unknown = set(shape) - set(MESH_AXES)
   if unknown:
     raise ValueError(f"unknown mesh axes {sorted(unknown)}; known: {MESH_AXES}")
+  if min(shape.values()) < 1:
+    raise ValueError(f"mesh {shape}: every axis needs at least 1 device")
   sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
   count = 1
   for size in sizes:

@@ -126,7 +126,7 @@ def test_queries_that_see_nothing_give_zeros():
 
 
 @pytest.mark.parametrize("used", [0, 1, 16, 37, S])
-def test_slots_beyond_those_in_use_are_never_read(used):
+def test_slots_a_block_beyond_those_in_use_are_never_read(used):
   q, query, own, cache, cache_tokens = random_case(0)
   slot = np.arange(S)
   cache_tokens.sample[:, slot >= used] = PADDING
@@ -134,7 +134,8 @@ def test_slots_beyond_those_in_use_are_never_read(used):
   want = oracle(q, query, [KeyValues(*own, query), trimmed])
   garbage = cache.copy()
   garbage[:, :, slot >= used] = 1e4  # may be read, must not be seen
-  garbage[:, :, slot >= -(-used // CHUNK) * CHUNK] = np.nan  # 0 * NaN would show
+  read = used + CHUNK - 1 if used else 0  # the last block, of CHUNK slots at most, is read whole
+  garbage[:, :, slot >= read] = np.nan  # 0 * NaN would show
   got = attended(q, query, own, garbage, cache_tokens, jnp.int32(used), implementation="chunked")
   np.testing.assert_allclose(got, want, atol=2e-6)
 

@@ -61,13 +61,19 @@ def batch_of_four():
 
 
 def assert_same(got, want):
-  """The same thoughts, latents within 1e-4, pictures but for rounding at a level's edge."""
+  """The same thoughts, latents within 1e-4, pictures but for a level here and there.
+
+  Pictures are truncated to 8 bits, so rounding may move a value at a level's edge by a whole
+  level; a round that has read such a picture really has seen another one.
+  """
   assert len(got.rounds) == len(want.rounds)
+  tolerance = 1e-4
   for a, b in zip(got.rounds, want.rounds):
     assert a.thought == b.thought
-    error = np.linalg.norm(a.latents - b.latents) / np.linalg.norm(b.latents)
-    assert error < 1e-4
-    assert np.abs(a.picture.astype(int) - b.picture).max() <= 1
+    assert np.linalg.norm(a.latents - b.latents) < tolerance * np.linalg.norm(b.latents)
+    differs = np.abs(a.picture.astype(int) - b.picture)
+    assert differs.max() <= 1 and differs.mean() < 0.02
+    tolerance = 1e-4 if not differs.any() else 1e-3
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -124,7 +130,8 @@ def test_an_empty_guidance_context_works_in_a_batch():
 def silent_params():
   """All logits are equal, so greedy decoding always writes token 0."""
   zeroed = jax.tree.map(lambda x: x, params())
-  zeroed["transformer"]["heads"]["text"]["kernel"] *= 0
+  heads = zeroed["transformer"]["heads"]
+  heads["text"]["kernel"] = 0 * heads["text"]["kernel"]
   return zeroed
 
 
@@ -143,28 +150,16 @@ def test_a_limit_of_one_leaves_no_room_for_text():
 
 
 def test_rows_end_their_thoughts_apart():
-  counts = {len(r.thought.ids) for t in irg_rows_with_frequent_ends() for r in t.rounds}
-  assert len(counts) > 1
-
-
-def irg_rows_with_frequent_ends():
-  """Half of all tokens end the text, so thoughts of a batch differ in length."""
-  class Ends(IdTokenizer):
-    pass
-
-  weights = jax.tree.map(lambda x: x, params())
-  kernel = weights["transformer"]["heads"]["text"]["kernel"]
-  weights["transformer"]["heads"]["text"]["kernel"] = kernel * 0.5
-  settings = dataclasses.replace(SETTINGS, top_k=3)
-  return irg.generate(MODEL, weights, Ends(dataclasses.replace(SPECIAL, text_end=likely_token(weights))),
-                      PROMPTS, seeds=SEEDS, settings=settings, system_prompt=SYSTEM)
-
-
-def likely_token(weights):
-  """The token that the first thought of some row starts with."""
-  run = irg._prepare(MODEL, weights, IdTokenizer(), PROMPTS, SEEDS, SETTINGS, SYSTEM, None, None, None)
-  ctx = irg._begin(run, irg.plan_cache(run)[0])
-  return irg._think(run, ctx, 0)[1][0].ids[1]
+  # One hidden number decides: where it is high, the end token is likely; else all are alike.
+  weights = jax.tree.map(lambda x: x, silent_params())
+  transformer = weights["transformer"]
+  kernel = transformer["heads"]["text"]["kernel"]
+  transformer["heads"]["text"]["kernel"] = kernel.at[0, SPECIAL.text_end].set(4.0)
+  rows = generate(settings=ONE_ROUND, weights=weights)
+  counts = [len(t.rounds[0].thought.ids) for t in rows]
+  assert len(set(counts)) > 1 and min(counts) < SETTINGS.think_limit - 1
+  for row, prompt, seed in zip(rows, PROMPTS, SEEDS):
+    assert_same(row, generate([prompt], [seed], ONE_ROUND, weights=weights)[0])
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 4])

@@ -169,3 +169,20 @@ def test_rows_of_equal_sizes_stack_to_a_batch():
   batch = stack_rows(rows)
   assert batch.tokens.sample.shape == (2, 20) and batch.vit_patches.shape == (2, 4, 3)
   jax.tree.map(lambda x, a, b: np.testing.assert_array_equal(x, [a, b]), batch, *rows)
+
+
+@pytest.mark.parametrize("split,message", [
+    (PictureSplit(np.zeros((1, 99, CONFIG.latent_dim)), None, need_vae=True), "exceeds the"),
+    (PictureSplit(None, None, need_vae=True), "latents must be"),
+    (PictureSplit(np.zeros((1, 2, 9)), None, need_loss=True), "latents must be"),
+    (PictureSplit(None, np.zeros((2, 2, 5)), need_vit=True), "vit_patches must be"),
+    (TextSplit([CONFIG.llm.vocab_size]), "do not fit the vocabulary"),
+])
+def test_splits_that_the_model_cannot_place_are_refused(split, message):
+  with pytest.raises(ValueError, match=message):
+    sample_features([split], CONFIG, SPECIAL)
+
+
+def test_an_empty_row_is_refused():
+  with pytest.raises(ValueError, match="at least one sample"):
+    pack_row([], 1, 1, 1)

@@ -15,7 +15,8 @@ from irg_jax.weights import names
 SMALL = ModelConfig(
     llm=LlmConfig(vocab_size=96, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4,
                   num_kv_heads=2),
-    vit=VitConfig(hidden_size=16, mlp_size=24, num_layers=2, num_heads=2, patch_size=2, grid_size=4),
+    vit=VitConfig(hidden_size=16, mlp_size=24, num_layers=2, num_heads=2, patch_size=2,
+                  grid_size=4),
     vae=VaeConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4))
 
 
@@ -39,7 +40,7 @@ def test_mesh_gives_every_device_to_fsdp_unless_told_otherwise():
     ({"model": 8}, r"unknown mesh axes \['model'\].*tensor"),
     ({"data": 2}, "needs 2 devices, but there are 8"),
     ({"fsdp": 16}, "needs 16 devices, but there are 8"),
-    ({"fsdp": 0}, "needs 0 devices, but there are 8"),
+    ({"fsdp": 0}, "every axis needs at least 1"), ({"data": -1, "fsdp": -8}, "at least 1"),
 ])
 def test_mesh_that_cannot_be_is_refused(shape, message):
   with pytest.raises(ValueError, match=message):

@@ -45,8 +45,10 @@ def pack_row(samples, und_size: int, gen_size: int, vit_size: int) -> Batch:
   """Packs samples (from `sequence.sample_features`) into one row, a Batch without its B axis.
 
   Raises:
-    ValueError: the samples do not fit the buffers.
+    ValueError: no sample, or samples that do not fit the buffers.
   """
+  if not samples:
+    raise ValueError("a row needs at least one sample")
   row = {name: [] for name in samples[0]} | {"und_sample": [], "gen_sample": []}
   patches = pictures = 0
   for number, sample in enumerate(samples):

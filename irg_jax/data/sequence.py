@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from irg_jax.config import ModelConfig, SpecialTokens
+from irg_jax.images import position_ids
 from irg_jax.model.attention import CAUSAL, FULL, NOISE
 
 
@@ -46,6 +47,10 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens) -> dict
       gen_latents [G, latent_dim], gen_place, gen_picture [G], gen_weight [G] float32 (1 on
         noised tokens, the targets);
       vit_patches [P, patch * patch * 3], vit_position, vit_picture [P].
+
+  Raises:
+    ValueError: ids beyond the vocabulary; a picture without the arrays that its roles need, or
+      with more latent tokens or patches a side than the model has positions for.
   """
   layout = _Layout(config, special)
   for split in splits:
@@ -70,6 +75,10 @@ class _Layout:
     self._index = self._split = self._position = self._pictures = self._patches = 0
 
   def text(self, split: TextSplit):
+    vocab_size = self._config.llm.vocab_size
+    if split.ids and not 0 <= min(split.ids) <= max(split.ids) < vocab_size:
+      raise ValueError(f"text ids from {min(split.ids)} to {max(split.ids)} do not fit the "
+                       f"vocabulary of {vocab_size}: tokenize with the checkpoint's tokenizer")
     n = len(split.ids) + 1  # positions with a next token
     ids = [self._special.text_start, *split.ids, self._special.text_end]
     self._tokens(
@@ -79,9 +88,8 @@ class _Layout:
     self._split += 1
 
   def latents(self, latents, kind):
-    rows, columns, dim = latents.shape
-    side = self._config.max_latent_size
-    place = (np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1)
+    rows, columns, dim = _check_grid(latents, "latents", self._config.latent_dim)
+    place = position_ids(rows, columns, self._config.max_latent_size)
     self._boundary(self._special.image_start, kind)
     self._tokens(
         self._gen, rows * columns, kind, self._position, latents=latents.reshape(-1, dim),
@@ -90,9 +98,8 @@ class _Layout:
     self._end_picture(advance=kind != NOISE)
 
   def vit(self, patches):
-    rows, columns, dim = patches.shape
-    n, side = rows * columns, self._config.vit.grid_size
-    place = (np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1)
+    rows, columns, dim = _check_grid(patches, "vit_patches", self._config.vit.patch_size**2 * 3)
+    n, place = rows * columns, position_ids(rows, columns, self._config.vit.grid_size)
     self._vit.append(dict(patches=patches.reshape(-1, dim), position=place,
                           picture=np.full(n, self._pictures)))
     self._boundary(self._special.image_start, FULL)
@@ -133,3 +140,11 @@ class _Layout:
         dtype = np.float32 if name in ("latents", "patches", "weight") else np.int32
         out[f"{prefix}_{name}"] = np.concatenate(values).astype(dtype)
     return out
+
+
+def _check_grid(tokens, name, dim):
+  shape = None if tokens is None else np.shape(tokens)
+  if shape is None or len(shape) != 3 or shape[-1] != dim:
+    raise ValueError(f"a picture's {name} must be [rows, columns, {dim}] for its roles, "
+                     f"but it has shape {shape}")
+  return shape

@@ -37,7 +37,7 @@ class Sampling:
 
   Attributes:
     temperature: 0 is greedy.
-    top_k: only the k likeliest tokens; 0 is all.
+    top_k: only the k likeliest tokens (and those as likely as the k-th); 0 is all.
     top_p: only the likeliest tokens that together reach this probability; 1 is all.
   """
 

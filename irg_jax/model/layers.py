@@ -26,25 +26,26 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(position, head_dim: int, theta: float):
-  """Cosines and sines of the rotary embedding.
+  """Cosines and sines of the rotary embedding, ready for `apply_rope`.
 
   Args:
     position: int [..., T]; positions may repeat (all tokens of a picture share one).
     head_dim: even.
 
   Returns:
-    (cos, sin), float32 [..., T, head_dim // 2].
+    (cos, sin), float32 [..., T, head_dim]; the first half of sin is negated.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle = position[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def apply_rope(x_TNH, cos, sin):
   """Rotates pairs (i, i + H/2), the rotate-half convention. x [..., T, N, H]."""
-  x1, x2 = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_TNH.dtype)
+  x = x_TNH.astype(jnp.float32)
+  other_half = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+  return (x * cos[..., None, :] + other_half * sin[..., None, :]).astype(x_TNH.dtype)
 
 
 def timestep_features(t, dim: int = 256, max_period: float = 10000.0):
@@ -83,7 +84,10 @@ def scan_layers(layer_cls, length: int, remat: str, in_axes, **kwargs):
     **kwargs: fields of the layer.
   """
   if remat != "none":
-    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat, None)
+    if policy is None and remat != "full":
+      raise ValueError(f'unknown remat {remat!r}: not "none", "full" or a name in '
+                       "jax.checkpoint_policies")
     layer_cls = nn.remat(layer_cls, prevent_cse=False, policy=policy)
   return nn.scan(
       layer_cls, variable_axes={"params": 0}, split_rngs={"params": True},
