@@ -99,17 +99,42 @@ class Decoder(nn.Module):
     """
     llm = self.config.llm
     rope = rope_table(position, llm.head_dim, llm.rope_theta)
-    layers = scan_layers(
-        Layer, llm.num_layers, self.config.remat,
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-        config=self.config, attention=self.attention)
     cached = (None, None, None) if cache is None else ((cache.k, cache.v), cache.tokens, cache.used)
     buffers = {name: constrain(x.astype(self.config.dtype), "batch", "length", "embed")
                for name, x in buffers.items()}
-    buffers, kv = layers(buffers, cached[0], tokens, rope, *cached[1:])
+    apart = self.get_variable("params", "layers")
+    if isinstance(apart, list):  # see `unstack_layers`
+      buffers, kv = self._one_by_one(apart, buffers, cached[0], tokens, rope, *cached[1:])
+    else:
+      layers = scan_layers(
+          Layer, llm.num_layers, self.config.remat,
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+          config=self.config, attention=self.attention)
+      buffers, kv = layers(buffers, cached[0], tokens, rope, *cached[1:])
     norms = {name: RMSNorm(llm.norm_eps, self.config.param_dtype, name=f"{name}_norm")
              for name in buffers}
     return {name: norms[name](x) for name, x in buffers.items()}, kv
+
+  def _one_by_one(self, params, buffers, cache_kv, *args):
+    layer, new = Layer(self.config, self.attention, parent=None), []
+    for i, weights in enumerate(params):
+      kv = jax.tree.map(lambda x: x[i], cache_kv)
+      buffers, kv = layer.apply({"params": weights}, buffers, kv, *args)
+      new.append(kv)
+    return buffers, jax.tree.map(lambda *x: jnp.stack(x), *new)
+
+
+def unstack_layers(params):
+  """The transformer's parameters with the decoder's layers as a list of trees.
+
+  XLA's CPU backend copies each layer's weights out of the stack every time the scan comes
+  by. A loop of many decoder passes does better to take the stack apart once, in front of it;
+  `Decoder` accepts both forms.
+  """
+  layers = params["decoder"]["layers"]
+  count = jax.tree.leaves(layers)[0].shape[0]
+  apart = [jax.tree.map(lambda x: x[i], layers) for i in range(count)]
+  return params | {"decoder": params["decoder"] | {"layers": apart}}
 
 
 def _places(buffers):

@@ -37,6 +37,15 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
   return config, layout.load(folder, config, shardings=shardings, dtype=dtype)
 
 
+def read_config(folder) -> ModelConfig:
+  """The model's sizes, from a folder in either layout; no weights are read.
+
+  Raises:
+    CheckpointError: not a checkpoint folder, or a config that contradicts the weights.
+  """
+  return _layout(pathlib.Path(folder)).read_config(folder)
+
+
 def convert(source, destination, to: str = "orbax", dtype=None) -> None:
   """Copies a checkpoint into the layout `to`, tokenizer included.
 
