@@ -5,7 +5,7 @@ import io
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # The published transform also caps the area, before it caps the long side. Only pictures
 # more stretched than about 7 to 1 notice, and only through the rounding in between.
@@ -163,6 +163,8 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
       return np.array(_to_rgb(ImageOps.exif_transpose(image)))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise ValueError(too_large) from e
+  except UnidentifiedImageError as e:
+    raise ValueError(f"{name}: not a picture in a known format") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
     raise ValueError(f"{name}: not a picture that can be decoded: {e}") from e
 

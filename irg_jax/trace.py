@@ -5,7 +5,7 @@ A trace is a plain dict:
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
    "settings": {...}, "versions": {...}, "note": str (optional),
    "rounds": [{"think": str, or None where the round had no thought,
-               "think_tokens": int, "hit_limit": bool,
+               "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None where it drew nothing,
                "seconds": {"think": float, "draw": float, ...}}]}
 

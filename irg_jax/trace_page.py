@@ -126,6 +126,9 @@ def _thought(entry, first):
   if not text:
     words = '<p class="aside">The thought ended at once.</p>'
   limit = '<p class="aside">Cut off at the length limit.</p>' if entry.get("hit_limit") else ""
+  if entry.get("tokens_cut"):
+    limit += (f'<p class="aside">Read back without its last {int(entry["tokens_cut"])} tokens: '
+              'tokenized again, it was longer than the limit.</p>')
   return f"<li><h2>{title}</h2>{words}{limit}</li>"
 
 

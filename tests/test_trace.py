@@ -242,3 +242,9 @@ def test_the_index_links_each_trace_by_its_final_picture(tmp_path):
   trace.write_index(tmp_path, entries[1:])
   assert "1 prompt" in page(tmp_path, "index.html").text
   assert written(tmp_path) == ["a 1#", "b", "index.html"]
+
+
+def test_tokens_lost_when_a_thought_is_read_back_are_shown(tmp_path):
+  lossy = make_round("a long thought") | {"tokens_cut": 7}
+  trace.write_trace(tmp_path / "run", make_trace(lossy))
+  assert "without its last 7 tokens" in (tmp_path / "run" / "trace.html").read_text()

@@ -34,6 +34,8 @@ def run_generate(request: Request) -> None:
     config, params = weights.load_checkpoint(
         request.checkpoint, dtype=request.dtype, compute_dtype=request.dtype,
         shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
+    if request.dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
+      config = dataclasses.replace(config, dtype=_weights_dtype(params))
     model, entries = UnifiedTransformer(config), []
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
@@ -80,6 +82,10 @@ def _generate(request, model, params, tokenizer, rows, picture, progress):
       pictures=None if picture is None else [picture] * size, on_progress=progress)[:len(rows)]
 
 
+def _weights_dtype(params):
+  return params["transformer"]["embed"]["embedding"].dtype.name
+
+
 def _prefix(rows, count):
   if count == 1:
     return ""
@@ -101,6 +107,7 @@ def _trace(request, number, trajectory) -> dict:
           "think": r.thought.text if thinks else None,
           "think_tokens": len(r.thought.ids),
           "hit_limit": r.thought.hit_limit,
+          "tokens_cut": r.thought.cut,
           "picture": r.picture,
           "seconds": r.seconds,
       } for r in trajectory.rounds],
