@@ -164,7 +164,7 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise ValueError(too_large) from e
   except UnidentifiedImageError as e:
-    raise ValueError(f"{name}: not a picture in a known format") from e
+    raise ValueError(f"{name}: not a picture that can be decoded: unknown format") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
     raise ValueError(f"{name}: not a picture that can be decoded: {e}") from e
 
