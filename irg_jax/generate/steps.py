@@ -21,6 +21,7 @@ from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, write
 from irg_jax.generate.sampling import next_token
 from irg_jax.generate.settings import Guidance, Sampling
+from irg_jax.images import position_ids
 from irg_jax.model import attention
 from irg_jax.model.attention import CAUSAL, NOISE, PADDING, Tokens
 from irg_jax.model.decoder import unstack_layers
@@ -68,14 +69,14 @@ def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, 
   start = split = 0
   if latents is not None:
     n = latents.shape[1]
-    place = _grid_index(latent_grid, model.config.max_latent_size)
+    place = position_ids(*latent_grid, model.config.max_latent_size)
     gen = [apply(latents, jnp.zeros(()), place, method="embed_latents")]
     gen_tokens = [(start + 1 + jnp.arange(n), split)]
     und, und_tokens = [ends], [(start + jnp.array([0, n + 1]), split)]
     start, split = n + 2, split + 1
   if patches is not None:
     n = patches.shape[1]
-    place = jnp.broadcast_to(_grid_index(vit_grid, model.config.vit.grid_size), (B, n))
+    place = jnp.broadcast_to(position_ids(*vit_grid, model.config.vit.grid_size), (B, n))
     vit = apply(patches, place, jnp.zeros_like(place), method="embed_vit")
     und = und + [ends[:, :1], vit, ends[:, 1:]]
     und_tokens = und_tokens + [(start + jnp.arange(n + 2), split)]
@@ -194,7 +195,7 @@ def _velocities(model, params, ctx, x, t, grid, special, views):
   apply = functools.partial(model.apply, {"params": params})
   B, P, _ = x.shape
   rows = lambda a: jnp.repeat(a, len(views), axis=0)
-  gen = rows(apply(x, t, _grid_index(grid, model.config.max_latent_size), method="embed_latents"))
+  gen = rows(apply(x, t, position_ids(*grid, model.config.max_latent_size), method="embed_latents"))
   und = _picture_ends(apply, special, B * len(views))
   index = jnp.concatenate([jnp.array([0, P + 1]), 1 + jnp.arange(P)])
   index = jnp.broadcast_to(index, (B * len(views), P + 2))
@@ -248,12 +249,6 @@ def _picture_ends(apply, special, rows):
   ids = jnp.array([special.image_start, special.image_end])
   ends = apply(ids, method="embed_text")
   return jnp.broadcast_to(ends, (rows, *ends.shape))
-
-
-def _grid_index(grid, side):
-  """Index `row * side + column` of every cell of a (rows, columns) grid, int32 [cells]."""
-  rows, columns = grid
-  return (jnp.arange(rows)[:, None] * side + jnp.arange(columns)).reshape(-1)
 
 
 def _report(on_progress, kind, round_number, step, total):
