@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from test_weights import CONFIG
 from irg_jax import config as config_lib
 from irg_jax import weights
 from irg_jax.weights import CheckpointError, init, names, orbax, published, tensors
 
-CONFIG = config_lib.ModelConfig(
-    llm=config_lib.LlmConfig(vocab_size=264, hidden_size=32, mlp_size=48, num_layers=3,
-                             num_heads=4, num_kv_heads=2),
-    vit=config_lib.VitConfig(hidden_size=16, mlp_size=24, num_layers=2, num_heads=2,
-                             patch_size=2, grid_size=6),
-    vae=config_lib.VaeConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
-    max_latent_size=5)
 Q1 = "language_model.model.layers.1.self_attn.q_proj.weight"
 TABLE = "latent_pos_embed.pos_embed"
 
