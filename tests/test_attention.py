@@ -82,11 +82,11 @@ def random_case(seed):
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
-def attended(q, query, own, cache=None, cache_tokens=None, used=None, *, implementation):
+def attended(q, query, own, cache=None, cache_tokens=None, *, implementation):
   """Queries that look at themselves and, where there is one, at a cache."""
   sources = [KeyValues(*own, query)]
   if cache is not None:
-    sources.append(KeyValues(*cache, cache_tokens, used))
+    sources.append(KeyValues(*cache, cache_tokens, sparse=True))
   return attend(q, query, sources, implementation=implementation, query_chunk=CHUNK,
                 key_chunk=CHUNK)
 
@@ -125,24 +125,33 @@ def test_queries_that_see_nothing_give_zeros():
     assert got[~padding].any(axis=(-1, -2)).all()
 
 
-@pytest.mark.parametrize("used", [0, 1, 16, 37, S])
-def test_slots_a_block_beyond_those_in_use_are_never_read(used):
+def test_sparse_and_plain_sources_give_the_same():
+  q, query, own, cache, cache_tokens = random_case(1)
+  want, got = (attend(q, query, [KeyValues(*own, query), KeyValues(*cache, cache_tokens, sparse)],
+                      implementation="chunked", query_chunk=CHUNK, key_chunk=CHUNK)
+               for sparse in (False, True))
+  np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("seen", [[], [0], [-1], [1, 2], [0, -1]])
+def test_blocks_that_no_view_sees_are_never_read(seen):
   q, query, own, cache, cache_tokens = random_case(0)
-  slot = np.arange(S)
-  cache_tokens.sample[:, slot >= used] = PADDING
-  trimmed = KeyValues(*cache[:, :, :used], jax.tree.map(lambda x: x[:, :used], cache_tokens))
-  want = oracle(q, query, [KeyValues(*own, query), trimmed])
-  garbage = cache.copy()
-  garbage[:, :, slot >= used] = 1e4  # may be read, must not be seen
-  read = used + CHUNK - 1 if used else 0  # the last block, of CHUNK slots at most, is read whole
-  garbage[:, :, slot >= read] = np.nan  # 0 * NaN would show
-  got = attended(q, query, own, garbage, cache_tokens, jnp.int32(used), implementation="chunked")
+  block = -(-S // -(-S // CHUNK))  # blocks of equal size
+  blocks = -(-S // block)
+  number = np.arange(S) // block
+  read = np.isin(number, [i % blocks for i in seen])
+  cache_tokens.sample[:, ~read] = PADDING
+  cache_tokens.sample[::2] = PADDING  # every other view sees nothing at all
+  want = oracle(q, query, [KeyValues(*own, query), KeyValues(*cache, cache_tokens)])
+  cache[:, :, ~read] = np.nan  # 0 * NaN would show
+  got = attended(q, query, own, cache, cache_tokens, implementation="chunked")
   np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def test_an_empty_cache_alone_gives_zeros():
   q, query, _, cache, cache_tokens = random_case(0)
-  source = KeyValues(*np.full_like(cache, np.nan), cache_tokens, jnp.int32(0))
+  cache_tokens.sample[:] = PADDING
+  source = KeyValues(*np.full_like(cache, np.nan), cache_tokens, sparse=True)
   got = jax.jit(functools.partial(attend, key_chunk=CHUNK))(q, query, [source])
   assert got.shape == q.shape and not np.asarray(got).any()
 

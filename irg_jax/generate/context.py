@@ -106,19 +106,20 @@ def cached(ctx: Context, views, extra=0) -> KeyValues:
   before = jnp.full((B * len(views), S), -1, jnp.int32)
   tokens = Tokens(sample=jnp.where(visible, 0, PADDING).reshape(-1, S), index=before,
                   split=before, kind=jnp.full_like(before, CAUSAL))
-  return KeyValues(ctx.k, ctx.v, tokens, used=jnp.max(ctx.length) + extra)
+  return KeyValues(ctx.k, ctx.v, tokens, sparse=True)
 
 
 def write(ctx: Context, kv, offset=0) -> Context:
   """Puts keys and values [layers, B, T, K, H] at `offset` slots after each row's length.
 
-  The T slots must exist (a write past the end would be moved, not refused): callers size the
+  The T slots must exist (a write past the end is dropped, not refused): callers size the
   cache before they start.
   """
-  put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1),
-                 in_axes=(1, 1, 0), out_axes=1)
-  start = ctx.length + offset
-  k, v = (put(cache, new.astype(cache.dtype), start) for cache, new in zip((ctx.k, ctx.v), kv))
+  row = jnp.arange(len(ctx.length))[:, None]
+  slot = (ctx.length + offset)[:, None] + jnp.arange(kv[0].shape[2])
+  # A scatter, not a slice for each row: XLA's CPU backend copies the cache for each slice.
+  put = lambda cache, new: cache.at[:, row, slot].set(new.astype(cache.dtype), unique_indices=True)
+  k, v = put(ctx.k, kv[0]), put(ctx.v, kv[1])
   return lay_out(dataclasses.replace(ctx, k=k, v=v))
 
 

@@ -85,15 +85,15 @@ class KeyValues:
     k, v: [B, S, K, H].
     tokens: Tokens of the keys, [R, S] where R is a multiple of B: the R // B query rows
       that follow each other share one row of keys, each with its own view of them.
-    used: int32 scalar, or None. With a number, slots from `used` on are known to be
-      invisible, and the chunked form does not even read the blocks beyond (a loop of dynamic
-      length: not differentiable).
+    sparse: static. Most slots may be invisible: the chunked form takes the query rows' views
+      one after the other and reads only those blocks of keys that hold something visible to
+      the view (a loop of dynamic length: not differentiable).
   """
 
   k: jax.Array
   v: jax.Array
   tokens: Tokens
-  used: jax.Array | None = None
+  sparse: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
@@ -105,20 +105,20 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     query: Tokens of the queries, [R, T].
     sources: sequence of KeyValues.
     implementation: "dense" builds all scores of a source at once (the oracle, and the
-      fastest for short rows); "chunked" needs memory linear in the length and reads only the
-      slots in use; "auto" is dense where the scores are few and every slot counts.
+      fastest for short rows); "chunked" needs memory linear in the length and skips what
+      a sparse source hides; "auto" is dense where the scores are few and no source is sparse.
     query_chunk, key_chunk: largest blocks of the chunked form; None is 128 keys on a CPU,
-      whose caches are small, and 512 elsewhere.
+      whose caches are small, and 512 elsewhere, up to 16 times as many for a few queries.
 
   Returns:
     [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
-  key_chunk = key_chunk or (128 if jax.default_backend() == "cpu" else 512)
+  key_chunk = key_chunk or (128 if jax.default_backend() == "cpu" else 512) * max(1, 16 // T)
   if implementation == "auto":
     short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES
-    implementation = "dense" if short and all(s.used is None for s in sources) else "chunked"
+    implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"
   if implementation == "dense":
     return _attend_block(q_RTNH, query, sources, key_chunk=None)
   if implementation != "chunked":
@@ -127,7 +127,8 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     return _attend_block(q_RTNH, query, sources, key_chunk)
   # Recomputed block by block in the backward pass: memory stays linear there, too.
   block = jax.checkpoint(lambda args: _attend_block(*args, sources, key_chunk))
-  out = lax.map(block, jax.tree.map(lambda x: _blocks(x, query_chunk), (q_RTNH, query)))
+  pad = lambda x: _blocks(_pad_to_multiple(x, query_chunk, 1), query_chunk, 1)
+  out = lax.map(block, jax.tree.map(pad, (q_RTNH, query)))
   return jnp.moveaxis(out, 0, 1).reshape(q_RTNH.shape[0], -1, *q_RTNH.shape[2:])[:, :T]
 
 
@@ -154,46 +155,84 @@ def _attend_source(q_RTNH, query, source, key_chunk):
   R, T, N, H = q_RTNH.shape
   B, S, K, _ = source.k.shape
   q = q_RTNH.reshape(B, R // B, T, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)  # B K view T group H
-
-  def step(state, k, v, tokens):
-    highest, total, out = state
-    mask = allowed(query, tokens).reshape(B, 1, R // B, T, 1, -1)
-    logits = jnp.einsum("bkvtgh,bckh->bkvtgc", q, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask, logits * H**-0.5, _MASKED)
-    new = jnp.maximum(highest, jnp.max(logits, -1))
-    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-    values = jnp.einsum("bkvtgc,bckh->bkvtgh", weights.astype(v.dtype), v,
-                        preferred_element_type=jnp.float32)
-    return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
-
-  state = (jnp.full(q.shape[:-1], _MAX_INIT, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
-           jnp.zeros(q.shape, jnp.float32))
-  keys = (source.k, source.v, source.tokens)
-  if key_chunk is not None:  # blocks of equal size, so that little padding is needed
-    key_chunk = -(-S // -(-S // key_chunk))
+  by_view = lambda tokens: jax.tree.map(lambda x: x.reshape(B, R // B, -1), tokens)
+  queries, tokens = (q, by_view(query)), by_view(source.tokens)
   if key_chunk is None or S <= key_chunk:
-    state = step(state, *keys)
-  elif source.used is None:
-    scanned = lambda state, block: (step(state, *block), None)
-    state, _ = lax.scan(scanned, state, jax.tree.map(lambda x: _blocks(x, key_chunk), keys))
+    state = _reduce_block(_empty_state(q), queries, source.k, source.v, tokens)
   else:
-    keys = jax.tree.map(lambda x: _pad_to_multiple(x, key_chunk), keys)
-    block = lambda i: jax.tree.map(
-        lambda x: lax.dynamic_slice_in_dim(x, i * key_chunk, key_chunk, axis=1), keys)
-    state = lax.fori_loop(0, -(-source.used // key_chunk), lambda i, s: step(s, *block(i)), state)
+    key_chunk = -(-S // -(-S // key_chunk))  # blocks of equal size, so that little is padded
+    k, v = (_pad_to_multiple(x, key_chunk, axis=1) for x in (source.k, source.v))
+    tokens = jax.tree.map(lambda x: _pad_to_multiple(x, key_chunk, axis=2), tokens)
+    reduce = _reduce_visible_blocks if source.sparse else _reduce_all_blocks
+    state = reduce(queries, k, v, tokens, key_chunk)
   to_rows = lambda x: jnp.moveaxis(x, 1, 3).reshape(R, T, N, *x.shape[5:])
   return jax.tree.map(to_rows, state)
 
 
-def _blocks(x, size):
-  """[A, T, ...] -> [ceil(T / size), A, size, ...], for a loop over blocks of axis 1."""
-  x = _pad_to_multiple(x, size)
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+def _reduce_all_blocks(queries, k, v, tokens, size):
+  xs = _blocks(k, size, 1), _blocks(v, size, 1), jax.tree.map(lambda x: _blocks(x, size, 2), tokens)
+  step = lambda state, block: (_reduce_block(state, queries, *block), None)
+  return lax.scan(step, _empty_state(queries[0]), xs)[0]
 
 
-def _pad_to_multiple(x, size):
-  """Pads axis 1; metadata gets PADDING, everything else may be anything, since masked."""
-  missing = -x.shape[1] % size
+def _reduce_visible_blocks(queries, k, v, tokens, size):
+  """View by view, only the blocks of keys in which a row of that view can see something."""
+  visible = (tokens.sample != PADDING).reshape(*tokens.sample.shape[:2], -1, size)
+  visible = jnp.any(visible, axis=(0, 3))  # view, block
+  order = jnp.argsort(~visible, axis=-1, stable=True)
+
+  def reduce_view(args):
+    q, (query, tokens), order, count = args
+    one = lambda x: jax.tree.map(lambda x: jnp.expand_dims(x, 1), x)
+    queries, tokens = (jnp.expand_dims(q, 2), one(query)), one(tokens)
+
+    def step(i, state):
+      block = lambda x, axis: lax.dynamic_slice_in_dim(x, order[i] * size, size, axis)
+      keys = jax.tree.map(lambda x: block(x, 2), tokens)
+      return _reduce_block(state, queries, block(k, 1), block(v, 1), keys)
+
+    state = lax.fori_loop(0, count, step, _empty_state(queries[0]))
+    return jax.tree.map(lambda x: jnp.squeeze(x, 2), state)
+
+  q, query = queries
+  by_view = lambda x, axis: jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), x)
+  args = by_view(q, 2), by_view((query, tokens), 1), order, jnp.sum(visible, -1)
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), lax.map(reduce_view, args))
+
+
+def _empty_state(q):
+  return (jnp.full(q.shape[:-1], _MAX_INIT, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
+          jnp.zeros(q.shape, jnp.float32))
+
+
+def _reduce_block(state, queries, k, v, tokens):
+  """One step of the online softmax.
+
+  Args:
+    state: (highest, total, out) so far, [B, K, views, T, group(, H)].
+    queries: (q [B, K, views, T, group, H], Tokens [B, views, T]).
+    k, v, tokens: keys and values [B, C, K, H], and Tokens [B, views, C].
+  """
+  (highest, total, out), (q, query) = state, queries
+  mask = allowed(query, tokens)[:, None, :, :, None]
+  logits = jnp.einsum("bkvtgh,bckh->bkvtgc", q, k, preferred_element_type=jnp.float32)
+  logits = jnp.where(mask, logits * q.shape[-1] ** -0.5, _MASKED)
+  new = jnp.maximum(highest, jnp.max(logits, -1))
+  weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
+  values = jnp.einsum("bkvtgc,bckh->bkvtgh", weights.astype(v.dtype), v,
+                      preferred_element_type=jnp.float32)
+  return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
+
+
+def _blocks(x, size, axis):
+  """[..., n * size, ...] -> [n, ..., size, ...], for a loop over blocks of `axis`."""
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:]), axis, 0)
+
+
+def _pad_to_multiple(x, size, axis):
+  """Metadata gets PADDING, everything else may be anything, since masked."""
+  missing = -x.shape[axis] % size
   if not missing:
     return x
-  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=PADDING)
+  widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=PADDING)

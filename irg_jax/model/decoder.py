@@ -59,7 +59,7 @@ class Layer(nn.Module):
   attention: str
 
   @nn.compact
-  def __call__(self, buffers, cache_kv, tokens: Tokens, rope, cache_tokens, cache_used):
+  def __call__(self, buffers, cache_kv, tokens: Tokens, rope, cache_tokens):
     """See `Decoder`. `cache_kv` is this layer's slice of the cache, or None."""
     places = _places(buffers)
     experts = {name: Expert(self.config, name=name) for name in places}
@@ -69,7 +69,7 @@ class Layer(nn.Module):
     q = constrain(q, "batch", "length", "heads", None)
     sources = [KeyValues(k, v, tokens)]
     if cache_kv is not None:
-      sources.append(KeyValues(*cache_kv, cache_tokens, cache_used))
+      sources.append(KeyValues(*cache_kv, cache_tokens, sparse=True))
     attended = attend(q, tokens, sources, implementation=self.attention)
     buffers = {name: experts[name].finish(buffers[name], attended[:, place])
                for name, place in places.items()}
@@ -99,18 +99,18 @@ class Decoder(nn.Module):
     """
     llm = self.config.llm
     rope = rope_table(position, llm.head_dim, llm.rope_theta)
-    cached = (None, None, None) if cache is None else ((cache.k, cache.v), cache.tokens, cache.used)
+    cached = (None, None) if cache is None else ((cache.k, cache.v), cache.tokens)
     buffers = {name: constrain(x.astype(self.config.dtype), "batch", "length", "embed")
                for name, x in buffers.items()}
     apart = self.get_variable("params", "layers")
     if isinstance(apart, list):  # see `unstack_layers`
-      buffers, kv = self._one_by_one(apart, buffers, cached[0], tokens, rope, *cached[1:])
+      buffers, kv = self._one_by_one(apart, buffers, cached[0], tokens, rope, cached[1])
     else:
       layers = scan_layers(
           Layer, llm.num_layers, self.config.remat,
-          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
           config=self.config, attention=self.attention)
-      buffers, kv = layers(buffers, cached[0], tokens, rope, *cached[1:])
+      buffers, kv = layers(buffers, cached[0], tokens, rope, cached[1])
     norms = {name: RMSNorm(llm.norm_eps, self.config.param_dtype, name=f"{name}_norm")
              for name in buffers}
     return {name: norms[name](x) for name, x in buffers.items()}, kv
