@@ -9,6 +9,11 @@ import pathlib
 import re
 import sys
 
+from irg_jax.commands import data
+from irg_jax.commands import flags
+from irg_jax.commands import plan
+from irg_jax.commands import train
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 _MAIN = """\
@@ -18,6 +23,7 @@ examples:
   irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
   irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
   irg init --config configs/tiny.py --out out/tiny
+  irg data build IRG-Toy-Dataset --out irgl
 """
 
 _GENERATE = """\
@@ -66,8 +72,7 @@ def main(argv=None) -> int:
   if overrides and not hasattr(args, "config"):
     parser.error(f"irg {args.verb} has no configuration, so --config.{overrides[0]} means nothing")
   try:
-    args.run(args, overrides)
-    return 0
+    return args.run(args, overrides) or 0
   except (ValueError, OSError) as e:
     if os.environ.get("IRG_DEBUG") == "1":
       raise
@@ -121,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
                     epilog=_GENERATE_END))
   _add_convert(add("convert", _CONVERT, help="checkpoints in and out"))
   _add_init(add("init", _INIT, help="a checkpoint of random weights"))
+  data.add(verbs, _new_parser)
+  plan.add(verbs, _new_parser)
+  train.add(verbs, _new_parser)
   return parser
 
 
@@ -143,7 +151,7 @@ def _add_generate(parser):
       help="replaces the system prompt; an empty file means none")
   add("--seed", type=int, default=0, help="prompt number i (from 0) uses SEED + i (default 0)")
   add("--batch-size", type=int, default=1, metavar="N", help="prompts side by side (default 1)")
-  add("--mesh", type=_mesh, metavar="AXIS=N,...",
+  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
   _add_shorthands(parser.add_argument_group("settings, short (see the end)"))
@@ -191,11 +199,3 @@ def _size(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1024 or 768x1024 (WxH)")
   width = int(match[1])
   return width, int(match[2] or width)
-
-
-def _mesh(text: str) -> dict[str, int]:
-  """Sizes by axis name of "data=2,fsdp=4"."""
-  axes = [re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip()) for part in text.split(",")]
-  if not all(axes) or len({a[1] for a in axes}) < len(axes):
-    raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write data=2,fsdp=4")
-  return {a[1]: int(a[2]) for a in axes}

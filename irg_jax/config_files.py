@@ -1,11 +1,12 @@
 """Configuration files (`configs/*.py`) and their overrides from the command line.
 
 A configuration file is Python with a function `get_config()` that returns an
-`ml_collections.ConfigDict`. An override is `"field.path=value"`, on the command line
-`--config.field.path=value`. Every failure is a ValueError that names the file or the field.
+`ml_collections.ConfigDict`; `get_config(preset)` where it offers several. An override is
+`"field.path=value"`, on the command line `--config.field.path=value`. Every failure is a ValueError that names the file or the field.
 """
 
 import copy
+import inspect
 import pathlib
 import runpy
 
@@ -19,7 +20,8 @@ def load(path, overrides=()) -> config_dict.ConfigDict:
 
   Args:
     path: a Python file with `get_config()`.
-    overrides: strings "field.path=value"; the last one of a field wins.
+    overrides: strings "field.path=value"; the last one of a field wins. "preset=NAME" is
+      what `get_config(preset)` is called with, before all others, wherever it stands.
 
   Returns:
     The locked configuration.
@@ -28,7 +30,8 @@ def load(path, overrides=()) -> config_dict.ConfigDict:
     ValueError: the file is missing, does not run or returns something else; an override
       names no field or does not parse as the field's type.
   """
-  return override(_run(pathlib.Path(path)), overrides)
+  presets = [text.removeprefix("preset=") for text in overrides if text.startswith("preset=")]
+  return override(_run(pathlib.Path(path), *presets[-1:]), overrides)
 
 
 def merge(default, path) -> config_dict.ConfigDict:
@@ -61,11 +64,14 @@ def override(config, overrides) -> config_dict.ConfigDict:
   return result
 
 
-def _run(path: pathlib.Path) -> config_dict.ConfigDict:
+def _run(path: pathlib.Path, *preset) -> config_dict.ConfigDict:
   if not path.is_file():
     raise ValueError(f"config file {path}: no such file")
   try:
-    config = runpy.run_path(str(path))["get_config"]()
+    get_config = runpy.run_path(str(path))["get_config"]
+    if preset and not inspect.signature(get_config).parameters:
+      raise ValueError("has no presets")
+    config = get_config(*preset)
   except KeyError as e:
     raise ValueError(f"config file {path}: has no function get_config() ({_text(e)})") from e
   except Exception as e:  # whatever the file's own code raises is a fault of the file

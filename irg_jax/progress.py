@@ -29,7 +29,7 @@ class Progress:
   def __init__(self, stream=None, prefix: str = ""):
     self.prefix = prefix
     self._stream = stream or sys.stderr
-    self._bar = _terminal_bar(self._stream) if self._stream.isatty() else None
+    self._bar = terminal_bar(self._stream) if self._stream.isatty() else None
     self._task = None
     self._label, self._step = None, 0
     self._over = set()  # labels of phases that have passed
@@ -71,7 +71,8 @@ class Progress:
     self._task = self._bar.add_task(text, total=None, unit=UNITS.get(kind, ""))
 
 
-def _terminal_bar(stream):
+def terminal_bar(stream):
+  """A `rich` display for a terminal, whose tasks name a `unit`."""
   from rich import console, progress  # only a terminal pays for the import
   columns = (
       progress.SpinnerColumn(),

@@ -8,12 +8,14 @@ axes with the logical names below; `RULES` maps those to the mesh axes `data`, `
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 RULES = {
     "batch": ("data", "fsdp"),  # rows of a batch, of a cache, of activations
+    "rows": ("data",),  # likewise, where `fsdp` is needed for the width
     "length": ("sequence",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -36,7 +38,7 @@ PARAMETER_AXES = (
     (r"vit/layers/o/kernel", ("layers", "heads", "width")),
     (r"vit/layers/fc1/kernel", ("layers", "width", "mlp")),
     (r"vit/layers/fc2/kernel", ("layers", "mlp", "width")),
-    (r"(connector|time_embed)/fc\d/kernel", (None, "width")),
+    (r"(connector|time_embed)/fc\d/kernel", ("width", None)),
     (r"(latent_embed|heads/velocity|vit/patch_embed)/kernel", ("width", None)),
     (r"vit/position_embed/embedding", (None, "width")),
     (r".*(scale|bias)", ()),
@@ -98,11 +100,64 @@ def constrain(x, *axes):
   return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
+def lookup(table, ids):
+  """Rows of an embedding table [V, D] for ids [B, T] -> [B, T, D].
+
+  A table is split over the width and the ids over the rows of the batch, by the same mesh
+  axis. Each device looks up its part of the width for all rows of that axis, then the parts
+  change hands: the table itself never does.
+  """
+  parts = constrain(table[constrain(ids, "rows", "length")], "rows", "length", "width")
+  return constrain(parts, "batch", "length", "embed")
+
+
+def pick(x, place):
+  """x [B, T, D] at place [B, L] -> [B, L, D]; gathered from whole rows, cut up again after."""
+  x = constrain(x, "batch", None, "embed")
+  picked = jnp.take_along_axis(x, place[..., None], axis=1)
+  return constrain(picked, "batch", "length", "embed")
+
+
+def constrain_parameters(params):
+  """Asks XLA to lay out a parameter tree as `parameter_shardings` says, if a mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return params if mesh.empty else jax.tree.map(
+      jax.lax.with_sharding_constraint, params, parameter_shardings(params, mesh))
+
+
+def gather_parameters(params):
+  """Asks for the parameters outside the stacks of layers to be whole along `fsdp`.
+
+  Once, where they are used often (the text head, chunk by chunk) or where XLA would rather
+  move the activations of the whole batch than a small matrix. The embedding table stays cut
+  up: see `lookup`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return params
+
+  def gathered(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if re.search(r"(^|/)layers/|embedding$", name):
+      return x
+    axes = [None if axis == "width" else axis for axis in _parameter_axes(name, x)]
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
+
+  return jax.tree.map_with_path(gathered, params)
+
+
+def platform() -> str:
+  """The kind of device that a program is traced for: the mesh's, else JAX's default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
 def parameter_shardings(params, mesh):
   """Shardings of a parameter tree (or of anything built of the same paths and shapes).
 
   Args:
-    params: pytree of arrays or ShapeDtypeStructs whose paths contain the parameter paths.
+    params: pytree of arrays or ShapeDtypeStructs whose paths end in the parameter paths;
+      scalars beside them are whole on every device.
 
   Raises:
     ValueError: a parameter that `PARAMETER_AXES` does not cover.
@@ -115,6 +170,8 @@ def parameter_shardings(params, mesh):
 
 
 def _parameter_axes(name, x):
+  if not x.shape:  # counts of an optimizer
+    return ()
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
       return axes or (None,) * len(x.shape)

@@ -9,9 +9,10 @@ import pytest
 
 from irg_jax import flow
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
-from irg_jax.data.batch import pack_row, stack_rows
+from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
+from irg_jax.data.records import MODES
 from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.train.loss import mean_losses, token_losses
+from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 
 VOCAB = 12
 CONFIG = ModelConfig(
@@ -21,13 +22,20 @@ SPECIAL = SpecialTokens(text_start=8, text_end=9, image_start=10, image_end=11)
 
 
 class StandIn:
-  """Has the model's `apply`, answers what it is told to, and remembers its input."""
+  """Has the model's `apply`, answers what it is told to, and remembers its input.
+
+  Its hidden states are its logits, so that the text head has nothing to do.
+  """
 
   def __init__(self, logits, velocity):
     self._answer = logits, velocity
+    self.most_logits = 0
 
-  def apply(self, variables, batch, latents, timestep):
-    self.latents, self.timestep = latents, timestep
+  def apply(self, variables, *args, method="__call__"):
+    if method == "text_logits":
+      self.most_logits = max(self.most_logits, args[0].shape[1])
+      return args[0]
+    _, self.latents, self.timestep = args
     return self._answer
 
 
@@ -38,7 +46,9 @@ def batch():
   picture = PictureSplit(rng.standard_normal((2, 2, 3)), None, need_loss=True, need_vae=True)
   rows = [[TextSplit([1, 2]), TextSplit([3], need_loss=True), picture],
           [TextSplit([4, 5, 6], need_loss=True), dataclasses.replace(picture, need_loss=False)]]
-  return stack_rows([pack_row([sample_features(r, CONFIG, SPECIAL)], 13, 9, 0) for r in rows])
+  sizes = BufferSizes(und=13, gen=9, vit=0, text=6, samples=2)
+  features = [sample_features(r, CONFIG, SPECIAL, mode=m) for m, r in zip((2, 5), rows)]
+  return stack_rows([pack_row([f], sizes) for f in features])
 
 
 @pytest.fixture
@@ -55,8 +65,14 @@ def random_answer(batch, seed=2):
           rng.standard_normal(batch.latents.shape, np.float32))
 
 
-def losses(answer, batch, draws):
-  return token_losses(StandIn(*answer), {}, batch, *draws)
+def losses(answer, batch, draws, **kwargs):
+  return token_losses(StandIn(*answer), {}, batch, *draws, **kwargs)
+
+
+def means(answer, batch, draws):
+  """ce and mse as floats."""
+  got = mean_losses(loss_sums(*losses(answer, batch, draws), batch))
+  return {name: float(got[name]) for name in ("ce", "mse")}
 
 
 def test_interpolation_goes_from_picture_to_noise_with_the_target_as_its_velocity():
@@ -94,26 +110,73 @@ def test_cross_entropy_is_that_of_the_next_token(batch, draws):
   probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   for row, start, end in ((0, 4, 6), (1, 0, 4)):
     want = [-np.log(probability[row, i, text[row][i + 1]]) for i in range(start, end)]
-    np.testing.assert_allclose(ce[row, start:end], want, rtol=1e-5)
-    assert not np.delete(np.asarray(ce[row]), slice(start, end)).any()
+    np.testing.assert_allclose(ce[row, :end - start], want, rtol=1e-5)
+    assert not np.asarray(ce[row, end - start:]).any()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
+def test_logits_never_exist_for_more_than_a_chunk_and_chunks_change_nothing(batch, draws, chunk):
+  most = {}
+
+  def summed(answer, chunk):
+    model = StandIn(*answer)
+    ce, _ = token_losses(model, {}, batch, *draws, text_chunk=chunk)
+    most[chunk] = model.most_logits
+    return jnp.sum(ce * batch.text_weight)
+
+  answer = tuple(map(jnp.asarray, random_answer(batch)))
+  want, want_gradient = jax.value_and_grad(summed)(answer, 6)
+  got, gradient = jax.value_and_grad(summed)(answer, chunk)
+  assert most[6] == 6 and 0 < most[chunk] <= chunk
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  np.testing.assert_allclose(gradient[0], want_gradient[0], rtol=1e-5, atol=1e-7)
+
+
+def numbered_losses(batch):
+  """Two text targets in the first row, four in the second; four latents in the first."""
+  ce = np.zeros(batch.text_weight.shape, np.float32)
+  ce[batch.text_weight > 0] = [1, 2, 3, 4, 5, 9]
+  error = np.zeros(batch.latent_weight.shape, np.float32)
+  error[batch.latent_weight > 0] = [2, 4, 6, 8]
+  return ce, error
 
 
 def test_means_are_over_all_targets_of_the_batch_not_row_by_row(batch):
-  ce = np.zeros(batch.text_weight.shape, np.float32)
-  ce[batch.text_weight > 0] = [1, 2, 3, 4, 5, 9]  # two of the first row, four of the second
-  error = np.zeros(batch.latent_weight.shape, np.float32)
-  error[batch.latent_weight > 0] = [2, 4, 6, 8]
-  got = mean_losses(ce, error, batch)
-  assert {name: float(x) for name, x in got.items()} == {"ce": 4.0, "mse": 5.0, "loss": 9.0}
+  got = mean_losses(loss_sums(*numbered_losses(batch), batch))
+  assert (float(got["ce"]), float(got["mse"])) == (4.0, 5.0)
+
+
+def test_losses_are_also_measured_mode_by_mode(batch):
+  got = mean_losses(loss_sums(*numbered_losses(batch), batch))
+  want = {("ce", 2): (1.5, 2), ("ce", 5): (21 / 4, 4), ("mse", 2): (5.0, 4)}
+  for loss in ("ce", "mse"):
+    for number, mode in enumerate(MODES):
+      mean, weight = want.get((loss, number), (0.0, 0))
+      assert float(got[f"{loss}/{mode}"]) == mean, (loss, mode)
+      assert float(got[f"weight/{loss}/{mode}"]) == weight, (loss, mode)
+
+
+def test_weights_of_texts_count_in_the_mean(batch):
+  ce, error = numbered_losses(batch)
+  weight = batch.text_weight * np.array([[3.0], [0.5]], np.float32)
+  got = mean_losses(loss_sums(ce, error, dataclasses.replace(batch, text_weight=weight)))
+  np.testing.assert_allclose(got["ce"], (3 * 3 + 21 / 2) / (6 + 2), rtol=1e-6)
 
 
 def test_tokens_without_a_loss_contribute_nothing(batch, draws):
   answer, other = random_answer(batch), random_answer(batch, seed=3)
-  weights = batch.text_weight, batch.latent_weight
+  predicted = np.zeros(batch.text_ids.shape, np.float32)
+  rows = np.arange(len(predicted))[:, None]
+  np.maximum.at(predicted, (rows, batch.text_place), batch.text_weight)
+  assert predicted.sum() == batch.text_weight.sum() == 6
+  weights = predicted, batch.latent_weight
   mixed = [np.where(w[..., None] > 0, a, 100 * o) for w, a, o in zip(weights, answer, other)]
-  want, got = (mean_losses(*losses(x, batch, draws), batch) for x in (answer, mixed))
-  assert want == got
-  loss = lambda x: mean_losses(*losses(x, batch, draws), batch)["loss"]
+  assert means(answer, batch, draws) == means(mixed, batch, draws)
+
+  def loss(answer):
+    sums = loss_sums(*losses(answer, batch, draws), batch)
+    return sums["ce"] + sums["mse"]
+
   for gradient, weight in zip(jax.grad(loss)(tuple(jnp.asarray(x) for x in answer)), weights):
     reached = np.asarray(gradient).any(-1)
     np.testing.assert_array_equal(reached, weight > 0)
@@ -122,5 +185,4 @@ def test_tokens_without_a_loss_contribute_nothing(batch, draws):
 def test_batch_without_targets_of_a_kind_has_zero_loss_of_it(batch, draws):
   none = dataclasses.replace(batch, text_weight=0 * batch.text_weight,
                              latent_weight=0 * batch.latent_weight)
-  got = mean_losses(*losses(random_answer(batch), none, draws), none)
-  assert {name: float(x) for name, x in got.items()} == {"ce": 0.0, "mse": 0.0, "loss": 0.0}
+  assert means(random_answer(batch), none, draws) == {"ce": 0.0, "mse": 0.0}

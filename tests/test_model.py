@@ -11,7 +11,7 @@ import pytest
 from conftest import relative_error
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
-from irg_jax.data.batch import pack_row, stack_rows
+from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
 from irg_jax.model.attention import NOISE, PADDING, Tokens
 from irg_jax.model.layers import apply_rope, rope_table, sincos_2d, timestep_features
@@ -52,14 +52,20 @@ def samples():
 
 
 def one_row(parts):
-  return stack_rows([pack_row(parts, U, G, P)])
+  return stack_rows([pack_row(parts, BufferSizes(und=U, gen=G, vit=P, text=10, samples=3))])
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def outputs(params, batch, latents, *, config=CONFIG):
   """(logits, velocity) with flow time 0.6 on the targets."""
   return UnifiedTransformer(config).apply(
-      {"params": params}, batch, latents, 0.6 * batch.latent_weight)
+      {"params": params}, batch, latents, 0.6 * batch.latent_weight, method=all_outputs)
+
+
+def all_outputs(model, *args):
+  """Logits of every und token, velocity."""
+  und, velocity = model(*args)
+  return model.text_logits(und), velocity
 
 
 def outputs_of(sample, batch, latents=None):
@@ -162,11 +168,11 @@ def abstract_init(config):
   """Shapes of the parameters that `init` makes, without making any."""
   shape = jax.ShapeDtypeStruct
   row = sample_features([picture(0, need_vae=True, need_vit=True)], CONFIG, SPECIAL)
-  batch = stack_rows([pack_row([row], 8, 4, 4)])
+  batch = stack_rows([pack_row([row], BufferSizes(und=8, gen=4, vit=4, text=1, samples=1))])
   batch = dataclasses.replace(
       batch, vit_patches=shape((1, 4, config.vit.patch_size**2 * 3), jnp.float32))
   latents = shape((1, 4, config.latent_dim), jnp.float32)
-  init = UnifiedTransformer(config).init
+  init = functools.partial(UnifiedTransformer(config).init, method=all_outputs)
   return jax.eval_shape(init, jax.random.key(0), batch, latents, batch.latent_weight)["params"]
 
 

@@ -1,12 +1,15 @@
 """Splits to arrays, arrays to rows: layouts written out by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
-from irg_jax.data.batch import pack_row, stack_rows
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
+from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
+from irg_jax.data.sequence import DroppedPicture, PictureSplit, TextSplit, sample_features
+from irg_jax.images import to_pixels
 from irg_jax.model.attention import CAUSAL, FULL, NOISE, PADDING, allowed
 
 CONFIG = ModelConfig(
@@ -37,17 +40,31 @@ def check(arrays, **expected):
 def test_text_is_causal_and_predicts_the_next_token():
   check(features(TextSplit([1, 2], need_loss=True), TextSplit([3])),
         und_ids=[START, 1, 2, END, START, 3, END],
-        und_weight=[1, 1, 1, 0, 0, 0, 0],  # nothing follows the end token
+        text_place=[0, 1, 2], text_target=[1, 2, END],  # nothing follows the end token
+        text_weight=[1, 1, 1],
         und_position=range(7), und_index=range(7), und_split=[0] * 4 + [1] * 3, und_kind=[C] * 7,
         und_vit=[-1] * 7)
-  got = features(TextSplit([1, 2], need_loss=True))
-  assert got["und_target"][:3].tolist() == [1, 2, END]
+
+
+def test_predicted_text_is_found_behind_other_splits():
+  check(features(TextSplit([1]), picture(need_vae=True), TextSplit([2, 3], need_loss=True)),
+        text_place=[5, 6, 7], text_target=[2, 3, END])  # latents are not in the und buffer
+
+
+def test_reweighting_counts_a_split_by_the_root_of_its_length():
+  splits = [TextSplit([1, 2, 3], need_loss=True), TextSplit([1]), TextSplit([], need_loss=True)]
+  got = sample_features(splits, CONFIG, SPECIAL, ce_loss_reweighting=True)
+  check(got, text_weight=[0.5] * 4 + [1])
+
+
+def test_sample_is_known_by_its_mode_and_number():
+  check(sample_features([TextSplit([1])], CONFIG, SPECIAL, mode=4, index=7),
+        sample_mode=[4], sample_index=[7])
 
 
 def test_empty_text_is_its_two_control_tokens():
-  check(features(TextSplit([], need_loss=True)), und_ids=[START, END], und_weight=[1, 0],
-        und_position=[0, 1])
-  assert features(TextSplit([], need_loss=True))["und_target"][0] == END
+  check(features(TextSplit([], need_loss=True)), und_ids=[START, END], text_place=[0],
+        text_target=[END], und_position=[0, 1])
 
 
 def test_clean_picture_shares_one_position_and_advances_by_one():
@@ -63,7 +80,7 @@ def test_clean_picture_shares_one_position_and_advances_by_one():
 def test_noised_picture_does_not_advance_the_position():
   check(features(TextSplit([1]), picture(need_loss=True), TextSplit([2])),
         und_position=[0, 1, 2, 3, 3, 3, 4, 5], und_kind=[C, C, C, X, X, C, C, C],
-        und_weight=[0] * 8, gen_position=[3, 3], gen_kind=[X, X], gen_weight=[1, 1])
+        text_place=[], gen_position=[3, 3], gen_kind=[X, X], gen_weight=[1, 1])
 
 
 def test_picture_in_all_roles_is_noised_then_clean_then_vit():
@@ -80,6 +97,23 @@ def test_picture_in_all_roles_is_noised_then_clean_then_vit():
         gen_kind=[X, X, F, F], gen_weight=[1, 1, 0, 0], gen_latents=[[0], [1], [0], [1]],
         vit_patches=np.arange(9).reshape(3, 3))
   assert len(set(features(picture(need_loss=True, need_vae=True))["gen_picture"])) == 2
+
+
+def test_dropped_picture_leaves_a_gap_in_the_positions_and_nothing_else():
+  kept = features(TextSplit([1]), picture(need_vae=True), TextSplit([2]))
+  got = features(TextSplit([1]), DroppedPicture(), TextSplit([2]))
+  check(got, und_ids=[START, 1, END, START, 2, END], und_position=[0, 1, 2, 4, 5, 6],
+        und_index=range(6), gen_place=[])
+  assert got["und_position"][-1] == kept["und_position"][-1]
+
+
+def test_pictures_to_be_encoded_come_with_the_place_of_their_tokens():
+  raw = [np.full((2, 1, 3), i, np.uint8) for i in range(2)]
+  draw = np.zeros((2, 1, 1))
+  got = features(PictureSplit(draw, None, need_vae=True, pixels=raw[0]), picture(need_vae=True),
+                 PictureSplit(draw, None, need_loss=True, pixels=raw[1]))
+  assert [start for start, _ in got["pictures"]] == [0, 4]
+  assert all(a is b for (_, a), b in zip(got["pictures"], raw))
 
 
 def test_places_go_row_by_row_in_the_grids_of_the_model():
@@ -99,8 +133,9 @@ def test_sample_without_pictures_has_empty_arrays_of_the_right_kind():
   assert got["gen_latents"].shape == (0, CONFIG.latent_dim)
   assert got["vit_patches"].shape == (0, 3)
   for name, x in got.items():
-    real = name in ("und_weight", "gen_weight", "gen_latents", "vit_patches")
-    assert x.dtype == (np.float32 if real else np.int32), name
+    real = name in ("gen_weight", "gen_latents", "text_weight")
+    if name not in ("vit_patches", "pictures"):  # patches: of either kind, as their neighbours
+      assert x.dtype == (np.float32 if real else np.int32), name
 
 
 def two_samples():
@@ -110,12 +145,13 @@ def two_samples():
 
 
 def sizes(samples, spare=0):
-  return [sum(len(s[f"{p}_position"]) for s in samples) + spare for p in ("und", "gen", "vit")]
+  return BufferSizes(**{buffer: sum(len(s[name]) for s in samples) + spare
+                        for buffer, name in LENGTH_FEATURES.items()})
 
 
 def test_samples_of_a_row_stay_apart():
   samples = two_samples()
-  row = pack_row(samples, *sizes(samples))
+  row = pack_row(samples, sizes(samples))
   und, gen = [13, 12], [4, 4]
   number = np.repeat([0, 1, 0, 1], und + gen)
   np.testing.assert_array_equal(row.tokens.sample, number)
@@ -128,10 +164,37 @@ def test_samples_of_a_row_stay_apart():
   np.testing.assert_array_equal(row.vit_patches[3:].reshape(-1), range(50, 59))
 
 
+def test_predictions_and_samples_of_a_row_are_found_again():
+  samples = [sample_features([TextSplit([i, i + 1], need_loss=i > 0), picture(need_vit=True),
+                              TextSplit([i], need_loss=True)], CONFIG, SPECIAL, mode=i, index=9 - i)
+             for i in range(3)]
+  row = pack_row(samples, sizes(samples, spare=2))
+  here = row.text_weight > 0
+  assert here.sum() == 2 + 5 + 5
+  place = row.text_place[here]
+  np.testing.assert_array_equal(row.text_ids[place + 1], row.text_target[here])
+  np.testing.assert_array_equal(row.tokens.sample[place], row.text_sample[here])
+  np.testing.assert_array_equal(row.sample_mode, [0, 1, 2, -1, -1])
+  np.testing.assert_array_equal(row.sample_index, [9, 8, 7, -1, -1])
+  by_sample = [row.text_ids[place[row.text_sample[here] == i]].max() for i in range(3)]
+  assert by_sample == [START] * 3 and set(row.text_sample[here]) == {0, 1, 2}
+
+
+def test_eight_bit_patches_become_pixels_and_are_never_mixed_with_floats():
+  levels = np.arange(9, dtype=np.uint8).reshape(1, 3, 3)
+  samples = [features(TextSplit([1])), features(PictureSplit(None, levels, need_vit=True))]
+  row = pack_row(samples, sizes(samples))
+  np.testing.assert_array_equal(row.vit_patches, to_pixels(levels[0]))
+  with pytest.raises(ValueError, match="dtype of vit_patches"):
+    pack_row(samples + two_samples(), sizes(samples + two_samples()))
+  with pytest.raises(ValueError, match="all 8-bit levels or all float"):
+    features(PictureSplit(None, levels, need_vit=True), picture(need_vit=True))
+
+
 def test_every_picture_of_a_row_has_a_number_of_its_own():
   """One flow time is drawn for each number, and ViT attention stays within one."""
   samples = two_samples() + [features(TextSplit([4]))] + two_samples()
-  row = pack_row(samples, *sizes(samples))
+  row = pack_row(samples, sizes(samples))
   numbers = [*row.latent_picture[::2], *row.vit_picture[::3]]
   np.testing.assert_array_equal(row.latent_picture, np.repeat(row.latent_picture[::2], 2))
   np.testing.assert_array_equal(row.vit_picture, np.repeat(row.vit_picture[::3], 3))
@@ -140,32 +203,40 @@ def test_every_picture_of_a_row_has_a_number_of_its_own():
 
 def test_padding_is_inert():
   samples = two_samples()
-  row, exact = pack_row(samples, *sizes(samples, 3)), pack_row(samples, *sizes(samples))
-  und, gen, vit = sizes(samples)
+  row, exact = pack_row(samples, sizes(samples, 3)), pack_row(samples, sizes(samples))
+  und, gen, vit, text, number = dataclasses.astuple(sizes(samples))
   padding = row.tokens.sample == PADDING  # at the end of each buffer
   np.testing.assert_array_equal(padding, np.repeat([0, 1, 0, 1], [und, 3, gen, 3]))
   mask = np.asarray(allowed(row.tokens, row.tokens))
   assert not mask[padding].any() and not mask[:, padding].any()
   np.testing.assert_array_equal(mask[~padding][:, ~padding], allowed(exact.tokens, exact.tokens))
-  assert not row.text_weight[und:].any() and not row.latent_weight[gen:].any()
+  assert not row.text_weight[text:].any() and not row.latent_weight[gen:].any()
+  assert not row.text_place[text:].any() and (row.text_sample[text:] == PADDING).all()
+  assert (row.sample_mode[number:] == -1).all() and (row.sample_index[number:] == -1).all()
   assert (row.vit_index[und:] == -1).all() and (row.latent_picture[gen:] == PADDING).all()
   assert (row.vit_picture[vit:] == PADDING).all()
 
 
-@pytest.mark.parametrize("short", range(3), ids=["und", "gen", "vit"])
-def test_buffer_that_is_too_small_is_named(short):
+@pytest.mark.parametrize("name", LENGTH_FEATURES)
+def test_buffer_that_is_too_small_is_named(name):
   samples = two_samples()
   have = sizes(samples)
-  have[short] -= 1
-  name = ("und", "gen", "vit")[short]
-  with pytest.raises(ValueError, match=rf"{have[short] + 1} values of {name}_\w+, "
-                                       rf"but the buffer holds {have[short]}"):
-    pack_row(samples, *have)
+  size = getattr(have, name)
+  prefix = name.removesuffix("s")
+  with pytest.raises(ValueError, match=rf"{size} values of {prefix}_\w+, "
+                                       rf"but the buffer holds {size - 1}"):
+    pack_row(samples, dataclasses.replace(have, **{name: size - 1}))
+
+
+@pytest.mark.parametrize("name,size", [("und", -1), ("samples", 0)])
+def test_buffer_size_that_cannot_be_is_named(name, size):
+  with pytest.raises(ValueError, match=f"{name}={size}"):
+    BufferSizes(**dict(und=1, gen=0, vit=0, text=0, samples=1) | {name: size})
 
 
 def test_rows_of_equal_sizes_stack_to_a_batch():
   samples = two_samples()
-  rows = [pack_row([s], 15, 5, 4) for s in samples]
+  rows = [pack_row([s], BufferSizes(und=15, gen=5, vit=4, text=3, samples=2)) for s in samples]
   batch = stack_rows(rows)
   assert batch.tokens.sample.shape == (2, 20) and batch.vit_patches.shape == (2, 4, 3)
   jax.tree.map(lambda x, a, b: np.testing.assert_array_equal(x, [a, b]), batch, *rows)
@@ -185,4 +256,4 @@ def test_splits_that_the_model_cannot_place_are_refused(split, message):
 
 def test_an_empty_row_is_refused():
   with pytest.raises(ValueError, match="at least one sample"):
-    pack_row([], 1, 1, 1)
+    pack_row([], BufferSizes(und=1, gen=1, vit=1, text=1, samples=1))

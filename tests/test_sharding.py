@@ -132,7 +132,7 @@ def test_arrays_really_lie_in_pieces_on_the_devices():
       "transformer/decoder/layers/gen/down/kernel": (L, F // 2, D // 2),
       "transformer/decoder/layers/und/q/bias": (L, D // 2),
       "transformer/vit/layers/fc1/kernel": (L, 8, 12),
-      "transformer/connector/fc2/kernel": (D, D // 2),
+      "transformer/connector/fc2/kernel": (D // 2, D),
       "transformer/decoder/und_norm/scale": (D,),
       "vae/encoder/conv_in/kernel": (3, 3, 3, 32),
   }.items():

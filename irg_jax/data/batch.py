@@ -1,37 +1,83 @@
-"""The packed batch: several samples a row, in the two buffers of the decoder."""
+"""The packed batch: several samples a row, in the two buffers of the decoder.
+
+A row holds the flat arrays of its samples (`sequence.sample_features`) one after the other.
+Grain's packer concatenates them for training, `pack_row` for everything else; what depends on
+the neighbours in the row (offsets, numbers of samples and pictures) is added by `finish_row`
+in both cases.
+"""
 
 import dataclasses
 
 import jax
 import numpy as np
 
+from irg_jax.images import to_pixels
 from irg_jax.model.attention import PADDING, Tokens
+
+# The feature that stands for its buffer: the number of its values is the buffer's fill.
+LENGTH_FEATURES = {"und": "und_ids", "gen": "gen_place", "vit": "vit_position",
+                   "text": "text_place", "samples": "sample_mode"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferSizes:
+  """What a row holds: understanding tokens, latent tokens, ViT patches, predicted text
+  positions, samples.
+
+  Raises:
+    ValueError: a negative size, or no room for a single sample.
+  """
+
+  und: int
+  gen: int
+  vit: int
+  text: int
+  samples: int
+
+  def __post_init__(self):
+    for name, size in dataclasses.asdict(self).items():
+      if size < (name == "samples"):
+        raise ValueError(f"buffer size {name}={size}: must be at least {int(name == 'samples')}")
+
+  def of_feature(self, name: str) -> int:
+    """Size of the buffer that the feature `name` (for example "und_ids") is packed into."""
+    prefix = name.partition("_")[0]
+    return getattr(self, "samples" if prefix == "sample" else prefix)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """B rows of U understanding tokens, G latent tokens and P ViT patches.
+  """B rows of U understanding tokens, G latent tokens, P ViT patches, L predicted text
+  positions and up to M samples.
 
   Attributes:
-    tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G].
+    tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G]; the
+      `sample` of a token is its sample's column in `sample_mode`.
     text_ids: int32 [B, U]; ignored where `vit_index` >= 0.
     vit_index: int32 [B, U], the patch whose ViT embedding stands here, or -1.
-    text_target: int32 [B, U], the next token.
-    text_weight: float32 [B, U], 1 where the next token is predicted, else 0.
+    text_place: int32 [B, L], index in the und buffer of a token whose next one is predicted;
+      0 on padding.
+    text_target: int32 [B, L], that next token.
+    text_weight: float32 [B, L], weight of the prediction in the mean; 0 on padding.
+    text_sample: int32 [B, L], as `tokens.sample`; PADDING on padding.
     latents: float32 [B, G, latent_dim], clean latents.
     latent_position: int32 [B, G], `row * max_latent_size + column`.
     latent_picture: int32 [B, G], number of the picture in the row (one flow time for each).
     latent_weight: float32 [B, G], 1 on noised tokens (targets), else 0.
     vit_patches, vit_position, vit_picture: see `model.vit.Vit`, [B, P, ...].
+    sample_mode, sample_index: int32 [B, M], mode id and record number of each sample; -1 on
+      padding.
   """
 
   tokens: Tokens
   position: jax.Array
   text_ids: jax.Array
   vit_index: jax.Array
+  text_place: jax.Array
   text_target: jax.Array
   text_weight: jax.Array
+  text_sample: jax.Array
   latents: jax.Array
   latent_position: jax.Array
   latent_picture: jax.Array
@@ -39,9 +85,11 @@ class Batch:
   vit_patches: jax.Array
   vit_position: jax.Array
   vit_picture: jax.Array
+  sample_mode: jax.Array
+  sample_index: jax.Array
 
 
-def pack_row(samples, und_size: int, gen_size: int, vit_size: int) -> Batch:
+def pack_row(samples, sizes: BufferSizes) -> Batch:
   """Packs samples (from `sequence.sample_features`) into one row, a Batch without its B axis.
 
   Raises:
@@ -49,34 +97,52 @@ def pack_row(samples, und_size: int, gen_size: int, vit_size: int) -> Batch:
   """
   if not samples:
     raise ValueError("a row needs at least one sample")
-  row = {name: [] for name in samples[0]} | {"und_sample": [], "gen_sample": []}
-  patches = pictures = 0
-  for number, sample in enumerate(samples):
-    sample = dict(sample)
-    sample["und_vit"] = np.where(sample["und_vit"] >= 0, sample["und_vit"] + patches, -1)
-    # Pictures are numbered through the row: the same number must not mean two pictures.
-    sample["gen_picture"] = sample["gen_picture"] + pictures
-    sample["vit_picture"] = sample["vit_picture"] + pictures
-    pictures = max([pictures, *(sample["gen_picture"] + 1), *(sample["vit_picture"] + 1)])
-    patches += len(sample["vit_position"])
-    for prefix in ("und", "gen"):
-      sample[f"{prefix}_sample"] = np.full(len(sample[f"{prefix}_index"]), number, np.int32)
-    for name, values in sample.items():
-      row[name].append(values)
+  row = {name: _fit([s[name] for s in samples], sizes, name) for name in samples[0]
+         if name != "pictures"}
+  segments = {buffer: np.repeat(np.arange(len(samples)) + 1, [len(s[name]) for s in samples])
+              for buffer, name in LENGTH_FEATURES.items()}
+  return finish_row(row, {buffer: np.pad(x, (0, getattr(sizes, buffer) - len(x)))
+                          for buffer, x in segments.items()})
 
-  sizes = {"und": und_size, "gen": gen_size, "vit": vit_size}
-  fill = {"und_sample": PADDING, "gen_sample": PADDING, "und_vit": -1, "vit_picture": PADDING,
-          "gen_picture": PADDING}
-  row = {name: _fit(np.concatenate(parts), sizes[name[:3]], fill.get(name, 0), name)
-         for name, parts in row.items()}
+
+def finish_row(row, segments) -> Batch:
+  """Turns concatenated samples into a row, a Batch without its B axis.
+
+  Args:
+    row: dict of the features of `sequence.sample_features`, each padded to its buffer.
+    segments: dict of buffer name -> int [size]: 0 on padding, else 1 + the number of the
+      sample in the row.
+  """
+  und, gen, vit, text, samples = (segments[name] for name in LENGTH_FEATURES)
+  before = lambda counts: np.concatenate([[0], np.cumsum(counts)])  # by segment; [0] is padding
+  lengths = lambda segment: np.bincount(segment, minlength=len(samples) + 1)[1:]
+  und_offset, vit_offset = before([0, *lengths(und)]), before([0, *lengths(vit)])
+  # Pictures are numbered through the row: the same number must not mean two pictures.
+  pictures = np.zeros(len(samples) + 1, np.int64)
+  for name, segment in (("gen_picture", gen), ("vit_picture", vit)):
+    np.maximum.at(pictures, segment, np.where(segment > 0, row[name] + 1, 0))
+  picture_offset = before(pictures)
+
+  number = lambda values, segment, offset, padding: np.where(
+      segment > 0, values + offset[segment], padding).astype(np.int32)
   both = lambda name: np.concatenate([row[f"und_{name}"], row[f"gen_{name}"]]).astype(np.int32)
+  none = np.zeros_like(picture_offset)
+  is_vit = np.where(row["und_vit"] >= 0, und, 0)
   return Batch(
-      tokens=Tokens(**{name: both(name) for name in ("sample", "index", "split", "kind")}),
-      position=both("position"), text_ids=row["und_ids"], vit_index=row["und_vit"],
-      text_target=row["und_target"], text_weight=row["und_weight"], latents=row["gen_latents"],
-      latent_position=row["gen_place"], latent_picture=row["gen_picture"],
-      latent_weight=row["gen_weight"], vit_patches=row["vit_patches"],
-      vit_position=row["vit_position"], vit_picture=row["vit_picture"])
+      tokens=Tokens(sample=np.concatenate([und, gen]).astype(np.int32) - 1,
+                    **{name: both(name) for name in ("index", "split", "kind")}),
+      position=both("position"), text_ids=row["und_ids"],
+      vit_index=number(row["und_vit"], is_vit, vit_offset, -1),
+      text_place=number(row["text_place"], text, und_offset, 0),
+      text_target=row["text_target"], text_weight=row["text_weight"],
+      text_sample=text.astype(np.int32) - 1, latents=row["gen_latents"],
+      latent_position=row["gen_place"],
+      latent_picture=number(row["gen_picture"], gen, picture_offset, PADDING),
+      latent_weight=row["gen_weight"], vit_patches=_to_pixels(row["vit_patches"]),
+      vit_position=row["vit_position"],
+      vit_picture=number(row["vit_picture"], vit, picture_offset, PADDING),
+      sample_mode=number(row["sample_mode"], samples, none, -1),
+      sample_index=number(row["sample_index"], samples, none, -1))
 
 
 def stack_rows(rows) -> Batch:
@@ -84,9 +150,17 @@ def stack_rows(rows) -> Batch:
   return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
-def _fit(values, size, fill, name):
+def _fit(parts, sizes, name):
+  parts = [part for part in parts if len(part)] or parts[:1]
+  if len({part.dtype for part in parts}) > 1:  # 8-bit levels beside pixels in [-1, 1]
+    raise ValueError(f"the samples of a row differ in the dtype of {name}: "
+                     f"{sorted({str(part.dtype) for part in parts})}")
+  values, size = np.concatenate(parts), sizes.of_feature(name)
   if len(values) > size:
     raise ValueError(f"the samples of a row have {len(values)} values of {name}, "
                      f"but the buffer holds {size}: pack fewer samples, or enlarge the buffer")
-  return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1),
-                constant_values=fill)
+  return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1))
+
+
+def _to_pixels(patches):
+  return to_pixels(patches) if patches.dtype == np.uint8 else patches

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from irg_jax.sharding import platform
+
 # Kinds of split.
 CAUSAL, FULL, NOISE = 0, 1, 2
 
@@ -115,7 +117,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
-  key_chunk = key_chunk or (128 if jax.default_backend() == "cpu" else 512) * max(1, 16 // T)
+  key_chunk = key_chunk or (128 if platform() == "cpu" else 512) * max(1, 16 // T)
   if implementation == "auto":
     short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES
     implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"

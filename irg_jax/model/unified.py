@@ -9,6 +9,7 @@ from irg_jax.model.decoder import Decoder
 from irg_jax.model.heads import Heads
 from irg_jax.model.layers import sincos_2d, timestep_features
 from irg_jax.model.vit import Vit
+from irg_jax.sharding import constrain, lookup, pick
 
 
 class TwoLayer(nn.Module):
@@ -49,7 +50,8 @@ class UnifiedTransformer(nn.Module):
 
   def embed_text(self, ids):
     """Token ids [...] -> [..., D]."""
-    return self.embed(ids)
+    rows = jnp.atleast_2d(ids)
+    return lookup(self.embed.embedding, rows).astype(self.config.dtype).reshape(*ids.shape, -1)
 
   def embed_latents(self, latents, timestep, position):
     """Latent tokens with their flow time and place.
@@ -94,13 +96,14 @@ class UnifiedTransformer(nn.Module):
       timestep: float [B, G], flow time of each latent token, 0 where clean.
 
     Returns:
-      (next-token logits float32 [B, U, vocab_size], velocity float32 [B, G, latent_dim]).
+      (final hidden states of the und buffer [B, U, D], for `text_logits` where there is a
+      loss; velocity float32 [B, G, latent_dim]).
     """
     und = self.embed_text(batch.text_ids)
     if batch.vit_patches.shape[1]:
       vit = self.embed_vit(batch.vit_patches, batch.vit_position, batch.vit_picture)
-      picked = jnp.take_along_axis(vit, jnp.maximum(batch.vit_index, 0)[..., None], axis=1)
+      picked = pick(vit, jnp.maximum(batch.vit_index, 0))
       und = jnp.where((batch.vit_index >= 0)[..., None], picked, und)
     gen = self.embed_latents(latents, timestep, batch.latent_position)
     buffers, _ = self.decode({"und": und, "gen": gen}, batch.tokens, batch.position)
-    return self.text_logits(buffers["und"]), self.velocity(buffers["gen"])
+    return buffers["und"], self.velocity(buffers["gen"])

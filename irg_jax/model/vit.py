@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import FULL, KeyValues, Tokens, attend
 from irg_jax.model.layers import scan_layers
-from irg_jax.sharding import constrain
+from irg_jax.sharding import constrain, lookup
 
 
 class VitLayer(nn.Module):
@@ -55,8 +55,9 @@ class Vit(nn.Module):
     c = self.config
     x = nn.Dense(c.vit.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype,
                  name="patch_embed")(patches_RPC)
-    x += nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, dtype=c.dtype,
-                  param_dtype=c.param_dtype, name="position_embed")(position_RP)
+    place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
+                     name="position_embed")
+    x += lookup(place.embedding, position_RP).astype(c.dtype)
     zeros = jnp.zeros_like(picture_RP)
     tokens = Tokens(sample=picture_RP, index=zeros, split=zeros, kind=zeros + FULL)
     layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),

@@ -11,7 +11,8 @@ from irg_jax.weights.folders import check_absent
 _MARKS = {published: "llm_config.json", orbax: orbax.CONFIG}
 
 
-def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None):
+def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None,
+                    part: str = ""):
   """Reads a checkpoint folder in either layout.
 
   Args:
@@ -20,6 +21,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     compute_dtype: of the arithmetic; None takes what the folder says, float32 if nothing.
     shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, such as
       `lambda p: sharding.parameter_shardings(p, mesh)`; None uses the default device.
+    part: "transformer" or "vae" reads only that one; empty: both.
 
   Returns:
     (ModelConfig, {"transformer": ..., "vae": ...}).
@@ -34,7 +36,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
   shardings = None
   if shardings_fn is not None:
     shardings = shardings_fn(names.abstract_params(config, dtype or config.param_dtype))
-  return config, layout.load(folder, config, shardings=shardings, dtype=dtype)
+  return config, layout.load(folder, config, shardings=shardings, dtype=dtype, part=part)
 
 
 def read_config(folder) -> ModelConfig:

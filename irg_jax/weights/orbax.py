@@ -57,7 +57,8 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
       checkpointer.save(partial / PARAMS, params)
 
 
-def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None) -> dict:
+def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
+         part: str = "") -> dict:
   """Reads parameters; arguments and result as in `published.load`.
 
   Raises:
@@ -68,7 +69,8 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   path = folder / PARAMS
   stored = _metadata(path)
   names.check_params(stored, config, str(path))
-  params = _restore(path, names.flatten(_wanted(stored, shardings, dtype)))
+  wanted = names.flatten(_wanted(stored, shardings, dtype))
+  params = _restore(path, {name: x for name, x in wanted.items() if name.startswith(part)})
   for name, x in params.items():
     if not _is_finite(x):
       raise CheckpointError(f"{path}: NaN or infinite numbers in {name}; the files are damaged, "

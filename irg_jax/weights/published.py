@@ -10,6 +10,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from irg_jax.config import ModelConfig
 from irg_jax.weights import names
@@ -19,12 +20,13 @@ from irg_jax.weights.folders import copy_tokenizer, new_folder
 from irg_jax.weights.names import Row
 from irg_jax.weights.tables import check_table, sincos_table, table_grids
 from irg_jax.weights.tensors import DTYPES, Tensor, all_finite, find_tensors
-from irg_jax.weights.writing import Pending, write_tensors
+from irg_jax.weights.writing import Pending, in_order, write_tensors
 
 ALIGNMENT = 64  # bytes; JAX takes over a host buffer without a copy if it starts at a multiple
 
 
-def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None) -> dict:
+def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
+         part: str = "") -> dict:
   """Reads the parameters of a published checkpoint folder straight into their shards.
 
   Every key and shape is checked before any tensor is read. The position tables are compared
@@ -37,6 +39,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
       `names.abstract_params`; a process reads only what its devices hold. None puts
       everything on the default device.
     dtype: of the parameters; None keeps each one's own.
+    part: "transformer" or "vae" reads only that one; empty: both.
 
   Returns:
     {"transformer": ..., "vae": ...} of arrays.
@@ -56,6 +59,8 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   placed = _by_path(shardings, config)
   leaves = {}
   for row in names.rows(config):
+    if not row.path.startswith(part):
+      continue
     layers = [tensors[row.file][key] for key in row.keys]
     leaves[row.path] = _load_row(row, layers, placed[row.path], dtype)
   return names.unflatten(leaves)
@@ -66,7 +71,9 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
   """Writes parameters in the published layout; the folder appears only when it is complete.
 
   What `load` read comes out bit for bit in the same dtype; the position tables are computed
-  anew, in the dtype of the layer that they are added to.
+  anew, in the dtype of the layer that they are added to. Where an array is spread over
+  several processes, all of them call this; the first one writes, the others hand it their
+  shards, tensor by tensor.
 
   Args:
     folder: must not exist, or be empty.
@@ -84,6 +91,11 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
   for row in names.rows(config):
     pending[row.file] += _pending(row, leaves[row.path], dtype)
   pending["ema"] += _pending_tables(leaves, config, dtype)
+  if jax.process_index() > 0:
+    for stem in ("ema", "ae"):
+      for tensor in in_order(pending[stem]):
+        tensor.make()
+    return
   with new_folder(folder) as partial:
     write_configs(partial, config, source)
     write_tensors(partial, "ema", pending["ema"], max_shard_bytes)
@@ -216,13 +228,20 @@ def _to_host(row, leaf, layer, dtype):
   if row.layers and isinstance(leaf, jax.Array) and not _is_host_memory(leaf):
     # On the device, so that one layer moves to the host and no copy of all stays with the array.
     leaf, layer = jax.lax.dynamic_index_in_dim(leaf, layer), 0
-  x = np.asarray(leaf)[layer] if row.layers else np.asarray(leaf)
+  x = _gather(leaf)[layer] if row.layers else _gather(leaf)
   with np.errstate(over="ignore"):  # reported below
     y = x.astype(dtype, copy=False)
   if not all_finite(y):
     cause = f"numbers too large for {dtype}" if all_finite(x) else "NaN or infinite numbers"
     raise CheckpointError(f"{row.path} ({row.keys[layer]}): has {cause}; nothing was written")
   return row.to_published(y)
+
+
+def _gather(x) -> np.ndarray:
+  """All of an array, in every process."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 def _is_host_memory(x: jax.Array) -> bool:

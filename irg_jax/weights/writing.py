@@ -40,8 +40,7 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
     max_shard_bytes: upper bound on the tensor bytes of a file (a single larger tensor gets
       a file of its own); None writes one file.
   """
-  # Widest dtype first, as the library orders them: every tensor is aligned to its dtype.
-  tensors = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
+  tensors = in_order(tensors)
   shards = _split(tensors, max_shard_bytes)
   if len(shards) == 1:
     _write_file(folder / f"{stem}.safetensors", tensors)
@@ -54,6 +53,12 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
   index = {"metadata": {"total_size": sum(t.size for t in tensors)},
            "weight_map": dict(sorted(weight_map.items()))}
   write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def in_order(tensors: list[Pending]) -> list[Pending]:
+  """The order in which `write_tensors` makes and writes tensors."""
+  # Widest dtype first, as the library orders them: every tensor is aligned to its dtype.
+  return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
 
 
 def _split(tensors, max_bytes):

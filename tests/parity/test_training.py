@@ -6,13 +6,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from conftest import relative_error
 from irg_jax import flow
-from irg_jax.data.batch import pack_row, stack_rows
+from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
 from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
 from irg_jax.model import attention
-from irg_jax.train.loss import mean_losses, token_losses
+from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 from irg_jax.weights import names
 
 TRAIN_SHIFT = 4.0
@@ -49,26 +50,47 @@ def _tokens(z, h, w, patch):
 
 
 @functools.cache
-def packed(reference, model_config, special, order=None):
-  samples = read_samples(reference, model_config)
-  features = [sample_features(s, model_config, special) for s in samples]
-  features = [features[i] for i in order or range(len(features))]
-  size = lambda prefix: sum(len(f[f"{prefix}_position"]) for f in features) + 7
-  return stack_rows([pack_row(features, size("und"), size("gen"), size("vit"))])
+def features(reference, model_config, special, reweighting=False):
+  """The features of each sample, all in the first mode."""
+  return [sample_features(s, model_config, special, index=i, ce_loss_reweighting=reweighting)
+          for i, s in enumerate(read_samples(reference, model_config))]
+
+
+def one_row(reference, checkpoint, **kwargs):
+  """All samples in one row, in order."""
+  samples = features(reference, checkpoint.config, checkpoint.special, **kwargs)
+  return pack(samples, [range(len(samples))])
+
+
+def pack(samples, rows, room=7):
+  """A Batch of the samples with the numbers in `rows`, in buffers with some room to spare."""
+  longest = lambda name: max(sum(len(samples[i][name]) for i in row) for row in rows)
+  sizes = BufferSizes(samples=max(map(len, rows)) + 1, **{
+      buffer: longest(name) + room for buffer, name in LENGTH_FEATURES.items()
+      if buffer != "samples"})
+  return stack_rows([pack_row([samples[i] for i in row], sizes) for row in rows])
 
 
 def recorded_draws(reference, batch):
-  """(timestep [1, G], noise [1, G, latent_dim]) of the reference for the unpermuted row."""
+  """(timestep [B, G], noise [B, G, latent_dim]) of the reference, wherever its samples lie."""
   raw = reference["train/packed_timesteps"]
   t = flow.shift_time(np.asarray(jax.nn.sigmoid(raw)), TRAIN_SHIFT)
-  missing = batch.latents.shape[1] - len(t)
-  noise = reference["train/flow_noise"]
-  return (jnp.asarray(np.pad(t, (0, missing)))[None],
-          jnp.asarray(np.pad(noise, ((0, missing), (0, 0))))[None])
+  sample = np.asarray(batch.tokens.sample)[:, batch.text_ids.shape[1]:]
+  index = np.asarray(batch.sample_index)
+  timestep, noise = np.zeros(sample.shape, np.float32), np.zeros(batch.latents.shape, np.float32)
+  start = 0
+  for number in range(index.max() + 1):  # the records count through the samples in order
+    row, column = np.argwhere(index == number)[0]
+    here = np.flatnonzero(sample[row] == column)
+    recorded = slice(start, start + len(here))
+    timestep[row, here], noise[row, here] = t[recorded], reference["train/flow_noise"][recorded]
+    start += len(here)
+  assert start == len(t)
+  return jnp.asarray(timestep), jnp.asarray(noise)
 
 
 def test_mask_and_positions_of_the_packed_row_are_exact(reference, checkpoint):
-  batch = packed(reference, checkpoint.config, checkpoint.special)
+  batch = one_row(reference, checkpoint)
   sample, index = (np.asarray(x[0]) for x in (batch.tokens.sample, batch.tokens.index))
   mask = np.asarray(attention.allowed(batch.tokens, batch.tokens))[0]
   positions = []
@@ -82,25 +104,52 @@ def test_mask_and_positions_of_the_packed_row_are_exact(reference, checkpoint):
   np.testing.assert_array_equal(np.concatenate(positions), reference["train/packed_position_ids"])
 
 
-def test_losses_of_every_token(reference, checkpoint):
-  batch = packed(reference, checkpoint.config, checkpoint.special)
+def losses(checkpoint, batch, draws):
+  """(ce, mse error of every token, dict of the means)."""
   ce, error = jax.jit(token_losses, static_argnums=0)(
-      checkpoint.model, checkpoint.params["transformer"], batch, *recorded_draws(reference, batch))
+      checkpoint.model, checkpoint.params["transformer"], batch, *draws)
+  means = mean_losses(loss_sums(ce, error, batch))
+  return ce, error, means | {"loss": means["ce"] + means["mse"]}
+
+
+def test_losses_of_every_token(reference, checkpoint):
+  batch = one_row(reference, checkpoint)
+  ce, error, means = losses(checkpoint, batch, recorded_draws(reference, batch))
   ce_here = np.asarray(ce)[np.asarray(batch.text_weight) > 0]
   mse_here = np.asarray(error)[np.asarray(batch.latent_weight) > 0]
   np.testing.assert_allclose(ce_here, reference["train/ce_per_token"], rtol=1e-5)
   np.testing.assert_allclose(
       mse_here, reference["train/mse_per_token_dim"].mean(-1), rtol=1e-5)
-  losses = mean_losses(ce, error, batch)
   for name in ("ce", "mse", "loss"):
-    np.testing.assert_allclose(losses[name], reference[f"train/{name}"], rtol=1e-5)
+    np.testing.assert_allclose(means[name], reference[f"train/{name}"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["backwards", "two rows", "a row each"])
+def test_neither_order_nor_rows_change_the_losses(reference, checkpoint, rows):
+  samples = features(reference, checkpoint.config, checkpoint.special)
+  n = len(samples)
+  rows = {"backwards": [range(n)[::-1]], "two rows": [range(1, n, 2), range(0, n, 2)],
+          "a row each": [[i] for i in range(n)]}[rows]
+  batch = pack(samples, rows, room=3)
+  means = losses(checkpoint, batch, recorded_draws(reference, batch))[-1]
+  for name in ("ce", "mse", "loss"):
+    np.testing.assert_allclose(means[name], reference[f"train/{name}"], rtol=1e-5)
+
+
+def test_reweighted_cross_entropy(reference, checkpoint):
+  batch = one_row(reference, checkpoint, reweighting=True)
+  means = losses(checkpoint, batch, recorded_draws(reference, batch))[-1]
+  np.testing.assert_allclose(means["ce"], reference["train/ce_reweighted"], rtol=1e-5)
 
 
 def test_every_gradient(reference, checkpoint):
-  batch = packed(reference, checkpoint.config, checkpoint.special)
+  batch = one_row(reference, checkpoint)
   draws = recorded_draws(reference, batch)
-  loss = lambda params: mean_losses(
-      *token_losses(checkpoint.model, params, batch, *draws), batch)["loss"]
+
+  def loss(params):
+    means = mean_losses(loss_sums(*token_losses(checkpoint.model, params, batch, *draws), batch))
+    return means["ce"] + means["mse"]
+
   gradient = jax.jit(jax.grad(loss))(checkpoint.params["transformer"])
   published = dict(as_published(gradient, checkpoint.config))
   norms = reference.json("train_grad_norms.json")

@@ -1,0 +1,203 @@
+"""`irg data`: what happens to IRGL data before training. A verb of its own for each step."""
+
+import argparse
+import pathlib
+
+_DATA = """\
+Prepares IRGL data: look through it, then store it so that training can read any sample at once.
+
+examples:
+  irg data check IRG-Toy-Dataset --out irgl_check.html
+  irg data build IRG-Toy-Dataset --out irgl
+  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
+"""
+
+_BUILD = """\
+Reads the published parquet files (SRC/MODE/*.parquet) and writes ArrayRecord files, the dataset
+`irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (a picture that
+cannot be decoded, an unknown type, ...) is left out and counted by reason. If a mode loses too
+large a share of its rows, nothing is written.
+
+examples:
+  irg data build IRG-Toy-Dataset --out irgl
+  irg data build IRG-Toy-Dataset --out irgl --mode initial_full_learning improving_full_learning
+  irg data build shared/reference/irgl_sample --out out/irgl --max-rejected 0.6
+"""
+
+_CHECK = """\
+Reads every row, published or built, and counts what can be used and what cannot, and why. The
+page shows that with the lengths of the samples, the rejected rows and a few samples.
+
+examples:
+  irg data check IRG-Toy-Dataset
+  irg data check irgl --tokenizer weights/bagel --samples 6 --out irgl_check.html
+"""
+
+_ENCODE = """\
+Writes the data again, as OUT/irgl/MODE, with the VAE's moments (mean and log-variance) of every
+picture that the VAE sees, so that training does not encode them anew each epoch. Posterior
+draws stay possible. Stopped runs go on with the same command; several hosts share the work
+through a common OUT, each with its own --process-id. Training finds the same latents as without.
+
+examples:
+  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
+  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents \\
+      --process-id 0 --num-processes 4              on the first of four hosts
+  irg data encode-latents irgl --checkpoint out/tiny --out out/latents --size 32 128 16
+"""
+
+
+def add(verbs, new_parser) -> None:
+  """Adds the verb to the subparsers `verbs`."""
+  parser = new_parser(verbs.add_parser, "data", description=_DATA,
+                      help="check, build and encode training data")
+  steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+  _add_build(new_parser(steps.add_parser, "build", description=_BUILD,
+                        help="parquet to ArrayRecord"))
+  _add_check(new_parser(steps.add_parser, "check", description=_CHECK,
+                        help="counts, lengths and samples as a page"))
+  _add_encode(new_parser(steps.add_parser, "encode-latents", description=_ENCODE,
+                         help="VAE moments of all pictures"))
+
+
+def _add_build(parser):
+  parser.set_defaults(run=_build)
+  add = parser.add_argument
+  add("source", type=pathlib.Path, metavar="SRC", help="folder of the published dataset")
+  add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
+  add("--max-rejected", type=_share, default=0.01, metavar="X",
+      help="share of a mode's rows that may be unusable (default 0.01)")
+  _add_reading(parser)
+
+
+def _add_check(parser):
+  parser.set_defaults(run=_check)
+  add = parser.add_argument
+  add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
+  add("--out", type=pathlib.Path, default=pathlib.Path("irgl_check.html"), metavar="FILE",
+      help="the page (default irgl_check.html)")
+  add("--tokenizer", type=pathlib.Path, metavar="DIR",
+      help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
+  add("--samples", type=_count, default=3, metavar="N", help="samples to show of a mode (3)")
+  _add_reading(parser)
+
+
+def _add_encode(parser):
+  parser.set_defaults(run=_encode)
+  add = parser.add_argument
+  add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
+  add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="has the VAE")
+  add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
+  add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
+  add("--size", nargs=3, type=_count, default=(512, 1024, 16), metavar=("MIN", "MAX", "STRIDE"),
+      help="as data.vae_transform of the training (default 512 1024 16)")
+  add("--dtype", choices=("float32", "float16"), default="float32",
+      help="of the stored moments; float16 halves them, and rounds (default float32)")
+  add("--max-rejected", type=_share, default=0.01, metavar="X",
+      help="share of a published mode's rows that may be unusable (default 0.01)")
+  add("--process-id", type=int, default=0, metavar="I", help="of this host, from 0 (default 0)")
+  add("--num-processes", type=_count, default=1, metavar="N", help="hosts (default 1)")
+
+
+def _add_reading(parser):
+  add = parser.add_argument
+  add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
+  add("--workers", type=_count, metavar="N", help="threads that decode (default: one a CPU)")
+
+
+def _build(args, _):
+  modes = _modes(args.mode, _folder("SRC", args.source))
+  from irg_jax import progress, trace
+  trace.check_output_folder(args.out)
+  from irg_jax.data import irgl, published
+  with progress.Progress() as bar:
+    reports = irgl.build(args.source, args.out, modes, max_rejected=args.max_rejected,
+                         workers=args.workers, progress=bar)
+  for mode, report in reports.items():
+    print(published.summary(mode, report))
+    for file, row, reason, detail in report["offenders"]:
+      print(f"  {file} row {row}: {reason}: {detail}")
+  print(f"wrote {args.out / 'irgl'}")
+
+
+def _check(args, _):
+  modes = _modes(args.mode, _folder("PATH", args.path))
+  if args.out.is_dir():
+    raise ValueError(f"--out {args.out}: is a folder; name a file")
+  from irg_jax import progress, trace
+  trace.check_output_folder(args.out.parent)
+  count_text = None
+  if args.tokenizer:
+    from irg_jax import text
+    tokenizer = text.load_tokenizer(_folder("--tokenizer", args.tokenizer), 2**31)
+    count_text = lambda words: len(tokenizer.encode(words))
+  from irg_jax.data import check, published
+  with progress.Progress() as bar:
+    reports = check.check(args.path, modes, count_text=count_text, samples=args.samples,
+                          workers=args.workers, progress=bar)
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  check.write_page(args.out, args.path, reports, "tokens" if count_text else "bytes")
+  for report in reports:
+    print(published.summary(report.mode, report.metadata))
+  print(f"wrote {args.out}")
+
+
+def _encode(args, _):
+  modes = _modes(args.mode, _folder("PATH", args.path))
+  _folder("--checkpoint", args.checkpoint)
+  if not 0 <= args.process_id < args.num_processes:
+    raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
+  if args.out.resolve() == args.path.resolve():
+    raise ValueError("--out: must be another folder than PATH")
+  from irg_jax import images, progress, trace
+  low, high, stride = args.size
+  transform = images.ImageTransform(max_size=high, min_size=low, stride=stride)
+  trace.check_output_folder(args.out)
+  from irg_jax import weights
+  from irg_jax.data import encode, latents, sources
+  model = weights.read_config(args.checkpoint)
+  if stride % model.pixel_stride:
+    raise ValueError(f"--size: stride {stride} is not a multiple of the {model.pixel_stride} "
+                     "pixels that a latent token of this model stands for")
+  with progress.Progress() as bar:
+    opened = sources.open_sources(args.path, modes, max_rejected=args.max_rejected, progress=bar)
+    _, params = weights.load_checkpoint(args.checkpoint, part="vae")
+    encoder = latents.Encoder(model, params["vae"])
+    result = encode.encode_dataset(
+        opened, args.out, encoder, transform, dtype=args.dtype, process_index=args.process_id,
+        process_count=args.num_processes, progress=bar)
+  for mode, state in result.items():
+    print(f"{mode}: {'files of other hosts are missing yet' if state == 'waiting' else state}")
+
+
+def _folder(flag, path):
+  if not path.is_dir():
+    raise ValueError(f"{flag} {path}: no such folder")
+  return path
+
+
+def _modes(names, folder):
+  """The modes that are asked for: by default all six, which then must all be there."""
+  from irg_jax.data.records import MODES
+  if unknown := sorted(set(names or ()) - set(MODES)):
+    raise ValueError(f"--mode {unknown[0]}: unknown; the modes are {', '.join(MODES)}")
+  modes = [mode for mode in MODES if not names or mode in names]
+  homes = (folder, folder / "irgl")
+  if missing := [m for m in modes if not any((home / m).is_dir() for home in homes)]:
+    raise ValueError(f"{folder} has no {missing[0]}; choose among the modes that it has with "
+                     "--mode")
+  return modes
+
+
+def _share(text):
+  value = float(text)
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1; 1 % is 0.01")
+  return value
+
+
+def _count(text):
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+  return value

@@ -1,0 +1,102 @@
+"""`irg train`: both stages of training on IRGL, or either one; goes on where --out left off."""
+
+import os
+import pathlib
+
+from irg_jax.commands import flags
+
+_TRAIN = """\
+Trains on IRGL data in two stages and writes, under --out, checkpoints, logs and the exported
+weights of each stage. Run it again with the same --out and it goes on from the newest good
+checkpoint, on whatever mesh and number of hosts.
+
+examples:
+  irg train --config configs/irgl.py --config.preset=tiny
+  irg train --config configs/irgl.py --data irgl --checkpoint weights/bagel-7b --out out/irg
+  irg train --config configs/irgl.py --data irgl --checkpoint out/irg/stage1/weights \\
+      --out out/stage2 --config.run_stages=stage2
+  irg train ... --mesh data=2,fsdp=8 --config.data.rows=16 --config.checkpoint_every=100
+  irg train ... --distributed                       on every host of a TPU slice, or under SLURM
+  irg train ... --coordinator host0:1234 --num-processes 2 --process-id 0     anywhere else
+"""
+
+_TRAIN_END = """\
+exit status:
+  0    trained to the end
+  2    stopped by an error, which is named with the last good checkpoint
+  143  stopped by SIGTERM, everything saved: the same command goes on
+"""
+
+
+def add(verbs, new_parser) -> None:
+  """Adds the verb to the subparsers `verbs`."""
+  parser = new_parser(verbs.add_parser, "train", description=_TRAIN, epilog=_TRAIN_END,
+                      help="train in two stages on IRGL data")
+  parser.set_defaults(run=_run)
+  add = parser.add_argument
+  add("--config", type=pathlib.Path, required=True, metavar="FILE",
+      help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field")
+  add("--out", type=pathlib.Path, metavar="DIR",
+      help="folder of the run: made, or gone on with (default out/train-PRESET)")
+  add("--data", type=pathlib.Path, metavar="DIR", help="same as --config.data.path=DIR")
+  add("--checkpoint", type=pathlib.Path, metavar="DIR",
+      help="weights to start from, same as --config.checkpoint=DIR")
+  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
+      help="devices by axis, such as data=2,fsdp=4; same as --config.mesh.AXIS=N")
+  _add_hosts(parser.add_argument_group("several hosts, one process on each"))
+
+
+def _add_hosts(group):
+  add = group.add_argument
+  add("--distributed", action="store_true",
+      help="find the other processes through TPU, SLURM or MPI")
+  add("--coordinator", metavar="HOST:PORT", default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+      help="of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
+  add("--num-processes", type=int, metavar="N", default=_environment("JAX_NUM_PROCESSES"),
+      help="default: $JAX_NUM_PROCESSES")
+  add("--process-id", type=int, metavar="I", default=_environment("JAX_PROCESS_ID"),
+      help="of this process, from 0 (default: $JAX_PROCESS_ID)")
+
+
+def _environment(name):
+  # argparse parses a default that is a string, and names the flag if it is no number.
+  return os.environ.get(name)
+
+
+def _run(args, overrides):
+  from absl import logging
+  logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
+  from irg_jax.train import run, settings
+  overrides = [*_shorthands(args), *overrides]
+  parsed = settings.load(args.config, overrides)
+  _connect(args)
+  return run.run_train(parsed, args.out or pathlib.Path("out", f"train-{parsed.preset}"))
+
+
+def _shorthands(args) -> list[str]:
+  """The flags that stand for fields, as "field=value"; what is written out comes later."""
+  fields = {f"mesh.{axis}": size for axis, size in (args.mesh or {}).items()}
+  if args.mesh is not None:
+    fields = dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"), 1) | fields
+  for field, path in (("data.path", args.data), ("checkpoint", args.checkpoint)):
+    if path is not None:
+      if not path.is_dir():
+        raise ValueError(f"--{field.split('.')[0]} {path}: no such folder")
+      fields[field] = path
+  return [f"{field}={value}" for field, value in fields.items()]
+
+
+def _connect(args):
+  """Joins the other processes, if there are any; before anything touches a device."""
+  by_hand = {"--coordinator": args.coordinator, "--num-processes": args.num_processes,
+             "--process-id": args.process_id}
+  missing = [flag for flag, value in by_hand.items() if value is None]
+  if args.distributed:
+    import jax
+    jax.distributed.initialize(*by_hand.values())
+  elif not missing:
+    import jax
+    jax.distributed.initialize(*by_hand.values(), cluster_detection_method="deactivate")
+  elif len(missing) < len(by_hand):
+    raise ValueError(f"{', '.join(missing)} missing: give all of {', '.join(by_hand)}, or "
+                     "--distributed to find them")

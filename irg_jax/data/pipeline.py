@@ -1,0 +1,207 @@
+"""From records to packed batches with Grain: read, shuffle, mix, pack; resumable exactly.
+
+The data is cut into streams. Stream s of S reads records s, s + S, ... of every mode, and has
+a shuffle, a mixture, draws and a packer of its own; a global batch takes the same number of
+rows from each stream, in order. A process owns the streams that its rows come from. So what
+a batch holds depends on S and on the seed, but not on the number of processes, of worker
+processes or of devices, no process reads another's records, and a stream's state can be
+taken up by any process.
+"""
+
+import copy
+import dataclasses
+
+import grain
+import numpy as np
+from absl import flags
+
+from irg_jax.config import ModelConfig
+from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, finish_row, stack_rows
+from irg_jax.data.streams import open_stream
+
+_BUFFERED_ROWS = 2  # that a worker process is ahead of the training
+
+
+def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict, sizes: BufferSizes,
+                 seed: int, process_index: int = 0, process_count: int = 1, encode=None):
+  """An endless iterator of the packed rows that one process feeds.
+
+  Args:
+    data: `train.settings.DataSettings`.
+    sources: random access to records by mode (`sources.open_sources`).
+    tokenizer: `text.Tokenizer`.
+    model: sizes.
+    mixture: weight of each mode by name, by samples; those of weight 0 are left out.
+    sizes: the buffers of a row.
+    seed: of everything that is drawn, >= 0.
+    process_index, process_count: which contiguous block of the global batch's rows to yield.
+    encode: `latents.Encoder`; needed where records come without moments.
+
+  Returns:
+    `Batches`.
+
+  Raises:
+    ValueError: streams, rows and processes that do not divide; a mode without a source, or
+      with fewer records than streams; moments made with another transform.
+  """
+  mixture = {mode: weight for mode, weight in mixture.items() if weight > 0}
+  streams = data.streams or data.rows
+  _check(data, sources, mixture, streams, process_index, process_count)
+  own = streams // process_count
+  own = range(process_index * own, (process_index + 1) * own)
+  make = lambda stream, start: open_stream(
+      stream, streams, data, sources, tokenizer, model, mixture, sizes, seed, start)
+  return Batches(make, own, streams, data.rows // streams, data.workers, encode)
+
+
+class Batches:
+  """Iterator of `data.batch.Batch` with this process's rows of each global batch.
+
+  Attributes:
+    skipped: {mode: {limit: samples}}: samples left out so far, by the limit that they exceed:
+      a buffer of `BufferSizes`, or "max_sample_tokens". Those of this process's streams.
+  """
+
+  def __init__(self, make, own, streams, rows, workers, encode):
+    self._make, self._own, self._streams, self._rows = make, own, streams, rows
+    self._workers, self._encode = workers, encode
+    self._groups = None  # [(streams, iterator)], made when the first batch is asked for
+    self._reset(dict.fromkeys(own))
+
+  def _reset(self, starts):
+    self._starts = starts  # by stream: Grain's state as JSON; None: from the beginning
+    self.skipped = {}
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self._groups is None:
+      self._groups = self._open()
+    rows = {stream: [] for stream in self._own}
+    for group, iterator in self._groups:
+      for _ in range(self._rows):
+        for stream in group:  # a mixture of equal weights takes turns
+          item = next(iterator)
+          if item["stream"] != stream:
+            raise RuntimeError(f"row of stream {item['stream']} where one of {stream} was due")
+          rows[stream].append(item["row"])
+          self._starts[stream] = item["state"]
+    rows = [row for stream in self._own for row in rows[stream]]
+    self._count(rows)
+    batch = stack_rows([_finish(row) for row in rows])
+    pictures = [(i, start, pixels) for i, row in enumerate(rows)
+                for start, pixels in _pictures(row)]
+    if pictures and self._encode is None:
+      raise ValueError("there are pictures without latents: run irg data encode-latents first, "
+                       "or give a checkpoint with a VAE")
+    return self._encode(batch, pictures) if pictures else batch
+
+  def get_state(self) -> dict[int, dict]:
+    """What to hand to `set_state` to get the batches that follow; by stream, JSON types."""
+    return {stream: {"streams": self._streams, "position": self._starts[stream],
+                     "skipped": copy.deepcopy(self.skipped) if stream == self._own[0] else {}}
+            for stream in self._own}
+
+  def set_state(self, state: dict) -> None:
+    """Goes on where `get_state` was called, on whatever number of processes.
+
+    Args:
+      state: the states of all own streams (by number, or its text); others are ignored.
+
+    Raises:
+      ValueError: a stream is missing, or the data was cut into another number of streams.
+    """
+    state = {int(stream): value for stream, value in state.items()}
+    missing = [stream for stream in self._own if stream not in state]
+    if missing:
+      raise ValueError(f"the saved data state lacks streams {missing}; it has {sorted(state)}")
+    counts = {state[stream]["streams"] for stream in self._own}
+    if counts != {self._streams}:
+      raise ValueError(f"the data state was saved with {sorted(counts)} streams, but there are "
+                       f"{self._streams} now: keep data.streams (0: data.rows) as it was")
+    self.close()
+    self._reset({stream: state[stream]["position"] for stream in self._own})
+    for stream in self._own:
+      self._add(state[stream]["skipped"])
+
+  def close(self) -> None:
+    """Ends the worker processes, if any."""
+    for _, iterator in self._groups or ():
+      iterator.close()
+    self._groups = None
+
+  def _open(self):
+    count = min(self._workers, len(self._own)) or 1
+    groups = [[int(s) for s in group] for group in np.array_split(self._own, count)]
+    return [(group, iter(self._group(group))) for group in groups]
+
+  def _group(self, streams):
+    dataset = grain.IterDataset.mix([self._make(s, self._starts[s]) for s in streams])
+    if not self._workers:
+      return dataset
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain asks absl, which no command line here goes through
+    # One worker for each group: several in one would deal the records out among themselves.
+    options = grain.MultiprocessingOptions(
+        num_workers=1, per_worker_buffer_size=_BUFFERED_ROWS * len(streams))
+    return dataset.mp_prefetch(options, worker_init_fn=_keep_off_devices)
+
+  def _count(self, rows):
+    for row in rows:
+      for sample in row["skipped"]:
+        for mode, limit in sample:
+          self._add({mode: {limit: 1}})
+
+  def _add(self, skipped):
+    for mode, limits in skipped.items():
+      mine = self.skipped.setdefault(mode, {})
+      for limit, count in limits.items():
+        mine[limit] = mine.get(limit, 0) + count
+
+
+def _finish(row):
+  segments = {buffer: row[f"{name}_segment_ids"] for buffer, name in LENGTH_FEATURES.items()}
+  return finish_row(row, segments)
+
+
+def _pictures(row):
+  """(first token in gen, pixels) of a row's pictures that are to be encoded."""
+  lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["pictures"]) + 1)[1:]
+  starts = np.cumsum(lengths) - lengths
+  return [(int(start) + first, pixels) for start, pictures in zip(starts, row["pictures"])
+          for first, pixels in pictures]
+
+
+def _keep_off_devices(index, count):
+  del index, count
+  import jax
+  jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training process
+
+
+def _check(data, sources, mixture, streams, process_index, process_count):
+  if data.rows % streams:
+    raise ValueError(f"data.rows {data.rows} must be a multiple of data.streams {streams}")
+  if streams % process_count:
+    raise ValueError(f"{streams} data streams cannot be shared by {process_count} processes: "
+                     "set data.streams to a multiple of their number")
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process {process_index} of {process_count} does not exist")
+  if not mixture:
+    raise ValueError("the mixture has no mode with a weight above 0")
+  for mode in mixture:
+    if mode not in sources:
+      raise ValueError(f"the mixture names mode {mode!r}, but the data has {sorted(sources)}")
+    records = len(sources[mode])
+    if records < streams:
+      raise ValueError(f"mode {mode} has {records} records, fewer than the {streams} data "
+                       "streams: lower data.streams, or leave the mode out of the mixture")
+    _check_moments(getattr(sources[mode], "metadata", {}), data, mode)
+
+
+def _check_moments(metadata, data, mode):
+  made = metadata.get("vae_transform")  # from `irg data encode-latents`
+  want = dataclasses.asdict(data.vae_transform)
+  if made is not None and dict(made) != want:
+    raise ValueError(f"mode {mode}: its latents were encoded with vae_transform {dict(made)}, but "
+                     f"the configuration has {want}: use the same, or encode them again")

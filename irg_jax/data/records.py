@@ -1,0 +1,203 @@
+"""A row of IRGL: its JSON text, strictly read into typed parts (spec section 5).
+
+A row is a list of turns. A user turn's content is a string; an assistant turn's is a list of
+parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`, pictures
+in base64. Flags may be missing: need_loss is then true for the assistant's texts and false
+elsewhere, the others are false. One unusable part makes the whole row unusable: training on
+the rest would teach answers to a context that is not there.
+"""
+
+import base64
+import binascii
+import dataclasses
+import json
+
+import numpy as np
+
+from irg_jax import images
+
+# The folders of the published form, in the order of spec section 5. A mode's number in a
+# batch is its index here.
+MODES = (
+    "initial_thinking_understanding_learning",
+    "initial_thinking_generation_learning",
+    "initial_full_learning",
+    "improving_thinking_understanding_learning",
+    "improving_thinking_generation_learning",
+    "improving_full_learning",
+)
+
+_FLAGS = ("need_loss", "need_vae", "need_vit")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+  """A text; predicted if `need_loss`."""
+
+  text: str
+  need_loss: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PicturePart:
+  """A picture in at least one role.
+
+  Attributes:
+    data: the encoded picture file.
+    need_loss: it is a target.
+    need_vae, need_vit: it is seen, through the VAE, through the ViT.
+    moments: float16 or float32 [2, h, w, z], mean and log-variance of the VAE posterior,
+      unscaled; None where they have not been computed.
+  """
+
+  data: bytes = dataclasses.field(repr=False)
+  need_loss: bool
+  need_vae: bool
+  need_vit: bool
+  # An array has no equality that a dataclass could use; it follows from `data` anyway.
+  moments: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One sample: `index` is its row among all rows of the mode, unusable ones counted too."""
+
+  mode: str
+  index: int
+  parts: tuple[TextPart | PicturePart, ...]
+
+
+class Rejected(ValueError):
+  """A row that cannot be used.
+
+  Attributes:
+    reason: a short constant name, to count by.
+    detail: what exactly is wrong.
+  """
+
+  def __init__(self, reason: str, detail: str):
+    super().__init__(reason, detail)  # both as args, or the exception would not unpickle
+    self.reason, self.detail = reason, detail
+
+  def __str__(self):
+    return f"{self.reason}: {self.detail}"
+
+
+def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> Record:
+  """Reads one row of a published parquet file.
+
+  Args:
+    text: the JSON, str or UTF-8 bytes; None for a null row.
+    mode, index: for the Record.
+    decode: also decode each picture; false only for rows known to be good.
+
+  Raises:
+    Rejected: with one of the reasons bad_json, bad_turn, unknown_role, no_assistant,
+      unknown_part, bad_content, bad_flag, empty_text, bad_text, bad_base64, bad_picture,
+      unused_picture, no_target.
+  """
+  parts, roles = [], set()
+  for number, turn in enumerate(_turns(text)):
+    role, content = _turn(turn, f"turn {number}")
+    roles.add(role)
+    if role == "user":
+      flags = _flags(turn, f"turn {number}", need_loss=False)
+      parts.append(_text_part(content, flags, f"turn {number}"))
+    else:
+      where = (f"turn {number}, part {i}" for i in range(len(content)))
+      parts += [_part(part, w, decode) for part, w in zip(content, where)]
+  if "assistant" not in roles:
+    raise Rejected("no_assistant",
+                   "no turn of the assistant" if roles else "there are no turns")
+  if not any(part.need_loss for part in parts):
+    raise Rejected("no_target", "no part has need_loss, so there is nothing to learn")
+  return Record(mode, index, tuple(parts))
+
+
+def _turns(text):
+  if not isinstance(text, (str, bytes)):
+    raise Rejected("bad_json", f"the row is {text!r}, not a text")
+  try:
+    turns = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+  except (ValueError, RecursionError) as e:
+    raise Rejected("bad_json", str(e)) from e
+  if not isinstance(turns, list):
+    raise Rejected("bad_json", f"a list of turns was expected, found {_type(turns)}")
+  return turns
+
+
+def _turn(turn, where):
+  """Role and content of a turn."""
+  if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+    raise Rejected("bad_turn", f"{where}: not an object with role and content")
+  role, content = turn["role"], turn["content"]
+  if role not in ("user", "assistant"):
+    raise Rejected("unknown_role", f"{where}: role {role!r} is neither user nor assistant")
+  kind = str if role == "user" else list
+  if not isinstance(content, kind):
+    raise Rejected("bad_content", f"{where}: content of the {role} is {_type(content)}, "
+                   f"not a {'string' if kind is str else 'list of parts'}")
+  return role, content
+
+
+def _part(part, where, decode):
+  if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise Rejected("unknown_part", f"{where}: type {kind!r:.80} is neither text nor image")
+  content, is_text = part.get("content"), part["type"] == "text"
+  flags = _flags(part, where, need_loss=is_text)
+  if is_text:
+    return _text_part(content, flags, where)
+  if not any(flags.values()):
+    raise Rejected("unused_picture", f"{where}: the picture has none of {', '.join(_FLAGS)}")
+  data = _picture_bytes(content, where)
+  if decode:
+    try:
+      images.decode_picture(data, where)
+    except ValueError as e:
+      raise Rejected("bad_picture", str(e)) from e
+  return PicturePart(data, **flags)
+
+
+def _flags(part, where, need_loss):
+  """The three flags; `need_loss` is the default of that one."""
+  flags = {"need_loss": need_loss, "need_vae": False, "need_vit": False}
+  for name in part:
+    # A misspelt flag would otherwise be a default that nobody asked for.
+    if name.startswith("need_") and name not in flags:
+      raise Rejected("bad_flag", f"{where}: unknown flag {name!r}; known: {', '.join(_FLAGS)}")
+  for name in flags.keys() & part.keys():
+    if not isinstance(part[name], bool):
+      raise Rejected("bad_flag", f"{where}: {name} is {part[name]!r:.80}, not true or false")
+    flags[name] = part[name]
+  return flags
+
+
+def _text_part(content, flags, where):
+  if flags["need_vae"] or flags["need_vit"]:
+    raise Rejected("bad_flag", f"{where}: a text has need_vae or need_vit")
+  if not isinstance(content, str):
+    raise Rejected("bad_content", f"{where}: a text's content is {_type(content)}, not a string")
+  if not content.strip():
+    raise Rejected("empty_text", f"{where}: the text is empty")
+  try:
+    content.encode("utf-8")
+  except UnicodeEncodeError as e:
+    raise Rejected("bad_text", f"{where}: lone surrogate at character {e.start}") from e
+  return TextPart(content, flags["need_loss"])
+
+
+def _picture_bytes(content, where):
+  if not isinstance(content, str):
+    raise Rejected("bad_content", f"{where}: a picture's content is {_type(content)}, "
+                   "not a base64 string")
+  try:
+    # Line breaks are allowed in base64 and mean nothing; any other stray character does.
+    return base64.b64decode("".join(content.split()), validate=True)
+  except (binascii.Error, ValueError) as e:
+    raise Rejected("bad_base64", f"{where}: {e}") from e
+
+
+def _type(value):
+  names = {dict: "an object", list: "a list", str: "a string", type(None): "missing or null"}
+  return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,208 @@
+"""Checkpoints of one stage: the state, the position in the data, and sums that prove it whole.
+
+Orbax writes each in the background into a folder of another name and renames it when it is
+complete, so that a kill at any time leaves the earlier ones as they were.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from irg_jax.weights.errors import CheckpointError
+
+DAMAGED = "damaged"  # where checkpoints go that cannot be read
+
+
+class Checkpoints:
+  """The checkpoints of a stage, numbered by its steps; a context manager.
+
+  Args:
+    folder: where they are kept; made if need be. Shared by all processes.
+    keep: how many of the newest are kept.
+    report: called with a line of text about anything a person should know.
+  """
+
+  def __init__(self, folder, keep: int, report=print):
+    self.folder = pathlib.Path(folder).absolute()
+    self._report, self._saving = report, None
+    policy = ocp.checkpoint_managers.LatestN(n=keep)
+    # Left overs of a killed save would stay for ever, and a checkpoint is large.
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy,
+                                           cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.folder, options=options,
+                                          item_names=("state", "run"))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    try:
+      self.wait()
+    except CheckpointError as e:
+      if kind is None:
+        raise
+      self._report(str(e))  # the first error is the one that is raised
+    finally:
+      self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def last_good(self) -> str:
+    """The newest complete checkpoint, in words."""
+    steps = steps_in(self.folder)
+    return f"the last good checkpoint is {self.folder / str(steps[-1])}" if steps else (
+        f"there is no good checkpoint in {self.folder}")
+
+  def save(self, step: int, state, data: dict) -> None:
+    """Starts to save; returns once the state is copied and may be donated.
+
+    Args:
+      step: updates made; saving a step again does nothing.
+      state: pytree of arrays.
+      data: JSON values by stream, those of this process's streams.
+
+    Raises:
+      CheckpointError: this save, or the one before it, failed; names the last good one.
+    """
+    self.wait()
+    if step in self._manager.all_steps():
+      return
+    run = {"data": gather(data), "sums": checksums(state)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+    self._saving = step
+    try:
+      self._manager.save(step, args=args, force=True)
+    except Exception as e:  # Orbax and TensorStore have no common error
+      raise self._save_error(e) from e
+
+  def wait(self) -> None:
+    """Waits until what is being saved is complete.
+
+    Raises:
+      CheckpointError: as `save`.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      raise self._save_error(e) from e
+    self._saving = None
+
+  def restore(self, abstract):
+    """Reads the newest checkpoint that is whole.
+
+    One that is not is reported and moved to a folder beside the others, if there is an older
+    one to go on from.
+
+    Args:
+      abstract: pytree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
+
+    Returns:
+      (step, state, {stream: JSON value} of all streams), or None if nothing was ever saved.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none can be used.
+    """
+    steps = self.steps()
+    if not steps and (self.folder / DAMAGED).is_dir():
+      raise CheckpointError(f"{self.folder}: only damaged checkpoints are left; remove the folder "
+                            "to start from the beginning")
+    while steps:
+      step = steps.pop()
+      try:
+        state, data = self._restore(step, abstract)
+        return step, state, data
+      except Exception as e:
+        message = f"checkpoint {self.folder / str(step)} is damaged ({_reason(e)})"
+        if not steps:
+          raise CheckpointError(f"{message}, and there is no other to go on from; restore it "
+                                "from a copy, or remove it to start again") from e
+        self._set_aside(step)
+        message += f"; it is now in {self.folder / DAMAGED}, and step {steps[-1]} is used"
+        if jax.process_count() > 1 and not isinstance(e, CheckpointError):
+          # The others may wait for this process, inside Orbax. All agree after a new start.
+          raise CheckpointError(message + " when you start again") from e
+        self._report(message)
+    return None
+
+  def _restore(self, step, abstract):
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract),
+                              run=ocp.args.JsonRestore())
+    found = self._manager.restore(step, args=args)
+    now = checksums(found.state)
+    wrong = [name for name, value in found.run["sums"].items() if now.get(name) != value]
+    if wrong:
+      raise CheckpointError(f"{len(wrong)} arrays differ from what was saved, such as {wrong[0]}")
+    return found.state, {int(stream): value for stream, value in found.run["data"].items()}
+
+  def _set_aside(self, step):
+    source, target = self.folder / str(step), self.folder / DAMAGED / str(step)
+    if source.is_dir():  # another process may have been first
+      target.parent.mkdir(exist_ok=True)
+      copies = sum(p.name.split("-")[0] == str(step) for p in target.parent.iterdir())
+      source.rename(target.with_name(f"{step}-{copies}") if copies else target)
+    self._manager.reload()
+
+  def _save_error(self, error):
+    step, self._saving = self._saving, None
+    return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
+                           f"{self.last_good()}")
+
+
+def steps_in(folder) -> list[int]:
+  """Steps of the complete checkpoints in a folder, oldest first; [] if there is no folder."""
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def checksums(tree) -> dict[str, int]:
+  """A number for each leaf by path, which a changed bit changes and another mesh does not."""
+  paths = [jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, _ in jax.tree.leaves_with_path(tree)]
+  return dict(zip(paths, map(int, jax.device_get(_sums(jax.tree.leaves(tree))))))
+
+
+@jax.jit
+def _sums(leaves):
+  return [_sum(x) for x in leaves]
+
+
+def _sum(x):
+  """uint32: the bits of each number times 1 + 2 * its place, modulo 2**32.
+
+  An odd weight is what makes any single change show, whatever its size.
+  """
+  bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+  weight, stride = jnp.uint32(1), 2
+  for axis in reversed(range(bits.ndim)):
+    place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    weight, stride = weight + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
+  return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def gather(data: dict) -> dict:
+  """The union of the processes' dicts (JSON), in every process."""
+  if jax.process_count() == 1:
+    return data
+  mine = np.frombuffer(json.dumps(data).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(mine.size))
+  padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
+  union = {}
+  for row, size in zip(multihost_utils.process_allgather(padded), sizes):
+    union |= json.loads(row[:size].tobytes())
+  return union
+
+
+def _reason(error) -> str:
+  """The first line of an error, its middle left out if it is long: the cause comes last."""
+  lines = [line for line in str(error).splitlines() if line.strip()]
+  line = (lines or [type(error).__name__])[0]
+  return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"

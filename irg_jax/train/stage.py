@@ -1,0 +1,264 @@
+"""One stage of training: its first state, the loop, checkpoints, what is reported."""
+
+import collections
+import dataclasses
+import functools
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from irg_jax import sharding, weights
+from irg_jax.data.pipeline import open_batches
+from irg_jax.data.records import MODES
+from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.train import flops, logs
+from irg_jax.train.checkpoints import Checkpoints, gather
+from irg_jax.train.feed import Feed, row_block
+from irg_jax.train.optimizer import make_optimizer
+from irg_jax.train.settings import STAGES, TrainSettings
+from irg_jax.train.state import init_state, state_shardings
+from irg_jax.train.step import make_train_step
+from irg_jax.weights import names
+
+_LISTED_SAMPLES = 40
+
+
+class NonFiniteLoss(ValueError):
+  """Training has diverged."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """What all stages share.
+
+  Attributes:
+    settings: of the run.
+    out: its folder.
+    log_folder: the same in the first process, None in the others.
+    mesh: all devices of all processes.
+    base: checkpoint folder that training starts from.
+    tokenizer, sources, encoder: see `pipeline.open_batches`.
+    vae: its frozen parameters.
+    preemption: tells when to stop.
+  """
+
+  settings: TrainSettings
+  out: pathlib.Path
+  log_folder: pathlib.Path | None
+  mesh: jax.sharding.Mesh
+  base: pathlib.Path
+  tokenizer: Any
+  sources: dict
+  encoder: Any
+  vae: dict
+  preemption: Any
+
+
+def train_stage(run: Run, stage: str, params):
+  """Trains one stage to its end, from where its newest checkpoint is.
+
+  Args:
+    params: what it starts from if it has none; None: the base weights.
+
+  Returns:
+    (its moving average, whether the end was reached).
+
+  Raises:
+    NonFiniteLoss: names the step, the samples and the last good checkpoint.
+    CheckpointError, OSError: something cannot be written or read; names the last good one.
+  """
+  report = functools.partial(print, file=sys.stderr) if run.log_folder else lambda _: None
+  with Checkpoints(run.out / stage / "checkpoints", run.settings.keep, report) as checkpoints:
+    try:
+      return go_on(run, stage, params, checkpoints)
+    except OSError as e:
+      raise OSError(f"{e}; {checkpoints.last_good()}") from e
+
+
+def go_on(run: Run, stage: str, params, checkpoints: Checkpoints):
+  """`train_stage` with its checkpoints open."""
+  s, settings = run.settings.stages[stage], run.settings
+  optimizer = make_optimizer(settings.optimizer, s)
+  start, state, data = first_state(run, checkpoints, optimizer, params)
+  batches = open_data(run, stage, data)
+  with open_log(run, stage, start) as log:
+    origin = "the base weights" if params is None else "the moving average of the stage before"
+    origin = f"step {start} of {checkpoints.folder}" if start else origin
+    log.note(f"{stage}: from {origin}, to step {s.steps}")
+    params = None  # the state has copies of its own
+    log.event(stage, start, rejected=rejected(run.sources))
+    with Feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as feed:
+      state, step, finished = loop(run, stage, optimizer, state, start, feed, checkpoints, log)
+      checkpoints.wait()
+    log_skipped(log, stage, step, gather({str(jax.process_index()): batches.skipped}))
+    if not finished:
+      log.note(f"{stage}: stopped by SIGTERM; step {step} is saved, the same command goes on")
+  return state.ema, finished
+
+
+def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
+  """(step, state, data state or None): from the newest checkpoint, or before the first step."""
+  make = functools.partial(init_state, optimizer=optimizer)
+  shapes = names.abstract_params(run.settings.model, np.float32)["transformer"]
+  shapes = jax.eval_shape(make, shapes)
+  placed = state_shardings(shapes, run.mesh)
+  restored = checkpoints.restore(jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+  if restored is not None:
+    return restored
+  if params is None:
+    _, loaded = weights.load_checkpoint(
+        run.base, dtype=np.float32, part="transformer",
+        shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))
+    params = loaded["transformer"]
+  return 0, jax.jit(make, out_shardings=placed)(params), None
+
+
+def open_data(run: Run, stage: str, state: dict | None):
+  """This process's batches of a stage, from a data state on."""
+  s, settings = run.settings.stages[stage], run.settings
+  block, count = row_block(settings.data.rows, run.mesh)
+  batches = open_batches(
+      settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture, sizes=s.sizes,
+      seed=settings.seed * len(STAGES) + STAGES.index(stage), process_index=block,
+      process_count=count, encode=run.encoder)
+  if state is not None:
+    batches.set_state(state)
+  return batches
+
+
+def open_log(run: Run, stage: str, start: int) -> logs.Log:
+  """The log of a stage from a step on; what it holds of later steps is forgotten."""
+  s, settings = run.settings.stages[stage], run.settings
+  if run.log_folder:
+    logs.forget_after(run.out, stage, start, STAGES)
+  rows = settings.data.rows * settings.data.accumulate
+  used = lambda values: {name: values[f"packing/{name}"] for name in ("und", "gen", "vit", "text")}
+  peak = settings.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
+  return logs.Log(
+      run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
+      step_flops=lambda values: rows * flops.row_flops(settings.model, s.sizes, used(values)),
+      peak_flops=peak * 1e12 * jax.device_count())
+
+
+def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpoints: Checkpoints,
+         log: logs.Log):
+  """The steps from `start` to the end of the stage, or to SIGTERM.
+
+  Returns:
+    (state, steps made, whether that is the end of the stage).
+  """
+  s, settings = run.settings.stages[stage], run.settings
+  key = jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage))
+  key = jax.device_put(key, NamedSharding(run.mesh, PartitionSpec()))
+  late = Late(log, checkpoints, run.mesh)
+  train_step = None
+  for step in range(start + 1, s.steps + 1):
+    batch, data = next(feed)
+    if train_step is None:
+      train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
+                                   run.mesh, state, batch)
+    profile(run, stage, step)
+    state, metrics = train_step(s.switches(step - 1), state, batch, key)
+    late.push(step, metrics, batch)
+    stopping = run.preemption.reached()
+    if step % settings.checkpoint_every == 0 or step == s.steps or stopping:
+      late.flush()  # a state that went wrong must not be saved
+      checkpoints.save(step, state, data)
+    if stopping:
+      return state, step, step == s.steps
+  return state, s.steps, True
+
+
+class Late:
+  """Reads the numbers of a step when the next one is under way, so that no device waits.
+
+  Raises:
+    NonFiniteLoss: by `push` or `flush`.
+  """
+
+  def __init__(self, log: logs.Log, checkpoints: Checkpoints, mesh):
+    self._log, self._checkpoints, self._waiting = log, checkpoints, None
+    # Every process sees the samples of all, since only the first one writes the log.
+    self._gather = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def push(self, step: int, metrics: dict, batch) -> None:
+    samples = self._gather(batch.sample_mode, batch.sample_index)
+    before, self._waiting = self._waiting, (step, metrics, samples)
+    self._report(before)
+
+  def flush(self) -> None:
+    before, self._waiting = self._waiting, None
+    self._report(before)
+
+  def _report(self, waiting):
+    if waiting is None:
+      return
+    step, metrics, (modes, records) = jax.device_get(waiting)
+    values = reported(metrics)
+    samples = [[int(m), int(i)] for m, i in zip(modes.ravel(), records.ravel()) if m >= 0]
+    self._log.step(step, values, samples)
+    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if wrong:
+      raise NonFiniteLoss(
+          f"step {step}: {' and '.join(f'{name} is {values[name]}' for name in wrong)}; samples "
+          f"of the batch: {listed(samples)}; {self._checkpoints.last_good()}")
+
+
+def reported(metrics: dict) -> dict[str, float]:
+  """What is logged of the metrics of `train.step`: no loss of a mode that had no target."""
+  return {name: float(x) for name, x in metrics.items()
+          if not name.startswith("weight/") and metrics.get(f"weight/{name}", 1) > 0}
+
+
+def listed(samples) -> str:
+  """Samples as "mode 3, 17; ...", the records of each mode in order."""
+  by_mode = collections.defaultdict(list)
+  for mode, record in samples[:_LISTED_SAMPLES]:
+    by_mode[MODES[mode]].append(str(record))
+  more = len(samples) - _LISTED_SAMPLES
+  return "; ".join(f"{mode} {', '.join(records)}" for mode, records in by_mode.items()) + (
+      f"; and {more} more, in {logs.FILE}" if more > 0 else "")
+
+
+def profile(run: Run, stage: str, step: int) -> None:
+  """Starts a profiler trace before the step that was asked for, and ends it some steps later."""
+  first = run.settings.profile_at
+  if first and step == first:
+    jax.profiler.start_trace(run.out / stage / "profile")
+  if first and step == first + run.settings.profile_steps:
+    jax.profiler.stop_trace()
+
+
+def rejected(sources: dict) -> dict[str, dict[str, int]]:
+  """Records that cannot be used, by mode and reason."""
+  return {mode: source.metadata["rejected"] for mode, source in sources.items()
+          if source.metadata.get("rejected")}
+
+
+def log_skipped(log: logs.Log, stage: str, step: int, by_process: dict) -> None:
+  """Says how many samples fitted no row so far, by mode and by what they exceed."""
+  total = collections.defaultdict(collections.Counter)
+  for skipped in by_process.values():
+    for mode, limits in skipped.items():
+      total[mode].update(limits)
+  for mode, limits in total.items():
+    log.note(f"{stage}: {sum(limits.values())} samples of {mode} were larger than a row: "
+             f"{counts(limits)}")
+  log.event(stage, step, skipped=total)
+
+
+def counts(by_reason: dict) -> str:
+  return ", ".join(f"{reason} {count}" for reason, count in sorted(by_reason.items()))
+
+
+def meet(name: str) -> None:
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

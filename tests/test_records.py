@@ -1,0 +1,65 @@
+"""Rows are read strictly: good ones exactly, bad ones not at all, each for a reason."""
+
+import json
+import pickle
+
+import irgl_rows
+import pytest
+from irgl_rows import MODE, encoded, image, picture, text, turns
+
+from irg_jax.data.records import MODES, PicturePart, Record, Rejected, TextPart, parse_conversation
+
+
+def parse(value, **options):
+  return parse_conversation(irgl_rows.as_row(value), MODE, 7, **options)
+
+
+def test_a_conversation_becomes_its_parts_in_order():
+  data = picture("JPEG")
+  row = turns(text("plan"), image(data, need_vae=True, need_vit=True), text("better"),
+              image(need_loss=True))
+  assert parse(row) == Record(MODE, 7, (
+      TextPart("a fox", False), TextPart("plan", True), PicturePart(data, False, True, True),
+      TextPart("better", True), PicturePart(picture(), True, False, False)))
+  assert parse(json.dumps(row).encode()) == parse(row)
+
+
+def test_flags_that_are_written_out_win_over_the_defaults():
+  row = [{"role": "user", "content": "x", "need_loss": True},
+         {"role": "assistant", "content": [text("y", need_loss=False, need_vae=False)]}]
+  assert parse(row).parts == (TextPart("x", True), TextPart("y", False))
+
+
+def test_texts_are_kept_to_the_character():
+  words = " <think>\n\té😀</think> \n"
+  assert parse(turns(text(words))).parts[1].text == words
+
+
+def test_line_breaks_in_base64_mean_nothing():
+  broken = encoded(picture()).replace("A", "A\r\n")
+  assert parse(turns(image(need_loss=True) | {"content": broken})) == parse(
+      turns(image(need_loss=True)))
+
+
+@pytest.mark.parametrize("name", irgl_rows.BAD)
+def test_one_unusable_part_rejects_the_row(name):
+  row, reason, detail = irgl_rows.BAD[name]
+  with pytest.raises(Rejected) as e:
+    parse(row)
+  assert e.value.reason == reason
+  assert detail in e.value.detail
+  assert str(e.value) == f"{reason}: {e.value.detail}"
+
+
+def test_pictures_of_checked_rows_need_not_be_decoded_again():
+  row = irgl_rows.BAD["truncated picture"][0]
+  assert len(parse(row, decode=False).parts) == 2
+
+
+def test_a_rejection_survives_the_way_between_processes():
+  e = pickle.loads(pickle.dumps(Rejected("bad_json", "row 3")))
+  assert (e.reason, e.detail, str(e)) == ("bad_json", "row 3", "bad_json: row 3")
+
+
+def test_there_are_six_modes():
+  assert len(set(MODES)) == 6 and MODE == MODES[5]
