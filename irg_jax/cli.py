@@ -10,6 +10,7 @@ import re
 import sys
 
 from irg_jax.commands import data
+from irg_jax.commands import eval as eval_verb
 from irg_jax.commands import flags
 from irg_jax.commands import plan
 from irg_jax.commands import train
@@ -24,6 +25,7 @@ examples:
   irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
   irg init --config configs/tiny.py --out out/tiny
   irg data build IRG-Toy-Dataset --out irgl
+  irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval
 """
 
 _GENERATE = """\
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_convert(add("convert", _CONVERT, help="checkpoints in and out"))
   _add_init(add("init", _INIT, help="a checkpoint of random weights"))
   data.add(verbs, _new_parser)
+  eval_verb.add(verbs, _new_parser)
   plan.add(verbs, _new_parser)
   train.add(verbs, _new_parser)
   return parser
@@ -154,24 +157,7 @@ def _add_generate(parser):
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
-  _add_shorthands(parser.add_argument_group("settings, short (see the end)"))
-
-
-def _add_shorthands(group):
-  add = group.add_argument
-  add("--rounds", type=int, metavar="N", help="pictures a prompt (2)")
-  add("--size", type=_size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
-  add("--steps", type=int, metavar="N", help="times of the schedule; N - 1 updates (50)")
-  add("--text-scale", type=float, metavar="X", help="text guidance, every round (4.0)")
-  add("--image-scale", type=float, metavar="X",
-      help="picture guidance, rounds that have seen a picture (2.0)")
-  add("--think-limit", type=int, metavar="N", help="tokens of a thought (1000)")
-  add("--temperature", type=float, metavar="X", help="of the thoughts (0.3)")
-  add("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; 0: all (0)")
-  add("--top-p", type=float, metavar="X", help="sample from this share of probability (1.0)")
-  add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
-  add("--no-think", action="store_true", help="draw without thinking")
-  add("--window", type=int, metavar="N", help="keep only the last N rounds in view (all)")
+  flags.add_shorthands(parser.add_argument_group("settings, short (see the end)"))
 
 
 def _add_convert(parser):
@@ -190,12 +176,3 @@ def _add_init(parser):
       help="sizes, like configs/tiny.py; --config.FIELD=VALUE changes one")
   add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write")
   add("--seed", type=int, default=0, help="of the weights (default 0)")
-
-
-def _size(text: str) -> tuple[int, int]:
-  """Width and height of "S" or "WxH"."""
-  match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-  if not match:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1024 or 768x1024 (WxH)")
-  width = int(match[1])
-  return width, int(match[2] or width)

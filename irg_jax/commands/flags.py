@@ -14,3 +14,45 @@ def mesh(text: str) -> dict[str, int]:
   if not all(axes) or len({a[1] for a in axes}) < len(axes):
     raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write data=2,fsdp=4")
   return {a[1]: int(a[2]) for a in axes}
+
+
+def size(text: str) -> tuple[int, int]:
+  """Width and height of "S" or "WxH".
+
+  Raises:
+    argparse.ArgumentTypeError: not of that form.
+  """
+  match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+  if not match:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1024 or 768x1024 (WxH)")
+  width = int(match[1])
+  return width, int(match[2] or width)
+
+
+def count(text: str) -> int:
+  """A whole number, 1 or more.
+
+  Raises:
+    argparse.ArgumentTypeError: something else.
+  """
+  if not re.fullmatch(r"0*[1-9]\d*", text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+  return int(text)
+
+
+def add_shorthands(group, think_limit: int = 1000) -> None:
+  """The short flags of `generate.request.SHORTHANDS`; `think_limit` is the default to show."""
+  add = group.add_argument
+  add("--rounds", type=int, metavar="N", help="pictures a prompt (2)")
+  add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
+  add("--steps", type=int, metavar="N", help="times of the schedule; N - 1 updates (50)")
+  add("--text-scale", type=float, metavar="X", help="text guidance, every round (4.0)")
+  add("--image-scale", type=float, metavar="X",
+      help="picture guidance, rounds that have seen a picture (2.0)")
+  add("--think-limit", type=int, metavar="N", help=f"tokens of a thought ({think_limit})")
+  add("--temperature", type=float, metavar="X", help="of the thoughts (0.3)")
+  add("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; 0: all (0)")
+  add("--top-p", type=float, metavar="X", help="sample from this share of probability (1.0)")
+  add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
+  add("--no-think", action="store_true", help="draw without thinking")
+  add("--window", type=int, metavar="N", help="keep only the last N rounds in view (all)")

@@ -82,7 +82,7 @@ def from_args(args, overrides) -> Request:
       image=args.image,
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=read_settings(args.config, [*overrides, *shorthand_overrides(args)]),
-      system_prompt=_system_prompt(args.system_prompt_file),
+      system_prompt=read_system_prompt(args.system_prompt_file),
       seed=args.seed,
       batch_size=args.batch_size,
       mesh=args.mesh,
@@ -107,16 +107,16 @@ def default_config() -> config_dict.ConfigDict:
   return _to_config(Settings())
 
 
-def read_settings(path=None, overrides=()) -> Settings:
-  """Defaults, then the file at `path`, then the overrides in order.
+def read_settings(path=None, overrides=(), default: Settings = Settings()) -> Settings:
+  """`default`, then the file at `path`, then the overrides in order.
 
   Raises:
     ValueError: see `config_files`.
   """
-  config = default_config()
+  config = _to_config(default)
   if path is not None:
     config = config_files.merge(config, path)
-  return _from_config(Settings(), config_files.override(config, overrides))
+  return _from_config(default, config_files.override(config, overrides))
 
 
 def read_prompts(arguments, path=None) -> tuple[str, ...]:
@@ -138,7 +138,12 @@ def read_prompts(arguments, path=None) -> tuple[str, ...]:
   return tuple(prompts)
 
 
-def _system_prompt(path):
+def read_system_prompt(path) -> str:
+  """The text of the file, or the default where `path` is None.
+
+  Raises:
+    ValueError: an unreadable file or one that is not UTF-8.
+  """
   # An empty file is a choice: no system prompt at all.
   text = SYSTEM_PROMPT if path is None else _read_text("--system-prompt-file", path)
   return text.strip()

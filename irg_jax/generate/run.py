@@ -30,13 +30,8 @@ def run_generate(request: Request) -> None:
   picture = None if request.image is None else images.read_picture(request.image)
   mesh = sharding.make_mesh(request.mesh)
   with Progress() as progress, jax.set_mesh(mesh):
-    progress("read")
-    config, params = weights.load_checkpoint(
-        request.checkpoint, dtype=request.dtype, compute_dtype=request.dtype,
-        shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
-    if request.dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
-      config = dataclasses.replace(config, dtype=_weights_dtype(params))
-    model, entries = UnifiedTransformer(config), []
+    model, params = load_model(request.checkpoint, mesh, request.dtype, progress)
+    entries = []
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
       drawn = _generate(request, model, params, tokenizer, rows, picture, progress)
@@ -45,6 +40,21 @@ def run_generate(request: Request) -> None:
   if len(folders) > 1:
     trace.write_index(request.out, entries)
   _print_results(request.out, folders)
+
+
+def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, dict]:
+  """Model and parameters of a checkpoint, on the devices of `mesh`.
+
+  Args:
+    dtype: of parameters and arithmetic, or None for the checkpoint's own.
+  """
+  progress("read")
+  config, params = weights.load_checkpoint(
+      checkpoint, dtype=dtype, compute_dtype=dtype,
+      shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
+  if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
+    config = dataclasses.replace(config, dtype=_weights_dtype(params))
+  return UnifiedTransformer(config), params
 
 
 def trace_folders(request: Request) -> list[pathlib.Path]:
@@ -102,7 +112,7 @@ def _trace(request, number, trajectory) -> dict:
       "seed": request.seed + number,
       "checkpoint": str(request.checkpoint),
       "settings": dataclasses.asdict(request.settings) | _run_settings(request),
-      "versions": _versions(),
+      "versions": versions(),
       "rounds": [{
           "think": r.thought.text if thinks else None,
           "think_tokens": len(r.thought.ids),
@@ -121,7 +131,8 @@ def _run_settings(request):
           "mesh": request.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
 
-def _versions():
+def versions() -> dict[str, str]:
+  """What made a result: the packages that matter, by name."""
   found = {}
   for name in ("irg_jax", "jax", "jaxlib", "flax"):
     try:

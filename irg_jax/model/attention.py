@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from irg_jax.model.blockwise import blockwise
 from irg_jax.sharding import platform
 
 # Kinds of split.
@@ -117,7 +118,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
-  key_chunk = key_chunk or (128 if platform() == "cpu" else 512) * max(1, 16 // T)
+  key_chunk = key_chunk or default_key_chunk(T)
   if implementation == "auto":
     short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES
     implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"
@@ -125,13 +126,21 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     return _attend_block(q_RTNH, query, sources, key_chunk=None)
   if implementation != "chunked":
     raise ValueError(f"unknown attention implementation {implementation!r}")
+  if len(sources) == 1 and not sources[0].sparse:
+    source, = sources
+    return blockwise(allowed, query_chunk, key_chunk, q_RTNH, source.k, source.v, query,
+                     source.tokens)
   if T <= query_chunk:
     return _attend_block(q_RTNH, query, sources, key_chunk)
-  # Recomputed block by block in the backward pass: memory stays linear there, too.
-  block = jax.checkpoint(lambda args: _attend_block(*args, sources, key_chunk))
+  block = lambda args: _attend_block(*args, sources, key_chunk)
   pad = lambda x: _blocks(_pad_to_multiple(x, query_chunk, 1), query_chunk, 1)
   out = lax.map(block, jax.tree.map(pad, (q_RTNH, query)))
   return jnp.moveaxis(out, 0, 1).reshape(q_RTNH.shape[0], -1, *q_RTNH.shape[2:])[:, :T]
+
+
+def default_key_chunk(queries: int) -> int:
+  """Keys of a block, for rows of `queries`."""
+  return (128 if platform() == "cpu" else 512) * max(1, 16 // queries)
 
 
 def _attend_block(q_RTNH, query, sources, key_chunk):

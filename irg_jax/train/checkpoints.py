@@ -55,7 +55,14 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def last_good(self) -> str:
-    """The newest complete checkpoint, in words."""
+    """The newest complete checkpoint, in words; what is being saved is waited for."""
+    try:
+      self.wait()
+    except CheckpointError:
+      pass  # then it is none
+    return self._last_good()
+
+  def _last_good(self):
     steps = steps_in(self.folder)
     return f"the last good checkpoint is {self.folder / str(steps[-1])}" if steps else (
         f"there is no good checkpoint in {self.folder}")
@@ -152,7 +159,7 @@ class Checkpoints:
   def _save_error(self, error):
     step, self._saving = self._saving, None
     return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
-                           f"{self.last_good()}")
+                           f"{self._last_good()}")
 
 
 def steps_in(folder) -> list[int]:

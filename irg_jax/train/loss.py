@@ -8,7 +8,7 @@ from irg_jax import flow
 from irg_jax.data.records import MODES
 from irg_jax.sharding import constrain, pick
 
-TEXT_CHUNK = 512  # predicted positions of a row whose logits exist at a time
+TEXT_CHUNK = 2048  # predicted positions of a row whose logits exist at a time
 _LEAST = 1e-30  # no division by zero; below any sum of weights
 
 

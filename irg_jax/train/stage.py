@@ -155,19 +155,21 @@ def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpo
     (state, steps made, whether that is the end of the stage).
   """
   s, settings = run.settings.stages[stage], run.settings
-  key = jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage))
-  key = jax.device_put(key, NamedSharding(run.mesh, PartitionSpec()))
+  key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
+                out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
   late = Late(log, checkpoints, run.mesh)
+  tracer = Tracer(run.out / stage / "profile", settings.profile_at, settings.profile_steps)
   train_step = None
   for step in range(start + 1, s.steps + 1):
     batch, data = next(feed)
     if train_step is None:
       train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
                                    run.mesh, state, batch)
-    profile(run, stage, step)
+    tracer.before(step)
     state, metrics = train_step(s.switches(step - 1), state, batch, key)
     late.push(step, metrics, batch)
     stopping = run.preemption.reached()
+    tracer.after(step, stopping or step == s.steps, late.flush)
     if step % settings.checkpoint_every == 0 or step == s.steps or stopping:
       late.flush()  # a state that went wrong must not be saved
       checkpoints.save(step, state, data)
@@ -227,13 +229,23 @@ def listed(samples) -> str:
       f"; and {more} more, in {logs.FILE}" if more > 0 else "")
 
 
-def profile(run: Run, stage: str, step: int) -> None:
-  """Starts a profiler trace before the step that was asked for, and ends it some steps later."""
-  first = run.settings.profile_at
-  if first and step == first:
-    jax.profiler.start_trace(run.out / stage / "profile")
-  if first and step == first + run.settings.profile_steps:
-    jax.profiler.stop_trace()
+class Tracer:
+  """Takes a profiler trace of `count` steps from step `first` on; 0: none."""
+
+  def __init__(self, folder, first: int, count: int):
+    self._folder, self._first, self._count, self._runs = folder, first, count, False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(self._folder)
+      self._runs = True
+
+  def after(self, step: int, last: bool, wait) -> None:
+    """Ends the trace where it is due, or the steps end; `wait` for what is under way."""
+    if self._runs and (last or step == self._first + self._count - 1):
+      wait()
+      jax.profiler.stop_trace()
+      self._runs = False
 
 
 def rejected(sources: dict) -> dict[str, dict[str, int]]:

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: what comes back, on which mesh, and what happens to damaged ones."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from irg_jax import sharding
+from irg_jax.train import checkpoints
+from irg_jax.train.checkpoints import Checkpoints
+from irg_jax.weights.errors import CheckpointError
+
+DATA = {0: {"next": 7}, 1: {"next": 9, "bins": [[1, 2], []]}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+  step: jax.Array
+  params: dict
+  half: jax.Array
+
+
+def place(shape, **arrays):
+  """A state over a mesh of `shape`, its first axis split over fsdp."""
+  mesh = sharding.make_mesh(shape)
+  put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp" if x.ndim else None)
+                                                  if x.ndim else PartitionSpec()))
+  return jax.tree.map(put, State(
+      step=jnp.int32(arrays.get("step", 0)), params={"kernel": jax.random.normal(jax.random.key(0), (64, 64))},
+      half=jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16)))
+
+
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same(got, want):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def saved(folder, steps, keep=3):
+  with Checkpoints(folder, keep) as c:
+    for step in steps:
+      c.save(step, place({"fsdp": 8}, step=step), DATA)
+  return folder
+
+
+def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
+  saved(tmp_path / "run", [3])
+  want = place({"data": 2, "fsdp": 2, "tensor": 2}, step=3)
+  with Checkpoints(tmp_path / "run", 3) as c:
+    step, state, data = c.restore(abstract(want))
+  assert step == 3 and data == DATA
+  assert_same(state, want)
+
+
+def test_an_empty_folder_holds_nothing_and_is_no_fault(tmp_path):
+  with Checkpoints(tmp_path / "run", 3) as c:
+    assert c.restore(abstract(place({"fsdp": 8}))) is None
+    assert "no good checkpoint" in c.last_good()
+
+
+def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
+  saved(tmp_path, [1, 2, 3, 4, 4], keep=2)
+  assert checkpoints.steps_in(tmp_path) == [3, 4]
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+  spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+  state = place({"fsdp": 8}, step=1)
+  with Checkpoints(tmp_path, 3) as c:
+    c.save(1, state, DATA)
+    state = spoil(state)
+    jax.block_until_ready(state)
+    _, found, _ = c.restore(abstract(state))
+  assert_same(found, place({"fsdp": 8}, step=1))
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(folder):
+  # In the stored numbers themselves, where no length and no header gives it away.
+  path = largest_file(folder / "state")
+  content = bytearray(path.read_bytes())
+  content[len(content) // 3] ^= 4
+  path.write_bytes(content)
+
+
+def truncate(folder):
+  path = largest_file(folder / "state")
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def lose_the_run(folder):
+  for path in (folder / "run").iterdir():
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose_the_run])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+  saved(tmp_path, [5, 6])
+  damage(tmp_path / "6")
+  lines = []
+  with Checkpoints(tmp_path, 3, lines.append) as c:
+    step, state, _ = c.restore(abstract(place({"fsdp": 8})))
+    assert step == 5
+    assert_same(state, place({"fsdp": 8}, step=5))
+    c.save(6, state, DATA)  # the number is free again
+  assert len(lines) == 1 and str(tmp_path / "6") in lines[0] and "step 5 is used" in lines[0]
+  assert checkpoints.steps_in(tmp_path) == [5, 6]
+  assert (tmp_path / "damaged" / "6").is_dir()
+
+
+def test_where_every_checkpoint_is_damaged_none_is_removed(tmp_path):
+  saved(tmp_path, [6])
+  truncate(tmp_path / "6")
+  with Checkpoints(tmp_path, 3) as c:
+    with pytest.raises(CheckpointError, match="6 is damaged .* no other to go on from"):
+      c.restore(abstract(place({"fsdp": 8})))
+  assert checkpoints.steps_in(tmp_path) == [6]
+
+
+@pytest.mark.parametrize("index", [0, 77, 4095])
+def test_any_changed_number_changes_the_checksum_whatever_the_mesh(index):
+  state = place({"fsdp": 8})
+  other = place({"fsdp": 2, "tensor": 4})
+  assert checkpoints.checksums(state) == checkpoints.checksums(other)
+  other.params["kernel"] = other.params["kernel"].at[index // 64, index % 64].add(1e-3)
+  differ = {k for k, v in checkpoints.checksums(other).items()
+            if checkpoints.checksums(state)[k] != v}
+  assert differ == {"params/kernel"}
+
+
+def test_swapped_numbers_change_the_checksum():
+  x = jnp.asarray([1.0, 2.0, 3.0])
+  assert checkpoints.checksums([x]) != checkpoints.checksums([x[::-1]])
+
+
+FULL = """
+    import resource, sys
+    import numpy as np
+    from irg_jax.train.checkpoints import Checkpoints
+    with Checkpoints(sys.argv[1], 3) as c:
+      c.save(1, {"x": np.zeros(4, np.float32)}, {})
+      c.wait()
+      # No file may grow beyond this: what a full disk does, for one process only.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+      c.save(2, {"x": np.random.default_rng(0).standard_normal(100000, np.float32)}, {})
+"""
+
+
+def test_a_full_disk_is_named_with_the_last_good_checkpoint(tmp_path):
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path)],
+                        capture_output=True, text=True)
+  error = done.stderr.strip().splitlines()[-1]
+  assert "checkpoint of step 2 cannot be saved" in error and "File too large" in error
+  assert f"the last good checkpoint is {tmp_path / '1'}" in error
+  assert checkpoints.steps_in(tmp_path) == [1]

@@ -1,0 +1,188 @@
+"""GenEval's boxes and colours from functions of the user's own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from irg_jax.evaluate import detectors
+from irg_jax.evaluate import geneval
+from irg_jax.evaluate import plugins
+from irg_jax.evaluate import prompts
+
+CLASSES = ("dog", "car", "bus")
+RED = {"tag": "colors", "prompt": "a photo of a red car",
+       "include": [{"class": "car", "count": 1, "color": "red"}]}
+PLAIN = {"tag": "single_object", "prompt": "a photo of a car",
+         "include": [{"class": "car", "count": 1}]}
+
+
+def box(*values, score=0.9, **more):
+  return {"box": list(values), "score": score, **more}
+
+
+@pytest.fixture
+def picture(tmp_path):
+  pixels = np.zeros((20, 30, 3), np.uint8)
+  pixels[5:10, 5:15] = (250, 0, 0)
+  path = tmp_path / "00000.png"
+  Image.fromarray(pixels).save(path)
+  return path
+
+
+def run(tmp_path, pictures, detect, classify=None, names="d"):
+  return list(detectors.records(pictures, CLASSES, detect, classify, tmp_path / "cache.jsonl",
+                                names))
+
+
+def test_records_hold_what_the_verdict_needs(tmp_path, picture):
+  crops = []
+  def classify(crop, name):
+    crops.append((crop.size, name, np.asarray(crop).mean((0, 1)).tolist()))
+    return "red"
+  found = {"car": [box(5, 5, 15, 10), box(0, 0, 3, 3, score=0.2)], "dog": [box(1, 1, 9, 9)]}
+  (record,) = run(tmp_path, [(picture, "a/0.png", RED)], lambda image, classes: found, classify)
+  assert crops == [((10, 5), "car", [250.0, 0.0, 0.0])]  # of the box that counts, and no other
+  assert record["detections"]["car"][0] == box(5.0, 5.0, 15.0, 10.0) | {"color": "red"}
+  assert len(record["detections"]["car"]) == 2 and "color" not in record["detections"]["dog"][0]
+  assert geneval.score_picture(json.loads(json.dumps(record)))["correct"]
+
+
+def test_no_colour_is_asked_for_where_the_prompt_names_none(tmp_path, picture):
+  classify = lambda crop, name: pytest.fail("asked for a colour")
+  (record,) = run(tmp_path, [(picture, "a", PLAIN)], lambda i, c: {"car": [box(1, 1, 5, 5)]},
+                  classify)
+  assert geneval.score_picture(record)["correct"]
+
+
+def test_the_crop_is_grey_outside_the_mask_and_rounds_the_box():
+  picture = Image.new("RGB", (10, 8), (1, 2, 3))
+  mask = np.zeros((8, 10), bool)
+  mask[2:4, 2:4] = True
+  crop = np.asarray(detectors.object_crop(picture, (1.6, 1.4, 5.5, 6.5), mask))
+  assert crop.shape == (5, 4, 3)  # Python rounds halves to even: 5.5 to 6, 6.5 to 6
+  assert (crop[1:3, 0:2] == (1, 2, 3)).all() and (crop[3:] == 153).all()
+  with pytest.raises(ValueError, match="mask"):
+    detectors.object_crop(picture, (0, 0, 5, 5), mask.T)
+  with pytest.raises(ValueError, match="no pixel"):
+    detectors.object_crop(picture, (3, 3, 3.2, 8))
+
+
+def test_masks_reach_the_classifier_and_not_the_record(tmp_path, picture):
+  mask = np.ones((20, 30), bool)
+  mask[:, 10:] = False
+  seen = []
+  classify = lambda crop, name: seen.append(np.asarray(crop)) or "red"
+  (record,) = run(tmp_path, [(picture, "a", RED)],
+                  lambda i, c: {"car": [box(5, 5, 15, 10, mask=mask)]}, classify)
+  assert (seen[0][:, 5:] == 153).all() and (seen[0][:, :5] == (250, 0, 0)).all()
+  assert "mask" not in record["detections"]["car"][0]
+
+
+def test_an_upright_picture_is_shown_whatever_the_camera_wrote(tmp_path):
+  image = Image.new("RGB", (30, 20))
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turned by 90 degrees
+  image.save(tmp_path / "p.jpg", exif=exif)
+  sizes = []
+  run(tmp_path, [(tmp_path / "p.jpg", "a", PLAIN)], lambda i, c: sizes.append(i.size) or {})
+  assert sizes == [(20, 30)]
+
+
+def test_a_picture_is_looked_at_once_but_again_if_it_or_the_detector_changes(tmp_path, picture):
+  calls = []
+  detect = lambda image, classes: calls.append(1) or {"car": [box(1, 1, 5, 5)]}
+  one = [(picture, "a", PLAIN)]
+  first = run(tmp_path, one, detect)
+  assert run(tmp_path, one, detect) == first and len(calls) == 1
+  run(tmp_path, one, detect, names="other")
+  assert len(calls) == 2
+  Image.new("RGB", (9, 9)).save(picture)
+  run(tmp_path, one, detect)
+  assert len(calls) == 3
+  run(tmp_path, [(picture, "a", RED)], detect, lambda crop, name: "red")  # now with colours
+  assert len(calls) == 4
+
+
+def test_what_cannot_be_detected_is_reported_and_the_rest_goes_on(tmp_path, picture):
+  torn = tmp_path / "torn.png"
+  torn.write_bytes(picture.read_bytes()[:40])
+  kinds = iter([{"cat": []}, {"car": [box(1, 2, 3)]}, {"car": [box(1, 2, 3, float("nan"))]}, None,
+                {}])
+  def detect(image, classes):
+    return next(kinds)
+  others = []
+  for i in range(5):
+    path = tmp_path / f"{i}.png"
+    Image.new("RGB", (4 + i, 4)).save(path)
+    others.append((path, f"f{i}", PLAIN))
+  pictures = [(tmp_path / "none.png", "none", PLAIN), (torn, "torn", PLAIN), *others]
+  records = run(tmp_path, pictures, detect)
+  assert [r["filename"] for r in records] == ["none", "torn", "f0", "f1", "f2", "f3", "f4"]
+  reasons = [r.get("error", "").partition(":")[0] for r in records]
+  assert reasons == ["picture", "picture", "detector", "detector", "detector", "detector", ""]
+  assert records[-1]["detections"] == {} and "'cat'" in records[2]["error"]
+
+
+def test_a_detector_that_always_fails_ends_the_run(tmp_path):
+  for i in range(25):
+    Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
+  def detect(image, classes):
+    raise RuntimeError("no weights")
+  with pytest.raises(ValueError, match="20 pictures in a row.*no weights"):
+    run(tmp_path, [(tmp_path / f"{i}.png", str(i), PLAIN) for i in range(25)], detect)
+
+
+def test_colours_need_a_classifier_that_says_one_of_them(tmp_path, picture):
+  detect = lambda image, classes: {"car": [box(1, 1, 5, 5)]}
+  (record,) = run(tmp_path, [(picture, "a", RED)], detect)
+  assert "name a classifier" in record["error"]
+  (record,) = run(tmp_path, [(picture, "a", RED)], detect, lambda crop, name: "crimson")
+  assert "'crimson'" in record["error"]
+
+
+def test_clip_takes_the_colour_nearest_to_the_mean_of_its_unit_texts():
+  texts = []
+  def encode_text(batch):
+    texts.append(batch)
+    index = next(i for i, c in enumerate(geneval.COLORS) if f" {c}" in batch[0])
+    return [np.eye(10)[index] * scale for scale in (1.0, 50.0, 0.1)]
+  classify = detectors.clip_classifier(lambda crop: np.eye(10)[geneval.COLORS.index(crop)] * 3,
+                                       encode_text)
+  assert [classify(color, "car") for color in geneval.COLORS] == list(geneval.COLORS)
+  assert len(texts) == 10 and all(len(batch) == 3 for batch in texts)  # texts are encoded once
+  tie = detectors.clip_classifier(lambda crop: np.ones(10), encode_text)
+  assert tie(None, "car") == "red"
+
+
+def test_the_eighty_names_come_with_the_package():
+  assert len(detectors.class_names(prompts.GENEVAL_FILES / "object_names.txt")) == 80
+
+
+def test_a_wrong_list_of_names_is_refused(tmp_path):
+  (tmp_path / "names.txt").write_text("dog\ndog\n")
+  with pytest.raises(ValueError, match="names.txt: holds 1 different"):
+    detectors.class_names(tmp_path / "names.txt")
+
+
+def test_a_function_is_found_by_name_in_the_working_directory(tmp_path):
+  (tmp_path / "mine_for_test.py").write_text("def detect(picture, classes): return {}\nx = 3\n")
+  root = pathlib.Path(__file__).resolve().parents[1]
+  code = ("from irg_jax.evaluate import plugins\n"
+          "print(plugins.load('mine_for_test:detect', '--detector')(1, 2))")
+  done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                        env=os.environ | {"PYTHONPATH": str(root)})
+  assert done.stdout == "{}\n", done.stderr
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("json", "MODULE:FUNCTION"), (":f", "MODULE:FUNCTION"), ("no_such_module_x:f", "cannot import"),
+    ("json:no_such", "no function no_such"), ("json:__name__", "no function __name__")])
+def test_a_function_that_is_not_there_is_named_with_its_flag(spec, words):
+  with pytest.raises(ValueError, match=rf"--detector.*{words}"):
+    plugins.load(spec, "--detector")

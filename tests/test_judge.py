@@ -1,0 +1,404 @@
+"""The judge's client against a server that answers, is slow, busy, broken, or refuses."""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from judge_server import FAULTS, JudgeServer, prompt_of
+import numpy as np
+from PIL import Image
+import pytest
+
+from irg_jax.evaluate import judge_calls
+from irg_jax.evaluate import judge_pictures
+from irg_jax.evaluate.judge import Judge, Request, Settings
+
+pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
+
+KEY = "sk-test-4Vd0qLw93kTzPp"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def picture(tmp_path):
+  path = tmp_path / "picture.png"
+  Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(path)
+  return path
+
+
+def settings(server, **changes):
+  return Settings(**{"url": server.url, "model": "m", "timeout": 5.0, "first_wait": 0.01,
+                     "concurrency": 4} | changes)
+
+
+def requests(picture, count, **fields):
+  return [Request(f"k{i}", (picture,), f"question {i}", **fields) for i in range(count)]
+
+
+def echo(body):
+  return "answer to " + prompt_of(body)
+
+
+def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(tmp_path, picture):
+  with JudgeServer(echo, seconds=0.002) as server:
+    with Judge(settings(server, temperature=0.5), tmp_path / "cache.jsonl") as judge:
+      asked = requests(picture, 40, system="be strict", max_tokens=77)
+      answers = list(judge.ask(iter(asked)))
+    assert [a.key for a in answers] == [r.key for r in asked]
+    assert [a.text for a in answers] == [f"answer to question {i}" for i in range(40)]
+    assert all(a.error is None and a.model == "m-dated" for a in answers)
+    body = server.bodies[0]
+  assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 77)
+  assert body["messages"][0] == {"role": "system", "content": "be strict"}
+  url = body["messages"][1]["content"][0]["image_url"]["url"]
+  assert url == judge_pictures.encode(picture).url
+  assert server.most <= 4 and set(server.keys) == {f"Bearer {KEY}"}
+
+
+def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path, picture):
+  taken = []
+  def stream():
+    for request in requests(picture, 200):
+      taken.append(request.key)
+      yield request
+  with JudgeServer(echo, seconds=0.001) as server:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+      for i, _ in enumerate(judge.ask(stream())):
+        assert len(taken) - i <= 2 * 8 + 1
+    assert server.most == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_try_after_each_kind_of_failure_gives_the_answer(tmp_path, picture, fault):
+  with JudgeServer(echo, lambda n, _: fault if n % 2 == 0 else None) as server:
+    with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
+      answers = list(judge.ask(requests(picture, 3)))
+      account = judge.account
+  assert [a.text for a in answers] == [f"answer to question {i}" for i in range(3)]
+  assert account.answered == 3 and not account.failed
+  assert account.calls == len(server.bodies) == (3 if fault == "slow" else 6)
+  assert account.faults.total() == account.calls - 3
+
+
+def test_all_failures_at_random_lose_and_double_nothing(tmp_path, picture):
+  dice = random.Random(3)
+  plan = [dice.choice((*FAULTS, None, None)) for _ in range(4000)]
+  asked = requests(picture, 80)
+  with JudgeServer(echo, lambda n, _: plan[n]) as server:
+    with Judge(settings(server, tries=12, first_wait=0.001), tmp_path / "cache.jsonl") as judge:
+      answers = list(judge.ask(asked))
+      account = judge.account
+    assert [a.key for a in answers] == [r.key for r in asked]
+    assert account.requests == 80 == account.answered + account.failed.total()
+    for answer in answers:
+      if answer.error is None:
+        assert answer.text == "answer to question " + answer.key[1:]
+    assert account.answered > 75
+    assert all(n == 1 for n in server.told.values())  # none is paid for twice
+
+
+def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, picture):
+  always = {"question 1": "500", "question 3": "empty", "question 5": "malformed",
+            "question 6": "drop", "question 7": "400", "question 8": "filtered"}
+  with JudgeServer(echo, lambda _, body: always.get(prompt_of(body))) as server:
+    with Judge(settings(server, tries=3), tmp_path / "cache.jsonl") as judge:
+      answers = {a.key: a for a in judge.ask(requests(picture, 10))}
+      account = judge.account
+    tries = collections.Counter(map(prompt_of, server.bodies))
+  assert {k for k, a in answers.items() if a.error} == {"k1", "k3", "k5", "k6", "k7", "k8"}
+  assert dict(account.failed) == {"server (5xx)": 1, "empty": 1, "malformed": 1, "connection": 1,
+                                  "status 400": 1, "filtered": 1}
+  assert tries["question 1"] == 3 and tries["question 7"] == tries["question 8"] == 1
+  assert answers["k1"].text is None
+
+
+def test_failures_are_asked_again_by_the_next_run_and_answers_are_not(tmp_path, picture):
+  broken = True
+  with JudgeServer(echo, lambda _, b: "500" if broken and "1" in prompt_of(b) else None) as server:
+    with Judge(settings(server, tries=1), tmp_path / "cache.jsonl") as judge:
+      assert sum(a.error is not None for a in judge.ask(requests(picture, 5))) == 1
+    broken, before = False, len(server.bodies)
+    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+      again = list(judge.ask(requests(picture, 5)))
+      assert (judge.account.cached, judge.account.answered) == (4, 1)
+    assert len(server.bodies) == before + 1
+  assert [a.text for a in again] == [f"answer to question {i}" for i in range(5)]
+
+
+def test_a_second_run_costs_nothing_and_gives_the_same_answers(tmp_path, picture):
+  with JudgeServer(echo) as server:
+    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+      first = [(a.key, a.text, a.model) for a in judge.ask(requests(picture, 30))]
+  unreachable = settings(server, url="http://127.0.0.1:9/v1")
+  with Judge(unreachable, tmp_path / "cache.jsonl") as judge:
+    assert [(a.key, a.text, a.model) for a in judge.ask(requests(picture, 30))] == first
+    assert judge.account.cached == 30 and judge.account.calls == 0
+
+
+def test_the_cache_knows_pictures_by_content_and_tells_every_setting_apart(tmp_path, picture):
+  copy = tmp_path / "copy.png"
+  copy.write_bytes(picture.read_bytes())
+  other = tmp_path / "other.png"
+  Image.new("RGB", (8, 8)).save(other)
+  base = Request("a", (picture,), "q")
+  changed = [Request("a", (other,), "q"), Request("a", (picture,), "r"),
+             Request("a", (picture,), "q", system="s"), Request("a", (picture,), "q", max_tokens=9),
+             Request("a", (picture, picture), "q")]
+  with JudgeServer(echo) as server:
+    def calls(request, **changes):
+      with Judge(settings(server, **changes), tmp_path / "cache.jsonl") as judge:
+        assert next(judge.ask([request])).error is None
+        return judge.account.calls
+    assert calls(base) == 1
+    assert calls(base) == calls(Request("b", (copy,), "q")) == calls(base, temperature=0) == 0
+    assert [calls(request) for request in changed] == [1] * len(changed)
+    assert calls(base, temperature=0.1) == calls(base, model="n") == 1
+
+
+def test_the_same_question_at_the_same_time_is_asked_once(tmp_path, picture):
+  with JudgeServer(echo, seconds=0.03) as server:
+    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+      answers = list(judge.ask(Request(f"k{i}", (picture,), "same") for i in range(12)))
+      assert (judge.account.answered, judge.account.cached) == (1, 11)
+  assert len(server.bodies) == 1 and {a.text for a in answers} == {"answer to same"}
+
+
+def test_two_requests_of_one_key_are_refused(tmp_path, picture):
+  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    with pytest.raises(ValueError, match="two requests.*'k0'"):
+      list(judge.ask(requests(picture, 2) + requests(picture, 1)))
+
+
+def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_reported_with_its_words(
+    tmp_path, picture):
+  texts = iter(["hm", "hm", "2", "hm", "hm", "hm"])
+  fault = lambda text: None if text.isdigit() else "no digit"
+  ask = lambda judge: list(judge.ask(requests(picture, 2, fault=fault)))
+  with JudgeServer(lambda _: next(texts)) as server:
+    one = settings(server, concurrency=1)
+    with Judge(one, tmp_path / "cache.jsonl") as judge:
+      good, bad = ask(judge)
+    assert (good.text, good.error) == ("2", None)
+    assert (bad.text, bad.error) == ("hm", "unparsable: no digit")
+    with Judge(one, tmp_path / "cache.jsonl") as judge:  # it has had its three answers
+      assert [(a.text, a.error) for a in ask(judge)] == [("2", None), ("hm", bad.error)]
+      assert judge.account.calls == 0 and judge.account.failed == {"unparsable": 1}
+  assert len(server.bodies) == 6
+
+
+def test_a_missing_or_torn_picture_is_reported_and_never_sent(tmp_path, picture):
+  torn = tmp_path / "torn.png"
+  torn.write_bytes(picture.read_bytes()[:-30])
+  asked = [Request("gone", (tmp_path / "gone.png",), "q"), Request("torn", (torn,), "q"),
+           Request("good", (picture,), "q")]
+  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    gone, bad, good = judge.ask(asked)
+    assert gone.error.startswith("picture: ") and "gone.png is missing" in gone.error
+    assert "torn.png cannot be read" in bad.error
+    assert good.error is None and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("401", "refuses the key.*OPENAI_API_KEY"), ("403", "refuses the key"),
+    ("404", "--judge-model"), ("quota", "quota is used up"), ("429 later", "wait 86400 s")])
+def test_what_asking_on_cannot_help_stops_the_run_at_once(tmp_path, picture, fault, words):
+  with JudgeServer(echo, lambda n, _: fault if n >= 6 else None) as server:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+      with pytest.raises(ValueError, match=words) as stop:
+        list(judge.ask(requests(picture, 200)))
+    assert len(server.bodies) <= 6 + 2 * 2
+    assert KEY not in str(stop.value)
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 6  # kept for next time
+
+
+def test_an_endpoint_that_only_fails_ends_the_run_with_the_reason(tmp_path, picture):
+  with JudgeServer(echo) as server:
+    pass  # nobody listens any more
+  with Judge(settings(server, tries=2), tmp_path / "cache.jsonl") as judge:
+    with pytest.raises(judge_calls.Stop, match="20 requests in a row failed.*connection"):
+      list(judge.ask(requests(picture, 100)))
+
+
+def test_a_busy_endpoint_is_left_alone_by_all_for_as_long_as_it_says(tmp_path, picture, monkeypatch):
+  waits = []
+  monkeypatch.setattr(judge_calls, "retry_after", lambda headers: waits.append(1) or 0.3)
+  with JudgeServer(echo, lambda n, _: "429" if n == 0 else None) as server:
+    with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
+      begin = time.monotonic()
+      assert [a.error for a in judge.ask(requests(picture, 2))] == [None, None]
+      assert time.monotonic() - begin >= 0.3 and waits == [1]
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date():
+  read = lambda value: judge_calls.retry_after({"retry-after": value})
+  assert read("2.5") == 2.5 and read("-3") == 0.0
+  assert read("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+  assert read("Wed, 21 Oct 2093 07:28:00 GMT") > 1e9
+  assert read("soon") is None and read("nan") is None and judge_calls.retry_after({}) is None
+
+
+def test_an_answer_that_drips_is_cut_off_at_the_time_limit(tmp_path, picture):
+  with JudgeServer(echo, lambda n, _: "dribble" if n == 0 else None) as server:
+    with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
+      (answer,) = judge.ask(requests(picture, 1))
+      assert answer.text == "answer to question 0" and judge.account.faults == {"timeout": 1}
+
+
+def test_an_answer_that_does_not_come_is_tried_again(tmp_path, picture):
+  calls = []
+  def answer(body):
+    calls.append(1)
+    if len(calls) == 1:
+      time.sleep(0.6)
+    return "fine"
+  with JudgeServer(answer) as server:
+    with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
+      (answer,) = judge.ask(requests(picture, 1))
+      assert answer.text == "fine" and judge.account.faults == {"timeout": 1}
+
+
+def test_the_key_is_in_no_file_message_or_log_even_if_the_endpoint_quotes_it(tmp_path, picture):
+  """The worst endpoint: it puts the key into its answers and its errors."""
+  script = tmp_path / "run.py"
+  script.write_text(_CLIENT)
+  quoting = lambda body: f"your key is Bearer {KEY}, {prompt_of(body)}"
+  faults = {"question 2": "400", "question 4": "500"}
+  for last in (None, "401"):
+    plan = lambda n, body: last or faults.get(prompt_of(body))
+    with JudgeServer(quoting, plan) as server:
+      done = _client(script, server, tmp_path / "work", picture, OPENAI_LOG="debug")
+      assert (done.returncode != 0) == (last == "401"), done.stderr
+      assert set(server.keys) == {f"Bearer {KEY}"}
+    assert KEY not in done.stdout + done.stderr
+  kept = [p for p in (tmp_path / "work").rglob("*") if p.is_file()]
+  assert kept and all(KEY.encode() not in p.read_bytes() for p in kept)
+  assert "[OPENAI_API_KEY]" in (tmp_path / "work" / "cache.jsonl").read_text()
+
+
+@pytest.mark.parametrize("url", ["http://me:secret-word@host/v1", "http://host/v1?key=secret-word",
+                                 "localhost:8000", "http://host:99999/v1", ""])
+def test_an_address_that_cannot_be_or_holds_a_secret_is_refused_without_repeating_it(url):
+  with pytest.raises(ValueError, match="judge's address") as refusal:
+    Settings(url=url, model="m")
+  assert "secret-word" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["sk-with-a-newline\n", "sk with blanks", "ключ-от-судьи"])
+def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(
+    tmp_path, monkeypatch, key):
+  monkeypatch.setenv("OPENAI_API_KEY", key)
+  with pytest.raises(ValueError, match="OPENAI_API_KEY has a blank") as refusal:
+    Judge(Settings(url="http://127.0.0.1:9/v1", model="m"), tmp_path / "cache.jsonl")
+  assert key.strip() not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model", ""), ("temperature", 2.5), ("concurrency", 0), ("tries", 0), ("asks", 0),
+    ("timeout", 0.0)])
+def test_a_setting_that_cannot_be_is_refused_by_name(field, value):
+  with pytest.raises(ValueError, match=field):
+    Settings(**{"url": "http://host/v1", "model": "m", field: value})
+
+
+def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_path, picture):
+  def choice(*pairs):
+    top = [{"token": t, "logprob": float(np.log(p))} for t, p in pairs]
+    return {"message": {"content": top[0]["token"]}, "logprobs": {"content": [
+        {"token": top[0]["token"], "logprob": top[0]["logprob"], "top_logprobs": top}]}}
+  said = {"question 0": choice(("Yes", 0.6), (" yes", 0.1), ("No", 0.3)),
+          "question 1": choice(("No", 0.997), ("Nope", 0.003)),
+          "question 2": choice(("No", 0.5), ("Maybe", 0.4)), "question 3": "Yes"}
+  with JudgeServer(lambda body: said[prompt_of(body)]) as server:
+    with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
+      first = list(judge.ask(requests(picture, 4, probability=True)))
+    with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
+      again = list(judge.ask(requests(picture, 4, probability=True)))
+    body = server.bodies[0]
+  assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
+  for answers in (first, again):
+    assert answers[0].probability == pytest.approx(0.7) and answers[1].probability == 0.0
+    for answer in answers[2:]:
+      assert answer.probability is None and answer.error.startswith("unparsable: ")
+
+
+def test_half_a_character_in_an_answer_is_replaced_so_that_it_can_be_written(tmp_path, picture):
+  with JudgeServer(lambda _: "a \ud800 b") as server:
+    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+      (answer,) = judge.ask(requests(picture, 1))
+  assert answer.text == "a ? b"
+
+
+def test_a_reader_that_leaves_early_leaves_no_request_waiting(tmp_path, picture):
+  with JudgeServer(echo, seconds=0.01) as server:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+      answers = judge.ask(requests(picture, 100))
+      next(answers)
+      answers.close()
+      time.sleep(0.1)
+      assert len(server.bodies) < 12
+    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+      assert len(list(judge.ask(requests(picture, 100)))) == 100
+  assert all(n == 1 for n in server.told.values())
+
+
+# A program of its own, so that it can be killed, and so that its whole output can be searched.
+_CLIENT = """
+import json, pathlib, sys, traceback
+from irg_jax.evaluate.judge import Judge, Request, Settings
+url, folder, picture, count = sys.argv[1:]
+settings = Settings(url=url, model="m", concurrency=4, first_wait=0.01, tries=2)
+folder = pathlib.Path(folder)
+folder.mkdir(exist_ok=True)
+asked = (Request(f"k{i}", (picture,), f"question {i}") for i in range(int(count)))
+with Judge(settings, folder / "cache.jsonl") as judge:
+  answers = [(a.key, a.text, a.error) for a in judge.ask(asked)]
+  (folder / "answers.json").write_text(json.dumps(answers))
+  (folder / "account.json").write_text(json.dumps(judge.account.summary()))
+  print(judge.account)
+"""
+
+
+def _client(script, server, folder, picture, count=12, start=subprocess.run, **environment):
+  root = pathlib.Path(__file__).resolve().parents[1]
+  environment = os.environ | {"PYTHONPATH": str(root), "OPENAI_API_KEY": KEY} | environment
+  command = [sys.executable, str(script), server.url, str(folder), str(picture), str(count)]
+  if start is subprocess.run:
+    return start(command, env=environment, capture_output=True, text=True)
+  return start(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def test_killed_at_any_moment_and_started_again_it_gives_the_answers_of_one_run(tmp_path, picture):
+  script = tmp_path / "run.py"
+  script.write_text(_CLIENT)
+  numbered = lambda body: "answer " + hashlib.md5(prompt_of(body).encode()).hexdigest()
+  dice = random.Random(11)
+  kills = [dice.randrange(5, 50) for _ in range(3)]
+  with JudgeServer(numbered, seconds=0.004) as server:
+    for number in kills:
+      sent = len(server.bodies)
+      process = _client(script, server, tmp_path / "work", picture, 160, subprocess.Popen)
+      while len(server.bodies) < sent + number and process.poll() is None:
+        time.sleep(0.001)
+      assert process.poll() is None, "it ended before it was killed"
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+    assert _client(script, server, tmp_path / "work", picture, 160).returncode == 0
+    # What was under way at a kill, four requests, may be asked again; nothing else is.
+    assert len(server.bodies) <= 160 + 4 * len(kills)
+    whole = _client(script, server, tmp_path / "whole", picture, 160)
+    assert whole.returncode == 0, whole.stderr
+  read = lambda name: json.loads((tmp_path / name / "answers.json").read_text())
+  assert read("work") == read("whole") and len(read("work")) == 160
+  account = json.loads((tmp_path / "work" / "account.json").read_text())
+  assert account["cached"] + account["answered"] == 160 and account["cached"] > 20

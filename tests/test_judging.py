@@ -1,0 +1,189 @@
+"""A judge's answers about a run's pictures become its scores, benchmark by benchmark."""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from judge_server import FAULTS, JudgeServer, prompt_of
+import numpy as np
+from PIL import Image
+import pytest
+
+from irg_jax.commands import judge_flags
+from irg_jax.evaluate import judging
+from irg_jax.evaluate import layout
+from irg_jax.evaluate import score
+from irg_jax.evaluate import scorers
+from irg_jax.evaluate import templates
+from irg_jax.evaluate.judge import Judge, Settings
+from irg_jax.evaluate.prompts import Item
+
+pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
+
+TIIF = {("color+2d", line): ([f"<{line}> a?", "b?"], ["yes", "no"]) for line in range(4)}
+ONEIG = {"questions": {"anime": {"000": ({1: "<1> fox?", 2: "<2> red?"}, {1: [0], 2: [1]})},
+                       "human": {}, "object": {}}, "texts": {"000": "['OPEN LATE']"}}
+ITEMS = {
+    "wise": [Item("wise", str(i), f"<{i}>", 1, {"prompt_id": i, "Explanation": "e"})
+             for i in range(1, 13)],
+    "tiif": [Item("tiif", f"color+2d/{length}/{line}", "x", 1,
+                  {"attribute": "color+2d", "length": length, "line": line})
+             for length in ("short", "long") for line in range(4)],
+    "genai_bench": [Item("genai_bench", f"{i:05}", f"<{i}>", 1, {}) for i in range(8)],
+    "oneig": [Item("oneig", f"{f}/000", "x", 4, {"class": ""}) for f in ("anime", "text")],
+}
+SKILLS = {"basic": [0, 1, 2, 3], "advanced": [4, 5, 6, 7]}
+
+
+def make_run(out, benchmark):
+  """Pictures in two rounds, all different; of the last item of round 2 there is none."""
+  items, dice = ITEMS[benchmark], np.random.default_rng(0)
+  for number in (1, 2):
+    for item in items:
+      path = out / layout.picture_path(benchmark, item, 0, number)
+      if (number, item) != (2, items[-1]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dice.integers(1, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+  return score.Run(out, benchmark, tuple(items), (1, 2), {})
+
+
+def answer(body):
+  """What a judge says of any question: decided by the question alone."""
+  text = prompt_of(body)
+  number = int((re.search(r"<(\d+)>", text) or [0, "0"])[1])
+  if "Consistency" in text:
+    return f"Consistency: {number % 3}\nRealism: {number % 2}\nAesthetic Quality: 2"
+  if body.get("logprobs"):
+    top = [{"token": "Yes", "logprob": float(np.log(0.1 + number / 10))}]
+    return {"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}
+  if "2 questions" in text:
+    return "yes, it is\nno" if number % 2 else "no\nno"
+  return "OPEN LATE" if "read" in text else "Yes"
+
+
+SCORERS = {"wise": scorers.Wise, "tiif": lambda: scorers.Tiif(TIIF),
+           "genai_bench": lambda: scorers.GenAIBench(SKILLS), "oneig": lambda: scorers.OneIG(ONEIG)}
+REFERENCES = {"tiif": TIIF, "oneig": ONEIG}
+
+
+def score_with(server, run, **changes):
+  settings = Settings(server.url, "m", **{"first_wait": 0.001, "tries": 12} | changes)
+  with Judge(settings, run.out / "judge_cache.jsonl") as judge:
+    groups = judging.judged(run, judge, REFERENCES.get(run.benchmark))
+    return score.score_answers(run, SCORERS[run.benchmark], groups, {}), judge.account
+
+
+@pytest.mark.parametrize("benchmark", list(ITEMS))
+def test_a_faulty_judge_changes_no_score_and_each_prompt_counts_once(tmp_path, benchmark):
+  dice = random.Random(benchmark)
+  plan = [dice.choice((*FAULTS, None, None, None)) for _ in range(3000)]
+  with JudgeServer(answer) as server:
+    want, _ = score_with(server, make_run(tmp_path / "good", benchmark))
+  run = make_run(tmp_path / "bad", benchmark)
+  with JudgeServer(answer, lambda n, _: plan[n]) as server:
+    got, account = score_with(server, run)
+    again, free = score_with(server, run)
+    assert free.calls == 0
+  want = json.loads(json.dumps(want).replace("/good/", "/bad/"))  # names a missing picture
+  assert got == want == again and account.faults.total() > 0
+  first, second = got["rounds"]["1"], got["rounds"]["2"]
+  assert first["complete"] and first["unscored"]["total"] == 0
+  assert second["unscored"]["total"] == 1 and not second["complete"]
+  lines = [json.loads(line) for line in (run.out / score.ITEMS).read_text().splitlines()]
+  assert [(e["id"], e["round"]) for e in lines] == [
+      (item.id, r) for r in (1, 2) for item in run.items]
+  assert all(bool(e["scores"]) or e is lines[-1] for e in lines)
+
+
+def test_a_scorers_run_killed_at_any_moment_ends_with_the_same_files(tmp_path):
+  script = tmp_path / "run.py"
+  tests = str(pathlib.Path(__file__).parent)
+  script.write_text(f"import sys; sys.path.insert(0, {tests!r})\n" + _KILLED)
+  def start(server, name):
+    root = str(pathlib.Path(__file__).resolve().parents[1])
+    return subprocess.Popen([sys.executable, str(script), server.url, str(tmp_path / name)],
+                            env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+  make_run(tmp_path / "killed", "wise")
+  make_run(tmp_path / "whole", "wise")
+  with JudgeServer(answer, seconds=0.01) as server:
+    for count in (2, 5):
+      sent, process = len(server.bodies), start(server, "killed")
+      while len(server.bodies) < sent + count and process.poll() is None:
+        time.sleep(0.001)
+      assert process.poll() is None
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      assert not (tmp_path / "killed" / score.SCORES).exists()
+    assert start(server, "killed").wait() == start(server, "whole").wait() == 0
+  for name in (score.SCORES, score.ITEMS):
+    killed, whole = ((tmp_path / run / name).read_text() for run in ("killed", "whole"))
+    assert killed.replace("/killed/", "/whole/") == whole  # a missing picture is named by its path
+
+
+_KILLED = """
+import pathlib
+import test_judging as t
+class Server:
+  url = sys.argv[1]
+run = t.score.Run(pathlib.Path(sys.argv[2]), "wise", tuple(t.ITEMS["wise"]), (1, 2), {})
+t.score_with(Server, run, concurrency=2)
+"""
+
+
+def test_a_scoring_function_is_asked_once_a_picture_and_its_failures_are_reported(tmp_path):
+  run, calls = make_run(tmp_path, "genai_bench"), []
+  def function(path, prompt):
+    calls.append(path)
+    return {"<2>": 1.5, "<3>": float("nan")}.get(prompt, 0.25)
+  def scored():
+    groups = judging.measured(run, function, "mine", tmp_path / "cache.jsonl")
+    return score.score_answers(run, SCORERS["genai_bench"], groups, {})
+  first = scored()
+  assert len(calls) == 15 and first["rounds"]["1"]["tags"]["advanced"]["score"] == 0.25
+  assert first["rounds"]["1"]["unscored"]["by_reason"] == {"scorer": 2}
+  assert first["rounds"]["2"]["unscored"]["by_reason"] == {"scorer": 2, "picture": 1}
+  assert scored() == first and len(calls) == 15 + 4  # only what has no score is asked again
+
+
+def flags(*words):
+  parser = argparse.ArgumentParser()
+  judge_flags.add(parser)
+  return parser.parse_args(words)
+
+
+def test_the_official_temperature_holds_unless_a_flag_says_otherwise():
+  named = ("--judge-url", "http://host/v1", "--judge-model", "m")
+  temperatures = [judge_flags.settings(flags(*named), b).temperature for b in ITEMS]
+  assert dict(zip(ITEMS, temperatures)) == {"wise": 0, "tiif": 1, "genai_bench": 1, "oneig": 0}
+  assert judge_flags.settings(flags(*named, "--temperature", "0"), "tiif").temperature == 0
+
+
+def test_a_missing_judge_is_named_with_the_official_one():
+  with pytest.raises(ValueError, match="--judge-url.*Qwen2.5-VL-72B"):
+    judge_flags.settings(flags(), "tiif")
+  with pytest.raises(ValueError, match="--judge-model.*gpt-4o"):
+    judge_flags.settings(flags("--judge-url", "http://host/v1"), "wise")
+
+
+def test_a_wording_of_ones_own_is_used_and_recorded(tmp_path):
+  path = tmp_path / "words.json"
+  path.write_text('{"user": "{question}!"}')
+  words = judge_flags.wording(flags("--template", f"alignment={path}"), "oneig")
+  assert words == {"oneig_alignment": templates.Template("{question}!")}
+  recorded = judge_flags.describe(Settings("http://host/v1", "m"), "oneig", words)["templates"]
+  assert recorded["oneig_alignment"]["user"] == "{question}!" and len(recorded) == 2
+  run = make_run(tmp_path / "run", "oneig")
+  with JudgeServer(answer) as server:
+    with Judge(Settings(server.url, "m"), tmp_path / "cache.jsonl") as judge:
+      list(judging.judged(run, judge, ONEIG, words))
+    assert {prompt_of(b) for b in server.bodies} >= {"<1> fox?!", "<2> red?!"}
+  for name in (f"sideways={path}", str(path)):
+    with pytest.raises(ValueError, match="oneig knows alignment, text"):
+      judge_flags.wording(flags("--template", name), "oneig")

@@ -1,0 +1,329 @@
+"""`irg plan`: counting compiled programs, the arithmetic of slices, the report."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from conftest import ROOT
+from irg_jax import cli, config_files, sharding
+from irg_jax import config as config_lib
+from irg_jax.generate.settings import Settings
+from irg_jax.plan import cost, hlo, plan, programs, report, topology
+from irg_jax.train import settings as train_settings
+
+
+def compiled(function, *args, **kwargs):
+  return jax.jit(function, **kwargs).lower(*args).compile()
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+  w, x = np.ones((5, 16, 16), np.float32), np.ones((4, 16), np.float32)
+
+  def nested(w, x):
+    layer = lambda x, w: (x @ w, None)
+    step = lambda i, x: jax.lax.scan(layer, x, w)[0]
+    return jax.lax.fori_loop(0, 3, step, x)
+
+  program = compiled(nested, w, x)
+  assert cost.program_cost(program.as_text()).flops == 3 * 5 * 2 * 4 * 16 * 16
+
+
+def test_a_loop_of_unknown_length_counts_as_told_and_is_reported():
+  x = np.ones((8, 8), np.float32)
+  loop = lambda x: jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: x @ x, x)
+  text = compiled(loop, x).as_text()
+  products = lambda trips: cost.program_cost(text, trips)
+  assert products(7).guessed == 1
+  assert products(7).flops - products(6).flops >= 2 * 8**3
+
+
+@pytest.mark.parametrize("stride, padding, dilation, spread", [
+    (1, "SAME", 1, 1), (2, ((0, 1), (0, 1)), 1, 1), (1, "VALID", 2, 1), (1, ((2, 2), (2, 2)), 1, 2)])
+def test_a_convolution_counts_the_products_it_makes(stride, padding, dilation, spread):
+  x, w = np.ones((2, 9, 9, 3), np.float32), np.ones((3, 3, 3, 5), np.float32)
+  program = compiled(lambda x, w: jax.lax.conv_general_dilated(
+      x, w, (stride, stride), padding, lhs_dilation=(spread, spread),
+      rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")), x, w)
+  want = program.cost_analysis()["flops"]
+  assert cost.program_cost(program.as_text()).flops == pytest.approx(want, rel=1e-6)
+
+
+def test_collectives_count_bytes_calls_and_their_group():
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
+  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place(None, "fsdp"))
+  w = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=place("fsdp", None))
+  step = lambda i, x, w: jax.lax.with_sharding_constraint(
+      jax.lax.with_sharding_constraint(x @ w, place()), place(None, "fsdp"))
+  loop = lambda x, w: jax.lax.fori_loop(0, 6, lambda i, x: step(i, x, w), x)
+  found = cost.program_cost(compiled(loop, x, w).as_text())
+  (kind, group), = found.wire
+  assert kind == "all-reduce" and group == (0, 2, 4, 6)
+  assert found.calls[kind, group] == 6
+  assert found.wire[kind, group] == 6 * 2 * 3 / 4 * (64 * 32 * 4)
+
+
+@pytest.mark.parametrize("text, group", [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+    ("replica_groups=mesh['a'=4,'b'=2] {'b'}", (0, 1)),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+    ("source_target_pairs={{0,0},{1,5},{2,3}}", (1, 5)),
+    ("replica_groups={}", tuple(range(8)))])
+def test_every_way_to_write_a_group_of_devices_is_read(text, group):
+  instruction = types.SimpleNamespace(attributes=f", channel_id=1, {text}, dimensions={{0}}")
+  assert hlo.device_group(instruction, 8) == group
+
+
+# Like a program for a TPU: a gather that is spread over fusions of an inner loop, arrays in
+# fast memory, a stack of weights of which a fusion reads one slice.
+TPU_PROGRAM = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%slice_one (stack: f32[10,1024], number: s32[]) -> f32[1,1024] {
+  %stack = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %number = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %one = f32[1,1024]{1,0:T(8,128)} dynamic-slice(%stack, %number, %zero)
+}
+
+%begin (part: f32[1,256]) -> f32[1,1024] {
+  %part = f32[1,256]{1,0:T(8,128)} parameter(0)
+  ROOT %whole.1 = f32[1,1024]{1,0:T(8,128)} all-gather(%part), channel_id=7, \
+replica_groups=[1,4]<=[4], dimensions={1}, use_global_device_ids=true
+}
+
+%continue (part.2: f32[1,256]) -> f32[1,1024] {
+  %part.2 = f32[1,256]{1,0:T(8,128)} parameter(0)
+  ROOT %whole.2 = f32[1,1024]{1,0:T(8,128)} all-gather(%part.2), channel_id=7, \
+replica_groups=[1,4]<=[4], dimensions={1}, use_global_device_ids=true
+}
+
+%inner_body (state.1: (s32[], f32[1,256])) -> (s32[], f32[1,256]) {
+  %state.1 = (s32[]{:T(128)}, f32[1,256]{1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %part.3 = f32[1,256]{1,0:T(8,128)} get-tuple-element(%state.1), index=1
+  %piece = f32[1,1024]{1,0:T(8,128)S(1)} fusion(%part.3), kind=kCustom, calls=%continue
+  ROOT %next.1 = (s32[]{:T(128)}, f32[1,256]{1,0}) tuple(%i.1, %part.3)
+}
+
+%inner_condition (state.2: (s32[], f32[1,256])) -> pred[] {
+  %state.2 = (s32[]{:T(128)}, f32[1,256]{1,0}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%state.2), index=0
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %more.2 = pred[]{:T(512)} compare(%i.2, %three), direction=LT
+}
+
+%body (state: (s32[], f32[10,1024], f32[1,256], s32[])) -> (s32[], f32[10,1024], f32[1,256], s32[]) {
+  %state = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %stack.1 = f32[10,1024]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %part.4 = f32[1,256]{1,0:T(8,128)} get-tuple-element(%state), index=2
+  %bound.1 = s32[]{:T(128)} get-tuple-element(%state), index=3
+  %layer = f32[1,1024]{1,0:T(8,128)S(1)} fusion(%stack.1, %i), kind=kLoop, calls=%slice_one
+  %started = f32[1,1024]{1,0:T(8,128)S(1)} fusion(%part.4), kind=kCustom, calls=%begin
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %tuple.1 = (s32[]{:T(128)}, f32[1,256]{1,0}) tuple(%zero.1, %part.4)
+  %inner = (s32[]{:T(128)}, f32[1,256]{1,0}) while(%tuple.1), condition=%inner_condition, \
+body=%inner_body
+  ROOT %next = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) \
+tuple(%i, %stack.1, %part.4, /*index=3*/%bound.1)
+}
+
+%condition (state.3: (s32[], f32[10,1024], f32[1,256], s32[])) -> pred[] {
+  %state.3 = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.3 = s32[]{:T(128)} get-tuple-element(%state.3), index=0
+  %bound.3 = s32[]{:T(128)} get-tuple-element(%state.3), index=3
+  ROOT %more = pred[]{:T(512)} compare(%i.3, %bound.3), direction=LT
+}
+
+ENTRY %main (weights: f32[10,1024], part.5: f32[1,256]) -> f32[10,1024] {
+  %weights = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %part.5 = f32[1,256]{1,0:T(8,128)} parameter(1)
+  %start = s32[]{:T(128)} constant(0)
+  %ten = s32[]{:T(128)} constant(10)
+  %tuple = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) \
+tuple(%start, %weights, %part.5, /*index=3*/%ten)
+  %loop = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) \
+while(%tuple), condition=%condition, body=%body
+  ROOT %result = f32[10,1024]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_gather_that_overlaps_with_an_inner_loop_counts_once_each_time_it_begins():
+  found = cost.program_cost(TPU_PROGRAM)
+  assert found.calls == {("all-gather", (0, 1, 2, 3)): 10}
+  assert found.wire == {("all-gather", (0, 1, 2, 3)): 10 * 3 * 1024}
+  assert found.guessed == 0
+
+
+def test_memory_counts_what_is_read_of_a_stack_and_leaves_fast_memory_out():
+  one_slice, number, part = 4096, 4, 1024
+  inner = 3 * part + 3 * (number + number + 1)  # the condition compares two numbers
+  outer = one_slice + number + part + (number + number + 1)
+  # Results are on the chip, so that only operands count.
+  assert cost.program_cost(TPU_PROGRAM).memory == 10 * (inner + outer)
+
+
+def test_a_text_that_is_no_program_is_refused():
+  with pytest.raises(ValueError, match="no ENTRY computation"):
+    hlo.parse("HloModule nothing")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("v5p", "write CHIP:SIDExSIDE"), ("v5p:4x0x4", "write CHIP"), ("v9:4x4", "unknown chip 'v9'"),
+    ("v5p:4x4", "3 sides"), ("v5e:2x2x2", "2 sides")])
+def test_a_topology_that_cannot_be_is_named(text, message):
+  with pytest.raises(ValueError, match=message):
+    topology.parse_slice(text)
+
+
+def test_a_group_sends_over_the_links_of_the_sides_it_extends_along():
+  flat = topology.parse_slice("v5e:2x4")
+  torus = topology.parse_slice("v5p:4x4x4")
+  devices = [types.SimpleNamespace(id=i) for i in range(64)]
+  flat = dataclasses.replace(flat, places={i: (i // 4, i % 4) for i in range(8)})
+  torus = dataclasses.replace(torus, places={i: (i // 16, i // 4 % 4, i % 4) for i in range(64)})
+  link = lambda slice_: slice_.chip.link_gbs * 1e9
+  assert flat.bandwidth(devices[:4]) == link(flat)  # a row of four: no ring
+  assert flat.bandwidth(devices[:8]) == 2 * link(flat)
+  assert torus.bandwidth(devices[:4]) == 2 * link(torus)
+  assert torus.bandwidth(devices) == 6 * link(torus)
+
+
+def cpu_slice(**chip):
+  """Eight virtual devices that pass for a slice."""
+  slice_ = topology.parse_slice("v5e:2x4")
+  devices = tuple(jax.devices())
+  return dataclasses.replace(
+      slice_, chip=dataclasses.replace(slice_.chip, **chip), devices=devices,
+      places={d.id: (i // 4, i % 4) for i, d in enumerate(devices)})
+
+
+def tiny_generation(cache=512):
+  config = config_lib.from_dict(config_files.load(ROOT / "configs" / "tiny.py").model.to_dict())
+  settings = Settings(height=64, width=64, think_limit=20, steps=4)
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
+  return {p.name: p for p in programs.generation_programs(config, settings, 8, cache, mesh)}
+
+
+def test_an_estimate_says_memory_work_and_traffic_of_one_chip():
+  program = tiny_generation()["read_text"]
+  found = plan.estimate(program, cpu_slice())
+  cache = 2 * 2 * 2 * 512 * 16 * 4  # k and v, layers, rows of a chip, slots, one head, float32
+  assert found.memory.arguments > cache
+  assert found.memory.peak >= found.memory.arguments + found.memory.temporaries
+  assert found.needed_flops <= found.cost.flops < 2 * found.needed_flops
+  assert found.seconds["compute"] == found.cost.flops / 197e12
+  assert {kind for kind, _ in found.cost.wire} >= {"all-gather"}
+  assert found.seconds["ICI"] > 0
+
+
+def test_the_train_step_is_planned_with_the_batch_that_training_has():
+  settings = train_settings.load(
+      ROOT / "configs" / "irgl.py",
+      ["preset=tiny", "data.path=-", "data.rows=8", "data.accumulate=2"])
+  mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
+  program = programs.train_program(settings, "stage1", mesh)
+  with jax.set_mesh(mesh):
+    _, state, batch, _ = (None, *program.lower().args_info[0][-3:])
+  sizes = settings.stage1.sizes
+  assert batch.text_ids.shape == (2, 8, sizes.und)
+  assert batch.text_place.shape == (2, 8, sizes.text)
+  assert batch.vit_patches.shape[:3] == (2, 8, sizes.vit)
+  assert all(x.donated for x in jax.tree.leaves(state))
+
+
+def test_what_does_not_fit_is_said_with_a_hint():
+  program = tiny_generation()["read_text"]
+  slice_ = cpu_slice()
+  memory = plan.Memory(1 * topology.GIB, 14 * topology.GIB, 15 * topology.GIB)
+  e = plan.Estimate(program, memory, cost.Cost(flops=1e12),
+                    {"compute": 2.0, "HBM": 1.0, "ICI": 0.5}, 5e11)
+  fits = report.report([e], slice_, headroom=0.05)
+  assert "DOES NOT FIT" not in fits and "bound by compute: 2 s" in fits and "50%" in fits
+  tight = report.report([e], slice_, headroom=0.1)
+  assert "needs 15.00 GiB of the 16 GiB" in tight and "0.60 GiB too many" in tight
+  assert "--cache" in tight
+
+
+def test_a_program_that_the_compiler_refuses_for_memory_is_an_estimate():
+  class Refused:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space "
+                                       "hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.")
+  program = dataclasses.replace(tiny_generation()["think"], lower=Refused)
+  found = plan.estimate(program, cpu_slice())
+  assert found.memory.peak == 20.5 * topology.GIB
+  assert "DOES NOT FIT: think needs 20.50 GiB" in report.report([found], cpu_slice(), 0.1)
+
+
+def test_a_program_that_does_not_compile_for_another_reason_is_an_error():
+  class Broken:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
+  program = dataclasses.replace(tiny_generation()["think"], lower=Broken)
+  with pytest.raises(ValueError, match="think does not compile: INTERNAL"):
+    plan.estimate(program, cpu_slice())
+
+
+@pytest.mark.parametrize("hbm_gib, status", [(16, 0), (1e-4, 1)])
+def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
+    monkeypatch, capsys, hbm_gib, status):
+  monkeypatch.setattr(topology, "open_slice", lambda text: cpu_slice(hbm_gib=hbm_gib))
+  argv = ["plan", "--topology", "v5e:2x4", "--config", str(ROOT / "configs" / "tiny.py"),
+          "--programs", "decode_pixels", "--size", "64", "--config.model.vae.ch=32"]
+  assert cli.main(argv) == status
+  out = capsys.readouterr().out
+  assert out.startswith("v5e:2x4: 8 chips") and "| decode_pixels" in out
+  assert ("DOES NOT FIT" in out) == bool(status)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--programs", "train"], "says nothing about training"),
+    (["--programs", "draw", "--size", "100"], "not a positive multiple of 16"),
+    (["--programs", "draw", "--mesh", "fsdp=3"], "needs 3 devices, but there are 8"),
+])
+def test_a_plan_that_cannot_be_made_is_an_error(monkeypatch, capsys, argv, message):
+  monkeypatch.setattr(topology, "open_slice", lambda text: cpu_slice())
+  config = str(ROOT / "configs" / "tiny.py")
+  assert cli.main(["plan", "--topology", "v5e:2x4", "--config", config, *argv]) == 2
+  assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def environment(monkeypatch):
+  """Whatever a test does to the environment is undone."""
+  monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys, environment):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  config = str(ROOT / "configs" / "tiny.py")
+  assert cli.main(["plan", "--topology", "v5e:2x4", "--config", config]) == 2
+  assert "pip install 'irg_jax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                    reason="libtpu is not installed (pip install 'irg_jax[tpu]')")
+def test_the_tiny_model_compiles_for_a_real_slice():
+  done = subprocess.run(
+      [sys.executable, "-m", "irg_jax", "plan", "--topology", "v5e:2x4", "--config",
+       str(ROOT / "configs" / "irgl.py"), "--config.preset=tiny", "--config.data.rows=8",
+       "--programs", "train,read_text", "--size", "128", "--cache", "1024"],
+      cwd=ROOT, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr
+  assert "| train stage2" in done.stdout and "| read_text" in done.stdout
+  assert "all-gather" in done.stdout

@@ -1,0 +1,134 @@
+"""A run that is killed, moved to other devices or spread over processes stays the same run."""
+
+import filecmp
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import train_runs
+from train_runs import cache, data
+
+from irg_jax import cli, weights
+from irg_jax.train import checkpoints
+from irg_jax.weights.names import flatten
+
+WORKER = pathlib.Path(__file__).with_name("train_worker.py")
+
+
+@pytest.fixture(scope="module")
+def whole(data, cache, tmp_path_factory):
+  """The folder of a run of stage 1 that was never interrupted."""
+  out = tmp_path_factory.mktemp("whole") / "out"
+  assert cli.main(train_runs.flags(data, out, train_runs.MESH, run_stages="stage1")) == 0
+  return out
+
+
+def test_every_step_is_logged_once_with_its_samples(whole):
+  steps = train_runs.steps(whole)
+  assert list(steps) == [("stage1", i) for i in (1, 2, 3, 4)]
+  for line in steps.values():
+    assert np.isfinite([line["loss"], line["ce"], line["mse"], line["grad_norm"]]).all()
+    assert line["samples"] and all(mode in (2, 5) and 0 <= i < train_runs.ROWS
+                                   for mode, i in line["samples"])
+    assert "ce/initial_thinking_generation_learning" not in line  # it had no target
+  assert steps["stage1", 4]["tokens_per_second"] > 0
+  assert "memory/host_peak_gib" in steps["stage1", 4]
+  rejected = [line["rejected"] for line in train_runs.lines(whole) if "rejected" in line]
+  assert rejected[0] == {mode: {"bad_json": 1} for mode in train_runs.MODES}
+
+
+def test_curves_are_written_for_tensorboard(whole):
+  events, = (whole / "tensorboard" / "stage1").iterdir()
+  content = events.read_bytes()
+  for name in (b"loss", b"mse/improving_full_learning", b"packing/und", b"tokens/latent"):
+    assert name in content
+
+
+def test_the_exported_weights_have_the_tokenizer_and_are_the_last_average(whole):
+  exported = whole / "stage1" / "weights"
+  assert filecmp.cmp(exported / "tokenizer.json", whole / "base" / "tokenizer.json", False)
+  _, params = weights.load_checkpoint(exported)
+  kept = json.loads((whole / "stage1" / "checkpoints" / "4" / "run" / "metadata").read_text())
+  sums = checkpoints.checksums({"ema": params["transformer"]})
+  assert sums == {name: x for name, x in kept["sums"].items() if name.startswith("ema/")}
+  _, base = weights.load_checkpoint(whole / "base")
+  moved = [name for name, x in flatten(base["transformer"]).items()
+           if not np.array_equal(x, flatten(params["transformer"])[name])]
+  assert len(moved) > 20
+
+
+def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
+    whole, data, cache, tmp_path):
+  out = tmp_path / "out"
+  start = lambda: train_runs.process(
+      train_runs.flags(data, out, train_runs.MESH, run_stages="stage1"), cache, devices=8)
+  first = start()
+  saving = out / "stage1" / "checkpoints"
+  while first.poll() is None and not list(saving.glob("4.orbax-checkpoint-tmp*")):
+    time.sleep(0.001)
+  first.send_signal(signal.SIGKILL)
+  text, _ = first.communicate()
+  assert first.returncode == -signal.SIGKILL, text
+  assert checkpoints.steps_in(saving) == [2]
+  second = start()
+  text, _ = second.communicate()
+  assert second.returncode == 0, text
+  assert f"from step 2 of {saving}" in text
+  assert train_runs.samples(out) == train_runs.samples(whole)
+  for folder in (out, whole):
+    assert filecmp.cmp(folder / "stage1" / "weights" / "ema.safetensors",
+                       whole / "stage1" / "weights" / "ema.safetensors", shallow=False)
+  assert state_sums(out) == state_sums(whole)
+
+
+def state_sums(out, step=4):
+  return json.loads((out / "stage1" / "checkpoints" / str(step) / "run" / "metadata").read_text())[
+      "sums"]
+
+
+def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
+    whole, data, cache, tmp_path):
+  # Another number of processes than wrote the checkpoint, and another mesh.
+  out = tmp_path / "out"
+  shutil.copytree(whole, out)
+  shutil.rmtree(out / "stage1" / "weights")
+  shutil.rmtree(out / "stage1" / "checkpoints" / "4")
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  flags = [*train_runs.flags(data, out, mesh, run_stages="stage1"), "--coordinator",
+           f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+  workers = [train_runs.process([str(tmp_path / f"{i}.json"), *flags, str(i)], cache, devices=4,
+                                program=(str(WORKER),)) for i in range(2)]
+  for worker in workers:
+    text, _ = worker.communicate(timeout=300)
+    assert worker.returncode == 0, text
+  parts, uncut = train_runs.steps(out), train_runs.steps(whole)
+  assert parts.keys() == uncut.keys()
+  for place, line in uncut.items():
+    assert parts[place]["samples"] == line["samples"]
+    for name in ("loss", "ce", "mse", "grad_norm"):
+      np.testing.assert_allclose(parts[place][name], line[name], rtol=1e-5)
+  check_reports([json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)])
+  assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [2, 4]
+  _, written = weights.load_checkpoint(out / "stage1" / "weights")
+  _, expected = weights.load_checkpoint(whole / "stage1" / "weights")
+  for name, x in flatten(expected).items():
+    np.testing.assert_allclose(flatten(written)[name], x, atol=1e-4, err_msg=name)
+
+
+def check_reports(reports):
+  """What the two processes say of themselves: see train_worker.py."""
+  for process, report in enumerate(reports):
+    assert report["kernels split"] == report["kernels"] > 10
+    assert not report["not as declared"]
+    for mode, records in report["read"].items():
+      # Of four streams, one for each row, a process owns the two that its rows come from.
+      assert records and {i % 4 // 2 for i in records} == {process}, mode

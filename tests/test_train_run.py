@@ -1,0 +1,227 @@
+"""What stands around the train step: stages, logs, stopping and going on, what is refused.
+
+The train step itself is replaced by a trivial one.
+"""
+
+import dataclasses
+import os
+import shutil
+import signal
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_runs
+from train_runs import cache, data
+
+from irg_jax import cli, sharding, weights
+from irg_jax.train import checkpoints, stage
+
+METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
+           "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
+           "packing/gen": 0.5, "packing/vit": 0.5, "packing/text": 0.5}
+
+
+def train(data, out, **fields) -> int:
+  return cli.main(train_runs.flags(data, out, **{"mesh": train_runs.MESH} | fields))
+
+
+@pytest.fixture(scope="module")
+def trivial(cache):
+  """Replaces the train step; returns a dict of functions by step, called for other metrics."""
+  hooks = {}
+
+  def make(model, optimizer, settings, mesh, state, batch):
+    @jax.jit
+    def update(state, latents):
+      params = jax.tree.map(lambda x: x + 1e-3 * jnp.mean(latents), state.params)
+      return dataclasses.replace(state, step=state.step + 1, params=params, ema=params)
+
+    def step(switches, state, batch, key):
+      metrics, number = {k: jnp.float32(v) for k, v in METRICS.items()}, int(state.step) + 1
+      state = update(state, batch.latents)
+      return state, metrics | hooks.get(number, lambda: {})()
+
+    return step
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stage, "make_train_step", make)
+    yield hooks
+
+
+@pytest.fixture(scope="module")
+def both(trivial, data, tmp_path_factory):
+  """(folder of a finished run of both stages of trivial steps, first state of each stage)."""
+  starts, first_state = {}, stage.first_state
+
+  def spy(run, kept, optimizer, params):
+    found = first_state(run, kept, optimizer, params)
+    starts[kept.folder.parent.name] = jax.tree.map(np.asarray, found[1])
+    return found
+
+  out = tmp_path_factory.mktemp("both") / "out"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stage, "first_state", spy)
+    assert train(data, out) == 0
+  return out, starts
+
+
+@pytest.fixture
+def copy(both, tmp_path):
+  """A copy of the folder of `both` to spoil."""
+  shutil.copytree(both[0], tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def test_stage_two_starts_from_the_average_of_stage_one_with_a_fresh_optimizer(both):
+  out, starts = both
+  _, first = weights.load_checkpoint(out / "stage1" / "weights")
+  state = starts["stage2"]
+  for tree in (state.params, state.ema):
+    jax.tree.map(np.testing.assert_array_equal, tree, first["transformer"])
+  assert state.step == 0 and not any(x.any() for x in jax.tree.leaves(state.opt_state))
+
+
+def test_steps_behind_the_checkpoint_and_half_a_line_are_made_again(copy, data):
+  whole = train_runs.samples(copy)
+  shutil.rmtree(copy / "stage2" / "checkpoints" / "4")
+  shutil.rmtree(copy / "stage2" / "weights")
+  log = copy / "log.jsonl"
+  log.write_bytes(log.read_bytes()[:-30])
+  assert train(data, copy) == 0
+  assert train_runs.samples(copy) == whole
+  assert checkpoints.steps_in(copy / "stage2" / "checkpoints") == [2, 4]
+  before = train_runs.steps(copy)
+  assert train(data, copy) == 0  # nothing is left to do
+  assert train_runs.steps(copy) == before
+
+
+def test_a_log_that_cannot_be_written_is_named_with_the_last_good_checkpoint(copy, data, capsys):
+  shutil.rmtree(copy / "stage2" / "checkpoints" / "4")
+  (copy / "log.jsonl").unlink()
+  (copy / "log.jsonl").symlink_to("/dev/full")
+  assert train(data, copy) == 2
+  error = capsys.readouterr().err
+  assert "No space left" in error and f"{copy / 'stage2' / 'checkpoints' / '2'}" in error
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(trivial, data, tmp_path, capsys):
+  out, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+  trivial[3] = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
+  assert train(data, out, run_stages="stage1") == 143
+  trivial.clear()
+  assert "step 3 is saved, the same command goes on" in capsys.readouterr().err
+  assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [2, 3]
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert train(data, out, run_stages="stage1") == 0
+  assert [step for _, step in train_runs.steps(out)] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_samples(
+    trivial, data, tmp_path, capsys):
+  out = tmp_path / "out"
+  trivial[3] = lambda: {"loss": jnp.float32("nan")}
+  assert train(data, out, checkpoint_every=1) == 2
+  trivial.clear()
+  error = capsys.readouterr().err
+  assert "step 3: loss is nan; samples of the batch: " in error
+  line = train_runs.steps(out)["stage1", 3]
+  assert line["loss"] == "nan"
+  for mode, record in line["samples"]:
+    assert str(record) in error and f"{train_runs.MODES[mode == 5]} " in error
+  assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [1, 2]  # not the bad state
+  assert f"the last good checkpoint is {out / 'stage1' / 'checkpoints' / '2'}" in error
+
+
+class Recorder:
+  """Stands for a log and for checkpoints."""
+
+  def __init__(self):
+    self.steps = []
+
+  def step(self, step, values, samples):
+    self.steps.append((step, values, samples))
+
+  def last_good(self):
+    return "the last good checkpoint is none"
+
+
+def ids(*rows):
+  """What `Late` looks at of a batch; -1 is padding."""
+  return types.SimpleNamespace(sample_mode=jnp.full((len(rows), 2), -1).at[:, 0].set(5),
+                               sample_index=jnp.asarray([[row, -1] for row in rows]))
+
+
+def test_numbers_are_read_a_step_late_and_a_gradient_that_is_not_finite_is_named():
+  log = Recorder()
+  late = stage.Late(log, log, sharding.make_mesh())
+  metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), "ce/m": jnp.float32(0),
+             "weight/ce/m": jnp.float32(0)}
+  late.push(1, metrics, ids(7, 8))
+  assert not log.steps
+  late.push(2, metrics | {"grad_norm": jnp.float32("inf")}, ids(3, 4))
+  assert log.steps == [(1, {"loss": 1.0, "grad_norm": 2.0}, [[5, 7], [5, 8]])]
+  with pytest.raises(stage.NonFiniteLoss, match="step 2: grad_norm is inf; samples of the batch: "
+                                                "improving_full_learning 3, 4; the last"):
+    late.flush()
+
+
+@pytest.mark.parametrize("first, count, total, traced", [
+    (2, 2, 9, [2, 3]), (3, 5, 4, [3, 4]), (0, 2, 3, [])])
+def test_a_trace_covers_the_steps_that_were_asked_for(monkeypatch, first, count, total, traced):
+  seen, on = [], []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(folder))
+  monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
+  tracer = stage.Tracer("folder", first, count)
+  for step in range(1, total + 1):
+    tracer.before(step)
+    if on:
+      seen.append(step)
+    tracer.after(step, step == total, lambda: None)
+  assert seen == traced and not on
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"seed": 1}, "started with seed=0, not 1"),
+    ({"stage2__mixture__initial_full_learning": 0.5}, "stage2.mixture.initial_full_learning=1.0"),
+    ({"data__rows": 8}, "data.rows=4, not 8"),
+    ({"run_stages": "stage2"}, "has a stage 1"),
+])
+def test_other_settings_that_matter_are_refused(both, data, capsys, fields, message):
+  assert train(data, both[0], **fields) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_data_of_another_size_is_refused(both, tmp_path, capsys):
+  other = train_runs.write_data(tmp_path / "other")
+  train_runs.irgl_rows.write_mode(other, [train_runs.irgl_rows.good(0)], train_runs.MODES[0],
+                                  "part-1.parquet")
+  assert train(other, both[0]) == 2
+  assert f"has {train_runs.ROWS + 1} records, but the run was started with" in \
+      capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path, capsys):
+  (tmp_path / "thesis.txt").write_text("years of work")
+  assert train(data, tmp_path) == 2
+  assert "holds thesis.txt, but no run.json" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"preset": "paper", "data__path": "unused"}, "preset 'paper' starts from trained weights"),
+    ({"mesh": {"fsdp": 3, "tensor": 2}}, "needs 6 devices, but there are 8"),
+    ({"data__path": "nowhere"}, "nowhere"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_written(data, tmp_path, capsys, fields,
+                                                                 message):
+  assert train(data, tmp_path / "out", **fields) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_are_refused(both, data, tmp_path, capsys):
+  assert train(data, tmp_path / "out", checkpoint=both[0] / "base", model__llm__num_layers=2) == 2
+  assert "'model.llm' is" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""`irg` as one process of several, which reports what it read and how its state is laid out.
+
+  python train_worker.py REPORT.json ARGUMENTS OF irg
+"""
+
+import collections
+import json
+import sys
+
+import jax
+
+from irg_jax import cli
+from irg_jax.data import sources
+from irg_jax.train import stage
+from irg_jax.train.state import state_shardings
+
+
+class Recorded:
+  """A source that remembers which of its records were asked for."""
+
+  def __init__(self, source, read):
+    self._source, self._read = source, read
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, i):
+    self._read.add(int(i))
+    return self._source[i]
+
+  @property
+  def metadata(self):
+    return self._source.metadata
+
+
+def main(path, arguments) -> int:
+  read, states = collections.defaultdict(set), []
+  open_sources, loop = sources.open_sources, stage.loop
+
+  def recorded(*args, **kwargs):
+    return {mode: Recorded(source, read[mode])
+            for mode, source in open_sources(*args, **kwargs).items()}
+
+  def watched(run, name, optimizer, state, *args):
+    states.append((run.mesh, shapes(state)))
+    end = loop(run, name, optimizer, state, *args)
+    states.append((run.mesh, shapes(end[0])))
+    return end
+
+  sources.open_sources, stage.loop = recorded, watched
+  status = cli.main(arguments)
+  with open(path, "w") as file:
+    json.dump({"read": {mode: sorted(records) for mode, records in read.items()},
+               **layout(states)}, file)
+  return status
+
+
+def shapes(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def layout(states) -> dict:
+  """Counts kernels, those that no device holds whole, and names leaves not as declared."""
+  kernels = split = 0
+  wrong = []
+  for mesh, state in states:
+    declared = jax.tree.leaves(state_shardings(state, mesh))
+    for (path, x), sharding in zip(jax.tree.leaves_with_path(state), declared, strict=True):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      if not x.sharding.is_equivalent_to(sharding, len(x.shape)):
+        wrong.append(name)
+      if name.endswith("/q/kernel") or name.endswith("/gate/kernel"):
+        kernels += 1
+        split += x.sharding.shard_shape(x.shape) != x.shape
+  return {"kernels": kernels, "kernels split": split, "not as declared": wrong}
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1], sys.argv[2:]))
