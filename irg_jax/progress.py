@@ -71,13 +71,13 @@ class Progress:
     self._task = self._bar.add_task(text, total=None, unit=UNITS.get(kind, ""))
 
 
-def terminal_bar(stream):
-  """A `rich` display for a terminal, whose tasks name a `unit`."""
+def terminal_bar(stream, width: int = 40):
+  """A `rich` display for a terminal, its bar `width` wide; tasks name a `unit`."""
   from rich import console, progress  # only a terminal pays for the import
   columns = (
       progress.SpinnerColumn(),
       progress.TextColumn("{task.description}"),
-      progress.BarColumn(),
+      progress.BarColumn(width),
       progress.TextColumn("{task.fields[unit]}"),
       progress.MofNCompleteColumn(separator=" of "),
       progress.TimeElapsedColumn(),

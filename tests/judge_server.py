@@ -69,7 +69,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_POST(self):
     judge = self.judge
-    body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+    data = self.rfile.read(length := int(self.headers["content-length"]))
+    if len(data) < length:  # the client was closed while it sent
+      self.close_connection = True
+      return
+    body = json.loads(data)
     with judge.mutex:
       number = len(judge.bodies)
       judge.bodies.append(body)

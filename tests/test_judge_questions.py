@@ -89,7 +89,8 @@ def test_transcription_is_asked_of_text_prompts_only_within_the_official_limit(t
 
 
 def test_keys_of_any_item_read_back():
-  for parts in (("tiif", "color+2d/short/0", 0, 2, "answers"), ("oneig", "anime/p1/r1/x", 3, 1, "y")):
+  for parts in (("tiif", "color+2d/short/0", 0, 2, "answers"),
+                ("oneig", "anime/p1/r1/x", 3, 1, "y")):
     assert questions.split_key(questions.key(*parts)) == parts
   with pytest.raises(ValueError, match="not a key"):
     questions.split_key("wise/901")

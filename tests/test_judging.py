@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from irg_jax import cli
 from irg_jax.commands import judge_flags
 from irg_jax.evaluate import judging
 from irg_jax.evaluate import layout
@@ -76,14 +77,15 @@ REFERENCES = {"tiif": TIIF, "oneig": ONEIG}
 def score_with(server, run, **changes):
   settings = Settings(server.url, "m", **{"first_wait": 0.001, "tries": 12} | changes)
   with Judge(settings, run.out / "judge_cache.jsonl") as judge:
-    groups = judging.judged(run, judge, REFERENCES.get(run.benchmark))
+    groups = ((item, r, found | {("diversity", "values"): []})  # that part has no judge
+              for item, r, found in judging.judged(run, judge, REFERENCES.get(run.benchmark)))
     return score.score_answers(run, SCORERS[run.benchmark], groups, {}), judge.account
 
 
 @pytest.mark.parametrize("benchmark", list(ITEMS))
 def test_a_faulty_judge_changes_no_score_and_each_prompt_counts_once(tmp_path, benchmark):
   dice = random.Random(benchmark)
-  plan = [dice.choice((*FAULTS, None, None, None)) for _ in range(3000)]
+  plan = [dice.choice((*FAULTS, *[None] * len(FAULTS))) for _ in range(3000)]
   with JudgeServer(answer) as server:
     want, _ = score_with(server, make_run(tmp_path / "good", benchmark))
   run = make_run(tmp_path / "bad", benchmark)
@@ -102,37 +104,38 @@ def test_a_faulty_judge_changes_no_score_and_each_prompt_counts_once(tmp_path, b
   assert all(bool(e["scores"]) or e is lines[-1] for e in lines)
 
 
-def test_a_scorers_run_killed_at_any_moment_ends_with_the_same_files(tmp_path):
+def test_killed_at_any_moment_and_started_again_it_writes_the_files_of_one_run(tmp_path):
+  killed, whole = make_run(tmp_path / "killed", "wise"), make_run(tmp_path / "whole", "wise")
   script = tmp_path / "run.py"
-  tests = str(pathlib.Path(__file__).parent)
-  script.write_text(f"import sys; sys.path.insert(0, {tests!r})\n" + _KILLED)
-  def start(server, name):
-    root = str(pathlib.Path(__file__).resolve().parents[1])
-    return subprocess.Popen([sys.executable, str(script), server.url, str(tmp_path / name)],
-                            env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
-  make_run(tmp_path / "killed", "wise")
-  make_run(tmp_path / "whole", "wise")
-  with JudgeServer(answer, seconds=0.01) as server:
-    for count in (2, 5):
-      sent, process = len(server.bodies), start(server, "killed")
+  tests = pathlib.Path(__file__).parent
+  script.write_text(_KILLED.format(tests=str(tests), out=str(killed.out)))
+  with JudgeServer(answer, seconds=0.02) as server:
+    for count in random.Random(5).sample(range(2, 9), 2):
+      sent = len(server.bodies)
+      process = subprocess.Popen([sys.executable, str(script), server.url],
+                                 env=os.environ | {"PYTHONPATH": str(tests.parent)})
       while len(server.bodies) < sent + count and process.poll() is None:
         time.sleep(0.001)
-      assert process.poll() is None
+      assert process.poll() is None, "it ended before it was killed"
       process.send_signal(signal.SIGKILL)
       process.wait()
-      assert not (tmp_path / "killed" / score.SCORES).exists()
-    assert start(server, "killed").wait() == start(server, "whole").wait() == 0
+      assert not (killed.out / score.SCORES).exists()
+    _, account = score_with(server, killed)
+    # What was under way at the kills, two requests each time, may be asked again; nothing else.
+    assert len(server.bodies) <= 23 + 2 * 2 and account.cached > 0
+    score_with(server, whole)
   for name in (score.SCORES, score.ITEMS):
-    killed, whole = ((tmp_path / run / name).read_text() for run in ("killed", "whole"))
-    assert killed.replace("/killed/", "/whole/") == whole  # a missing picture is named by its path
+    texts = [(run.out / name).read_text() for run in (killed, whole)]
+    assert texts[0].replace("/killed/", "/whole/") == texts[1]  # a missing picture has its path
 
 
 _KILLED = """
-import pathlib
+import pathlib, sys
+sys.path.insert(0, {tests!r})
 import test_judging as t
 class Server:
   url = sys.argv[1]
-run = t.score.Run(pathlib.Path(sys.argv[2]), "wise", tuple(t.ITEMS["wise"]), (1, 2), {})
+run = t.score.Run(pathlib.Path({out!r}), "wise", tuple(t.ITEMS["wise"]), (1, 2), {{}})
 t.score_with(Server, run, concurrency=2)
 """
 
@@ -187,3 +190,37 @@ def test_a_wording_of_ones_own_is_used_and_recorded(tmp_path):
   for name in (f"sideways={path}", str(path)):
     with pytest.raises(ValueError, match="oneig knows alignment, text"):
       judge_flags.wording(flags("--template", name), "oneig")
+
+
+KEY = "sk-test-9sQxZr71LmWc"
+
+
+def test_the_command_stops_at_a_wrong_key_and_accounts_for_every_question(
+    tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+  run = make_run(tmp_path / "out", "wise")
+  (tmp_path / "final_data.json").write_text(json.dumps([
+      {"Prompt": item.prompt, "Category": "c", "Subcategory": "s", **item.extra}
+      for item in run.items]))
+  with JudgeServer(lambda body: f"{answer(body)}\nBearer {KEY}", lambda n, _: "401") as server:
+    words = ["eval", "score", "wise", "--out", str(run.out), "--prompts", str(tmp_path),
+             "--judge-url", server.url, "--judge-model", "m", "--concurrency", "2", "--tries", "4"]
+    root = str(pathlib.Path(__file__).resolve().parents[1])
+    refused = subprocess.run(  # of its own, for a traceback and the client's log
+        [sys.executable, "-m", "irg_jax", *words], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": root, "IRG_DEBUG": "1", "OPENAI_LOG": "debug"})
+    assert len(server.bodies) <= 2 and refused.returncode != 0
+    assert "refuses the key (401): set OPENAI_API_KEY" in refused.stderr
+    assert "Traceback" in refused.stderr and "Building HTTP request" in refused.stderr
+    assert not (run.out / score.SCORES).exists()
+    server.faults = lambda n, _: "500" if n % 4 == 0 else None
+    assert cli.main(words) == 0
+    done = capfd.readouterr()
+    assert "judge: 24 questions: 0 from the cache, 23 answered, 1 without" in done.out
+    assert "(1 picture)" in done.out and "server (5xx)" in done.out
+    assert cli.main(words) == 0
+  again = capfd.readouterr()
+  assert "23 from the cache, 0 answered, 1 without an answer (1 picture); 0 calls" in again.out
+  assert KEY not in "".join((refused.stdout, refused.stderr, *done, *again))
+  for path in tmp_path.rglob("*"):
+    assert not path.is_file() or KEY.encode() not in path.read_bytes(), path

@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
@@ -99,15 +98,10 @@ def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
   shutil.copytree(whole, out)
   shutil.rmtree(out / "stage1" / "weights")
   shutil.rmtree(out / "stage1" / "checkpoints" / "4")
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
   mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-  flags = [*train_runs.flags(data, out, mesh, run_stages="stage1"), "--coordinator",
-           f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-  workers = [train_runs.process([str(tmp_path / f"{i}.json"), *flags, str(i)], cache, devices=4,
-                                program=(str(WORKER),)) for i in range(2)]
-  for worker in workers:
+  flags = train_runs.flags(data, out, mesh, run_stages="stage1")
+  for worker in train_runs.two_processes(
+      flags, cache, programs=[(str(WORKER), str(tmp_path / f"{i}.json")) for i in range(2)]):
     text, _ = worker.communicate(timeout=300)
     assert worker.returncode == 0, text
   parts, uncut = train_runs.steps(out), train_runs.steps(whole)

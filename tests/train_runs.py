@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -80,6 +81,17 @@ def process(arguments, cache, *, devices=1, program=("-m", "irg_jax")) -> subpro
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
   return subprocess.Popen([sys.executable, *program, *arguments], env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def two_processes(arguments, cache, programs=(("-m", "irg_jax"),) * 2) -> list[subprocess.Popen]:
+  """Starts one run as two processes of four devices each, over loopback."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  flags = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2",
+           "--process-id"]
+  return [process([*flags, str(i)], cache, devices=4, program=program)
+          for i, program in enumerate(programs)]
 
 
 def lines(out) -> list[dict]:

@@ -1,13 +1,18 @@
 """`irg eval`: the five benchmarks, from prompts to the paper's table. A verb for each step."""
 
 from irg_jax.commands import eval_generate
+from irg_jax.commands import eval_report
+from irg_jax.commands import eval_score
 
 _EVAL = """\
-Generates for GenEval, WISE, TIIF-Bench, GenAI-Bench and OneIG-Bench (English), by their official
-protocols: both rounds of the pictures, each apart.
+GenEval, WISE, TIIF-Bench, GenAI-Bench and OneIG-Bench (English), by their official protocols:
+draws the pictures, scores them, and puts the figures into the paper's table. Both rounds of the
+pictures, each apart.
 
 examples:
   irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval
+  irg eval score geneval --out out/geneval --detections detections.jsonl
+  irg eval report out/geneval out/wise out/tiif out/genai_bench out/oneig --to out/report
 """
 
 
@@ -16,3 +21,5 @@ def add(verbs, new_parser) -> None:
   parser = new_parser(verbs.add_parser, "eval", description=_EVAL, help="the five benchmarks")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
   eval_generate.add(steps, new_parser)
+  eval_score.add(steps, new_parser)
+  eval_report.add(steps, new_parser)

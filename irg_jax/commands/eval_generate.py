@@ -62,7 +62,7 @@ def add(verbs, new_parser) -> None:
       help="folder of the run, made or gone on with")
   add("--tasks", nargs="+", metavar="TASK",
       help="only these: GenEval's tags, WISE's categories (CULTURE, ...), TIIF's types, "
-           "GenAI-Bench's tags (genai_skills.json beside the prompts), OneIG's folders (anime, ...)")
+           "GenAI-Bench's tags (with genai_skills.json beside the prompts), OneIG's folders")
   add("--limit", type=flags.count, metavar="N", help="only the first N prompts (of --tasks)")
   add("--subset", action="store_true",
       help="the prompts need not be as many as published; the scores then compare with nothing")

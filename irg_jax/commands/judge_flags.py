@@ -1,6 +1,5 @@
 """The flags of `irg eval score` that say which judge is asked, and how."""
 
-import argparse
 import pathlib
 
 KEY_NOTE = """\
@@ -78,7 +77,6 @@ def describe(judge_settings, benchmark: str, words: dict) -> dict:
 
 
 def _template(text):
-  name, equals, path = text.rpartition("=")
-  if equals and not name:
-    raise argparse.ArgumentTypeError(f"{text!r}: write FILE or NAME=FILE")
-  return name, pathlib.Path(path)
+  name, equals, path = text.partition("=")
+  named = equals and name in ("alignment", "text")  # else the = belongs to the file's name
+  return (name, pathlib.Path(path)) if named else ("", pathlib.Path(text))

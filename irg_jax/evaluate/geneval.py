@@ -50,25 +50,36 @@ class Box:
   color: str | None
 
 
-def score_picture(record: dict, options: Options = Options()) -> dict:
+def score_picture(record: dict, options: Options = Options(), details: bool = True) -> dict:
   """The line of the official results.jsonl for one record of detections.
+
+  Args:
+    details: also "details", the kept boxes of all classes; without it only the classes that
+      the prompt speaks of are looked at, which is what the verdict needs.
 
   Raises:
     Unscorable: the record is malformed, or a colour that a clause needs is missing.
   """
-  metadata = _metadata(record)
-  objects = kept_boxes(record.get("detections"), metadata["tag"], options)
+  metadata, detections = _metadata(record), record.get("detections")
+  if not isinstance(detections, dict):
+    raise Unscorable("no detections")
+  if not details:
+    named = {c["class"] for key in ("include", "exclude") for c in metadata.get(key, ())}
+    detections = {name: detections[name] for name in sorted(named & set(detections))}
+  objects = kept_boxes(detections, metadata["tag"], options)
   reasons = verdict(metadata, objects, options)
-  details = {name: [box.values.tolist() for box in boxes] for name, boxes in objects.items()}
-  return {
+  result = {
       "filename": record.get("filename", ""),
       "tag": metadata["tag"],
       "prompt": metadata["prompt"],
       "correct": not reasons,
       "reason": "\n".join(reasons),
       "metadata": json.dumps(metadata),
-      "details": json.dumps(details),
   }
+  if details:
+    kept = {name: [box.values.tolist() for box in boxes] for name, boxes in objects.items()}
+    result["details"] = json.dumps(kept)
+  return result
 
 
 def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict[str, list[Box]]:
@@ -77,18 +88,16 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
   Strictly above the threshold, at most `max_objects` a class. Scores are compared as float32,
   so that 0.3 is not above 0.3.
   """
-  if not isinstance(detections, dict):
-    raise Unscorable("no detections")
-  limit = np.float32(options.counting_threshold if tag == "counting" else options.threshold)
+  limit = options.counting_threshold if tag == "counting" else options.threshold
   found = {}
   for name, entries in detections.items():
-    boxes = [box for box in map(_box, entries) if box.values[4] > limit]
-    if not boxes:
-      continue
+    rows = _rows(name, entries)
     # Ascending and turned round: of equal scores the later one comes first, as upstream.
-    order = np.argsort([box.values[4] for box in boxes], kind="stable")[::-1]
-    boxes = [boxes[i] for i in order[: options.max_objects]]
-    found[name] = boxes if options.max_overlap == 1 else _without_overlaps(boxes, options)
+    order = np.argsort(rows[:, 4], kind="stable")[::-1]
+    order = order[rows[order, 4] > np.float32(limit)][: options.max_objects].tolist()
+    if order:
+      boxes = [Box(rows[i], entries[i].get("color")) for i in order]
+      found[name] = boxes if options.max_overlap == 1 else _without_overlaps(boxes, options)
   return found
 
 
@@ -223,14 +232,17 @@ def _metadata(record):
   return metadata
 
 
-def _box(entry):
+def _rows(name, entries):
+  """The boxes of a class as float32 [N, 5]."""
   try:
-    values = np.array([*entry["box"], entry["score"]], np.float32)
+    rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
   except (KeyError, TypeError, ValueError) as e:
-    raise Unscorable("malformed box", str(entry)) from e
-  if values.shape != (5,) or not np.isfinite(values).all():
-    raise Unscorable("malformed box", str(entry))
-  return Box(values, entry.get("color"))
+    raise Unscorable("malformed box", f"{name}: {e!r}") from e
+  if not entries:
+    return rows.reshape(0, 5)
+  if rows.shape != (len(entries), 5) or not np.isfinite(rows).all():
+    raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
+  return rows
 
 
 def _without_overlaps(boxes, options):

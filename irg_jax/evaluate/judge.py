@@ -32,6 +32,7 @@ CACHE = "judge_cache.jsonl"  # the usual name
 # but these reasons say nothing about the endpoint.
 _GIVE_UP_AFTER = 20
 _OF_THE_ITEM = ("picture", "unparsable", "filtered")
+_PATIENCE = 5.0  # seconds, for answers that are paid for already
 _AHEAD = 8  # requests taken, for each that is under way: so a slow one does not hold up the rest
 
 
@@ -73,10 +74,13 @@ class Judge:
     self.close()
 
   def close(self) -> None:
-    """Stops asking. Requests under way are given up."""
+    """Stops asking. Answers under way are kept if they come within a few seconds."""
     self._over.set()
     for _ in self._threads:
       self._jobs.put(None)
+    patience = time.monotonic() + _PATIENCE
+    for thread in self._threads:
+      thread.join(max(0.0, patience - time.monotonic()))
     self._endpoint.close()
     self._log.close()
 
@@ -125,6 +129,8 @@ class Judge:
       future, request = job
       if future.set_running_or_notify_cancel():
         try:
+          if self._over.is_set():
+            raise self._stop
           future.set_result(self._answer(request))
         except BaseException as e:  # whoever reads the future is told, whatever it is
           future.set_exception(e)

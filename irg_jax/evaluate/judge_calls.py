@@ -191,12 +191,12 @@ def _parse(body, probability):
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
     start = body[:80].decode(errors="replace")
     raise Fault("malformed", f"{type(e).__name__} in an answer that begins {start!r}") from None
-  if not text or not text.strip():
+  yes = yes_probability(choice) if probability else None
+  if yes is None and not (text and text.strip()):
     raise Fault("empty", f"finish reason {choice.get('finish_reason')}")
-  text = hide_key(text).encode(errors="replace").decode()  # half a surrogate pair cannot be kept
+  text = hide_key(text or "").encode(errors="replace").decode()  # half a surrogate pair: no UTF-8
   model = answer.get("model")
-  return Reply(text, hide_key(model) if isinstance(model, str) else None,
-               yes_probability(choice) if probability else None)
+  return Reply(text, hide_key(model) if isinstance(model, str) else None, yes)
 
 
 def yes_probability(choice: dict) -> float | None:

@@ -109,5 +109,9 @@ class Account:
     else:
       self.answered += 1
 
-  def summary(self) -> dict:
-    return dataclasses.asdict(self) | {"failed": dict(self.failed), "faults": dict(self.faults)}
+  def __str__(self):
+    by_reason = lambda counts: ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    failed = f" ({by_reason(self.failed)})" if self.failed else ""
+    faults = f", of which failed: {by_reason(self.faults)}" if self.faults else ""
+    return (f"{self.requests} questions: {self.cached} from the cache, {self.answered} answered, "
+            f"{self.failed.total()} without an answer{failed}; {self.calls} calls{faults}")

@@ -185,7 +185,8 @@ def _wise(path):
     for name in ("Prompt", "Explanation", "Category", "Subcategory"):
       field(entry, name, str)
     if not 1 <= field(entry, "prompt_id", int) <= 1000:
-      raise ValueError(f"{entry.where}: prompt_id {entry.record['prompt_id']} is not from 1 to 1000")
+      raise ValueError(f"{entry.where}: prompt_id {entry.record['prompt_id']} is not from 1 to "
+                       "1000")
   check_unique(entries, [f"prompt_id {e.record['prompt_id']}" for e in entries])
   entries.sort(key=lambda e: e.record["prompt_id"])
   return [Item("wise", str(e.record["prompt_id"]), e.record["Prompt"], 1, e.record)

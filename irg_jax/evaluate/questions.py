@@ -154,8 +154,8 @@ def read_tiif_questions(folder, items) -> dict[tuple[str, int], tuple[list[str],
   for item in items:
     if _tiif_line(item) not in found:
       kind, line = _tiif_line(item)
-      raise ValueError(f"{folder}: {kind}_eval_prompts.jsonl has no line {line + 1}, for the prompt "
-                       f"{item.id}; do prompts and questions belong together?")
+      raise ValueError(f"{folder}: {kind}_eval_prompts.jsonl has no line {line + 1}, for the "
+                       f"prompt {item.id}; do prompts and questions belong together?")
   return found
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 
-from irg_jax.evaluate import layout
 from irg_jax.evaluate import oneig
 from irg_jax.evaluate import prompts
 from irg_jax.evaluate import published
@@ -210,8 +209,6 @@ def _settings(runs):
         **record.get("notes", {}),
         "judge": run.scores.get("judge") or {},
         "protocol": run.scores.get("protocol") or {},
-        "first seed": layout.seed(run.benchmark, *run.scores["first"])
-        if run.scores.get("first") else None,
     }))
   return result
 

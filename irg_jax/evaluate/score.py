@@ -31,9 +31,10 @@ class Run:
   Attributes:
     out: folder of `irg eval generate`, or one in its layout.
     benchmark: whose.
-    items: the prompts, all of them.
+    items: the prompts to score: of GenEval all, else those with a picture in any round.
     rounds: numbers of the rounds that are there, from 1.
     record: what run.json says, or {} where there is none.
+    absent: prompts of the file without any picture; they are counted, not asked about.
   """
 
   out: pathlib.Path
@@ -41,11 +42,7 @@ class Run:
   items: tuple
   rounds: tuple[int, ...]
   record: dict
-
-  def drawn(self, item) -> bool:
-    """Whether any picture of the prompt is there."""
-    return any((self.out / layout.picture_path(self.benchmark, item, p, r)).is_file()
-               for r in self.rounds for p in range(item.pictures))
+  absent: int = 0
 
 
 def open_run(benchmark: str, out, prompts_path=None) -> Run:
@@ -66,7 +63,23 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
   rounds = sorted(int(m[1]) for p in out.iterdir() if (m := _ROUND.fullmatch(p.name)))
   if not rounds:
     raise ValueError(f"--out {out}: has no round1, round2, ...; it is what irg eval generate wrote")
-  return Run(out, benchmark, tuple(prompts.read(benchmark, prompts_path)), tuple(rounds), record)
+  every = prompts.read(benchmark, prompts_path)
+  _check_same_prompts(record, every, out)
+  items = [item for item in every if benchmark == "geneval" or _drawn(out, item, rounds)]
+  return Run(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items))
+
+
+def _drawn(out, item, rounds):
+  return any((out / layout.picture_path(item.benchmark, item, p, r)).is_file()
+             for r in rounds for p in range(item.pictures))
+
+
+def _check_same_prompts(record, items, out):
+  """Pictures of other prompts would be scored without complaint, so run.json is asked."""
+  count = record.get("settings", {}).get("prompts", {}).get("count", len(items))
+  if count != len(items):
+    raise ValueError(f"--prompts: has {len(items)} prompts, but {out} was drawn from {count}; give "
+                     "the same path as to irg eval generate")
 
 
 def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
@@ -95,12 +108,19 @@ def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
       write({"id": item.id, "round": number, "picture": 0, "prompt": item.prompt,
              "tasks": list(prompts.tasks(item)), "file": str(path), **result})
   return _finish(run, {n: scorer.value() for n, scorer in rounds.items()},
-                 {n: len(run.items) - len(ids) for n, ids in done.items()}, extra)
+                 {n: run.absent + len(run.items) - len(ids) for n, ids in done.items()}, extra)
 
 
-def score_detections(run: Run, paths, options: geneval.Options, extra: dict,
+def read_detections(paths):
+  """Yields (where, record or None) of files of detections, a line at a time."""
+  for path in paths:
+    for number, record in tally.read_lines(path):
+      yield f"{path}, line {number}", record
+
+
+def score_detections(run: Run, records, options: geneval.Options, extra: dict,
                      default_round: int | None = None) -> dict:
-  """GenEval: scores files of detections (see `geneval`), read once, a line at a time.
+  """GenEval: scores a stream of (where, record of detections; see `geneval`), each once.
 
   A picture is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
   `default_round`. A picture that comes a second time is counted as such, and not again.
@@ -111,9 +131,8 @@ def score_detections(run: Run, paths, options: geneval.Options, extra: dict,
   by_id = {item.id: item for item in run.items}
   rounds = {number: _GenEvalRound() for number in run.rounds}
   with _writing(run.out / ITEMS) as write:
-    for path in paths:
-      for number, record in tally.read_lines(path):
-        _add_picture(rounds, by_id, record, f"{path}:{number}", options, default_round, write)
+    for where, record in records:
+      _add_picture(rounds, by_id, record, where, options, default_round, write)
   expected = sum(item.pictures for item in run.items)
   summaries = {n: r.value() for n, r in rounds.items()}
   missing = {n: expected - r.seen_count() for n, r in rounds.items()}
@@ -165,13 +184,16 @@ def _verdict(target, item, record, name, options):
   try:
     if "metadata" in record and _plain(record["metadata"]) != item.extra:
       raise geneval.Unscorable("detected for another prompt", str(record["metadata"])[:100])
-    result = geneval.score_picture(record | {"metadata": item.extra}, options)
+    if error := record.get("error"):
+      reason, _, detail = str(error).partition(": ")
+      raise geneval.Unscorable(reason, detail)
+    result = geneval.score_picture(record | {"metadata": item.extra}, options, details=False)
   except geneval.Unscorable as e:
     target.unscored.add(name, e.reason, e.detail)
     return {"scores": {}, "why": str(e), "words": None}
   target.summary.add(result)
   return {"scores": {"correct": int(result["correct"])}, "why": None,
-          "words": result["reason"] or "correct", "details": json.loads(result["details"])}
+          "words": result["reason"] or "correct"}
 
 
 def _plain(metadata):
@@ -191,7 +213,7 @@ def _finish(run, summaries, missing, extra):
         "missing": missing[number], "complete": not (missing[number] or unscored)}
   result = {
       "benchmark": run.benchmark,
-      "prompts": len(run.items),
+      "prompts": len(run.items) + run.absent,
       "rounds": rounds,
       "run": run.record,
       **{name: value() if callable(value) else value for name, value in extra.items()},

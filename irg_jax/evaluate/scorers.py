@@ -23,8 +23,7 @@ WISE, TIIF, VQA, TEXT = "scores", "answers", "vqascore", "text"
 class Wise:
   """Three scores a picture; see `wise.Summary`."""
 
-  def __init__(self, bagel_parser: bool = False):
-    self._bagel = bagel_parser
+  def __init__(self):
     self._summary = wise.Summary()
     self._unscored = tally.Unscored()
 
@@ -32,7 +31,7 @@ class Wise:
     answer = answers.get((0, WISE))
     if why := failure(answer):
       return self._none(item, answer, why)
-    scores = wise.parse(answer.text, self._bagel)
+    scores = wise.parse(answer.text)
     if absent := [f for f in wise.FIELDS if f not in scores]:
       return self._none(item, answer, f"unparsable: no {', no '.join(absent)}")
     record = {"prompt_id": item.extra["prompt_id"], **scores}
@@ -109,11 +108,12 @@ class GenAIBench:
 class OneIG:
   """Five parts; a prompt's folder says which of them it takes part in.
 
-  `references` has "questions": {folder: `oneig.read_questions`}, and "texts": {id: words}.
+  `references` has "questions": {folder: `oneig.read_questions`}, and "texts": {id: words}; None
+  where no judge is asked.
   """
 
-  def __init__(self, references: dict):
-    self._questions, self._texts = references["questions"], references["texts"]
+  def __init__(self, references: dict | None):
+    self._references = references
     self._parts = {name: oneig.PromptMeans() for name in oneig.PARTS if name != "text"}
     self._parts["text"] = oneig.TextSummary()
     self.irregular = tally.Unscored()  # scored, as 0, but neither Yes nor No
@@ -122,9 +122,13 @@ class OneIG:
     folder, number = item.id.split("/")
     cells = sorted({cell for cell, _ in answers if isinstance(cell, int)})
     scores, words = {}, {}
-    if folder in oneig.ALIGNED:
-      scores["alignment"] = self._alignment(folder, number, cells, answers, words)
-    if folder == "text":
+    judged = "text" if folder == "text" else "alignment" if folder in oneig.ALIGNED else None
+    if judged and self._references is None:
+      self._parts[judged].unscored.add(item.id, "not asked")
+      scores[judged] = None
+    elif judged == "alignment":
+      scores[judged] = self._alignment(folder, number, cells, answers, words)
+    elif judged == "text":
       self._text(number, cells, answers, scores, words)
     self._measured(item, folder, number, answers, scores)
     missing = [name for name, score in scores.items() if score is None]
@@ -142,9 +146,11 @@ class OneIG:
             "parts": parts, "irregular": self.irregular.summary(), "unscored": unscored}
 
   def _alignment(self, folder, number, cells, answers, words):
-    if number not in self._questions[folder]:
-      return self._parts["alignment"].add(folder, number, [])
-    questions, dependency = self._questions[folder][number]
+    table = self._references["questions"][folder]
+    if number not in table:
+      self._parts["alignment"].unscored.add(f"{folder}_{number}", "no questions in Q_D")
+      return None
+    questions, dependency = table[number]
     values = []
     for cell in cells:
       found = {n: answers.get((cell, f"alignment{n}")) for n in questions}
@@ -160,10 +166,12 @@ class OneIG:
     return oneig.alignment_cell({n: oneig.says_yes(a.text) for n, a in found.items()}, dependency)
 
   def _text(self, number, cells, answers, scores, words):
+    if number not in (texts := self._references["texts"]):
+      self._parts["text"].unscored.add(f"text_{number}", "no text in text_content.csv")
+      scores["text"] = None
+      return
     found = [answers.get((cell, TEXT)) for cell in cells]
-    if number not in self._texts:
-      raise ValueError(f"--text-content: has no text for prompt {number}")
-    values = [None if failure(a) else oneig.text_cell(self._texts[number], a.text) for a in found]
+    values = [None if failure(a) else oneig.text_cell(texts[number], a.text) for a in found]
     words.update({str(c): getattr(a, "text", None) for c, a in zip(cells, found)})
     rates = self._parts["text"].add(number, values)
     scores.update(zip(("ED", "CR", "WAC"), rates) if rates else {"text": None})
@@ -176,7 +184,11 @@ class OneIG:
       values = answers.get((name, "values"))
       if name == "diversity" and values == []:
         continue  # fewer than two pictures: no pair, and upstream passes over it
-      scores[name] = self._parts[name].add(folder, number, values or [])
+      if values is None:
+        self._parts[name].unscored.add(f"{folder}_{number}", "no measurement")
+        scores[name] = None
+      else:
+        scores[name] = self._parts[name].add(folder, number, values)
 
 
 def takes_part(part: str, folder: str, item) -> bool:

@@ -12,6 +12,7 @@ import time
 from irg_jax import progress
 
 FILE = "log.jsonl"
+_BAR_WIDTH = 8  # the numbers matter more, and a terminal may have 80 columns
 
 
 class Log:
@@ -84,7 +85,7 @@ class Log:
       rates = self._rates()
       record |= _rounded(rates)
       self._plot(step, values | rates)
-      self._line.update(step, _summary(values | rates))
+      self._line.update(step, values | rates)
     print(json.dumps(record | {"samples": samples}), file=self._lines)
 
   def event(self, stage: str, step: int, **content) -> None:
@@ -114,10 +115,10 @@ class _Line:
 
   def __init__(self, stage, start, total, stream):
     self._stage, self._total, self._stream = stage, total, stream
-    self._bar = progress.terminal_bar(stream) if stream.isatty() else None
+    self._bar = progress.terminal_bar(stream, _BAR_WIDTH) if stream.isatty() else None
     if self._bar:
       text = f"{stage}: the first step compiles"
-      self._task = self._bar.add_task(text, completed=start, total=total, unit="step")
+      self._task = self._bar.add_task(text, completed=start, total=total, unit="")
 
   def __enter__(self):
     if self._bar:
@@ -127,11 +128,11 @@ class _Line:
     if self._bar:
       self._bar.stop()
 
-  def update(self, step, text):
+  def update(self, step, values):
     if self._bar:
-      self._bar.update(self._task, completed=step, description=f"{self._stage}: {text}")
+      self._bar.update(self._task, completed=step, description=f"{self._stage}: {_short(values)}")
     else:
-      self.note(f"{self._stage}, step {step} of {self._total}: {text}")
+      self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
 
   def note(self, text):
     if self._bar:
@@ -187,4 +188,13 @@ def _summary(values) -> str:
     parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
   if "flop_utilisation" in values:
     parts.append(f"{values['flop_utilisation']:.1%} of peak")
+  return ", ".join(parts)
+
+
+def _short(values) -> str:
+  parts = [f"loss {values['loss']:.3f}"]
+  if "tokens_per_second" in values:
+    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+  if "flop_utilisation" in values:
+    parts.append(f"{values['flop_utilisation']:.0%} peak")
   return ", ".join(parts)

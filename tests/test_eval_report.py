@@ -1,0 +1,198 @@
+"""`irg eval score` and `irg eval report`, from the command line to the pages."""
+
+import json
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from irg_jax import cli
+from irg_jax.evaluate import layout
+from irg_jax.evaluate import genai_bench
+from irg_jax.evaluate import oneig
+from irg_jax.evaluate import prompts
+from irg_jax.evaluate import published
+from irg_jax.evaluate import report
+from irg_jax.evaluate import score
+from irg_jax.evaluate import wise
+
+
+def draw(out, benchmark, items, rounds=(1, 2)):
+  for item in items:
+    for number in rounds:
+      for picture in range(item.pictures):
+        path = out / layout.picture_path(benchmark, item, picture, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)).save(path)
+
+
+def geneval(root, right):
+  """A scored GenEval run of two prompts; `right(round, picture)` are found."""
+  out, items = root / "geneval", prompts.read("geneval")[:2]
+  draw(out, "geneval", items)
+  lines = []
+  for item in items:
+    name = item.extra["include"][0]["class"]
+    for number in (1, 2):
+      for picture in range(4):
+        score_of = 0.9 if right(number, picture) else 0.1
+        lines.append({"filename": str(layout.picture_path("geneval", item, picture, number)),
+                      "detections": {name: [{"box": [0, 0, 4, 4], "score": score_of}]}})
+  boxes = root / "boxes.jsonl"
+  boxes.write_text("\n".join(map(json.dumps, lines)))
+  assert cli.main(["eval", "score", "geneval", "--out", str(out), "--detections", str(boxes)]) == 0
+  return out
+
+
+def genai(root):
+  """A scored GenAI-Bench run of two prompts with tags, one of them never drawn."""
+  folder, out = root / "prompts", root / "genai_bench"
+  folder.mkdir()
+  records = {f"{i:05}": {"id": f"{i:05}", "prompt": f"<b>&{i}", "models": {}} for i in (1, 2)}
+  (folder / "genai_image.json").write_text(json.dumps(records))
+  tags = (*genai_bench.BASIC, *genai_bench.ADVANCED)
+  (folder / "genai_skills.json").write_text(json.dumps({tag: [1, 2] for tag in tags}))
+  items = prompts.read("genai_bench", folder)
+  draw(out, "genai_bench", items[:1])
+  measured = root / "vqa.jsonl"
+  measured.write_text("\n".join(json.dumps({"round": n, "part": "vqascore", "id": "00001",
+                                            "values": [n / 4]}) for n in (1, 2)))
+  assert cli.main(["eval", "score", "genai_bench", "--out", str(out), "--prompts", str(folder),
+                   "--measurements", str(measured)]) == 0
+  return out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+  root = tmp_path_factory.mktemp("report")
+  outs = [genai(root), geneval(root, lambda number, picture: picture < number)]
+  assert cli.main(["eval", "report", *map(str, outs), "--to", str(root / "report")]) == 0
+  return root
+
+
+def test_a_row_a_round_stands_below_the_published_rows(built):
+  got = json.loads((built / "report/report.json").read_text())
+  names = [row["name"] for row in got["rows"]]
+  assert names == [*published.ROWS, "this run, round 1", "this run, round 2"]
+  assert [row["values"] for row in got["rows"][-2:]] == [
+      {"GenEval": 0.25, "GenAI-Bench": 0.25}, {"GenEval": 0.5, "GenAI-Bench": 0.5}]
+  assert got["rows"][-1]["partial"] == ["GenEval", "GenAI-Bench"]
+  assert got["categories"]["geneval"]["rows"]["single_object"] == {
+      "this run, round 1": 0.25, "this run, round 2": 0.5}
+  assert [(c["benchmark"], c["round"], c["scored"], c["missing"]) for c in got["coverage"]] == [
+      ("GenEval", 1, 8, 2204), ("GenEval", 2, 8, 2204), ("GenAI-Bench", 1, 1, 1),
+      ("GenAI-Bench", 2, 1, 1)]
+
+
+def test_markdown_and_page_show_the_same_figures_as_the_json(built):
+  got = json.loads((built / "report/report.json").read_text())
+  text = (built / "report/report.md").read_text()
+  page = (built / "report/report.html").read_text()
+  for row in got["rows"]:
+    line = next(x for x in text.splitlines() if x.startswith(f"| {row['name']} |"))
+    cells = [c.strip().replace("\\*", "*") for c in line.strip("|").split("|")]
+    assert cells[1:] == [report.show(row["values"].get(c)) + "*" * (c in row["partial"])
+                         for c in got["columns"]]
+    shown = re.search(rf"<th>{re.escape(row['name'])}</th>(.*?)</tr>", page)[1]
+    assert re.findall(r">([^<>]+)</td>", shown) == cells[1:]
+  for caveat in published.CAVEATS:
+    assert caveat in text
+
+
+def test_a_page_shows_a_prompts_rounds_side_by_side_with_seed_and_words(built):
+  folder = built / "report/pages"
+  assert sorted(p.name for p in folder.iterdir()) == ["genai_bench-001.html", "geneval-001.html"]
+  page = (folder / "geneval-001.html").read_text()
+  pairs = re.findall(r'<div class="pair">(.*?</div>)</div>', page)
+  assert len(pairs) == 8
+  for pair in pairs:
+    images = re.findall(r'src="([^"]+)"', pair)
+    assert [re.search(r"/(round\d)/", i)[1] for i in images] == ["round1", "round2"]
+    assert all((folder / i).is_file() for i in images)
+  assert "correct 1" in pairs[0] and "expected" in pairs[3] and "found 0" in pairs[3]
+  assert f"seed {layout.seed('geneval', '00000', 3)}" in page
+  assert "&lt;b&gt;&amp;1" in (folder / "genai_bench-001.html").read_text()
+
+
+def test_pages_of_a_longer_report_go_away(built):
+  old = built / "report/pages/geneval-002.html"
+  old.write_text("old")
+  (built / "report/pages/geneval-notes.html").write_text("mine")
+  report.write(report.load([built / "geneval"]), built / "report")
+  assert not old.exists() and (built / "report/pages/geneval-notes.html").exists()
+
+
+def test_scoring_again_gives_the_same_files(built):
+  out = built / "geneval"
+  before = [(out / n).read_bytes() for n in (score.SCORES, score.ITEMS)]
+  assert geneval(built, lambda number, picture: picture < number) == out
+  assert [(out / n).read_bytes() for n in (score.SCORES, score.ITEMS)] == before
+
+
+def test_settings_and_unlike_checkpoints_are_shown(built, tmp_path):
+  runs = report.load([built / "geneval", built / "genai_bench"])
+  for number, run in enumerate(runs):
+    run.scores["run"] = {"settings": {"checkpoint": str(number), "generation": {"steps": 50}},
+                         "notes": {"devices": "1 x cpu"}}
+  got = report.build(runs)
+  assert got["settings"]["geneval"]["generation.steps"] == 50
+  assert got["settings"]["geneval"]["devices"] == "1 x cpu"
+  assert any("not all runs are of the same checkpoint" in note for note in got["notes"])
+  assert "| generation.steps | 50 | 50 |" in report.markdown(got)
+
+
+def summaries():
+  """A summary without a single score, of each benchmark."""
+  from irg_jax.evaluate import geneval as ge, scorers
+  return {"geneval": ge.summarize([]), "wise": scorers.Wise().value(),
+          "tiif": scorers.Tiif({}).value(), "oneig": scorers.OneIG(None).value(),
+          "genai_bench": scorers.GenAIBench({"basic": [1]}).value()}
+
+
+@pytest.mark.parametrize("benchmark", prompts.BENCHMARKS)
+def test_a_run_without_a_score_has_dashes_not_numbers(tmp_path, benchmark):
+  summary = {"unscored": {"total": 0, "by_reason": {}, "examples": []}} | summaries()[benchmark]
+  scores = {"benchmark": benchmark, "prompts": 1, "run": {},
+            "rounds": {"1": summary | {"missing": 1, "complete": False}}}
+  (tmp_path / score.SCORES).write_text(json.dumps(scores))
+  (tmp_path / score.ITEMS).write_text("")
+  report.write(report.load([tmp_path]), tmp_path / "report")
+  line = (tmp_path / "report/report.md").read_text().split("| this run, round 1 |")[1]
+  assert set(line.split("\n")[0].replace("|", "").split()) == {"–"}
+
+
+def test_every_published_figure_stands_in_a_column_of_the_table():
+  for values in published.ROWS.values():
+    assert set(values) < set(published.COLUMNS)
+  mean = lambda row, names: sum(row[n] for n in names) / len(names)
+  for row in published.CATEGORIES["oneig"].values():
+    assert mean(row, oneig.PARTS) == pytest.approx(row["overall"], abs=5e-4)
+  for row in published.CATEGORIES["wise"].values():
+    assert mean(row, wise.LEGACY.ranges) == pytest.approx(row["plain mean"], abs=5e-3)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["report", "{out}/none"], "irg eval score first"),
+    (["report", "{out}/geneval", "{out}/geneval"], "one run of each benchmark"),
+    (["score", "wise", "--out", "{out}/geneval", "--prompts", "x"], "x: no such file"),
+    (["score", "geneval", "--out", "{out}/none"], "no such folder"),
+    (["score", "geneval", "--out", "{out}/prompts"], "no round1"),
+    (["score", "geneval", "--out", "{out}/geneval"], "either --detections or --detector"),
+    (["score", "geneval", "--out", "{out}/geneval", "--questions", "q"], "--questions is for"),
+    (["score", "geneval", "--out", "{out}/geneval", "--detections", "q"], "q: no such file"),
+    (["score", "genai_bench", "--out", "{out}/genai_bench", "--prompts", "{out}/prompts"],
+     "--judge-url"),
+])
+def test_a_mistake_is_named_before_anything_is_written(built, capsys, words, message):
+  before = sorted(p for p in built.rglob("*") if not p.match("report/**"))
+  assert cli.main(["eval", *(w.format(out=built) for w in words)]) == 2
+  assert re.search(message, capsys.readouterr().err)
+  assert sorted(p for p in built.rglob("*") if not p.match("report/**")) == before
+
+
+def test_help_has_the_papers_setting_for_every_benchmark(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(["eval", "score", "--help"])
+  text = capsys.readouterr().out
+  assert all(f"irg eval score {name} " in text for name in prompts.BENCHMARKS)

@@ -1,0 +1,140 @@
+"""Many kills, other meshes, several processes: `pytest -m long tests/test_train_long.py`."""
+
+import filecmp
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import train_runs
+from train_runs import cache, data
+
+from irg_jax.train.checkpoints import steps_in
+
+pytestmark = pytest.mark.long
+
+STEPS = 20
+SMALL = {"stage1__steps": STEPS, "stage2__steps": 4, "log_every": 5}
+OTHER_MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2})
+
+
+@pytest.fixture(scope="module")
+def uncut(data, cache, tmp_path_factory):
+  """The folder of a run never killed, of both stages."""
+  out = tmp_path_factory.mktemp("uncut") / "out"
+  assert finish(data, out, cache, train_runs.MESH) == 0
+  return out
+
+
+def start(data, out, cache, mesh):
+  return train_runs.process(train_runs.flags(data, out, mesh, **SMALL), cache, devices=8)
+
+
+def finish(data, out, cache, mesh) -> int:
+  running = start(data, out, cache, mesh)
+  text, _ = running.communicate()
+  print(text)
+  return running.returncode
+
+
+def made(out) -> int:
+  """Steps that the log has lines of."""
+  log = out / "log.jsonl"
+  return log.read_bytes().count(b'"loss"') if log.exists() else 0
+
+
+def saving(out) -> bool:
+  return any(out.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def kill_in(data, out, cache, mesh, due) -> bool:
+  """Starts the run and kills it as soon as `due()`; False: it ended before."""
+  running = start(data, out, cache, mesh)
+  while running.poll() is None and not due():
+    time.sleep(0.0005)
+  running.kill()
+  text, _ = running.communicate()
+  assert running.returncode in (0, -signal.SIGKILL), text
+  return running.returncode != 0
+
+
+def kill_often(data, out, cache, meshes, kills):
+  """Kills a run `kills` times, every other time while it saves; returns how often so."""
+  rng, during_saves, count = random.Random(0), 0, 0
+  while count < kills:
+    mesh = meshes[count % len(meshes)]
+    first = sum(max(steps_in(out / s / "checkpoints"), default=0) for s in ("stage1", "stage2"))
+    if count % 2:
+      due = lambda: saving(out)
+    else:
+      wanted = first + rng.randint(1, 3)
+      delay = rng.random() / 10
+      due = lambda: made(out) >= wanted and time.sleep(delay) is None
+    if not kill_in(data, out, cache, mesh, due):
+      break
+    count += 1
+    during_saves += saving(out)
+  return count, during_saves
+
+
+def assert_same_numbers(out, uncut):
+  parts, whole = train_runs.steps(out), train_runs.steps(uncut)
+  assert parts.keys() == whole.keys()
+  for place, line in whole.items():
+    assert parts[place]["samples"] == line["samples"], place
+    np.testing.assert_allclose(parts[place]["loss"], line["loss"], rtol=1e-5, err_msg=str(place))
+
+
+def test_ten_kills_leave_no_trace(uncut, data, cache, tmp_path):
+  out = tmp_path / "out"
+  count, during_saves = kill_often(data, out, cache, [train_runs.MESH], 10)
+  assert count == 10 and during_saves >= 3
+  assert finish(data, out, cache, train_runs.MESH) == 0
+  assert train_runs.samples(out) == train_runs.samples(uncut)
+  for stage in ("stage1", "stage2"):
+    for name in ("ema.safetensors", "ae.safetensors"):
+      assert filecmp.cmp(out / stage / "weights" / name, uncut / stage / "weights" / name, False)
+    last = str(steps_in(uncut / stage / "checkpoints")[-1])
+    run = lambda folder: (folder / stage / "checkpoints" / last / "run" / "metadata").read_text()
+    assert run(out) == run(uncut)  # the data state, and the checksums of the whole state
+
+
+def test_kills_between_other_meshes_keep_samples_and_losses(uncut, data, cache, tmp_path):
+  out = tmp_path / "out"
+  kill_often(data, out, cache, OTHER_MESHES, 4)
+  assert finish(data, out, cache, OTHER_MESHES[0]) == 0
+  assert_same_numbers(out, uncut)
+
+
+def test_two_processes_stop_together_and_go_on(uncut, data, cache, tmp_path):
+  out = tmp_path / "out"
+  flags = train_runs.flags(data, out, {"data": 2, "fsdp": 2, "tensor": 2}, **SMALL)
+
+  def start_both():
+    return train_runs.two_processes(flags, cache)
+
+  def end(workers, status):
+    for worker in workers:
+      text, _ = worker.communicate(timeout=400)
+      print(text)
+      assert worker.returncode == status, text
+
+  def wait_for(steps, workers):
+    while made(out) < steps and all(w.poll() is None for w in workers):
+      time.sleep(0.01)
+
+  workers = start_both()
+  wait_for(3, workers)
+  workers[1].terminate()  # one is told, both stop
+  end(workers, 128 + signal.SIGTERM)
+  stopped = steps_in(out / "stage1" / "checkpoints")[-1]
+  assert stopped >= 3
+  workers = start_both()
+  wait_for(stopped + 3, workers)
+  workers[1].kill()
+  workers[1].communicate()
+  workers[0].kill()  # it would end by itself once its heartbeats to the other fail
+  workers[0].communicate()
+  end(start_both(), 0)
+  assert_same_numbers(out, uncut)
