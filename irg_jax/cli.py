@@ -55,6 +55,7 @@ for bit. Keys, shapes and tables are checked before anything is written.
 examples:
   irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
   irg convert weights/irg-7b-orbax weights/irg-7b-again --to published
+  irg convert out/irg/stage2/checkpoints/5000 weights/irg-5000 --to published --dtype bfloat16
 """
 
 _INIT = """\

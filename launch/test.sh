@@ -7,4 +7,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 irg_install test
 cd "$IRG_ROOT"
-exec "$IRG_VENV/bin/python" -m pytest "$@"
+# A file of tests stays in one process, where what it compiles is used again.
+exec "$IRG_VENV/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -29,7 +29,15 @@ def _write(folder, text):
 
 def test_every_configuration_file_is_covered_here():
   names = {p.stem for p in CONFIGS.glob("*.py")}
-  assert names == {*MODELS, "generate", "generate_tiny"}
+  assert names == {*MODELS, "generate", "generate_tiny", "irgl"}
+
+
+@pytest.mark.parametrize("preset, model", [("paper", "bagel_7b"), ("tiny", "tiny")])
+def test_presets_of_the_recipe_train_the_model_of_that_name(preset, model):
+  config = config_files.load(CONFIGS / "irgl.py", [f"preset={preset}"])
+  ours = config_lib.from_dict(config.model.to_dict())
+  assert (ours.llm, ours.vit, ours.vae) == tuple(
+      getattr(_model(model), part) for part in ("llm", "vit", "vae"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ The train step itself is replaced by a trivial one.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import train_runs
 from train_runs import cache, data
 
 from irg_jax import cli, sharding, weights
-from irg_jax.train import checkpoints, stage
+from irg_jax.train import checkpoints, stage, watch
 
 METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
            "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
@@ -156,14 +157,14 @@ def ids(*rows):
 
 def test_numbers_are_read_a_step_late_and_a_gradient_that_is_not_finite_is_named():
   log = Recorder()
-  late = stage.Late(log, log, sharding.make_mesh())
+  late = watch.Late(log, log, sharding.make_mesh())
   metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), "ce/m": jnp.float32(0),
              "weight/ce/m": jnp.float32(0)}
   late.push(1, metrics, ids(7, 8))
   assert not log.steps
   late.push(2, metrics | {"grad_norm": jnp.float32("inf")}, ids(3, 4))
   assert log.steps == [(1, {"loss": 1.0, "grad_norm": 2.0}, [[5, 7], [5, 8]])]
-  with pytest.raises(stage.NonFiniteLoss, match="step 2: grad_norm is inf; samples of the batch: "
+  with pytest.raises(watch.NonFiniteLoss, match="step 2: grad_norm is inf; samples of the batch: "
                                                 "improving_full_learning 3, 4; the last"):
     late.flush()
 
@@ -174,7 +175,7 @@ def test_a_trace_covers_the_steps_that_were_asked_for(monkeypatch, first, count,
   seen, on = [], []
   monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(folder))
   monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
-  tracer = stage.Tracer("folder", first, count)
+  tracer = watch.Tracer("folder", first, count)
   for step in range(1, total + 1):
     tracer.before(step)
     if on:
@@ -225,3 +226,24 @@ def test_what_cannot_work_is_refused_before_anything_is_written(data, tmp_path, 
 def test_weights_of_another_model_are_refused(both, data, tmp_path, capsys):
   assert train(data, tmp_path / "out", checkpoint=both[0] / "base", model__llm__num_layers=2) == 2
   assert "'model.llm' is" in capsys.readouterr().err
+
+
+def test_the_average_of_any_checkpoint_becomes_a_folder_to_draw_with(both, tmp_path, capsys):
+  out, target = both[0], tmp_path / "weights"
+  assert cli.main(["convert", str(out / "stage1" / "checkpoints" / "2"), str(target), "--to",
+                   "published"]) == 0
+  assert (target / "tokenizer.json").is_file()
+  config, params = weights.load_checkpoint(target)
+  kept = json.loads((out / "stage1" / "checkpoints" / "2" / "run" / "metadata").read_text())
+  assert checkpoints.checksums({"ema": params["transformer"]}) == {
+      name: x for name, x in kept["sums"].items() if name.startswith("ema/")}
+  last = weights.load_checkpoint(out / "stage1" / "weights")
+  assert config == last[0]
+  jax.tree.map(np.testing.assert_array_equal, params["vae"], last[1]["vae"])
+
+
+def test_a_training_checkpoint_outside_its_run_is_not_taken_for_weights(both, tmp_path, capsys):
+  shutil.copytree(both[0] / "stage1" / "checkpoints" / "2", tmp_path / "a" / "b" / "2")
+  assert cli.main(["convert", str(tmp_path / "a" / "b" / "2"), str(tmp_path / "weights"), "--to",
+                   "published"]) == 2
+  assert "is read inside its run's folder" in capsys.readouterr().err

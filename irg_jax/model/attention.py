@@ -100,7 +100,7 @@ class KeyValues:
 
 
 def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
-           query_chunk: int = 2048, key_chunk: int | None = None):
+           query_chunk: int | None = None, key_chunk: int | None = None):
   """Softmax attention of q over all the keys of all sources, with grouped-query heads.
 
   Args:
@@ -110,14 +110,16 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     implementation: "dense" builds all scores of a source at once (the oracle, and the
       fastest for short rows); "chunked" needs memory linear in the length and skips what
       a sparse source hides; "auto" is dense where the scores are few and no source is sparse.
-    query_chunk, key_chunk: largest blocks of the chunked form; None is 128 keys on a CPU,
-      whose caches are small, and 512 elsewhere, up to 16 times as many for a few queries.
+    query_chunk, key_chunk: largest blocks of the chunked form; None is 2048 queries and 128
+      keys on a CPU, whose caches are small, 1024 and 512 elsewhere (a TPU keeps the scores of
+      a block on the chip), up to 16 times as many keys for a few queries.
 
   Returns:
     [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
+  query_chunk = query_chunk or (2048 if platform() == "cpu" else 1024)
   key_chunk = key_chunk or default_key_chunk(T)
   if implementation == "auto":
     short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES

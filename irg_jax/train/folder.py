@@ -1,6 +1,6 @@
 """The folder of a run: what it was started with, and whether one may go on with it.
 
-  run.json         settings and number of records
+  run.json         settings, number of records, what training started from
   log.jsonl        a line for every step; tensorboard/ has the curves
   base/            random weights, where training did not start from a checkpoint
   STAGE/checkpoints/STEP, STAGE/weights (the moving average, in the published layout)
@@ -14,8 +14,7 @@ import shutil
 
 from irg_jax import trace
 from irg_jax.train.settings import STAGES, TrainSettings
-
-FILE = "run.json"
+from irg_jax.weights.training import RUN_FILE as FILE
 
 # What may change from one start to the next, since the numbers do not depend on it, or since
 # it is what one goes on for.
@@ -61,7 +60,8 @@ def start(out, settings: TrainSettings, records: dict) -> None:
   for folder in (out, *(out / stage for stage in STAGES)):
     for partial in folder.glob(".*.partial-*"):
       shutil.rmtree(partial, ignore_errors=True)
-  text = json.dumps({"settings": as_json(settings), "records": records}, indent=2)
+  base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
+  text = json.dumps({"settings": as_json(settings), "records": records, "base": base}, indent=2)
   aside = out / f".{FILE}.partial"
   aside.write_text(text + "\n", encoding="utf-8")
   os.replace(aside, out / FILE)

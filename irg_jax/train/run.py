@@ -19,6 +19,7 @@ from irg_jax.train.preemption import EXIT_STATUS, Preemption
 from irg_jax.train.settings import TrainSettings
 from irg_jax.train.stage import Run, counts, meet, rejected, train_stage
 from irg_jax.weights import init, published
+from irg_jax.weights.training import BASE
 
 RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant
 
@@ -60,7 +61,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption) -> Run:
         progress=progress)
     records = {mode: len(source) for mode, source in sources.items()}
     folder.check_records(before, records, settings.data.path)
-    base = pathlib.Path(settings.checkpoint or out / "base")
+    base = pathlib.Path(settings.checkpoint or out / BASE)
     meet("checked")  # before one of them changes what the others look at
     if is_first:
       folder.start(out, settings, (before or {}) | records)

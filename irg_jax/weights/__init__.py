@@ -1,22 +1,26 @@
-"""Weights in and out: the published layout and Orbax, recognised by what the folder holds."""
+"""Weights in and out: the published layout, Orbax and the checkpoints of training runs.
+
+They are recognised by what the folder holds.
+"""
 
 import dataclasses
 import pathlib
 
 from irg_jax.config import ModelConfig
-from irg_jax.weights import names, orbax, published
+from irg_jax.weights import names, orbax, published, training
 from irg_jax.weights.errors import CheckpointError, listing
 from irg_jax.weights.folders import check_absent
 
-_MARKS = {published: "llm_config.json", orbax: orbax.CONFIG}
+_MARKS = {published: "llm_config.json", orbax: orbax.CONFIG, training: training.MARK}
 
 
 def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None,
                     part: str = ""):
-  """Reads a checkpoint folder in either layout.
+  """Reads a checkpoint folder in any layout.
 
   Args:
-    folder: published layout (`llm_config.json`, ...) or Orbax (`model_config.json`, `params/`).
+    folder: published layout (`llm_config.json`, ...), Orbax (`model_config.json`, `params/`),
+      or the checkpoint of a training run, whose moving average is read.
     dtype: of the parameters; None keeps each one's own.
     compute_dtype: of the arithmetic; None takes what the folder says, float32 if nothing.
     shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, such as
@@ -40,7 +44,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
 
 
 def read_config(folder) -> ModelConfig:
-  """The model's sizes, from a folder in either layout; no weights are read.
+  """The model's sizes, from a folder in any layout; no weights are read.
 
   Raises:
     CheckpointError: not a checkpoint folder, or a config that contradicts the weights.
@@ -65,6 +69,8 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
     raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(layouts)}")
   check_absent(destination)
   config, params = load_checkpoint(source, dtype=dtype)
+  if _layout(pathlib.Path(source)) is training:
+    source = training.base_folder(source)
   layouts[to].save(destination, params, config, source=source)
 
 
@@ -78,5 +84,6 @@ def _layout(folder):
   found = listing((p.name for p in folder.iterdir()), limit=8) or "nothing"
   raise CheckpointError(
       f"{folder}: not a checkpoint; expected the published layout (llm_config.json, "
-      "vit_config.json, ema.safetensors, ae.safetensors) or Orbax (model_config.json, params/), "
+      "vit_config.json, ema.safetensors, ae.safetensors), Orbax (model_config.json, params/) or "
+      "the checkpoint of a training run (RUN/STAGE/checkpoints/STEP), "
       f"found {found}")

@@ -70,17 +70,21 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   stored = _metadata(path)
   names.check_params(stored, config, str(path))
   wanted = names.flatten(_wanted(stored, shardings, dtype))
-  params = _restore(path, {name: x for name, x in wanted.items() if name.startswith(part)})
-  for name, x in params.items():
-    if not _is_finite(x):
-      raise CheckpointError(f"{path}: NaN or infinite numbers in {name}; the files are damaged, "
-                            f"their training diverged, or {x.dtype} is too small for them")
-  return names.unflatten(params)
+  return names.unflatten(restore(path, {name: x for name, x in wanted.items()
+                                        if name.startswith(part)}))
 
 
-def _restore(path, wanted):
-  """Restores {path: ShapeDtypeStruct} group by group: Orbax holds a group several times over."""
+def restore(path, wanted: dict) -> dict:
+  """Restores some of the arrays that Orbax stored in a folder.
+
+  Args:
+    wanted: {path: ShapeDtypeStruct with a sharding}.
+
+  Raises:
+    CheckpointError: arrays that are missing, damaged or not finite.
+  """
   leaves = {}
+  # Group by group: Orbax holds a group several times over.
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     for group in _groups(wanted):
       item = names.unflatten({name: wanted[name] for name in group})
@@ -91,6 +95,10 @@ def _restore(path, wanted):
       except Exception as e:  # Orbax and TensorStore have no common error
         raise CheckpointError(f"{path}: {listing(group)}: cannot be restored ({_first_line(e)}); "
                               "the files are damaged or incomplete") from e
+  for name, x in leaves.items():
+    if not _is_finite(x):
+      raise CheckpointError(f"{path}: NaN or infinite numbers in {name}; the files are damaged, "
+                            f"their training diverged, or {x.dtype} is too small for them")
   return leaves
 
 
