@@ -247,3 +247,23 @@ def test_a_training_checkpoint_outside_its_run_is_not_taken_for_weights(both, tm
   assert cli.main(["convert", str(tmp_path / "a" / "b" / "2"), str(tmp_path / "weights"), "--to",
                    "published"]) == 2
   assert "is read inside its run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
+    (["--coordinator", "host:1", "--process-id", "0"], "--num-processes missing"),
+    (["--mesh", "data=2,pipe=4"], "no field 'pipe' in mesh"),
+])
+def test_flags_that_cannot_be_are_named(data, tmp_path, capsys, argv, message):
+  assert cli.main([*train_runs.flags(data, tmp_path / "out"), *argv]) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_mesh_flag_sets_every_axis_and_a_field_written_out_wins(data, tmp_path, capsys):
+  flags = train_runs.flags(data, tmp_path / "out", {"data": 2})
+  assert cli.main([*flags, "--mesh", "tensor=3"]) == 2
+  assert "'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 3" in capsys.readouterr().err
+  assert cli.main([*flags, "--mesh", "tensor=3", "--config.mesh.tensor=5"]) == 2
+  assert "'tensor': 5" in capsys.readouterr().err
