@@ -92,7 +92,7 @@ def test_markdown_and_page_show_the_same_figures_as_the_json(built):
   for row in got["rows"]:
     line = next(x for x in text.splitlines() if x.startswith(f"| {row['name']} |"))
     cells = [c.strip().replace("\\*", "*") for c in line.strip("|").split("|")]
-    assert cells[1:] == [report.show(row["values"].get(c)) + "*" * (c in row["partial"])
+    assert cells[1:] == [report.show(row["values"].get(c), c) + "*" * (c in row["partial"])
                          for c in got["columns"]]
     shown = re.search(rf"<th>{re.escape(row['name'])}</th>(.*?)</tr>", page)[1]
     assert re.findall(r">([^<>]+)</td>", shown) == cells[1:]
@@ -160,6 +160,11 @@ def test_a_run_without_a_score_has_dashes_not_numbers(tmp_path, benchmark):
   report.write(report.load([tmp_path]), tmp_path / "report")
   line = (tmp_path / "report/report.md").read_text().split("| this run, round 1 |")[1]
   assert set(line.split("\n")[0].replace("|", "").split()) == {"–"}
+
+
+def test_a_figure_has_the_papers_places():
+  assert [report.show(v, "TIIF short") for v in (0.0, 71.0, None)] == ["0.00", "71.00", "–"]
+  assert [report.show(v, "GenEval") for v in (0.0, 1.0)] == ["0.000", "1.000"]
 
 
 def test_every_published_figure_stands_in_a_column_of_the_table():

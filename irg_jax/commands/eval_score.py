@@ -64,7 +64,8 @@ def add(verbs, new_parser) -> None:
       help="genai_skills.json (default: beside the prompts)")
   add("--measurements", type=pathlib.Path, metavar="FILE",
       help="figures of other models than a judge; see irg_jax/evaluate/measurements.py")
-  add("--scorer", metavar="MODULE:FUNCTION", help="genai_bench: (path, prompt) -> score from 0 to 1")
+  add("--scorer", metavar="MODULE:FUNCTION",
+      help="genai_bench: (path, prompt) -> score from 0 to 1")
   add("--grid", default="2,2", metavar="C,R", help="oneig: columns and rows of its pictures (2,2)")
   _add_geneval(parser.add_argument_group("geneval"))
   judge_flags.add(parser)
@@ -120,9 +121,10 @@ def _geneval(args, run):
       position_threshold=args.position_threshold)
   if bool(args.detections) == bool(args.detector):
     raise ValueError("geneval needs either --detections or --detector")
-  protocol = {"protocol": vars(options) | {"detector": args.detector, "classifier": args.classifier}}
+  sources = {"detector": args.detector, "classifier": args.classifier,
+             "detections": ", ".join(map(str, args.detections)) or None}
+  protocol = {"protocol": vars(options) | sources}
   if args.detections:
-    protocol["protocol"]["detections"] = ", ".join(map(str, args.detections))
     with _progress("scoring", None) as count:
       records = count(score.read_detections(args.detections))
       return score.score_detections(run, records, options, protocol, args.round)
@@ -257,7 +259,7 @@ def _report(result, path):
   for number in run.rounds:
     summary = result["rounds"][str(number)]
     values = report.headline(run.benchmark, summary)
-    figures = ", ".join(f"{name} {report.show(value)}" for name, value in values.items())
+    figures = ", ".join(f"{name} {report.show(value, name)}" for name, value in values.items())
     print(f"round {number}: {figures} ({report.scored(run, summary)} scored, "
           f"{summary['missing']} not there, {summary['unscored']['total']} without a score)")
     for reason, count in summary["unscored"]["by_reason"].items():

@@ -132,7 +132,7 @@ def markdown(report: dict) -> str:
     parts.append("\\* of a part of the prompts: see what is missing below.")
   for name, table in report["categories"].items():
     head = ["", *table["names"]]
-    body = [[category, *(show(values.get(n)) for n in table["names"])]
+    body = [[category, *(show(values.get(n), name) for n in table["names"])]
             for category, values in table["rows"].items()]
     parts += [f"## {TITLES[name]}", _markdown_table(head, body)]
   parts += ["## What was scored", _markdown_table(list(COVERAGE.values()),
@@ -149,15 +149,15 @@ def markdown(report: dict) -> str:
 def table_text(report: dict) -> str:
   """The main table alone, as Markdown."""
   return _markdown_table(["", *report["columns"]], [
-      [row["name"], *(show(row["values"].get(c)) + "\\*" * (c in row["partial"])
+      [row["name"], *(show(row["values"].get(c), c) + "\\*" * (c in row["partial"])
                       for c in report["columns"])] for row in report["rows"]])
 
 
-def show(value: float | None) -> str:
-  """A figure: two places of those up to 100, three of those up to 1; a dash for none."""
+def show(value: float | None, column: str = "") -> str:
+  """A figure as the paper has it: TIIF's, times 100, with two places, others with three."""
   if value is None:
     return "–"
-  return f"{value:.2f}" if abs(value) > 1 else f"{value:.3f}"
+  return f"{value:.2f}" if column.lower().startswith("tiif") else f"{value:.3f}"
 
 
 COVERAGE = {"benchmark": "benchmark", "round": "round", "scored": "scored", "missing":

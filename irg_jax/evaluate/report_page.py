@@ -33,7 +33,7 @@ def report_html(report: dict, links: dict[str, list[str]]) -> str:
   head = ["", *report["columns"]]
   rows = []
   for row in report["rows"]:
-    cells = [report_lib.show(row["values"].get(c)) + "*" * (c in row["partial"])
+    cells = [report_lib.show(row["values"].get(c), c) + "*" * (c in row["partial"])
              for c in report["columns"]]
     rows.append((row["name"], cells, "published" if row["published"] else ""))
   parts = ["<h1>Results</h1>", _table(head, rows)]
@@ -42,7 +42,7 @@ def report_html(report: dict, links: dict[str, list[str]]) -> str:
   for name, table in report["categories"].items():
     parts += [_part(report_lib.TITLES[name]), _page_links(links.get(name, ())),
               _table(["", *table["names"]], [
-                  (category, [report_lib.show(values.get(n)) for n in table["names"]], "")
+                  (category, [report_lib.show(values.get(n), name) for n in table["names"]], "")
                   for category, values in table["rows"].items()])]
   parts += [_part("What was scored"), _coverage(report), _part("Settings"), _settings(report),
             _part("Notes"), *_paragraphs(report["notes"]),
@@ -79,8 +79,10 @@ def _article(run, folder, lines):
            f'<p dir="auto">{escape(first["prompt"])}</p>']
   for picture in sorted({entry["picture"] for entry in lines}):
     found = {entry["round"]: entry for entry in lines if entry["picture"] == picture}
-    seed = layout.seed(run.benchmark, first["id"], picture)
-    parts.append(f'<p class="aside">picture {picture + 1} · seed {seed}</p><div class="pair">'
+    # A file may hold several pictures: OneIG's grids.
+    seeds = [layout.seed(run.benchmark, first["id"], picture + i) for i in range(first["in_file"])]
+    parts.append(f'<p class="aside">picture {picture + 1} · seed {", ".join(map(str, seeds))}</p>'
+                 '<div class="pair">'
                  + "".join(_round(run, folder, n, found.get(n)) for n in run.rounds) + "</div>")
   return f"<article>{''.join(parts)}</article>"
 

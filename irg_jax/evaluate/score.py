@@ -35,6 +35,7 @@ class Run:
     rounds: numbers of the rounds that are there, from 1.
     record: what run.json says, or {} where there is none.
     absent: prompts of the file without any picture; they are counted, not asked about.
+    whole: the file has as many prompts as published.
   """
 
   out: pathlib.Path
@@ -43,6 +44,7 @@ class Run:
   rounds: tuple[int, ...]
   record: dict
   absent: int = 0
+  whole: bool = True
 
 
 def open_run(benchmark: str, out, prompts_path=None) -> Run:
@@ -66,7 +68,16 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
   every = prompts.read(benchmark, prompts_path)
   _check_same_prompts(record, every, out)
   items = [item for item in every if benchmark == "geneval" or _drawn(out, item, rounds)]
-  return Run(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items))
+  return Run(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items),
+             _is_whole(every))
+
+
+def _is_whole(items):
+  try:
+    prompts.check_counts(items)
+  except ValueError:
+    return False
+  return True
 
 
 def _drawn(out, item, rounds):
@@ -105,7 +116,8 @@ def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
       done[number].add(item.id)
       result = rounds[number].add(item, answers)
       path = layout.picture_path(run.benchmark, item, 0, number)
-      write({"id": item.id, "round": number, "picture": 0, "prompt": item.prompt,
+      write({"id": item.id, "round": number, "picture": 0, "in_file": item.pictures,
+             "prompt": item.prompt,
              "tasks": list(prompts.tasks(item)), "file": str(path), **result})
   return _finish(run, {n: scorer.value() for n, scorer in rounds.items()},
                  {n: run.absent + len(run.items) - len(ids) for n, ids in done.items()}, extra)
@@ -176,7 +188,7 @@ def _add_picture(rounds, by_id, record, where, options, default_round, write):
     return target.unscored.add(name, "came twice")
   result = _verdict(target, item, record, name, options)
   path = layout.picture_path("geneval", item, picture, number)
-  write({"id": item.id, "round": number, "picture": picture, "prompt": item.prompt,
+  write({"id": item.id, "round": number, "picture": picture, "in_file": 1, "prompt": item.prompt,
          "tasks": [item.extra["tag"]], "file": str(path), **result})
 
 
@@ -210,7 +222,7 @@ def _finish(run, summaries, missing, extra):
   for number, summary in summaries.items():
     unscored = summary["unscored"]["total"]
     rounds[str(number)] = summary | {
-        "missing": missing[number], "complete": not (missing[number] or unscored)}
+        "missing": missing[number], "complete": run.whole and not (missing[number] or unscored)}
   result = {
       "benchmark": run.benchmark,
       "prompts": len(run.items) + run.absent,

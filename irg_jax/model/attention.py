@@ -134,6 +134,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
                      source.tokens)
   if T <= query_chunk:
     return _attend_block(q_RTNH, query, sources, key_chunk)
+  query_chunk = -(-T // -(-T // query_chunk))  # blocks of equal size, so that little is padded
   block = lambda args: _attend_block(*args, sources, key_chunk)
   pad = lambda x: _blocks(_pad_to_multiple(x, query_chunk, 1), query_chunk, 1)
   out = lax.map(block, jax.tree.map(pad, (q_RTNH, query)))

@@ -8,6 +8,7 @@ fork that predicts something else adds a line here (and a row for its parameters
 import flax.linen as nn
 
 from irg_jax.config import ModelConfig
+from irg_jax.model.layers import dense
 
 
 class Heads(nn.Module):
@@ -21,7 +22,5 @@ class Heads(nn.Module):
 
   def setup(self):
     c = self.config
-    dense = lambda features, bias: nn.Dense(
-        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype)
-    self.text = dense(c.llm.vocab_size, bias=False)
-    self.velocity = dense(c.latent_dim, bias=True)
+    self.text = dense(c, c.llm.vocab_size, bias=False)
+    self.velocity = dense(c, c.latent_dim)

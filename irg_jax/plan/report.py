@@ -52,7 +52,8 @@ def does_not_fit(e: Estimate, slice_: Slice, free: float, headroom: float) -> st
   hint = _HINTS[kind].format(stage=name.split()[-1])
   missing = (headroom - free) * slice_.chip.hbm_gib
   kept = f" with {headroom:.0%} to spare" if headroom else ""
-  return (f"DOES NOT FIT: {name} needs {gib:.2f} GiB of the {slice_.chip.hbm_gib:g} GiB of a "
+  least = "" if e.cost else "at least "  # the compiler stops at what it minds first
+  return (f"DOES NOT FIT: {name} needs {least}{gib:.2f} GiB of the {slice_.chip.hbm_gib:g} GiB of a "
           f"{slice_.chip.name} chip, {missing:.2f} GiB too many{kept}.\nTry: {hint}")
 
 
