@@ -153,7 +153,8 @@ def test_more_pictures_need_no_more_memory(tmp_path):
   run = score.Run(tmp_path, "geneval", items, (1,), {})
   records = lambda n: (detected(item, 1, p) for item in items for p in range(n))
   peak(run, records(1))  # imports and caches
-  few, many = peak(run, records(10))[0], peak(run, records(200))[0]
+  # The least of some tries: another thread of the process may allocate meanwhile.
+  few, many = (min(peak(run, records(n))[0] for _ in range(3)) for n in (10, 200))
   assert many < few + 20_000, (few, many)
 
 

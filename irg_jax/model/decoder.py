@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues, Tokens, attend
-from irg_jax.model.layers import RMSNorm, apply_rope, dense, rope_table, scan_layers
+from irg_jax.model.layers import RMSNorm, apply_rope, rope_table, scan_layers
 from irg_jax.sharding import constrain
 
 
@@ -26,14 +26,15 @@ class Expert(nn.Module):
 
   def setup(self):
     c, llm = self.config, self.config.llm
-    linear = lambda features, bias=False: dense(c, features, bias)
+    dense = lambda features, bias=False: nn.Dense(
+        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype)
     norm = lambda: RMSNorm(llm.norm_eps, c.param_dtype)
     self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm = norm(), norm(), norm(), norm()
-    self.q = linear(llm.num_heads * llm.head_dim, bias=True)
-    self.k = linear(llm.num_kv_heads * llm.head_dim, bias=True)
-    self.v = linear(llm.num_kv_heads * llm.head_dim, bias=True)
-    self.o, self.down = linear(llm.hidden_size), linear(llm.hidden_size)
-    self.gate, self.up = linear(llm.mlp_size), linear(llm.mlp_size)
+    self.q = dense(llm.num_heads * llm.head_dim, bias=True)
+    self.k = dense(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.v = dense(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.o = dense(llm.hidden_size)
+    self.gate, self.up, self.down = dense(llm.mlp_size), dense(llm.mlp_size), dense(llm.hidden_size)
 
   def queries_keys_values(self, x_RTD, cos, sin):
     """[R, T, D] -> q [R, T, N, H], k and v [R, T, K, H]; q and k normalised and rotated."""

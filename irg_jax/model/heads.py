@@ -8,7 +8,6 @@ fork that predicts something else adds a line here (and a row for its parameters
 import flax.linen as nn
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.layers import dense
 
 
 class Heads(nn.Module):
@@ -22,5 +21,7 @@ class Heads(nn.Module):
 
   def setup(self):
     c = self.config
-    self.text = dense(c, c.llm.vocab_size, bias=False)
-    self.velocity = dense(c, c.latent_dim)
+    dense = lambda features, bias: nn.Dense(
+        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype)
+    self.text = dense(c.llm.vocab_size, bias=False)
+    self.velocity = dense(c.latent_dim, bias=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from irg_jax.config import ModelConfig
 from irg_jax.model.decoder import Decoder
 from irg_jax.model.heads import Heads
-from irg_jax.model.layers import dense, sincos_2d, timestep_features
+from irg_jax.model.layers import sincos_2d, timestep_features
 from irg_jax.model.vit import Vit
 from irg_jax.sharding import constrain, lookup, pick
 
@@ -21,8 +21,9 @@ class TwoLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    linear = lambda name: dense(self.config, self.features, name=name)
-    return linear("fc2")(getattr(nn, self.activation)(linear("fc1")(x)))
+    dense = lambda name: nn.Dense(self.features, dtype=self.config.dtype,
+                                  param_dtype=self.config.param_dtype, name=name)
+    return dense("fc2")(getattr(nn, self.activation)(dense("fc1")(x)))
 
 
 class UnifiedTransformer(nn.Module):
@@ -40,7 +41,7 @@ class UnifiedTransformer(nn.Module):
     c = self.config
     width = c.llm.hidden_size
     self.embed = nn.Embed(c.llm.vocab_size, width, dtype=c.dtype, param_dtype=c.param_dtype)
-    self.latent_embed = dense(c, width)
+    self.latent_embed = nn.Dense(width, dtype=c.dtype, param_dtype=c.param_dtype)
     self.time_embed = TwoLayer(width, "silu", c)
     self.vit = Vit(c, self.attention)
     self.connector = TwoLayer(width, "gelu", c)

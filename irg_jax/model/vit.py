@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import FULL, KeyValues, Tokens, attend
-from irg_jax.model.layers import dense, scan_layers
+from irg_jax.model.layers import scan_layers
 from irg_jax.sharding import constrain, lookup
 
 
@@ -16,19 +16,20 @@ class VitLayer(nn.Module):
   @nn.compact
   def __call__(self, x_RPD, tokens: Tokens):
     c, vit = self.config, self.config.vit
-    linear = lambda features, name: dense(c, features, name=name)
+    dense = lambda features, name: nn.Dense(
+        features, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
     norm = lambda name: layer_norm(c, name)
     heads = lambda x: x.reshape(*x.shape[:-1], vit.num_heads, -1)
 
     h = norm("norm1")(x_RPD)
-    q, k, v = (constrain(heads(linear(vit.hidden_size, n)(h)), "batch", "length", "heads", None)
+    q, k, v = (constrain(heads(dense(vit.hidden_size, n)(h)), "batch", "length", "heads", None)
                for n in "qkv")
     attended = attend(q, tokens, [KeyValues(k, v, tokens)], implementation=self.attention)
-    x_RPD = x_RPD + linear(vit.hidden_size, "o")(attended.reshape(x_RPD.shape))
+    x_RPD = x_RPD + dense(vit.hidden_size, "o")(attended.reshape(x_RPD.shape))
 
-    h = nn.gelu(linear(vit.mlp_size, "fc1")(norm("norm2")(x_RPD)), approximate=True)
+    h = nn.gelu(dense(vit.mlp_size, "fc1")(norm("norm2")(x_RPD)), approximate=True)
     h = constrain(h, "batch", "length", "mlp")
-    return constrain(x_RPD + linear(vit.hidden_size, "fc2")(h), "batch", "length", "embed"), None
+    return constrain(x_RPD + dense(vit.hidden_size, "fc2")(h), "batch", "length", "embed"), None
 
 
 class Vit(nn.Module):
@@ -52,7 +53,8 @@ class Vit(nn.Module):
       [R, P, width] in the compute dtype.
     """
     c = self.config
-    x = dense(c, c.vit.hidden_size, name="patch_embed")(patches_RPC)
+    x = nn.Dense(c.vit.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype,
+                 name="patch_embed")(patches_RPC)
     place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
                      name="position_embed")
     x += lookup(place.embedding, position_RP).astype(c.dtype)
