@@ -47,7 +47,8 @@ def test_a_loop_of_unknown_length_counts_as_told_and_is_reported():
 
 
 @pytest.mark.parametrize("stride, padding, dilation, spread", [
-    (1, "SAME", 1, 1), (2, ((0, 1), (0, 1)), 1, 1), (1, "VALID", 2, 1), (1, ((2, 2), (2, 2)), 1, 2)])
+    (1, "SAME", 1, 1), (2, ((0, 1), (0, 1)), 1, 1), (1, "VALID", 2, 1),
+    (1, ((2, 2), (2, 2)), 1, 2)])
 def test_a_convolution_counts_the_products_it_makes(stride, padding, dilation, spread):
   x, w = np.ones((2, 9, 9, 3), np.float32), np.ones((3, 3, 3, 5), np.float32)
   program = compiled(lambda x, w: jax.lax.conv_general_dilated(
@@ -125,7 +126,8 @@ replica_groups=[1,4]<=[4], dimensions={1}, use_global_device_ids=true
   ROOT %more.2 = pred[]{:T(512)} compare(%i.2, %three), direction=LT
 }
 
-%body (state: (s32[], f32[10,1024], f32[1,256], s32[])) -> (s32[], f32[10,1024], f32[1,256], s32[]) {
+%body (state: (s32[], f32[10,1024], f32[1,256], s32[])) -> (s32[], f32[10,1024], f32[1,256], \
+s32[]) {
   %state = (s32[]{:T(128)}, f32[10,1024]{1,0}, f32[1,256]{1,0}, s32[]{:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   %stack.1 = f32[10,1024]{1,0:T(8,128)} get-tuple-element(%state), index=1

@@ -55,7 +55,8 @@ def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
   params = abstract_params(settings.model, jnp.float32)["transformer"]
   state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
   batch = _batch(settings, s.sizes)
-  step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings, mesh, state, batch)
+  model = UnifiedTransformer(settings.model)
+  step = make_train_step(model, optimizer, settings, mesh, state, batch)
   key = jax.eval_shape(lambda: jax.random.key(0))
   count = rows * settings.data.accumulate
   return Program(

@@ -9,8 +9,8 @@ _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
               "smaller buffers (--config.{stage}.sizes)"),
-    "generate": ("give it more chips; fewer prompts (--batch); a smaller cache (--cache) or picture "
-                 "(--size); more of the mesh to `tensor` (--mesh fsdp=4,tensor=2)"),
+    "generate": ("give it more chips; fewer prompts (--batch); a smaller cache (--cache) or "
+                 "picture (--size); more of the mesh to `tensor` (--mesh fsdp=4,tensor=2)"),
 }
 
 
@@ -40,7 +40,7 @@ def table(head, rows) -> list[str]:
   """A Markdown table whose columns line up."""
   widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
   line = lambda cells: "| " + " | ".join(
-      c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
+      [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) + " |"
   rule = ["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]]
   return [line(head), line(rule), *map(line, rows)]
 
@@ -53,8 +53,8 @@ def does_not_fit(e: Estimate, slice_: Slice, free: float, headroom: float) -> st
   missing = (headroom - free) * slice_.chip.hbm_gib
   kept = f" with {headroom:.0%} to spare" if headroom else ""
   least = "" if e.cost else "at least "  # the compiler stops at what it minds first
-  return (f"DOES NOT FIT: {name} needs {least}{gib:.2f} GiB of the {slice_.chip.hbm_gib:g} GiB of a "
-          f"{slice_.chip.name} chip, {missing:.2f} GiB too many{kept}.\nTry: {hint}")
+  return (f"DOES NOT FIT: {name} needs {least}{gib:.2f} GiB of the {slice_.chip.hbm_gib:g} GiB of "
+          f"a {slice_.chip.name} chip, {missing:.2f} GiB too many{kept}.\nTry: {hint}")
 
 
 def _title(slice_):
