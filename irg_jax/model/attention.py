@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from irg_jax.model.blockwise import blockwise
+from irg_jax.model.blockwise import (
+    MASKED, MAX_INIT, absorb, blockwise, cut, equal_size, join, pad_to_multiple, product)
 from irg_jax.sharding import platform
 
 # Kinds of split.
@@ -23,8 +24,6 @@ CAUSAL, FULL, NOISE = 0, 1, 2
 PADDING = -1  # the `sample` of a token that is not there
 
 _DENSE_SCORES = 512 * 1024  # scores a head up to which the dense form is taken
-_MASKED = -1e30
-_MAX_INIT = -1e29  # above _MASKED: exp(_MASKED - max) is exactly 0, also where nothing is seen
 
 
 @jax.tree_util.register_dataclass
@@ -134,11 +133,8 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
                      source.tokens)
   if T <= query_chunk:
     return _attend_block(q_RTNH, query, sources, key_chunk)
-  query_chunk = -(-T // -(-T // query_chunk))  # blocks of equal size, so that little is padded
   block = lambda args: _attend_block(*args, sources, key_chunk)
-  pad = lambda x: _blocks(_pad_to_multiple(x, query_chunk, 1), query_chunk, 1)
-  out = lax.map(block, jax.tree.map(pad, (q_RTNH, query)))
-  return jnp.moveaxis(out, 0, 1).reshape(q_RTNH.shape[0], -1, *q_RTNH.shape[2:])[:, :T]
+  return join(lax.map(block, cut((q_RTNH, query), query_chunk)), T)
 
 
 def default_key_chunk(queries: int) -> int:
@@ -174,23 +170,23 @@ def _attend_source(q_RTNH, query, source, key_chunk):
   if key_chunk is None or S <= key_chunk:
     state = _reduce_block(_empty_state(q), queries, source.k, source.v, tokens)
   else:
-    key_chunk = -(-S // -(-S // key_chunk))  # blocks of equal size, so that little is padded
-    k, v = (_pad_to_multiple(x, key_chunk, axis=1) for x in (source.k, source.v))
-    tokens = jax.tree.map(lambda x: _pad_to_multiple(x, key_chunk, axis=2), tokens)
     reduce = _reduce_visible_blocks if source.sparse else _reduce_all_blocks
-    state = reduce(queries, k, v, tokens, key_chunk)
+    state = reduce(queries, source.k, source.v, tokens, key_chunk)
   to_rows = lambda x: jnp.moveaxis(x, 1, 3).reshape(R, T, N, *x.shape[5:])
   return jax.tree.map(to_rows, state)
 
 
-def _reduce_all_blocks(queries, k, v, tokens, size):
-  xs = _blocks(k, size, 1), _blocks(v, size, 1), jax.tree.map(lambda x: _blocks(x, size, 2), tokens)
+def _reduce_all_blocks(queries, k, v, tokens, key_chunk):
   step = lambda state, block: (_reduce_block(state, queries, *block), None)
-  return lax.scan(step, _empty_state(queries[0]), xs)[0]
+  blocks = *cut((k, v), key_chunk), cut(tokens, key_chunk, axis=2)
+  return lax.scan(step, _empty_state(queries[0]), blocks)[0]
 
 
-def _reduce_visible_blocks(queries, k, v, tokens, size):
+def _reduce_visible_blocks(queries, k, v, tokens, key_chunk):
   """View by view, only the blocks of keys in which a row of that view can see something."""
+  size = equal_size(k.shape[1], key_chunk)
+  k, v = (pad_to_multiple(x, size, axis=1) for x in (k, v))
+  tokens = jax.tree.map(lambda x: pad_to_multiple(x, size, axis=2), tokens)
   visible = (tokens.sample != PADDING).reshape(*tokens.sample.shape[:2], -1, size)
   visible = jnp.any(visible, axis=(0, 3))  # view, block
   order = jnp.argsort(~visible, axis=-1, stable=True)
@@ -215,7 +211,7 @@ def _reduce_visible_blocks(queries, k, v, tokens, size):
 
 
 def _empty_state(q):
-  return (jnp.full(q.shape[:-1], _MAX_INIT, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
+  return (jnp.full(q.shape[:-1], MAX_INIT, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
           jnp.zeros(q.shape, jnp.float32))
 
 
@@ -227,26 +223,8 @@ def _reduce_block(state, queries, k, v, tokens):
     queries: (q [B, K, views, T, group, H], Tokens [B, views, T]).
     k, v, tokens: keys and values [B, C, K, H], and Tokens [B, views, C].
   """
-  (highest, total, out), (q, query) = state, queries
+  q, query = queries
   mask = allowed(query, tokens)[:, None, :, :, None]
-  logits = jnp.einsum("bkvtgh,bckh->bkvtgc", q, k, preferred_element_type=jnp.float32)
-  logits = jnp.where(mask, logits * q.shape[-1] ** -0.5, _MASKED)
-  new = jnp.maximum(highest, jnp.max(logits, -1))
-  weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-  values = jnp.einsum("bkvtgc,bckh->bkvtgh", weights.astype(v.dtype), v,
-                      preferred_element_type=jnp.float32)
-  return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
-
-
-def _blocks(x, size, axis):
-  """[..., n * size, ...] -> [n, ..., size, ...], for a loop over blocks of `axis`."""
-  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:]), axis, 0)
-
-
-def _pad_to_multiple(x, size, axis):
-  """Metadata gets PADDING, everything else may be anything, since masked."""
-  missing = -x.shape[axis] % size
-  if not missing:
-    return x
-  widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=PADDING)
+  logits = product("bkvtgh,bckh->bkvtgc", q, k) * q.shape[-1] ** -0.5
+  values = lambda weights: product("bkvtgc,bckh->bkvtgh", weights.astype(v.dtype), v)
+  return absorb(state, jnp.where(mask, logits, MASKED), values)

@@ -14,8 +14,8 @@ from jax import lax
 
 from irg_jax.sharding import partition_spec
 
-_MASKED = -1e30
-_MAX_INIT = -1e29  # above _MASKED: exp(_MASKED - max) is exactly 0, also where nothing is seen
+MASKED = -1e30
+MAX_INIT = -1e29  # above MASKED: exp(MASKED - max) is exactly 0, also where nothing is seen
 
 
 def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BSKH, v_BSKH, query, keys):
@@ -64,29 +64,25 @@ def _forward(mask, query_chunk, key_chunk, q, k, v, query, keys):
   # scan over layers, and kept whole for all blocks and heads.
   q, query, keys = lax.optimization_barrier((q, query, keys))
   grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])  # B T K group H
-  key_blocks = _cut((k, v, keys), key_chunk)
+  key_blocks = cut((k, v, keys), key_chunk)
 
   def block(args):
     q, query = args
 
     def step(state, block):
-      highest, total, out = state
       k, v, keys = block
-      logits = _logits(mask, q, k, query, keys)
-      new = jnp.maximum(highest, jnp.max(logits, -1))
-      weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-      values = _product("bkgtc,bckh->bkgth", weights.astype(v.dtype), v)
-      return (new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values), None
+      values = lambda weights: product("bkgtc,bckh->bkgth", weights.astype(v.dtype), v)
+      return absorb(state, _logits(mask, q, k, query, keys), values), None
 
     # Made of q, so that on a mesh it varies over devices as q does.
     empty = jnp.moveaxis(q, 1, 3).astype(jnp.float32) * 0
-    state = empty[..., 0] + _MAX_INIT, empty[..., 0], empty
+    state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
     (highest, total, out), _ = lax.scan(step, state, key_blocks)
     seen = jnp.where(total > 0, total, 1.0)
     out = jnp.moveaxis(out / seen[..., None], 3, 1).astype(q.dtype)
     return out, jnp.moveaxis(highest + jnp.log(seen), 3, 1)
 
-  out, lse = _join(lax.map(block, _cut((grouped, query), query_chunk)), T)
+  out, lse = join(lax.map(block, cut((grouped, query), query_chunk)), T)
   return out.reshape(q.shape), (q, k, v, query, keys, out.reshape(q.shape), lse)
 
 
@@ -96,7 +92,7 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
   grouped = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
   # Sum over keys of weight times its gradient, without the weights.
   inner = jnp.sum(grouped(d_out).astype(jnp.float32) * grouped(out), -1)
-  key_blocks = _cut((k, v, keys), key_chunk)
+  key_blocks = cut((k, v, keys), key_chunk)
 
   def block(gradients, args):
     q, d_out, query, lse, inner = args
@@ -105,51 +101,76 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
     def step(d_q, block):
       k, v, keys = block
       weights = jnp.exp(_logits(mask, q, k, query, keys) - lse[..., None])
-      d_weights = _product("btkgh,bckh->bkgtc", d_out, v)
+      d_weights = product("btkgh,bckh->bkgtc", d_out, v)
       d_logits = (weights * (d_weights - inner[..., None]) * scale).astype(q.dtype)
-      d_k = _product("bkgtc,btkgh->bckh", d_logits, q)
-      d_v = _product("bkgtc,btkgh->bckh", weights.astype(q.dtype), d_out)
-      return d_q + _product("bkgtc,bckh->btkgh", d_logits, k), (d_k, d_v)
+      d_k = product("bkgtc,btkgh->bckh", d_logits, q)
+      d_v = product("bkgtc,btkgh->bckh", weights.astype(q.dtype), d_out)
+      return d_q + product("bkgtc,bckh->btkgh", d_logits, k), (d_k, d_v)
 
     d_q, new = lax.scan(step, q.astype(jnp.float32) * 0, key_blocks)
     return jax.tree.map(jnp.add, gradients, new), d_q.astype(q.dtype)
 
   zeros = jax.tree.map(lambda x: x.astype(jnp.float32) * 0, key_blocks[:2])
-  blocks = _cut((grouped(q), grouped(d_out), query, lse, inner), query_chunk)
+  blocks = cut((grouped(q), grouped(d_out), query, lse, inner), query_chunk)
   d_kv, d_q = lax.scan(block, zeros, blocks)
-  d_k, d_v = (_join(d, S).astype(x.dtype) for d, x in zip(d_kv, (k, v)))
-  return _join(d_q, T).reshape(q.shape), d_k, d_v, None, None
+  d_k, d_v = (join(d, S).astype(x.dtype) for d, x in zip(d_kv, (k, v)))
+  return join(d_q, T).reshape(q.shape), d_k, d_v, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _logits(mask, q, k, query, keys):
-  logits = _product("btkgh,bckh->bkgtc", q, k) * q.shape[-1] ** -0.5
-  return jnp.where(mask(query, keys)[:, None, None], logits, _MASKED)
+  logits = product("btkgh,bckh->bkgtc", q, k) * q.shape[-1] ** -0.5
+  return jnp.where(mask(query, keys)[:, None, None], logits, MASKED)
 
 
-def _product(equation, a, b):
+def absorb(state, logits, values):
+  """One step of the online softmax: takes the scores of further keys into the state.
+
+  Args:
+    state: (highest logit, sum of exponentials, weighted sum of values): float32 [...], [...],
+      [..., H]; before the first step MAX_INIT, 0 and 0.
+    logits: float32 [..., keys], MASKED where the query must not look.
+    values: function of float32 weights [..., keys] -> their weighted sum of values [..., H].
+  """
+  highest, total, out = state
+  new = jnp.maximum(highest, jnp.max(logits, -1))
+  weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
+  return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values(weights)
+
+
+def product(equation, a, b):
+  """An einsum whose sums are float32."""
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _cut(tree, size):
-  """[B, T, ...] -> [n, B, about size, ...]: blocks of equal size, the last one padded.
+def equal_size(length: int, most: int) -> int:
+  """The size of blocks of at most `most` that pads a length least."""
+  return -(-length // -(-length // most))
+
+
+def pad_to_multiple(x, size: int, axis: int):
+  """Pads an axis at its end to a multiple of `size`.
 
   Integers, which is what the mask looks at, are padded with -1, which sees nothing and is
   seen by nothing.
   """
-  def cut(x):
-    count = -(-x.shape[1] // size)
-    block = -(-x.shape[1] // count)
-    widths = [(0, count * block - x.shape[1] if i == 1 else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
-    return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
-
-  return jax.tree.map(cut, tree)
+  widths = [(0, -x.shape[axis] % size if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
 
 
-def _join(tree, length):
-  """The inverse of `_cut`."""
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
-  return jax.tree.map(join, tree)
+def cut(tree, most: int, axis: int = 1):
+  """[..., T, ...] with T at `axis` -> [n, ..., size, ...]: equal blocks, the last one padded."""
+  def one(x):
+    size = equal_size(x.shape[axis], most)
+    x = pad_to_multiple(x, size, axis)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:]), axis, 0)
+
+  return jax.tree.map(one, tree)
+
+
+def join(tree, length: int):
+  """The inverse of `cut` along axis 1."""
+  one = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+  return jax.tree.map(one, tree)
