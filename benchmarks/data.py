@@ -32,12 +32,14 @@ from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
 from irg_jax.data.records import MODES, PicturePart, Record, TextPart
 from irg_jax.data.streams import exceeded_limit
+from irg_jax.plan.topology import CHIPS
 from irg_jax.train import flops, settings as settings_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIDE = 1024  # pixels
 SYSTEM, PROMPT, THOUGHT = 90, (20, 200), (100, 1500)  # tokens, from and to
-PEAK, UTILISATION = 459e12, 0.5  # of a v5p chip in bfloat16; assumed, and on the high side
+PEAK = CHIPS["v5p"].tflops * 1e12  # bfloat16
+UTILISATION = 0.5  # assumed, and on the high side
 HOST_CORES, HOST_CHIPS = 208, 4  # of a v5p host
 
 # What a mode's sample consists of, after the system prompt and the prompt (spec section 5).

@@ -19,12 +19,12 @@ import pathlib
 import re
 import shutil
 import tempfile
-import uuid
 
 import numpy as np
 from PIL import Image
 
 from irg_jax import trace_page
+from irg_jax.files import partial_name, whole_file
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 _PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # left behind by a run that was killed
@@ -82,7 +82,7 @@ def write_trace(folder, trace: dict) -> dict:
   """
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
-  aside = (folder if folder.is_dir() else folder.parent) / _partial_name()
+  aside = (folder if folder.is_dir() else folder.parent) / partial_name()
   aside.mkdir(parents=True)
   try:
     _write_files(aside, trace)
@@ -101,12 +101,8 @@ def write_index(folder, entries: list[dict]) -> None:
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  aside = folder / _partial_name()
-  try:
+  with whole_file(folder / "index.html") as aside:
     _write_text(aside, trace_page.index_html(entries))
-    os.replace(aside, folder / "index.html")
-  finally:
-    aside.unlink(missing_ok=True)
 
 
 def picture_name(round_number: int) -> str:
@@ -160,10 +156,6 @@ def _move(aside, folder):
   for path in folder.iterdir():
     if _OWN_FILES.fullmatch(path.name) and path.name not in names:
       path.unlink()
-
-
-def _partial_name():
-  return f".{uuid.uuid4().hex[:8]}.partial"
 
 
 def _write_text(path, text):

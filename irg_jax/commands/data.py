@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from irg_jax.commands import flags
+
 _DATA = """\
 Prepares IRGL data: look through it, then store it so that training can read any sample at once.
 
@@ -78,7 +80,7 @@ def _add_check(parser):
       help="the page (default irgl_check.html)")
   add("--tokenizer", type=pathlib.Path, metavar="DIR",
       help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
-  add("--samples", type=_count, default=3, metavar="N", help="samples to show of a mode (3)")
+  add("--samples", type=flags.count, default=3, metavar="N", help="samples to show of a mode (3)")
   _add_reading(parser)
 
 
@@ -89,20 +91,19 @@ def _add_encode(parser):
   add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="has the VAE")
   add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
   add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
-  add("--size", nargs=3, type=_count, default=(512, 1024, 16), metavar=("MIN", "MAX", "STRIDE"),
-      help="as data.vae_transform of the training (default 512 1024 16)")
+  add("--size", nargs=3, type=flags.count, default=(512, 1024, 16),
+      metavar=("MIN", "MAX", "STRIDE"), help="as data.vae_transform of the training (default 512 1024 16)")
   add("--dtype", choices=("float32", "float16"), default="float32",
       help="of the stored moments; float16 halves them, and rounds (default float32)")
   add("--max-rejected", type=_share, default=0.01, metavar="X",
       help="share of a published mode's rows that may be unusable (default 0.01)")
-  add("--process-id", type=int, default=0, metavar="I", help="of this host, from 0 (default 0)")
-  add("--num-processes", type=_count, default=1, metavar="N", help="hosts (default 1)")
+  flags.add_hosts(parser)
 
 
 def _add_reading(parser):
   add = parser.add_argument
   add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
-  add("--workers", type=_count, metavar="N", help="threads that decode (default: one a CPU)")
+  add("--workers", type=flags.count, metavar="N", help="threads that decode (default: one a CPU)")
 
 
 def _build(args, _):
@@ -145,8 +146,7 @@ def _check(args, _):
 def _encode(args, _):
   modes = _modes(args.mode, _folder("PATH", args.path))
   _folder("--checkpoint", args.checkpoint)
-  if not 0 <= args.process_id < args.num_processes:
-    raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
+  flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")
   from irg_jax import images, progress, trace
@@ -193,11 +193,4 @@ def _share(text):
   value = float(text)
   if not 0 <= value <= 1:
     raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1; 1 % is 0.01")
-  return value
-
-
-def _count(text):
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
   return value

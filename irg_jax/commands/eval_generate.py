@@ -74,16 +74,14 @@ def add(verbs, new_parser) -> None:
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
-  add("--process-id", type=int, default=0, metavar="I", help="of this host, from 0 (default 0)")
-  add("--num-processes", type=flags.count, default=1, metavar="N", help="hosts (default 1)")
+  flags.add_hosts(parser)
   flags.add_shorthands(parser.add_argument_group("settings, short"), think_limit=_THINK_LIMIT)
 
 
 def _run(args, overrides):
   if not args.checkpoint.is_dir():
     raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
-  if not 0 <= args.process_id < args.num_processes:
-    raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
+  flags.check_hosts(args)
   from irg_jax.evaluate import prompts
   items = prompts.read(args.benchmark, args.prompts)
   if not args.subset:

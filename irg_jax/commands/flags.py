@@ -36,8 +36,22 @@ def count(text: str) -> int:
     argparse.ArgumentTypeError: something else.
   """
   if not re.fullmatch(r"0*[1-9]\d*", text):
-    raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
   return int(text)
+
+
+def add_hosts(parser) -> None:
+  """--process-id and --num-processes, of hosts that share work through a common folder."""
+  parser.add_argument("--process-id", type=int, default=0, metavar="I",
+                      help="of this host, from 0 (default 0)")
+  parser.add_argument("--num-processes", type=count, default=1, metavar="N",
+                      help="hosts (default 1)")
+
+
+def check_hosts(args) -> None:
+  """Raises ValueError where there is no such host."""
+  if not 0 <= args.process_id < args.num_processes:
+    raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
 
 
 def add_shorthands(group, think_limit: int = 1000) -> None:

@@ -45,10 +45,12 @@ def add(verbs, new_parser) -> None:
   add("--stage", choices=("stage1", "stage2"), default="stage2", help="of training (stage2)")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis (default: the configuration's; for generation all on fsdp)")
-  add("--batch", type=_count, metavar="N",
+  add("--batch", type=flags.count, metavar="N",
       help="prompts side by side in generation (default: one a chip)")
-  add("--cache", type=_count, default=16384, metavar="N", help="slots of a row's cache (16384)")
-  add("--size", type=_count, default=1024, metavar="S", help="pixels of generated pictures (1024)")
+  add("--cache", type=flags.count, default=16384, metavar="N",
+      help="slots of a row's cache (16384)")
+  add("--size", type=flags.count, default=1024, metavar="S",
+      help="pixels of generated pictures (1024)")
   add("--headroom", type=_share, default=0.1, metavar="X",
       help="share of a chip's memory that must stay free (0.1)")
 
@@ -116,12 +118,6 @@ def _programs(text: str) -> tuple[str, ...]:
     if name not in known:
       raise argparse.ArgumentTypeError(f"{name!r} is no program; known: {', '.join(known)}")
   return names
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-  return int(text)
 
 
 def _share(text: str) -> float:

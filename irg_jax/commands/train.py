@@ -47,20 +47,16 @@ def add(verbs, new_parser) -> None:
 
 
 def _add_hosts(group):
+  # argparse parses a default that is a string, and names the flag if it is no number.
   add = group.add_argument
   add("--distributed", action="store_true",
       help="find the other processes through TPU, SLURM or MPI")
   add("--coordinator", metavar="HOST:PORT", default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
       help="of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
-  add("--num-processes", type=int, metavar="N", default=_environment("JAX_NUM_PROCESSES"),
+  add("--num-processes", type=int, metavar="N", default=os.environ.get("JAX_NUM_PROCESSES"),
       help="default: $JAX_NUM_PROCESSES")
-  add("--process-id", type=int, metavar="I", default=_environment("JAX_PROCESS_ID"),
+  add("--process-id", type=int, metavar="I", default=os.environ.get("JAX_PROCESS_ID"),
       help="of this process, from 0 (default: $JAX_PROCESS_ID)")
-
-
-def _environment(name):
-  # argparse parses a default that is a string, and names the flag if it is no number.
-  return os.environ.get(name)
 
 
 def _run(args, overrides):

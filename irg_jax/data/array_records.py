@@ -9,13 +9,13 @@ import functools
 import io
 import os
 import pathlib
-import uuid
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from irg_jax.data.records import PicturePart, Record, TextPart
+from irg_jax.files import whole_file
 
 NAME = "irgl"
 VERSION = "1.0.0"
@@ -86,14 +86,10 @@ def write_shard(path, records) -> tuple[int, int]:
     OSError: the file cannot be written, for example because the disk is full.
   """
   path = pathlib.Path(path)
-  aside = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
-  try:
+  with whole_file(path) as aside:
     count, size = _write(aside, records)
     if not count:
       raise ValueError(f"{path}: no record to write")
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
   return count, size
 
 

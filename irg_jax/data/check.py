@@ -3,9 +3,6 @@
 import collections
 import dataclasses
 import io
-import os
-import pathlib
-import uuid
 
 import numpy as np
 from PIL import Image
@@ -13,6 +10,7 @@ from PIL import Image
 from irg_jax import images
 from irg_jax.data import array_records, check_page, published, sources
 from irg_jax.data.records import MODES, Record, TextPart
+from irg_jax.files import whole_file
 
 # What a sample's length is made of, as the model counts it (spec sections 2 and 3).
 KINDS = ("text", "latent", "ViT", "total")
@@ -82,13 +80,8 @@ def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
     reports: from `check`.
     unit: what a text was counted in, "tokens" or "bytes".
   """
-  out = pathlib.Path(out)
-  aside = out.with_name(f".{uuid.uuid4().hex[:8]}.partial")
-  try:
+  with whole_file(out) as aside:
     aside.write_text(check_page.check_html(str(path), reports, unit), encoding="utf-8")
-    os.replace(aside, out)
-  finally:
-    aside.unlink(missing_ok=True)
 
 
 def _check_mode(path, mode, *, count_text, samples, workers, progress):

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from irg_jax import images
 from irg_jax.data import array_records, irgl
 from irg_jax.data.latents import Encoder
 from irg_jax.data.records import PicturePart
+from irg_jax.files import partial_name, whole_file
 
 _ASIDE, _PLAN = ".encoding", "encoding.json"
 _WINDOW = 64  # records whose pictures are grouped together
@@ -82,9 +82,8 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
 def _write_plan(path, plan):
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
-    aside = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
-    aside.write_text(plan)
-    os.replace(aside, path)
+    with whole_file(path) as aside:
+      aside.write_text(plan)
 
 
 def _check_same(path, plan):
@@ -125,7 +124,7 @@ def _finish(out, mode, paths, lengths, metadata):
   """Makes a dataset of the files if all are there. Any number of processes may try at once."""
   home, folder = array_records.mode_folder(out, mode), paths[0].parent
   aside = out / _ASIDE
-  scratch = aside / f".{uuid.uuid4().hex[:8]}.partial"
+  scratch = aside / partial_name()
   try:
     if not all(path.exists() for path in paths):
       return "there" if home.exists() else "waiting"

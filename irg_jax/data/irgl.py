@@ -13,12 +13,12 @@ import io
 import os
 import pathlib
 import shutil
-import uuid
 
 import tensorflow_datasets as tfds
 
 from irg_jax.data import array_records, published
 from irg_jax.data.records import MODES
+from irg_jax.files import partial_name
 
 SHARD_BYTES = 512 * 2**20
 
@@ -132,7 +132,7 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
 def _aside(out):
   """A folder in `out` that is gone at the end, and `out` too if it is new and still empty."""
   made = [p for p in (out, *out.parents) if not p.exists()]
-  aside = out / f".{uuid.uuid4().hex[:8]}.partial"
+  aside = out / partial_name()
   aside.mkdir(parents=True)
   try:
     yield aside

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 from irg_jax.evaluate import oneig
@@ -11,6 +10,7 @@ from irg_jax.evaluate import published
 from irg_jax.evaluate import score
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
+from irg_jax.files import whole_file
 
 TITLES = {"geneval": "GenEval", "wise": "WISE", "tiif": "TIIF-Bench", "genai_bench": "GenAI-Bench",
           "oneig": "OneIG-Bench, English"}
@@ -250,9 +250,5 @@ def _cell(value):
 
 def write_text(path, text: str) -> None:
   """Writes a file whole."""
-  aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  try:
+  with whole_file(path) as aside:
     aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)

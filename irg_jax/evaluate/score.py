@@ -10,7 +10,6 @@ Both are written aside and appear whole. A score that cannot be had is a reason,
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 
@@ -18,6 +17,7 @@ from irg_jax.evaluate import geneval
 from irg_jax.evaluate import layout
 from irg_jax.evaluate import prompts
 from irg_jax.evaluate import tally
+from irg_jax.files import whole_file
 
 SCORES, ITEMS = "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
@@ -245,11 +245,5 @@ def _writing(path):
 
 @contextlib.contextmanager
 def _aside(path):
-  path = pathlib.Path(path)
-  aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  try:
-    with open(aside, "w", encoding="utf-8", errors="replace") as file:
-      yield file
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
+  with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
+    yield file

@@ -6,14 +6,17 @@ needed, and so is not counted. A backward pass needs twice what its forward pass
 
 from irg_jax.config import ModelConfig
 from irg_jax.data.batch import BufferSizes
+from irg_jax.plan.topology import CHIPS
 from irg_jax.weights.names import TIMESTEP_FEATURES
 
 FORWARD_AND_BACKWARD = 3
 
 # Peak of bfloat16 matrix products without sparsity, in TFLOP/s, by what the device's name
-# contains; the makers' data sheets.
-_PEAKS = (("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459),
-          ("TPU v6", 918), ("A100", 312), ("H100 PCIe", 756), ("H100", 989), ("H200", 989))
+# contains (the first match counts); GPUs by the maker's data sheets.
+_PEAKS = (("TPU v4", CHIPS["v4"].tflops), ("TPU v5 lite", CHIPS["v5e"].tflops),
+          ("TPU v5e", CHIPS["v5e"].tflops), ("TPU v5", CHIPS["v5p"].tflops),
+          ("TPU v6", CHIPS["v6e"].tflops), ("A100", 312), ("H100 PCIe", 756), ("H100", 989),
+          ("H200", 989))
 
 
 def peak_tflops(device_kind: str) -> float:

@@ -8,11 +8,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 
 from irg_jax import trace
+from irg_jax.files import whole_file
 from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.weights.training import RUN_FILE as FILE
 
@@ -62,9 +62,8 @@ def start(out, settings: TrainSettings, records: dict) -> None:
       shutil.rmtree(partial, ignore_errors=True)
   base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
   text = json.dumps({"settings": as_json(settings), "records": records, "base": base}, indent=2)
-  aside = out / f".{FILE}.partial"
-  aside.write_text(text + "\n", encoding="utf-8")
-  os.replace(aside, out / FILE)
+  with whole_file(out / FILE) as aside:
+    aside.write_text(text + "\n", encoding="utf-8")
 
 
 def check_records(before: dict | None, records: dict, path) -> None:

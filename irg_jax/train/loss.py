@@ -9,7 +9,7 @@ from irg_jax.data.records import MODES
 from irg_jax.sharding import constrain, pick
 
 TEXT_CHUNK = 2048  # predicted positions of a row whose logits exist at a time
-_LEAST = 1e-30  # no division by zero; below any sum of weights
+LEAST = 1e-30  # no division by zero; below any sum of weights
 
 
 def token_losses(model, params, batch, timestep, noise, text_chunk: int = TEXT_CHUNK):
@@ -93,8 +93,8 @@ def mean_losses(sums) -> dict:
   means = {}
   for name in ("ce", "mse"):
     weight, by_mode = sums[f"weight/{name}"], sums[f"weight/{name}/mode"]
-    means[name] = sums[name] / jnp.maximum(weight, _LEAST)
-    modes = sums[f"{name}/mode"] / jnp.maximum(by_mode, _LEAST)
+    means[name] = sums[name] / jnp.maximum(weight, LEAST)
+    modes = sums[f"{name}/mode"] / jnp.maximum(by_mode, LEAST)
     for i, mode in enumerate(MODES):
       means |= {f"{name}/{mode}": modes[i], f"weight/{name}/{mode}": by_mode[i]}
   return means

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from irg_jax import flow
 from irg_jax.model.attention import PADDING
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
-from irg_jax.train.loss import loss_sums, mean_losses, token_losses
+from irg_jax.train.loss import LEAST, loss_sums, mean_losses, token_losses
 from irg_jax.train.optimizer import Optimizer, map_frozen, update
 from irg_jax.train.settings import Switches, TrainSettings
 from irg_jax.train.state import state_shardings
@@ -71,7 +71,7 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
   key = jax.random.fold_in(key, state.step)
   params = cast_kernels(state.params, model.config.dtype)
   # Means over all batches of the update, so the divisors come before the first loss.
-  divisors = {name: jnp.maximum(jnp.sum(weight), 1e-30) for name, weight in
+  divisors = {name: jnp.maximum(jnp.sum(weight), LEAST) for name, weight in
               (("ce", batch.text_weight), ("mse", batch.latent_weight))}
 
   def objective(params, part, key):
