@@ -92,7 +92,8 @@ def _add_encode(parser):
   add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
   add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
   add("--size", nargs=3, type=flags.count, default=(512, 1024, 16),
-      metavar=("MIN", "MAX", "STRIDE"), help="as data.vae_transform of the training (default 512 1024 16)")
+      metavar=("MIN", "MAX", "STRIDE"),
+      help="as data.vae_transform of the training (default 512 1024 16)")
   add("--dtype", choices=("float32", "float16"), default="float32",
       help="of the stored moments; float16 halves them, and rounds (default float32)")
   add("--max-rejected", type=_share, default=0.01, metavar="X",
