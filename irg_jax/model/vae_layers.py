@@ -77,11 +77,7 @@ class PointConv(nn.Module):
 
 
 class UpsampleConv(nn.Module):
-  """Nearest-neighbour doubling followed by a 3x3 convolution, without the repeated work.
-
-  An output pixel of either parity sees only 2x2 input pixels, so a 2x2 convolution with four
-  times the features and summed taps does the same in 4/9 of the operations.
-  """
+  """Nearest-neighbour doubling followed by a 3x3 convolution."""
 
   features: int
   dtype: str
@@ -89,18 +85,42 @@ class UpsampleConv(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    b, h, w, c = x.shape
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, self.features),
-                        self.param_dtype)
+    shape = (3, 3, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    kernel = parity_kernel(kernel.astype(jnp.float32)).astype(self.dtype)
-    y = jax.lax.conv_general_dilated(
-        x.astype(self.dtype), kernel, (1, 1), ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    # Position (r, s) of y saw input rows r - 1, r and columns s - 1, s.
-    y = y.reshape(b, h + 1, w + 1, 2, 2, self.features)
-    rows = [jnp.stack([y[:, i:i + h, j:j + w, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
-    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1) + bias.astype(self.dtype)
+    return upsample_conv(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+
+
+@jax.custom_vjp
+def upsample_conv(x, kernel):
+  """Doubles [B, h, w, C] and convolves with [3, 3, C, F], without the repeated work.
+
+  An output pixel of either parity sees only 2x2 input pixels, so a 2x2 convolution with four
+  times the features and summed taps does the same in 4/9 of the operations.
+
+  Returns:
+    [B, 2h, 2w, F] in x's dtype.
+  """
+  b, h, w, _ = x.shape
+  y = jax.lax.conv_general_dilated(
+      x, parity_kernel(kernel.astype(jnp.float32)).astype(x.dtype), (1, 1), ((1, 1), (1, 1)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  # Position (r, s) of y saw input rows r - 1, r and columns s - 1, s.
+  y = y.reshape(b, h + 1, w + 1, 2, 2, -1)
+  rows = [jnp.stack([y[:, i:i + h, j:j + w, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
+  return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _upsample_conv_plainly(x, kernel):
+  x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+  return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME",
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# The gradient of the plain form is the same and takes a seventh of the time on a CPU.
+upsample_conv.defvjp(
+    lambda x, kernel: (upsample_conv(x, kernel), (x, kernel)),
+    lambda saved, cotangent: jax.vjp(_upsample_conv_plainly, *saved)[1](cotangent))
 
 
 def parity_kernel(kernel):

@@ -8,8 +8,10 @@ import shutil
 
 from irg_jax.weights.errors import CheckpointError
 
+# What belongs to a checkpoint beside its weights and sizes: tokenizer, and how to generate.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                   "added_tokens.json", "special_tokens_map.json", "special_tokens.json")
+                   "added_tokens.json", "special_tokens_map.json", "special_tokens.json",
+                   "generate.json")
 
 
 def check_absent(folder) -> None:

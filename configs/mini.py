@@ -1,0 +1,118 @@
+"""The mini world: the whole method on two cores (docs/mini.md).
+
+  irg mini --out out/mini                                       every step, in order
+  irg train --config configs/mini.py --config.preset=base ...   one of its trainings alone
+
+The presets differ in their data and steps only: "base" makes the stand-in for BAGEL, "irgl"
+trains it in the two stages of the paper, and "quality" only on pictures better than its own
+(the ablation of the paper). All are read by `irg train` like `configs/irgl.py`.
+"""
+
+import pathlib
+
+from ml_collections import config_dict
+
+from irg_jax import config as config_lib
+from irg_jax import config_files
+from irg_jax.data.records import MODES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+MODEL = config_lib.ModelConfig(
+    llm=config_lib.LlmConfig(
+        vocab_size=512, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6, num_kv_heads=3,
+        rope_theta=1e4),
+    vit=config_lib.VitConfig(
+        hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16, grid_size=4),
+    vae=config_lib.VaeConfig(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
+    max_latent_size=4,
+)
+
+
+def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
+  presets = {"world": _world, "base": _base, "irgl": _irgl, "quality": _quality}
+  if preset not in presets:
+    raise ValueError(f"no preset {preset!r}; known: {', '.join(presets)}")
+  config = presets[preset]()
+  config.preset = preset
+  return config
+
+
+def _world():
+  config = config_dict.ConfigDict()
+  config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
+  config.seed = 0
+  config.vae_steps = 900
+  config.vae_batch = 8
+  config.vae_learning_rate = 1.5e-3
+  config.vae_pictures = 6000
+  config.base_rows = 60000
+  config.trajectories = 12000
+  config.sample_batch = 64
+  config.train = ()  # overrides of every training, "field=value"
+  config.test_seen = 168
+  config.test_unseen = 96
+  config.test_pictures = 4
+  # How the default model draws; what is not set is as in configs/generate.py.
+  config.generate = _group(
+      rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=255,
+      temperature=0.3, max_prompt_tokens=64,
+      first=_group(text_scale=1.5, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
+                   renorm_min=0.0),
+      later=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="text_channel",
+                   renorm_min=0.0),
+      vae_transform=_group(max_size=64, min_size=64, stride=16),
+      vit_transform=_group(max_size=64, min_size=64, stride=16))
+  return config
+
+
+def _irgl():
+  config = config_files.load(ROOT / "configs" / "irgl.py")
+  config.unlock()
+  config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
+  config.data.workers = 0
+  config.data.streams = 1
+  config.data.rows = 8
+  config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
+  config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
+  for stage, steps in ((config.stage1, 1000), (config.stage2, 2000)):
+    stage.steps = steps
+    stage.learning_rate = 1e-3
+    stage.warmup_steps = 50
+  config.stage1.sizes = _group(und=768, gen=64, vit=64, text=512, samples=6)
+  config.stage2.sizes = _group(und=768, gen=96, vit=48, text=512, samples=6)
+  config.ema_decay = 0.995
+  config.optimizer.eps = 1e-8
+  config.timestep_shift = 1.0
+  config.checkpoint_every = 500
+  config.keep = 2
+  config.log_every = 20
+  return config
+
+
+def _base():
+  config = _irgl()
+  config.run_stages = "stage1"
+  config.data.dropout.vae = 0.0
+  config.stage1.mixture = _mixture(initial_thinking_understanding_learning=0.28,
+                                   initial_full_learning=0.72)
+  config.stage1.sizes = _group(und=384, gen=80, vit=48, text=384, samples=5)
+  config.stage1.steps = 2000
+  config.stage1.learning_rate = 2e-3
+  config.stage1.warmup_steps = 100
+  return config
+
+
+def _quality():
+  config = _irgl()
+  config.run_stages = "stage2"
+  config.stage2.mixture = _mixture(initial_full_learning=1.0)
+  return config
+
+
+def _mixture(**weights):
+  return _group(**dict.fromkeys(MODES, 0.0) | weights)
+
+
+def _group(**fields):
+  return config_dict.ConfigDict(fields)

@@ -1,0 +1,46 @@
+"""How a checkpoint is meant to be used: `generate.json` beside its weights, if there is one."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+from irg_jax.files import whole_file
+from irg_jax.generate.prompts import SYSTEM_PROMPT
+from irg_jax.generate.settings import Settings
+
+NAME = "generate.json"
+CHECKPOINT = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # used when none is named
+
+
+def write(folder, settings: Settings, system_prompt: str) -> None:
+  """Writes settings and system prompt beside the weights in `folder`."""
+  content = {"system_prompt": system_prompt, "settings": dataclasses.asdict(settings)}
+  with whole_file(pathlib.Path(folder) / NAME) as path:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read(folder) -> tuple[Settings, str]:
+  """Settings and system prompt of a checkpoint; the project's own where it says nothing.
+
+  Raises:
+    ValueError: the file is broken; names it.
+  """
+  path = pathlib.Path(folder) / NAME
+  if not path.is_file():
+    return Settings(), SYSTEM_PROMPT
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return _build(Settings, content["settings"]), str(content["system_prompt"])
+  except (ValueError, TypeError, KeyError) as e:
+    raise ValueError(f"{path}: not settings of irg generate ({type(e).__name__}: {e}); remove the "
+                     "file to use the defaults") from e
+
+
+def _build(cls, fields):
+  hints, values = typing.get_type_hints(cls), {}
+  for name, value in fields.items():
+    if dataclasses.is_dataclass(hints[name]):
+      value = _build(hints[name], value)
+    values[name] = tuple(value) if isinstance(value, list) else value
+  return cls(**values)

@@ -1,0 +1,161 @@
+"""Writes the mini world's training data in the published form: parquet, a folder a mode."""
+
+import base64
+import io
+import json
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from irg_jax.data.published import COLUMN
+from irg_jax.mini import tasks, thoughts
+from irg_jax.mini.painter import paint
+
+ROWS_PER_GROUP = 64
+
+
+def base_rows(count: int, rng):
+  """What a unified model is to know before it learns to reflect, as (mode, conversation).
+
+  Drawing from a prompt alone, drawing after a plan, drawing from nothing (what guidance
+  starts from), and saying what a picture shows. None of it shows an unseen pair.
+
+  Args:
+    count: rows in all, in the proportions of `_BASE`.
+    rng: numpy Generator.
+  """
+  kinds = rng.choice(len(_BASE), count, p=[share for share, _ in _BASE])
+  for kind in kinds:
+    record = tasks.training_record(rng)
+    scene = tasks.sample_scene(record, rng)
+    yield _BASE[kind][1](record, scene, paint(scene))
+
+
+def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better, rng):
+  """The six modes of one trajectory of the base model (spec section 5), as (mode, conversation).
+
+  Args:
+    record: what was asked for.
+    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3].
+    verdict: the verifier's on that picture.
+    better: the Scene of the improved picture.
+    rng: of another scene for the initial modes, whose plan must match its picture.
+  """
+  scene = tasks.sample_scene(record, rng)
+  target, first_plan = paint(scene), thoughts.plan(record, scene)
+  improved, reflection = paint(better), thoughts.reflect(record, verdict, better)
+  asked = [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
+  told = [_text(plan, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
+  modes = {
+      "initial_thinking_understanding_learning": [_picture(target, need_vit=True),
+                                                  _text(first_plan)],
+      "initial_thinking_generation_learning": [_text(first_plan)],
+      "initial_full_learning": [_text(first_plan), _picture(target, need_loss=True)],
+      "improving_thinking_understanding_learning": [
+          _picture(first, need_vit=True), _picture(improved, need_vit=True), _text(reflection)],
+      "improving_thinking_generation_learning": [*told, _text(reflection)],
+      "improving_full_learning": [*told, _text(reflection), _picture(improved, need_loss=True)],
+  }
+  for mode, parts in modes.items():
+    yield mode, [*asked, _assistant(parts)]
+
+
+def texts(conversation: list):
+  """All texts of a conversation, in order."""
+  for turn in conversation:
+    content = turn["content"]
+    if isinstance(content, str):
+      yield content
+    else:
+      yield from (part["content"] for part in content if part["type"] == "text")
+
+
+class ParquetWriter:
+  """Rows into one file a mode under `folder`; use as a context manager."""
+
+  def __init__(self, folder):
+    self._folder, self._files, self._waiting = pathlib.Path(folder), {}, {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    for mode, waiting in self._waiting.items():
+      self._write(mode, waiting)
+    for file in self._files.values():
+      file.close()
+
+  def add(self, mode: str, conversation: list) -> None:
+    waiting = self._waiting.setdefault(mode, [])
+    waiting.append(json.dumps(conversation))
+    if len(waiting) == ROWS_PER_GROUP:
+      self._write(mode, waiting)
+
+  def _write(self, mode, waiting):
+    if not waiting:
+      return
+    table = pa.table({COLUMN: pa.array(waiting, pa.large_string())})
+    if mode not in self._files:
+      (self._folder / mode).mkdir(parents=True, exist_ok=True)
+      self._files[mode] = pq.ParquetWriter(self._folder / mode / "00000.parquet", table.schema)
+    self._files[mode].write_table(table)
+    waiting.clear()
+
+
+def _planned(record, scene, picture):
+  return "initial_full_learning", [
+      _user(thoughts.SYSTEM_PROMPT), _user(record["prompt"]),
+      _assistant([_text(thoughts.plan(record, scene)), _picture(picture, need_loss=True)])]
+
+
+def _direct(record, scene, picture):
+  del scene
+  return "initial_full_learning", [
+      _user(record["prompt"]), _assistant([_picture(picture, need_loss=True)])]
+
+
+def _from_system(record, scene, picture):
+  del record, scene
+  return "initial_full_learning", [
+      _user(thoughts.SYSTEM_PROMPT), _assistant([_picture(picture, need_loss=True)])]
+
+
+def _from_nothing(record, scene, picture):
+  del record, scene
+  return "initial_full_learning", [_assistant([_picture(picture, need_loss=True)])]
+
+
+def _looked(vae):
+  def row(record, scene, picture):
+    del record
+    return "initial_thinking_understanding_learning", [
+        _assistant([_picture(picture, need_vit=True, need_vae=vae)]), _user(thoughts.QUESTION),
+        _assistant([_text(thoughts.describe(scene))])]
+
+  return row
+
+
+_BASE = ((0.56, _planned), (0.1, _direct), (0.03, _from_system), (0.03, _from_nothing),
+         (0.14, _looked(vae=False)), (0.14, _looked(vae=True)))
+
+
+def _user(text):
+  return {"role": "user", "content": text}
+
+
+def _assistant(parts):
+  return {"role": "assistant", "content": parts}
+
+
+def _text(text, need_loss=True):
+  return {"type": "text", "content": text, "need_loss": need_loss}
+
+
+def _picture(pixels, need_loss=False, need_vae=False, need_vit=False):
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, format="PNG")
+  return {"type": "image", "content": base64.b64encode(file.getvalue()).decode(),
+          "need_loss": need_loss, "need_vae": need_vae, "need_vit": need_vit}

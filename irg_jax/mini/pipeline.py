@@ -1,0 +1,235 @@
+"""One `irg mini run`, from nothing to a trained model: the story of the paper, top to bottom.
+
+    autoencoder      painted pictures                              -> start
+    base             prompts, plans, pictures, descriptions        -> base/stage1/weights
+    trajectories     the base model's own thoughts and pictures,
+                     what the verifier says, the better picture    -> trajectories
+    quality          the base model on better pictures alone       -> quality/stage2/weights
+    irgl             the base model in the paper's two stages      -> irgl/stage2/weights
+
+Each step leaves a folder that appears when it is complete, or goes on where it was stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+
+from irg_jax import sharding, text, weights
+from irg_jax.data import encode, irgl, latents, sources
+from irg_jax.files import partial_name
+from irg_jax.generate import defaults, irg
+from irg_jax.generate import run as generate_run
+from irg_jax.mini import datasets, tasks, thoughts, tokenizer, vae, verifier
+from irg_jax.mini.settings import MiniSettings
+from irg_jax.progress import Progress
+from irg_jax.train import run as train_run
+from irg_jax.train import settings as train_settings
+from irg_jax.weights import init, published
+
+BASE_MODES = ("initial_thinking_understanding_learning", "initial_full_learning")
+
+
+def run(settings: MiniSettings, out, until: str | None = None) -> int:
+  """Runs the steps that are not done yet, in order.
+
+  Args:
+    out: folder of the run, new or gone on with.
+    until: name of the last step to run; None runs all.
+
+  Returns:
+    exit status: 0, or that of a training that was asked to stop.
+  """
+  out = pathlib.Path(out)
+  _check_same(out / "mini.json", settings)
+  for name, step in STEPS.items():
+    print(f"irg mini: {name}", flush=True)
+    if status := step(settings, out):
+      return status
+    if name == until:
+      break
+  return 0
+
+
+def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
+  """The checkpoint before anything but the autoencoder has learned: weights, tokenizer."""
+  if (out / "start").exists():
+    return
+  with Progress() as progress:
+    vae_params = vae.train(
+        settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
+        batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
+        pictures=settings.vae_pictures, seed=settings.seed, progress=progress)
+  params = init.random_params(settings.model, jax.random.key(settings.seed))
+  with _folder(out / "start") as folder:
+    words = folder / "words"
+    words.mkdir()
+    tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
+    published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
+    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT)
+
+
+def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
+  """Texts of every kind, for the tokenizer to learn its words from."""
+  rng = _rng(settings, "words")
+  texts = [t for _, row in datasets.base_rows(count, rng) for t in datasets.texts(row)]
+  for _ in range(count // 4):
+    record = tasks.training_record(rng)
+    wrong = tasks.sample_scene(tasks.training_record(rng), rng)
+    seen = verifier.Seen(wrong.background, wrong.things, ())
+    with contextlib.suppress(thoughts.Inexpressible):
+      verdict = verifier.judge(seen, record)
+      texts.append(thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng)))
+  return texts
+
+
+def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
+  """The stand-in for BAGEL."""
+  if not (out / "base_rows").exists():
+    with _folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
+      for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
+        writer.add(mode, row)
+  _prepare(out / "base_rows", out / "base_data", BASE_MODES, out / "start" / "weights", settings)
+  return _train(settings, "base", out / "base_data", out / "start" / "weights", out / "base")
+
+
+def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
+  """What the base model draws of its own plans, judged, and the better pictures, as IRGL."""
+  if not (out / "trajectories").exists():
+    sample_first_rounds(settings, base_weights(out), out / "first_rounds")
+    with _folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
+      counts = write_trajectories(settings, out / "first_rounds", writer)
+    (out / "trajectories.json").write_text(json.dumps(counts, indent=1))
+    print(f"irg mini: first pictures of the base model: {counts}")
+  _prepare(out / "trajectories", out / "irgl_data", irgl.MODES, out / "start" / "weights",
+           settings)
+
+
+def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -> None:
+  """Thoughts and first pictures of training prompts: `out`/NNNN.npz, one a batch."""
+  out.mkdir(exist_ok=True)
+  rng = _rng(settings, "trajectories")
+  records = [tasks.training_record(rng) for _ in range(settings.trajectories)]
+  size = settings.sample_batch
+  first = dataclasses.replace(settings.generate, rounds=1)
+  mesh = sharding.make_mesh(None)
+  with Progress() as progress, jax.set_mesh(mesh):
+    model, params = generate_run.load_model(checkpoint, mesh, None, progress)
+    words = text.load_tokenizer(checkpoint, settings.model.llm.vocab_size)
+    for start in range(0, len(records), size):
+      path = out / f"{start:06}.npz"
+      if path.exists():
+        continue
+      batch = records[start:start + size]
+      batch += batch[:1] * (size - len(batch))  # another batch size would compile anew
+      drawn = irg.generate(
+          model, params, words, [r["prompt"] for r in batch],
+          seeds=range(start, start + size), settings=first,
+          system_prompt=thoughts.SYSTEM_PROMPT)
+      aside = out / partial_name()
+      with aside.open("wb") as file:
+        np.savez(file, records=json.dumps(batch), thoughts=[t.rounds[0].thought.text for t in drawn],
+                 pictures=np.stack([t.rounds[0].picture for t in drawn]))
+      aside.rename(path)
+      progress("drawing first pictures", 0, start + size, len(records))
+
+
+def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]:
+  """Writes the six modes of every usable first picture; returns counts, by reason where none."""
+  rng, counts, left = _rng(settings, "better"), {"right": 0, "wrong": 0}, settings.trajectories
+  for path in sorted(folder.glob("*.npz")):
+    batch = np.load(path)
+    rows = zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
+    for record, plan, picture in list(rows)[:left]:
+      try:
+        verdict = verifier.score(picture, record)
+        better = thoughts.improve(record, verdict, rng)
+        modes = list(datasets.trajectory_rows(record, str(plan), picture, verdict, better, rng))
+      except thoughts.Inexpressible as e:
+        counts[str(e)] = counts.get(str(e), 0) + 1
+        continue
+      counts["right" if verdict.correct else "wrong"] += 1
+      for mode, row in modes:
+        writer.add(mode, row)
+    left -= len(batch["thoughts"])
+  return counts
+
+
+def train_quality(settings: MiniSettings, out: pathlib.Path) -> int:
+  """The ablation: better pictures and their plans, nothing interleaved."""
+  return _train(settings, "quality", out / "irgl_data", base_weights(out), out / "quality")
+
+
+def train_irgl(settings: MiniSettings, out: pathlib.Path) -> int:
+  """The two stages of the paper."""
+  return _train(settings, "irgl", out / "irgl_data", base_weights(out), out / "irgl")
+
+
+STEPS = {
+    "autoencoder": make_start,
+    "base": train_base,
+    "trajectories": make_trajectories,
+    "quality": train_quality,
+    "irgl": train_irgl,
+}
+
+
+def base_weights(out: pathlib.Path) -> pathlib.Path:
+  return out / "base" / "stage1" / "weights"
+
+
+def _train(settings, preset, data, checkpoint, out):
+  overrides = [f"preset={preset}", f"data.path={data}", f"checkpoint={checkpoint}",
+               f"seed={settings.seed}", *settings.train]
+  return train_run.run_train(train_settings.load(settings.config, overrides), out)
+
+
+def _prepare(rows, out, modes, checkpoint, settings):
+  """Builds published rows and encodes their pictures once: `irg data build` and `encode-latents`."""
+  if out.exists():
+    return
+  built, encoded = rows.with_name(f"{out.name}.built"), rows.with_name(f"{out.name}.encoded")
+  with Progress() as progress:
+    if not built.exists():
+      irgl.build(rows, built, modes, progress=progress)
+    opened = sources.open_sources(built, modes, progress=progress)
+    _, params = weights.load_checkpoint(checkpoint, part="vae")
+    encode.encode_dataset(opened, encoded, latents.Encoder(settings.model, params["vae"]),
+                          settings.generate.vae_transform, progress=progress)
+  encoded.rename(out)
+  shutil.rmtree(built)
+
+
+@contextlib.contextmanager
+def _folder(path):
+  """A folder to fill beside `path`; it is renamed on success, else removed."""
+  aside = path.with_name(partial_name())
+  aside.mkdir(parents=True)
+  try:
+    yield aside
+    aside.rename(path)
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_same(path, settings):
+  """A run goes on only with the settings that it was begun with."""
+  now = json.loads(json.dumps(dataclasses.asdict(settings) | {"config": None}))
+  if path.exists():
+    before = json.loads(path.read_text())
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+      raise ValueError(f"{path.parent} was begun with other settings ({', '.join(changed)}); "
+                       "give the same, or another --out")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(now, indent=1))
+
+
+def _rng(settings, purpose):
+  """A generator for one purpose: no two of them see the same draws."""
+  names = ("words", "base", "trajectories", "better", "test")
+  return np.random.default_rng([settings.seed, names.index(purpose)])

@@ -1,0 +1,186 @@
+"""The texts of the mini world: plans, descriptions, reflections, and the better picture.
+
+A plan goes through the picture cell by cell, so that each picture token finds its own words:
+
+  <think> The picture shows two red circles left of one blue star. The ground is grey.
+  Row one: empty, red circle, empty, empty. Row two: ... </think>
+
+A reflection has the four parts of IRGL's: what falls short (after what is seen), the
+improvements, the steps, and the final prompt, which is a plan again.
+"""
+
+import re
+
+import numpy as np
+
+from irg_jax.mini import tasks, world
+
+SYSTEM_PROMPT = "Think, draw, look, and draw again."
+QUESTION = "What does the picture show?"
+EMPTY, UNCLEAR = "empty", "unclear"
+
+_ORDINALS = tasks.NUMBERS[1:world.GRID + 1]
+
+
+class Inexpressible(ValueError):
+  """The picture cannot be put into words cell by cell, or not into words of the training."""
+
+
+def request(record: dict) -> str:
+  """What a record asks for, in the one form that thoughts use."""
+  include = record["include"]
+  nouns = [tasks.noun(c["count"], c["class"], c.get("color"), article=False) for c in include]
+  for noun, clause in zip(nouns, include):
+    if "position" in clause:
+      relation, other = clause["position"]
+      return f"{noun} {relation} {nouns[other]}"
+  return ", ".join(nouns)
+
+
+def plan(record: dict, scene: world.Scene) -> str:
+  """The thought before the first picture."""
+  return (f"<think> The picture shows {request(record)}. The ground is {scene.background}. "
+          f"{grid_text(grid(scene.things))} </think>")
+
+
+def describe(seen) -> str:
+  """What a picture shows; `seen` has background, things and unclear (a Scene has no unclear)."""
+  return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
+
+
+def reflect(record: dict, verdict, better: world.Scene) -> str:
+  """The thought after a picture: what falls short and how it becomes `better`."""
+  seen = verdict.seen
+  before, after = grid(seen.things, seen.unclear), grid(better.things)
+  short = ", ".join(verdict.faults) or "nothing"
+  return (f"<think> I see: {describe(seen)} What falls short: {short}. "
+          f"Improvements: the prompt asks for {request(record)}. "
+          f"Steps: {', '.join(edits(before, after))}. "
+          f"Final prompt: The ground is {better.background}. {grid_text(after)} </think>")
+
+
+def edits(before, after) -> list[str]:
+  """The steps from one grid of cells to another."""
+  steps = []
+  for row, column in np.ndindex(world.GRID, world.GRID):
+    old, new = before[row][column], after[row][column]
+    where = f"in row {_ORDINALS[row]} column {_ORDINALS[column]}"
+    if old == new:
+      continue
+    if old == EMPTY:
+      steps.append(f"add a {new} {where}")
+    elif new == EMPTY:
+      steps.append(f"remove the {old} {where}")
+    else:
+      steps.append(f"turn the {old} {where} into a {new}")
+  return steps + ["keep the rest" if steps else "keep everything"]
+
+
+def grid(things, unclear=()) -> list[list[str]]:
+  """What stands in each cell: "red circle", "empty" or "unclear".
+
+  Raises:
+    Inexpressible: two things in one cell, or a pair that training must not show.
+  """
+  cells = [[EMPTY] * world.GRID for _ in range(world.GRID)]
+  for thing in things:
+    row, column = thing.cell
+    if cells[row][column] != EMPTY:
+      raise Inexpressible("two things in one cell")
+    cells[row][column] = f"{thing.color} {thing.shape}"
+  for row, column in unclear:
+    if cells[row][column] != EMPTY:
+      raise Inexpressible("two things in one cell")
+    cells[row][column] = UNCLEAR
+  return cells
+
+
+def grid_text(cells) -> str:
+  return " ".join(f"Row {ordinal}: {', '.join(row)}." for ordinal, row in zip(_ORDINALS, cells))
+
+
+def read_grid(text: str) -> list[list[str]] | None:
+  """The last grid of cells that a text speaks of; None if there is none."""
+  row = r"Row {}: ((?:[a-z ]+, ){{3}}[a-z ]+)\."
+  pattern = r" ".join(row.format(ordinal) for ordinal in _ORDINALS)
+  found = re.findall(pattern, text)
+  return [cells.split(", ") for cells in found[-1]] if found else None
+
+
+def read_faults(text: str) -> tuple[str, ...] | None:
+  """What a reflection says falls short; None if it says nothing readable."""
+  found = re.search(r"What falls short: ([^.]*)\.", text)
+  if not found:
+    return None
+  return () if found[1] == "nothing" else tuple(found[1].split(", "))
+
+
+def improve(record: dict, verdict, rng) -> world.Scene:
+  """The better picture: what was asked for, with as much of the seen picture as may stay.
+
+  Raises:
+    Inexpressible: the seen picture shows what training must not, or no arrangement was found.
+  """
+  seen = verdict.seen
+  if any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
+    raise Inexpressible("a pair that training must not show")
+  if seen.background is None:
+    raise Inexpressible("no known ground")
+  if verdict.correct:
+    return _checked(world.Scene(seen.background, tuple(seen.things)))
+  matches = _matches(record["include"], seen.things)
+  for attempt in range(600):
+    keep = 1.0 if attempt < 300 else 0.6 if attempt < 500 else 0.0
+    kept = [[t for t in group if rng.random() < keep] for group in matches]
+    things = _complete(record["include"], kept, seen, rng)
+    if things is not None:
+      return _checked(world.Scene(seen.background, things))
+  raise Inexpressible("no arrangement found")
+
+
+def _checked(scene):
+  grid(scene.things)
+  return scene
+
+
+def _matches(include, things):
+  """The things that each clause can claim, no more than it asks for; coloured clauses first."""
+  left, matches = list(things), [[] for _ in include]
+  for i in sorted(range(len(include)), key=lambda i: "color" not in include[i]):
+    clause = include[i]
+    for thing in list(left):
+      if (len(matches[i]) < clause["count"] and thing.shape == clause["class"]
+          and thing.color == clause.get("color", thing.color)):
+        matches[i].append(thing)
+        left.remove(thing)
+  return matches
+
+
+def _complete(include, kept, seen, rng):
+  """Things for all clauses around those kept; None if this draw does not fit."""
+  fixed = [t for group in kept for t in group]
+  free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
+  free = [c for c in free if c not in {t.cell for t in fixed}]
+  # A thing that is wrong is best replaced where it stands.
+  wrong = {t.cell for t in seen.things if t not in fixed} | set(_unclear(seen))
+  weights = np.array([8.0 if c in wrong else 1.0 for c in free])
+  missing = [i for i, clause in enumerate(include) for _ in range(clause["count"] - len(kept[i]))]
+  picked = rng.choice(len(free), len(missing), replace=False, p=weights / weights.sum())
+  cells = [free[i] for i in picked]
+  groups = [[t.cell for t in kept[i]] + [c for c, owner in zip(cells, missing) if owner == i]
+            for i in range(len(include))]
+  if not tasks.relations_hold(include, groups):
+    return None
+  places = [(t.x, t.y, t.radius) for t in fixed]
+  things = list(fixed)
+  for cell, owner in zip(cells, missing):
+    place = world.place_beside(cell, places, rng)
+    if place is None:
+      return None
+    places.append(place)
+    things.append(world.Thing(include[owner]["class"], tasks.color_of(include[owner], rng), *place))
+  return tuple(things)
+
+
+def _unclear(seen):
+  return getattr(seen, "unclear", ())

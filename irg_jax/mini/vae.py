@@ -1,0 +1,146 @@
+"""Trains the small autoencoder that the mini world draws through; it is frozen afterwards."""
+
+import functools
+import pathlib
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from irg_jax import images
+from irg_jax.config import VaeConfig
+from irg_jax.files import whole_file
+from irg_jax.mini import tasks, world
+from irg_jax.mini.painter import paint
+from irg_jax.model.vae import Vae, sample_latents
+
+KL_WEIGHT = 1e-6
+SAVE_EVERY = 50
+
+
+def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: float,
+          pictures: int, seed: int, progress=None) -> dict:
+  """Trains on painted scenes; what a killed run did is in `path` and is gone on with.
+
+  Args:
+    path: file of the state.
+    steps, batch: updates, and pictures of each.
+    learning_rate: at its peak; it falls along a cosine.
+    pictures: different pictures that the batches are drawn from.
+    seed: of everything.
+
+  Returns:
+    parameters of `Vae`, see `normalise`.
+  """
+  painted = paint_crowded(pictures, np.random.default_rng(seed))
+  optimizer = optax.chain(
+      optax.clip_by_global_norm(1.0),
+      optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps,
+                                                    0.02 * learning_rate), b2=0.99))
+  params = _init(config, jax.random.key(seed))
+  state = (0, params, optimizer.init(params))
+  path = pathlib.Path(path)
+  if path.exists():
+    state = flax.serialization.from_bytes(state, path.read_bytes())
+  start, params, opt_state = state
+  step = _make_step(config, optimizer)
+  for i in range(start, steps):
+    rows = np.random.default_rng([seed, i]).integers(0, pictures, batch)
+    key = jax.random.fold_in(jax.random.key(seed + 1), i)
+    params, opt_state, error = step(params, opt_state, images.to_pixels(painted[rows]), key)
+    if progress:
+      progress("training the autoencoder", 0, i + 1, steps)
+    if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
+      with whole_file(path) as aside:
+        aside.write_bytes(flax.serialization.to_bytes((i + 1, params, opt_state)))
+  return normalise(config, params, painted[:256])
+
+
+def paint_crowded(count: int, rng) -> np.ndarray:
+  """Pictures with things in most cells, uint8 [count, 64, 64, 3].
+
+  An autoencoder learns what things look like from pictures that are not mostly ground. As
+  everywhere, no unseen pair is among them.
+  """
+  pairs = [(shape, color) for shape in world.SHAPES for color in world.COLORS
+           if (shape, color) not in tasks.UNSEEN_PAIRS]
+  return np.stack([_paint_crowd(pairs, rng) for _ in range(count)])
+
+
+def _paint_crowd(pairs, rng):
+  cells = rng.permutation(world.GRID**2)[:rng.integers(1, world.GRID**2 - 2)]
+  places = []
+  for cell in cells:
+    place = world.place_beside(divmod(int(cell), world.GRID), places, rng)
+    places += [place] if place else []
+  things = tuple(world.Thing(*pairs[rng.integers(len(pairs))], *place) for place in places)
+  return paint(world.Scene(world.sample_background(rng), things, world.sample_tone(rng)))
+
+
+def loss_fn(params, config: VaeConfig, pixels, key):
+  """Error of the reconstruction, edges counted too, and a light pull towards N(0, 1).
+
+  Squares weigh more than absolute values: a thing that is missing must outweigh a ground
+  that is a little off, of which there is so much more.
+
+  Args:
+    pixels: float32 [B, height, width, 3] in [-1, 1].
+    key: of the draw from the posterior.
+
+  Returns:
+    (loss, mean absolute error), float32 scalars.
+  """
+  vae = Vae(config)
+  mean, logvar = vae.apply({"params": params}, pixels, method="encode")
+  latents = sample_latents(config, mean, logvar, jax.random.normal(key, mean.shape))
+  error = vae.apply({"params": params}, latents, method="decode") - pixels
+  edges = sum((jnp.diff(error, axis=axis)**2).mean() for axis in (1, 2))
+  kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
+  absolute = jnp.abs(error).mean()
+  loss = 4.0 * (error**2).mean() + 2.0 * edges + 0.3 * absolute + KL_WEIGHT * kl
+  return loss, absolute
+
+
+def normalise(config: VaeConfig, params: dict, pictures: np.ndarray) -> dict:
+  """The same autoencoder with latents whose root mean square is 1 in every channel.
+
+  The change goes into the encoder's last and the decoder's first convolution, so that the
+  published scale stays. It is a factor alone: a shift would not agree with the zeros that the
+  decoder's first convolution sees around the picture.
+
+  Args:
+    pictures: uint8 [B, height, width, 3] to measure on.
+  """
+  encode = jax.jit(lambda p, x: Vae(config).apply({"params": p}, x, method="encode")[0])
+  mean = np.concatenate([encode(params, images.to_pixels(pictures[i:i + 32]))
+                         for i in range(0, len(pictures), 32)])
+  ratio = 1.0 / (np.sqrt((mean**2).mean((0, 1, 2))) * config.scale_factor)
+  last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
+  one, zero = np.ones_like(ratio), np.zeros_like(ratio)
+  factor = np.concatenate([ratio, one])  # the second half are log-variances
+  last = {"kernel": last["kernel"] * factor,
+          "bias": last["bias"] * factor + np.concatenate([zero, 2 * np.log(ratio)])}
+  first = first | {"kernel": first["kernel"] / ratio[:, None]}
+  return {"encoder": params["encoder"] | {"conv_out": last},
+          "decoder": params["decoder"] | {"conv_in": first}}
+
+
+def _init(config, key):
+  """Fresh parameters with a posterior that is narrow from the start."""
+  params = Vae(config).init(key, jnp.zeros((1, world.SIZE, world.SIZE, 3)))["params"]
+  last = params["encoder"]["conv_out"]
+  params["encoder"]["conv_out"] = last | {"bias": last["bias"].at[config.z_channels:].set(-6.0)}
+  return params
+
+
+@functools.cache
+def _make_step(config, optimizer):
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, pixels, key):
+    (_, error), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, config, pixels, key)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, error
+
+  return step

@@ -1,0 +1,400 @@
+"""The mini world: what is painted, what training never shows, and the verifier of pictures."""
+
+import ast
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from irg_jax.mini import outlines, painter, tasks, verifier, world
+from irg_jax.mini.world import Scene, Thing
+
+
+@functools.cache
+def _many():
+  rng = np.random.default_rng(0)
+  records = [tasks.sample_record(task, rng) for task in tasks.TASKS * 300]
+  scenes = [tasks.sample_scene(record, rng) for record in records]
+  return [(r, s, painter.paint(s)) for r, s in zip(records, scenes)]
+
+
+def _scenes(count, start=0):
+  """(record, scene, picture) of all tasks in turn, seen and unseen alike."""
+  return _many()[start:start + count]
+
+
+def _finds(scene, seen):
+  """Whether exactly the things of a scene are seen, and its background."""
+  kinds = [sorted((t.cell, t.shape, t.color) for t in s.things) for s in (scene, seen)]
+  return kinds[0] == kinds[1] and seen.background == scene.background and not seen.unclear
+
+
+def _share(values):
+  values = list(values)
+  assert len(values) >= 200
+  return float(np.mean(values))
+
+
+def _picture(array):
+  return np.clip(np.round(array), 0, 255).astype(np.uint8)
+
+
+def _blur(picture, sigma):
+  return ndimage.gaussian_filter(picture.astype(float), (sigma, sigma, 0))
+
+
+def _bare(scene):
+  return painter.paint(dataclasses.replace(scene, things=()))
+
+
+# --- the painter and the scenes ---
+
+
+def test_painting_the_same_scene_twice_gives_the_same_picture():
+  for _, scene, picture in _scenes(20):
+    np.testing.assert_array_equal(picture, painter.paint(scene))
+    assert picture.shape == (world.SIZE, world.SIZE, 3) and picture.dtype == np.uint8
+
+
+def test_things_stay_inside_and_apart():
+  for _, scene, picture in _scenes(420):
+    unlike = np.abs(picture.astype(int) - _bare(scene)).sum(-1) > 60
+    assert ndimage.label(unlike, np.ones((3, 3)))[1] == len(scene.things)
+    reach = [(v, t.radius * (1.05 if t.shape == "diamond" else 1))
+             for t in scene.things for v in (t.x, t.y)]
+    assert all(r <= v <= world.SIZE - r for v, r in reach)
+
+
+def test_things_of_a_scene_are_in_cells_of_their_own():
+  for record, scene, _ in _scenes(420):
+    assert len({t.cell for t in scene.things}) == sum(c["count"] for c in record["include"])
+
+
+# --- what is held out ---
+
+
+def test_training_shows_nothing_that_is_held_out():
+  rng = np.random.default_rng(4)
+  for _ in range(2000):
+    record = tasks.training_record(rng)
+    assert not tasks.is_unseen(record) and not tasks.is_for_test(record)
+    scene = tasks.sample_scene(record, rng)
+    assert not {(t.shape, t.color) for t in scene.things} & tasks.UNSEEN_PAIRS
+
+
+def test_test_prompts_are_never_trained_on():
+  rng = np.random.default_rng(5)
+  trained = {tasks.training_record(rng)["prompt"] for _ in range(2000)}
+  for unseen in (False, True):
+    records = tasks.test_records(120, rng, unseen=unseen)
+    prompts = [r["prompt"] for r in records]
+    assert len(set(prompts)) == 120 and not set(prompts) & trained
+    assert all(tasks.is_unseen(r) == unseen for r in records)
+    assert {r["split"] for r in records} == {"unseen" if unseen else "seen"}
+
+
+def test_a_relation_is_held_out_in_both_ways_of_saying_it():
+  def record(first, relation, second):
+    return {"include": [{"class": second, "count": 1},
+                        {"class": first, "count": 1, "position": [relation, 0]}]}
+  assert tasks.is_unseen(record("circle", "left of", "star"))
+  assert tasks.is_unseen(record("star", "right of", "circle"))
+  assert not tasks.is_unseen(record("star", "left of", "circle"))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((1, "circle", "red"), "a red circle"), ((1, "star", "orange"), "an orange star"),
+    ((1, "cross"), "a cross"), ((2, "cross"), "two crosses"),
+    ((3, "ring", "blue"), "three blue rings"), ((1, "ring", "blue", False), "one blue ring")])
+def test_nouns(arguments, words):
+  assert tasks.noun(*arguments) == words
+
+
+def test_prompts_name_every_clause():
+  for record, _, _ in _scenes(420):
+    for clause in record["include"]:
+      words = tasks.noun(clause["count"], clause["class"], clause.get("color"))
+      assert words in record["prompt"]
+
+
+# --- the verifier reads good pictures ---
+
+
+@pytest.mark.parametrize("module", [verifier, outlines])
+def test_the_verifier_knows_nothing_of_the_painter(module):
+  names = set()
+  for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
+    if isinstance(node, ast.ImportFrom):
+      names |= {f"{node.module}.{a.name}" for a in node.names}
+    elif isinstance(node, ast.Import):
+      names |= {a.name for a in node.names}
+  assert {n for n in names if n.startswith("irg_jax")} <= {
+      f"irg_jax.mini.{name}" for name in ("world", "tasks", "outlines")}
+
+
+def test_the_scenes_of_a_record_are_judged_correct():
+  verdicts = [(verifier.score(picture, record), scene)
+              for record, scene, picture in _scenes(2100)]
+  assert _share(v.correct for v, _ in verdicts) >= 0.995
+  assert _share(_finds(scene, v.seen) for v, scene in verdicts) >= 0.995
+
+
+def test_places_and_radii_are_read_closely():
+  for _, scene, picture in _scenes(70):
+    things = {t.cell: t for t in verifier.look(picture).things}
+    for thing in scene.things:
+      seen = things[thing.cell]
+      assert max(abs(seen.x - thing.x), abs(seen.y - thing.y)) < 0.2
+      assert abs(seen.radius - thing.radius) < 0.2
+
+
+_HARMLESS = {
+    "blur": lambda p, rng: _blur(p, 0.5),
+    "noise": lambda p, rng: p + rng.uniform(-6, 6, p.shape),
+    "shift": lambda p, rng: p + rng.uniform(-8, 8, 3),
+    "ringing": lambda p, rng: p + 0.15 * (p - _blur(p, 1.0)),
+    "all": lambda p, rng: (_blur(p, 0.5) + 0.1 * (p - _blur(p, 1.0)) + rng.uniform(-6, 6, p.shape)
+                           + rng.uniform(-8, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", _HARMLESS)
+def test_slight_changes_are_tolerated(kind):
+  rng = np.random.default_rng(9)
+  assert _share(_finds(scene, verifier.look(_picture(_HARMLESS[kind](picture, rng))))
+                for _, scene, picture in _scenes(210, 420)) >= 0.995
+
+
+# --- the verifier rejects damaged pictures ---
+
+
+def _offsets(thing):
+  y, x = np.mgrid[:world.SIZE, :world.SIZE] + 0.5
+  return x - thing.x, y - thing.y
+
+
+def _around(thing):
+  return np.maximum(*map(abs, _offsets(thing))) < thing.radius + 1
+
+
+def _without(picture, scene, mask):
+  return np.where(mask[..., None], _bare(scene), picture)
+
+
+def _cut_a_quarter(picture, scene, thing, rng):
+  x, y = _offsets(thing)
+  turned = (x, y, -x, -y)
+  i = int(rng.integers(4))
+  return _without(picture, scene, _around(thing) & (turned[i] > 0) & (turned[i - 1] > 0))
+
+
+def _cut_a_half(picture, scene, thing, rng):
+  if thing.shape == "triangle":  # what is left of one may be a triangle
+    return _cut_a_quarter(picture, scene, thing, rng)
+  x, y = _offsets(thing)
+  turn = rng.uniform(0, 2 * np.pi)
+  return _without(picture, scene, _around(thing) & (x * np.cos(turn) + y * np.sin(turn) > 0))
+
+
+def _fade(picture, scene, thing, rng):
+  """Half-transparent."""
+  share = 0.5
+  seen = share * np.array(world.COLORS[thing.color]) + (1 - share) * _bare(scene)[0, 0]
+  near = min(np.linalg.norm(seen - c) for c in map(np.array, world.COLORS.values()))
+  if near < 36:  # orange on black, half, is brown to any eye
+    return _cut_a_quarter(picture, scene, thing, rng)
+  return np.where(_around(thing)[..., None],
+                  share * picture + (1 - share) * _bare(scene), picture)
+
+
+def _grow_together(picture, scene, thing, rng):
+  """Another thing, more than half of it behind one."""
+  x = y = 0.0
+  while not thing.radius < min(x, y) <= max(x, y) < world.SIZE - thing.radius:
+    turn = rng.uniform(0, 2 * np.pi)
+    x = thing.x + 1.2 * thing.radius * np.cos(turn)
+    y = thing.y + 1.2 * thing.radius * np.sin(turn)
+  behind = Thing(str(rng.choice(world.SHAPES)), str(rng.choice(list(world.COLORS))),
+                 float(x), float(y), thing.radius)
+  return painter.paint(dataclasses.replace(scene, things=(behind,) + scene.things))
+
+
+def _smear(picture, scene, thing, rng):
+  sigmas = [(4, 0, 0), (0, 4, 0)][int(rng.integers(2))]
+  return np.where(_around(thing)[..., None],
+                  ndimage.gaussian_filter(picture.astype(float), sigmas), picture)
+
+
+def _drop_a_blob(picture, scene, thing, rng):
+  free = ndimage.binary_erosion((picture == _bare(scene)).all(-1), np.ones((7, 7)))
+  row, column = rng.choice(np.argwhere(free))
+  y, x = np.mgrid[:world.SIZE, :world.SIZE]
+  blob = np.hypot(y - row, x - column) < rng.uniform(2.3, 4)
+  return np.where(blob[..., None], world.COLORS[str(rng.choice(list(world.COLORS)))], picture)
+
+
+def _two_colors(picture, scene, thing, rng):
+  color = str(rng.choice([c for c in world.COLORS if c != thing.color]))
+  things = tuple(dataclasses.replace(t, color=color) if t is thing else t for t in scene.things)
+  other = painter.paint(dataclasses.replace(scene, things=things))
+  return np.where((_offsets(thing)[0] > 0)[..., None], picture, other)
+
+
+def _mix_colors(picture, scene, thing, rng):
+  """Half-way between two colours; red with yellow is orange, and with green brown."""
+  merged = {("red", "yellow"), ("red", "green")}
+  other = str(rng.choice([c for c in world.COLORS if c != thing.color
+                          and not merged & {(c, thing.color), (thing.color, c)}]))
+  things = tuple(dataclasses.replace(t, color=other) if t is thing else t for t in scene.things)
+  return (picture.astype(float) + painter.paint(dataclasses.replace(scene, things=things))) / 2
+
+
+_DAMAGE = {f.__name__.strip("_"): f for f in (
+    _cut_a_quarter, _cut_a_half, _fade, _grow_together, _smear, _drop_a_blob, _two_colors,
+    _mix_colors)} | {"blur": lambda picture, scene, thing, rng: _blur(picture, 1.5)}
+
+
+@pytest.mark.parametrize("kind", _DAMAGE)
+def test_damage_is_unclear(kind):
+  rng = np.random.default_rng(11)
+  seen = []
+  for _, scene, picture in _scenes(210, 840):
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    seen.append(verifier.look(_picture(_DAMAGE[kind](picture, scene, thing, rng))))
+  assert _share(bool(s.unclear) for s in seen) >= 0.99
+
+
+def _another_color(scene, rng):
+  things = list(scene.things)
+  color = str(rng.choice([c for c in world.COLORS if c != things[-1].color]))
+  return (*things[:-1], dataclasses.replace(things[-1], color=color))
+
+
+def _another_shape(scene, rng):
+  things = list(scene.things)
+  shape = str(rng.choice([s for s in world.SHAPES if s != things[-1].shape]))
+  return (*things[:-1], dataclasses.replace(things[-1], shape=shape))
+
+
+def _one_more(scene, rng):
+  taken = [(t.x, t.y, t.radius) for t in scene.things]
+  place = None
+  while place is None:
+    place = world.place_beside(tuple(rng.integers(0, world.GRID, 2)), taken, rng)
+  like = scene.things[int(rng.integers(len(scene.things)))]
+  return (*scene.things, Thing(like.shape, like.color, *place))
+
+
+_CHANGES = {"color": _another_color, "shape": _another_shape, "more": _one_more,
+            "fewer": lambda scene, rng: scene.things[:-1]}
+
+
+@pytest.mark.parametrize("kind", _CHANGES)
+def test_another_scene_is_not_what_was_asked_for(kind):
+  rng = np.random.default_rng(13)
+  wrong, found = [], []
+  for record, scene, _ in _scenes(420 if kind == "color" else 210, 1260):
+    if kind == "color" and "color" not in record["include"][-1]:
+      continue
+    other = dataclasses.replace(scene, things=_CHANGES[kind](scene, rng))
+    verdict = verifier.score(painter.paint(other), record)
+    wrong.append(not verdict.correct)
+    found.append(_finds(other, verdict.seen))
+  assert np.mean(wrong) >= 0.99 and np.mean(found) >= 0.995 and len(wrong) >= 100
+
+
+def test_specks_are_passed_over():
+  for _, scene, picture in _scenes(50):
+    free = ndimage.binary_erosion((picture == _bare(scene)).all(-1), np.ones((7, 7)))
+    row, column = np.argwhere(free)[0]
+    speck = picture.copy()
+    speck[row:row + 2, column:column + 2] = world.COLORS["purple"]
+    assert _finds(scene, verifier.look(speck))
+
+
+def test_pictures_of_no_scene():
+  white = np.full((world.SIZE, world.SIZE, 3), 245, np.uint8)
+  assert verifier.look(white) == verifier.Seen("white", (), ())
+  red = np.broadcast_to(np.array(world.COLORS["red"], np.uint8), white.shape)
+  assert verifier.look(red) == verifier.Seen(None, (), ())
+  noise = np.random.default_rng(16).integers(0, 256, white.shape).astype(np.uint8)
+  assert verifier.look(noise).unclear and not verifier.look(noise).things
+  with pytest.raises(ValueError, match="uint8"):
+    verifier.look(white.astype(np.float32))
+  with pytest.raises(ValueError, match=r"\[64, 64, 3\]"):
+    verifier.look(white[:32])
+
+
+# --- judging ---
+
+
+def _thing(shape, color, x, y):
+  return Thing(shape, color, float(x), float(y), 6.0)
+
+
+def _faults(things, include, unclear=()):
+  verdict = verifier.judge(verifier.Seen("white", tuple(things), tuple(unclear)),
+                           {"include": include})
+  assert verdict.correct == (not verdict.faults)
+  return verdict.faults
+
+
+_RED = {"class": "circle", "count": 2, "color": "red"}
+_STAR = {"class": "star", "count": 1, "color": "blue"}
+
+
+def test_faults_come_in_words_and_in_order():
+  things = [_thing("circle", "red", 56, 8), _thing("star", "blue", 24, 8),
+            _thing("star", "green", 8, 40), _thing("star", "green", 24, 40),
+            _thing("ring", "orange", 40, 40)]
+  include = [_STAR, _RED | {"position": ["left of", 0]}]
+  assert _faults(things, include, [(3, 3)]) == (
+      "one shape is unclear", "one red circle is missing", "two green stars are too many",
+      "one orange ring is too many", "the red circles are not left of the blue star")
+
+
+def test_numbers_in_faults():
+  assert _faults([], [_RED]) == ("two red circles are missing",)
+  assert _faults([], [{"class": "cross", "count": 3}]) == ("three crosses are missing",)
+  assert _faults([], [], [(0, 0), (1, 1)]) == ("two shapes are unclear",)
+  assert _faults([], [], [(0, 0)] * 7) == ("many shapes are unclear",)
+  many = [_thing("star", "red", 8, 8)] * 6
+  assert _faults(many, []) == ("many red stars are too many",)
+
+
+def test_a_wrong_colour_is_one_missing_and_one_too_many():
+  include = [{"class": "circle", "count": 1, "color": "red"}]
+  assert _faults([_thing("circle", "blue", 8, 8)], include) == (
+      "one red circle is missing", "one blue circle is too many")
+
+
+def test_clauses_with_a_colour_choose_first():
+  include = [{"class": "circle", "count": 1}, {"class": "circle", "count": 1, "color": "red"}]
+  things = [_thing("circle", "red", 8, 8), _thing("circle", "blue", 40, 8)]
+  assert _faults(things, include) == ()
+  assert _faults(things[:1], include) == ("one circle is missing",)
+
+
+@pytest.mark.parametrize("place, relations", [
+    ((0, 20), ("below",)), ((0, -20), ("above",)), ((20, 0), ("right of",)),
+    ((-20, 0), ("left of",)), ((20, 19), ("right of", "below")), ((20, 8), ("right of",)),
+    ((5, 0), ()), ((7, 0), ("right of",)), ((7, -20), ("above",)), ((0, 0), ())])
+def test_relations_are_judged_by_the_offset(place, relations):
+  things = [_thing("star", "blue", 32, 32), _thing("ring", "red", 32 + place[0], 32 + place[1])]
+  for relation in tasks.RELATIONS:
+    include = [_STAR, {"class": "ring", "count": 1, "position": [relation, 0]}]
+    fault = () if relation in relations else (f"the ring is not {relation} the blue star",)
+    assert _faults(things, include) == fault
+
+
+def test_a_relation_is_judged_on_what_is_there():
+  include = [_STAR, _RED | {"position": ["above", 0]}]
+  above, below = _thing("circle", "red", 32, 8), _thing("circle", "red", 32, 56)
+  star = _thing("star", "blue", 32, 32)
+  assert _faults([above, star], include) == ("one red circle is missing",)
+  assert _faults([above, star, below], include) == (
+      "the red circles are not above the blue star",)
+  assert _faults([star], include) == ("two red circles are missing",)
