@@ -104,7 +104,8 @@ def phase_flops(config):
   for number, guidance in ((1, s.first), (2, s.later)):
     low, high = guidance.interval
     guided = int(np.sum((low < times) & (times <= high)))
-    velocity = lambda keys: decoder(llm, P + 2, keys, causal=False) + 4 * P * llm.hidden_size * config.latent_dim
+    ends = 4 * P * llm.hidden_size * config.latent_dim
+    velocity = lambda keys: decoder(llm, P + 2, keys, causal=False) + ends
     out[f"draw {number}"] = (guided * sum(map(velocity, views[number]))
                              + (len(times) - guided) * velocity(full[number]))
     before = full[number] - thought
@@ -135,7 +136,8 @@ def vae_flops(config, method):
   vae = Vae(config.vae)
   params = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
   run = lambda params, x: vae.apply(params, x, method=method)
-  return jax.jit(run).lower(params, jax.ShapeDtypeStruct(shape, jnp.float32)).cost_analysis()["flops"]
+  lowered = jax.jit(run).lower(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+  return lowered.cost_analysis()["flops"]
 
 
 def matmul_rate(size=2048, repeat=10):
@@ -164,7 +166,8 @@ def report(batch, seconds, rate, flops):
     needed = batch * sum(flops.get(p, 0.0) for p in parts)
     print(f"{name:10} {spent:8.2f} {needed / 1e9:8.1f} {needed / spent / rate:15.2f}")
   total = sum(seconds.values())
-  print(f"a picture pair: {total / batch:.2f} s, or {total / batch * rate / 1e9:.0f} GFLOP of matmul time")
+  print(f"a picture pair: {total / batch:.2f} s, or {total / batch * rate / 1e9:.0f} GFLOP of "
+        "matmul time")
 
 
 if __name__ == "__main__":

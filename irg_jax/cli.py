@@ -12,6 +12,7 @@ import sys
 from irg_jax.commands import data
 from irg_jax.commands import eval as eval_verb
 from irg_jax.commands import flags
+from irg_jax.commands import mini
 from irg_jax.commands import plan
 from irg_jax.commands import train
 
@@ -96,7 +97,8 @@ def _generate(args, overrides):
 def _convert(args, _):
   if not args.source.exists():
     raise ValueError(f"SRC {args.source}: no such folder")
-  from irg_jax import weights
+  from irg_jax import trace, weights
+  trace.check_output_folder(args.destination.parent)
   weights.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
   print(f"wrote {args.destination}")
 
@@ -108,7 +110,9 @@ def _init(args, overrides):
   if "model" not in config:
     raise ValueError(f"--config {args.config}: has no field 'model'")
   model = config_lib.from_dict(config.model.to_dict())
+  from irg_jax import trace
   from irg_jax.weights import init
+  trace.check_output_folder(args.out.parent)
   init.write_random_checkpoint(args.out, model, args.seed)
   print(f"wrote {args.out} (random weights)")
 
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_init(add("init", _INIT, help="a checkpoint of random weights"))
   data.add(verbs, _new_parser)
   eval_verb.add(verbs, _new_parser)
+  mini.add(verbs, _new_parser)
   plan.add(verbs, _new_parser)
   train.add(verbs, _new_parser)
   return parser
@@ -148,7 +153,8 @@ def _add_generate(parser):
   add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR",
       help="weights, in the published layout or Orbax")
   add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
-  add("--image", type=pathlib.Path, metavar="FILE", help="edit this picture as the prompts say")
+  add("--image", type=pathlib.Path, metavar="FILE",
+      help="edit this picture as the prompts say; the result has --size")
   add("--out", type=pathlib.Path, metavar="DIR", help="results (default out/DATE-TIME)")
   add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
   add("--system-prompt-file", type=pathlib.Path, metavar="FILE",

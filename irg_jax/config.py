@@ -6,6 +6,8 @@
 
 import dataclasses
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlmConfig:
@@ -106,13 +108,15 @@ def from_dict(config) -> ModelConfig:
       themselves. Fields that are missing keep their defaults.
 
   Raises:
-    ValueError: a field that no config has, named with its path.
+    ValueError: a field that no config has, or sizes that make no model; names its path.
   """
   parts = {"llm": LlmConfig, "vit": VitConfig, "vae": VaeConfig}
   fields = dict(config)
   for name, cls in parts.items():
     fields[name] = _build(cls, dict(fields.get(name, {})), name + ".")
-  return _build(ModelConfig, fields, "")
+  model = _build(ModelConfig, fields, "")
+  _check_sizes(model)
+  return model
 
 
 def to_dict(config: ModelConfig) -> dict:
@@ -125,4 +129,26 @@ def _build(cls, fields, prefix):
   for name in fields:
     if name not in known:
       raise ValueError(f"unknown model config field {prefix + name!r}; known: {sorted(known)}")
-  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  for name, value in dataclasses.asdict(built).items():
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(type(n) is int and n < 1 for n in numbers):
+      raise ValueError(f"model config field {prefix + name!r} is {value}, but must be at least 1")
+  return built
+
+
+def _check_sizes(model):
+  llm, vit = model.llm, model.vit
+  divides = {"llm.num_heads": (llm.num_heads, llm.hidden_size),
+             "llm.num_kv_heads": (llm.num_kv_heads, llm.num_heads),
+             "vit.num_heads": (vit.num_heads, vit.hidden_size)}
+  for name, (part, whole) in divides.items():
+    if whole % part:
+      raise ValueError(f"model config field {name!r} is {part}, but must divide {whole}")
+  if llm.hidden_size % 4 or llm.head_dim % 2:
+    raise ValueError("model config field 'llm.hidden_size' must be a multiple of 4, and of twice "
+                     f"the {llm.num_heads} heads, but is {llm.hidden_size}")
+  for name in ("dtype", "param_dtype"):
+    if getattr(model, name) not in DTYPES:
+      raise ValueError(f"model config field {name!r} is {getattr(model, name)!r}, not one of "
+                       f"{DTYPES}")

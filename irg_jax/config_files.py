@@ -2,7 +2,8 @@
 
 A configuration file is Python with a function `get_config()` that returns an
 `ml_collections.ConfigDict`; `get_config(preset)` where it offers several. An override is
-`"field.path=value"`, on the command line `--config.field.path=value`. Every failure is a ValueError that names the file or the field.
+`"field.path=value"`, on the command line `--config.field.path=value`. Every failure is a
+ValueError that names the file or the field.
 """
 
 import copy

@@ -4,6 +4,7 @@ A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
    "settings": {...}, "versions": {...}, "note": str (optional),
+   "source": uint8 [H, W, 3] (optional), the picture that was edited, for the page alone,
    "rounds": [{"think": str, or None where the round had no thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None where it drew nothing,
@@ -13,6 +14,7 @@ New folders appear whole or not at all: they are written beside their place and 
 In a folder that exists, each file does.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -111,17 +113,21 @@ def picture_name(round_number: int) -> str:
 
 
 def _write_files(folder, trace):
-  pngs = []
-  for number, entry in enumerate(trace["rounds"], 1):
-    png = None
-    if entry.get("picture") is not None:
-      path = folder / picture_name(number)
-      Image.fromarray(np.asarray(entry["picture"], np.uint8)).save(path)
-      png = path.read_bytes()
-    pngs.append(png)
+  pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
+  for number, png in enumerate(pngs, 1):
+    if png:
+      (folder / picture_name(number)).write_bytes(png)
   record = json.dumps(_without_pictures(trace), indent=2, ensure_ascii=False, default=_plain)
   _write_text(folder / "trace.json", record + "\n")
-  _write_text(folder / "trace.html", trace_page.trace_html(trace, pngs))
+  _write_text(folder / "trace.html", trace_page.trace_html(trace, pngs, _png(trace.get("source"))))
+
+
+def _png(picture):
+  if picture is None:
+    return None
+  file = io.BytesIO()
+  Image.fromarray(np.asarray(picture, np.uint8)).save(file, "png")
+  return file.getvalue()
 
 
 def _without_pictures(trace):
@@ -130,7 +136,7 @@ def _without_pictures(trace):
       entry | {"picture": None if entry.get("picture") is None else picture_name(number)}
       for number, entry in enumerate(trace["rounds"], 1)
   ]
-  return trace | {"rounds": rounds}
+  return {k: v for k, v in trace.items() if k != "source"} | {"rounds": rounds}
 
 
 def _index_entry(folder, trace):

@@ -9,10 +9,13 @@ from irg_jax.pages import escape, page, short
 _LONG_THOUGHT = 3000  # characters
 
 
-def trace_html(trace: dict, pngs: list[bytes | None]) -> str:
-  """The page of one trace; `pngs` are the rounds' encoded pictures (see irg_jax.trace)."""
+def trace_html(trace: dict, pngs: list[bytes | None], source: bytes | None = None) -> str:
+  """The page of one trace; pictures are encoded: the rounds' and the one that was edited."""
   last = max((i for i, png in enumerate(pngs) if png), default=None)
   steps = []
+  if source:
+    alt = "The picture to edit"
+    steps.append(f"<li><h2>Picture to edit</h2>{_figure(trace['source'], source, 26, alt)}</li>")
   for i, (entry, png) in enumerate(zip(trace["rounds"], pngs)):
     if entry.get("think") is not None:
       steps.append(_thought(entry, first=i == 0))
@@ -55,20 +58,24 @@ def _thought(entry, first):
 
 
 def _picture(picture, png, number, final, prompt):
-  height, width = picture.shape[:2]
   title = "Final picture" if final else f"Picture {number}"
   if final and number == 1:
     title = "Picture"
-  # Wide enough to look at, never taller than the window; small ones at most four-fold.
-  limit = min(46 if final else 26, 4 * width / 16)
+  alt = f"{title}, drawn for: {short(prompt, 300)}"
+  figure = _figure(picture, png, 46 if final else 26, alt)
+  return f'<li{" class=final" * final}><h2>{title}</h2>{figure}</li>'
+
+
+def _figure(picture, png, widest, alt):
+  """`widest` in rem: to look at, never taller than the window; small ones at most four-fold."""
+  height, width = picture.shape[:2]
+  limit = min(widest, 4 * width / 16)
   style = f"max-width:min({limit:g}rem,{80 * width / height:.4g}vh)"
   tiny = ' class="tiny"' if width < 256 else ""
-  alt = escape(f"{title}, drawn for: {short(prompt, 300)}")
   data = base64.b64encode(png).decode("ascii")
   return (
-      f'<li{" class=final" * final}><h2>{title}</h2><figure><img{tiny} width="{width}" '
-      f'height="{height}" style="{style}" alt="{alt}" src="data:image/png;base64,{data}">'
-      f"</figure></li>"
+      f'<figure><img{tiny} width="{width}" height="{height}" style="{style}" '
+      f'alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
   )
 
 

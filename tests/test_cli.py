@@ -223,4 +223,13 @@ def test_init_wants_a_model_configuration(capsys, tmp_path):
   config = ROOT / "configs" / "tiny.py"
   last = _fails(capsys, "init", "--config", config, "--config.model.llm.layers=1", "--out", out)
   assert "no field 'layers' in model.llm" in last
+  last = _fails(capsys, "init", "--config", config, "--config.model.llm.num_heads=3", "--out", out)
+  assert "'llm.num_heads' is 3, but must divide 64" in last
   assert not out.exists()
+
+
+def test_an_unwritable_destination_is_named_before_weights_are_read(capsys, tmp_path):
+  (tmp_path / "file").write_text("")
+  out, config = tmp_path / "file" / "out", ROOT / "configs" / "tiny.py"
+  assert "is not a folder" in _fails(capsys, "init", "--config", config, "--out", out)
+  assert "is not a folder" in _fails(capsys, "convert", tmp_path, out, "--to", "orbax")

@@ -38,7 +38,7 @@ def test_two_rounds_become_pictures_and_a_trace(checkpoint, tmp_path, capsys):
   assert written == {"round1.png", "round2.png", "trace.json", "trace.html"}
   record = json.loads((tmp_path / "out" / "trace.json").read_text())
   assert (record["prompt"], record["seed"], len(record["rounds"])) == ("a fox", 3, 2)
-  assert record["settings"]["steps"] == 3
+  assert (record["settings"]["steps"], record["settings"]["dtype"]) == (3, "float32")
   assert Image.open(tmp_path / "out" / "round2.png").size == (48, 32)
 
 
@@ -63,10 +63,14 @@ def test_prompts_in_batches_get_what_they_get_alone(checkpoint, tmp_path, capsys
     (["--temperature", "-1"], "temperature"),
     (["--config.max_prompt_tokens=3"], "prompt 1 has 5 tokens"),
     (["--mesh", "data=3"], "mesh {'data': 3} needs 3 devices"),
+    (["--config.cache_size=100"], "cache_size 100 is too small"),
+    (["--config.vae_transform.max_size=512", "--config.vae_transform.min_size=512"],
+     "vae_transform reads pictures back at"),
 ])
 def test_a_request_that_cannot_work_writes_nothing(checkpoint, tmp_path, capsys, argv, message):
   assert _generate(checkpoint, tmp_path / "out", "a fox", *argv) == 2
-  assert message in capsys.readouterr().err
+  printed = capsys.readouterr().err
+  assert message in printed and "reading weights" not in printed
   assert not (tmp_path / "out").exists()
 
 

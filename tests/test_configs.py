@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import sys
 
 import pytest
@@ -56,6 +57,20 @@ def test_bagel_7b_has_the_published_sizes():
   model = _model("bagel_7b")
   assert dataclasses.replace(model, dtype="float32") == config_lib.ModelConfig()
   assert model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.llm.num_layers=0", "'llm.num_layers' is 0"),
+    ("model.llm.num_heads=0", "'llm.num_heads' is 0"),
+    ("model.llm.num_heads=3", "'llm.num_heads' is 3, but must divide 64"),
+    ("model.llm.num_kv_heads=3", "'llm.num_kv_heads' is 3"),
+    ("model.llm.hidden_size=4", "'llm.hidden_size' must be a multiple"),
+    ("model.vae.ch_mult=(1, 0)", "'vae.ch_mult' is (1, 0)"),
+    ("model.dtype=float17", "'dtype' is 'float17'"),
+])
+def test_sizes_that_make_no_model_are_named(override, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    _model("tiny", override)
 
 
 def test_bench_model_has_positions_for_its_pictures():

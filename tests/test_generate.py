@@ -106,7 +106,7 @@ def test_eight_devices_give_what_one_gives_and_hold_their_part():
       assert_same(got, want)
     run = irg._prepare(MODEL, weights, IdTokenizer(), PROMPTS, SEEDS, SETTINGS, SYSTEM, None, None,
                        None)
-    ctx = irg._begin(run, irg.plan_cache(run)[0])
+    ctx = irg._begin(run, irg._plan(run)[0])
     latents = irg._draw(run, ctx, 0)
   layers, B, slots, heads, dim = ctx.k.shape
   assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, slots, heads // 2, dim)
@@ -181,9 +181,9 @@ def test_a_window_forgets_old_rounds_and_a_small_cache_forces_one():
 
   run = irg._prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], SEEDS[:1],
                      dataclasses.replace(three, window=1), SYSTEM, None, None, None)
-  small, _ = irg.plan_cache(run)
+  small, _ = irg._plan(run)
   squeezed = dataclasses.replace(three, cache_size=small)
-  assert irg.plan_cache(dataclasses.replace(run, settings=squeezed)) == (small, 1)
+  assert irg._plan(dataclasses.replace(run, settings=squeezed)) == (small, 1)
   assert_same(generate(PROMPTS[:1], SEEDS[:1], squeezed)[0], windowed)
 
 
@@ -243,6 +243,13 @@ def test_progress_reports_every_step_of_every_phase():
     (dict(think=False), "rounds is 2, but without thinking"),
     (dict(temperature=-1.0), "temperature >= 0"),
     (dict(first=Guidance(renorm="none")), "first.renorm is 'none'"),
+    (dict(first=Guidance(renorm_min=2.0)), "first.renorm_min is 2.0"),
+    (dict(first=Guidance(interval=(0.4,))), "first.interval is"),
+    (dict(first=Guidance(interval=(1.0, 0.4))), "first.interval is"),
+    (dict(think_limit=20000), "think_limit is 20000, but must be at most"),
+    (dict(vae_transform=ImageTransform(512, 256, 16)), "vae_transform reads pictures back at 384"),
+    (dict(vit_transform=ImageTransform(140, 140, 14)), "vit_transform reads pictures back at"),
+    (dict(vae_transform=ImageTransform(128, 32, 8)), "vae_transform.stride is 8"),
 ])
 def test_settings_that_make_no_sense_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
@@ -254,6 +261,7 @@ def test_settings_that_make_no_sense_are_refused(change, message):
     (dict(seeds=[1]), "4 prompts but 1 seeds"),
     (dict(seeds=[1, 2, 3, -4]), "seeds must be from 0"),
     (dict(prompts=[(1,)], seeds=[0], pictures=[]), "1 prompts but 0 pictures"),
+    (dict(prompts=[(1,)], seeds=[0], pictures=[np.zeros((32, 32, 4), np.uint8)]), "must be uint8"),
 ])
 def test_requests_that_cannot_work_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):

@@ -110,6 +110,17 @@ def test_the_page_embeds_its_pictures_and_fetches_nothing(tmp_path):
     assert "two <circles> & a star" in image["alt"]
 
 
+def test_the_page_of_an_edit_begins_with_the_picture_that_was_edited(tmp_path):
+  given = make_trace(make_round(), source=picture(seed=2))
+  trace.write_trace(tmp_path / "run", given)
+  content = page(tmp_path / "run")
+  assert content.text.index("Picture to edit") < content.text.index("Plan")
+  data = base64.b64decode(content.named("img")[0]["src"].split(",")[1])
+  np.testing.assert_array_equal(images.decode_picture(data, "source"), given["source"])
+  assert "source" not in json.loads((tmp_path / "run" / "trace.json").read_text())
+  assert written(tmp_path / "run") == ["round1.png", "trace.html", "trace.json"]
+
+
 @pytest.mark.parametrize("hostile", ["</h1><script>alert(1)</script>", '" onerror="x', "<!--",
                                      "&lt;"])
 def test_nothing_a_user_or_model_wrote_becomes_markup(tmp_path, hostile):

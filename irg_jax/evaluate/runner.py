@@ -22,6 +22,7 @@ from irg_jax.evaluate.prompts import Item
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
+from irg_jax.generate.slots import plan_cache
 from irg_jax.progress import Progress
 
 # Losses of the pictures' own format would be judged as the model's.
@@ -85,6 +86,7 @@ def run_generate(request: Request) -> Result:
   request.settings.validate(config)
   tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
+  plan_cache(config, request.settings, len(tokenizer.encode(request.system_prompt)))
   trace.check_output_folder(request.out)
   mesh = sharding.make_mesh(request.mesh)
   process = f"{request.process_id}-of-{request.num_processes}"

@@ -51,8 +51,8 @@ class Context:
   position: jax.Array
 
 
-def rung(length: int) -> int:
-  """The padded length of an appended text.
+def rung(length: int, name: str = "a text") -> int:
+  """The padded length of an appended text; `name` is what errors call it.
 
   Raises:
     ValueError: longer than the ladder's top.
@@ -60,7 +60,7 @@ def rung(length: int) -> int:
   for step in LADDER:
     if length <= step:
       return step
-  raise ValueError(f"a text of {length} tokens is longer than the {LADDER[-1]} that are supported")
+  raise ValueError(f"{name} of {length} tokens is longer than the {LADDER[-1]} that are supported")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "size"))

@@ -24,6 +24,7 @@ from irg_jax import flow, images
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context, rung
 from irg_jax.generate.settings import Settings
+from irg_jax.generate.slots import plan_cache
 from irg_jax.model.unified import UnifiedTransformer
 
 
@@ -114,8 +115,8 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   """
   settings.validate(model.config)
   run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
-                     draws, on_progress)
-  size, window = plan_cache(run)
+                 draws, on_progress)
+  size, window = _plan(run)
   ctx, history, results = _begin(run, size), [], []
   for number in range(settings.rounds):
     clock = _Clock()
@@ -146,38 +147,16 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   """Text out: chat, or with `pictures` a question about each picture (ViT alone).
 
   Arguments as in `generate`; `settings.think_limit` limits the answer.
-  """
-  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
-                     None, on_progress)
-  size, _ = plan_cache(run)
-  ctx = _begin(run, size, understand=True)
-  return _think(run, ctx, 0)[1]
-
-
-def plan_cache(run: Run) -> tuple[int, int]:
-  """Slots of the cache for each row, and how many earlier rounds fit into it.
-
-  Both follow from the settings and the system prompt alone, never from what a row or its
-  neighbours happen to say: so neither shapes nor results depend on them.
 
   Raises:
-    ValueError: `settings.cache_size` does not hold even one earlier round.
+    ValueError: as `generate`.
   """
-  s = run.settings
-  thought = rung(s.think_limit + 1)
-  prompt = rung(s.max_prompt_tokens + 2)
-  base = rung(len(run.system_ids) + 2) + prompt + thought
-  if run.pictures is not None:  # texts after a picture are read a second time
-    base += _picture_slots(run, *run.pictures.shape[1:3]) + prompt + thought
-  one_round = 2 * thought + _picture_slots(run, s.height, s.width)
-  window = min(s.rounds - 1, s.window or s.rounds)
-  if s.cache_size is not None:
-    window = min(window, (s.cache_size - base) // one_round)
-    need = base + one_round * min(1, s.rounds - 1)
-    if s.cache_size < need:
-      raise ValueError(f"cache_size {s.cache_size} is too small: these settings need at least "
-                       f"{need} slots a row; raise cache_size, or lower think_limit or the size")
-  return s.cache_size or base + one_round * window, window
+  settings.validate_texts()
+  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+                 None, on_progress)
+  size, _ = _plan(run, understand=True)
+  ctx = _begin(run, size, understand=True)
+  return _think(run, ctx, 0)[1]
 
 
 def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
@@ -190,6 +169,9 @@ def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, 
     if len(pictures) != len(prompts):
       raise ValueError(f"{len(prompts)} prompts but {len(pictures)} pictures")
     sizes = {p.shape for p in pictures}
+    if any(p.dtype != np.uint8 or p.ndim != 3 or p.shape[-1] != 3 for p in pictures):
+      raise ValueError(f"pictures must be uint8 [height, width, 3], but have shapes {sizes} and "
+                       f"dtypes {sorted({p.dtype.name for p in pictures})}")
     if len(sizes) > 1:
       raise ValueError(f"the pictures of a batch must have one size, but these have {sizes}")
     pictures = np.stack([settings.vae_transform(p) for p in pictures])
@@ -200,7 +182,12 @@ def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, 
           f"prompt {number} has {len(ids)} tokens, but the cache is made for "
           f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
   return Run(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-                 prompt_ids, pictures, draws or seeded_draws(seeds), on_progress)
+             prompt_ids, pictures, draws or seeded_draws(seeds), on_progress)
+
+
+def _plan(run, understand=False):
+  picture = None if run.pictures is None else run.pictures.shape[1:3]
+  return plan_cache(run.model.config, run.settings, len(run.system_ids), picture, understand)
 
 
 def seeded_draws(seeds) -> Callable:
@@ -319,16 +306,6 @@ def _look(run, ctx, encoded):
 def _grid(run):
   stride = run.model.config.pixel_stride
   return run.settings.height // stride, run.settings.width // stride
-
-
-def _picture_slots(run, height, width):
-  """Slots that a picture takes once it is read back, both splits with their ends."""
-  config, s = run.model.config, run.settings
-  width, height = s.vae_transform.size(width, height)
-  vit_width, vit_height = s.vit_transform.size(width, height)
-  latents = (height // config.pixel_stride) * (width // config.pixel_stride)
-  patches = (vit_height // config.vit.patch_size) * (vit_width // config.vit.patch_size)
-  return latents + patches + 4
 
 
 def _announce(run, kind, number, total=0):

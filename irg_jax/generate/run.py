@@ -9,6 +9,7 @@ import jax
 from irg_jax import images, sharding, text, trace, weights
 from irg_jax.generate import irg
 from irg_jax.generate.request import Request
+from irg_jax.generate.slots import plan_cache
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
 
@@ -28,6 +29,7 @@ def run_generate(request: Request) -> None:
   tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
   picture = None if request.image is None else images.read_picture(request.image)
+  _check_cache(request, config, tokenizer, picture)
   mesh = sharding.make_mesh(request.mesh)
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(request.checkpoint, mesh, request.dtype, progress)
@@ -35,7 +37,7 @@ def run_generate(request: Request) -> None:
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
       drawn = _generate(request, model, params, tokenizer, rows, picture, progress)
-      entries += [trace.write_trace(folders[i], _trace(request, i, t))
+      entries += [trace.write_trace(folders[i], _trace(request, i, t, model.config.dtype, picture))
                   for i, t in zip(rows, drawn)]
   if len(folders) > 1:
     trace.write_index(request.out, entries)
@@ -80,6 +82,13 @@ def _check_prompts(request, tokenizer):
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
 
 
+def _check_cache(request, config, tokenizer, picture):
+  size, s = None, request.settings
+  if picture is not None:
+    size = s.vae_transform.size(picture.shape[1], picture.shape[0])[::-1]
+  plan_cache(config, s, len(tokenizer.encode(request.system_prompt)), size)
+
+
 def _generate(request, model, params, tokenizer, rows, picture, progress):
   # A last batch that is not full repeats its last row: another batch size would compile anew,
   # and no row's result depends on its neighbours.
@@ -103,7 +112,7 @@ def _prefix(rows, count):
   return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
 
 
-def _trace(request, number, trajectory) -> dict:
+def _trace(request, number, trajectory, dtype, picture) -> dict:
   """The record of one prompt, as `trace.write_trace` wants it."""
   thinks = request.settings.think
   return {
@@ -111,8 +120,9 @@ def _trace(request, number, trajectory) -> dict:
       "system_prompt": request.system_prompt,
       "seed": request.seed + number,
       "checkpoint": str(request.checkpoint),
-      "settings": dataclasses.asdict(request.settings) | _run_settings(request),
+      "settings": dataclasses.asdict(request.settings) | _run_settings(request, dtype),
       "versions": versions(),
+      "source": None if picture is None else request.settings.vae_transform(picture),
       "rounds": [{
           "think": r.thought.text if thinks else None,
           "think_tokens": len(r.thought.ids),
@@ -124,10 +134,10 @@ def _trace(request, number, trajectory) -> dict:
   }
 
 
-def _run_settings(request):
+def _run_settings(request, dtype):
   """What else decided the run; the seconds of a trace are those of its whole batch."""
   image = None if request.image is None else str(request.image)
-  return {"batch_size": request.batch_size, "image": image, "dtype": request.dtype,
+  return {"batch_size": request.batch_size, "image": image, "dtype": dtype,
           "mesh": request.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
 

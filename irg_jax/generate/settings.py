@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 
 from irg_jax.config import ModelConfig
 from irg_jax.flow import RENORMS
+from irg_jax.generate.context import LADDER
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 
 
@@ -90,17 +92,16 @@ class Settings:
 
   def validate(self, config: ModelConfig) -> None:
     """Raises ValueError that names the setting if the settings make no sense for a model."""
+    self.validate_texts()
     side, stride = config.max_latent_size * config.pixel_stride, config.pixel_stride
     for name in ("height", "width"):
       pixels = getattr(self, name)
       if pixels < stride or pixels % stride:
         raise ValueError(f"{name} {pixels} is not a positive multiple of {stride} pixels")
       if pixels > side:
-        raise ValueError(f"{name} {pixels} is more than the {side} pixels this model has positions for")
-    lowest = {"rounds": 1, "steps": 2, "think_limit": 1, "max_prompt_tokens": 1}
-    for name, low in lowest.items():
-      if getattr(self, name) < low:
-        raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {low}")
+        raise ValueError(f"{name} {pixels} is more than the {side} pixels this model has "
+                         "positions for")
+    self._check_bounds(rounds=(1, math.inf), steps=(2, math.inf))
     if self.window is not None and self.window < 1:
       raise ValueError(f"window is {self.window}, but a round must see at least 1 earlier round")
     if self.rounds > 1 and not self.think:
@@ -108,10 +109,30 @@ class Settings:
                        "after the first: set rounds to 1 or think to true")
     if self.timestep_shift <= 0:
       raise ValueError(f"timestep_shift is {self.timestep_shift}, but must be above 0")
+    for name in ("first", "later"):
+      _check_guidance(name, getattr(self, name))
+
+  def validate_texts(self) -> None:
+    """As `validate`, of what texts alone depend on."""
+    longest = LADDER[-1] - 2  # framed by its two ends
+    self._check_bounds(think_limit=(1, longest), max_prompt_tokens=(1, longest))
     if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
       raise ValueError("thoughts need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, but "
                        f"{self.sampling}")
-    for name in ("first", "later"):
-      guidance = getattr(self, name)
-      if guidance.renorm not in RENORMS:
-        raise ValueError(f"{name}.renorm is {guidance.renorm!r}, not one of {RENORMS}")
+
+  def _check_bounds(self, **bounds):
+    for name, (low, high) in bounds.items():
+      value = getattr(self, name)
+      if not low <= value <= high:
+        limit = f"at least {low}" if value < low else f"at most {high}"
+        raise ValueError(f"{name} is {value}, but must be {limit}")
+
+
+def _check_guidance(name, guidance):
+  if guidance.renorm not in RENORMS:
+    raise ValueError(f"{name}.renorm is {guidance.renorm!r}, not one of {RENORMS}")
+  if not 0 <= guidance.renorm_min <= 1:
+    raise ValueError(f"{name}.renorm_min is {guidance.renorm_min}, but must be from 0 to 1")
+  if len(guidance.interval) != 2 or guidance.interval[0] >= guidance.interval[1]:
+    raise ValueError(f"{name}.interval is {guidance.interval}, but must be two times, the lower "
+                     "one first")

@@ -50,8 +50,9 @@ def read_text(model, params, ctx: Context, ids, count, views) -> Context:
   return claim(write(ctx, kv), count, views, advance=count)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "views", "latent_grid", "vit_grid", "special"),
-                   donate_argnames=("ctx",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "views", "latent_grid", "vit_grid", "special"),
+    donate_argnames=("ctx",))
 def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, vit_grid,
                  special: SpecialTokens, views=(FULL,)) -> Context:
   """Appends one picture to each row: clean VAE split, then ViT split; either may be None.
@@ -93,8 +94,9 @@ def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, 
   return claim(write(ctx, kv), jnp.full((B,), len(index)), views, advance=split)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "limit", "sampling", "special", "on_progress"),
-                   donate_argnames=("ctx",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "limit", "sampling", "special", "on_progress"),
+    donate_argnames=("ctx",))
 def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
           special: SpecialTokens, on_progress=None, round_number=0):
   """Writes a text in the FULL view, each row until `<|im_end|>` or the limit.

@@ -26,6 +26,7 @@ from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import datasets, tasks, thoughts, tokenizer, vae, verifier
 from irg_jax.mini.settings import MiniSettings
+from irg_jax.mini.steps import STEPS
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
@@ -46,9 +47,9 @@ def run(settings: MiniSettings, out, until: str | None = None) -> int:
   """
   out = pathlib.Path(out)
   _check_same(out / "mini.json", settings)
-  for name, step in STEPS.items():
+  for name in STEPS:
     print(f"irg mini: {name}", flush=True)
-    if status := step(settings, out):
+    if status := _STEPS[name](settings, out):
       return status
     if name == until:
       break
@@ -169,13 +170,7 @@ def train_irgl(settings: MiniSettings, out: pathlib.Path) -> int:
   return _train(settings, "irgl", out / "irgl_data", base_weights(out), out / "irgl")
 
 
-STEPS = {
-    "autoencoder": make_start,
-    "base": train_base,
-    "trajectories": make_trajectories,
-    "quality": train_quality,
-    "irgl": train_irgl,
-}
+_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl)))
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:

@@ -17,11 +17,10 @@ from irg_jax.mini.painter import paint
 from irg_jax.model.vae import Vae, sample_latents
 
 KL_WEIGHT = 1e-6
-SAVE_EVERY = 50
 
 
 def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: float,
-          pictures: int, seed: int, progress=None) -> dict:
+          pictures: int, seed: int, save_every: int = 50, progress=None) -> dict:
   """Trains on painted scenes; what a killed run did is in `path` and is gone on with.
 
   Args:
@@ -30,6 +29,8 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
     learning_rate: at its peak; it falls along a cosine.
     pictures: different pictures that the batches are drawn from.
     seed: of everything.
+    save_every: updates between two writes of the state.
+    progress: see `irg_jax.progress.Progress`.
 
   Returns:
     parameters of `Vae`, see `normalise`.
@@ -37,7 +38,7 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   painted = paint_crowded(pictures, np.random.default_rng(seed))
   optimizer = optax.chain(
       optax.clip_by_global_norm(1.0),
-      optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps,
+      optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(50, steps // 2), steps,
                                                     0.02 * learning_rate), b2=0.99))
   params = _init(config, jax.random.key(seed))
   state = (0, params, optimizer.init(params))
@@ -52,7 +53,7 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
     params, opt_state, error = step(params, opt_state, images.to_pixels(painted[rows]), key)
     if progress:
       progress("training the autoencoder", 0, i + 1, steps)
-    if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
+    if (i + 1) % save_every == 0 or i + 1 == steps:
       with whole_file(path) as aside:
         aside.write_bytes(flax.serialization.to_bytes((i + 1, params, opt_state)))
   return normalise(config, params, painted[:256])

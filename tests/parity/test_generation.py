@@ -39,7 +39,7 @@ def settings_of(reference, checkpoint) -> Settings:
   side = checkpoint.config.vit.grid_size * checkpoint.config.vit.patch_size
   return Settings(
       height=height, width=width, steps=first["num_timesteps"], temperature=0.0,
-      timestep_shift=first["timestep_shift"], think_limit=THINK_LIMIT, max_prompt_tokens=30,
+      timestep_shift=first["timestep_shift"], think_limit=THINK_LIMIT, max_prompt_tokens=len(reference["irg/prompt_ids"]),
       first=_guidance(first), later=_guidance(later),
       vae_transform=ImageTransform(max(height, width), min(height, width), 16),
       vit_transform=ImageTransform(side, 2 * checkpoint.config.vit.patch_size,
@@ -81,8 +81,7 @@ def thoughts_of(reference, number):
 def context_before_image(reference, checkpoint, number):
   """The context as the reference had it before it drew picture `number`, with its views."""
   run = run_of(reference, checkpoint)
-  size, _ = irg.plan_cache(run)
-  ctx = irg._begin(run, size)
+  ctx = irg._begin(run, irg._plan(run)[0])
   ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
   if number == 2:
     ctx = look_at_image1(reference, run, ctx)
@@ -126,7 +125,7 @@ def test_cache_after_the_first_picture(reference, checkpoint):
 @pytest.mark.parametrize("number", [1, 2])
 def test_thoughts_are_identical(reference, checkpoint, number):
   run, ctx = context_before_image(reference, checkpoint, 1)
-  ctx = irg._begin(run, irg.plan_cache(run)[0])
+  ctx = irg._begin(run, irg._plan(run)[0])
   if number == 2:
     ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
     ctx = look_at_image1(reference, run, ctx)

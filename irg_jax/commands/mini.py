@@ -1,0 +1,44 @@
+"""`irg mini`: the whole method in a small world of shapes, on two cores."""
+
+import pathlib
+
+_MINI = "The paper in miniature: from nothing to a trained model and its table, on two cores."
+
+_RUN = """\
+Makes everything in order: the autoencoder, the base model, its own first pictures, what the
+verifier says of them, the trajectories, and both stages of training. Stop it at any time: the
+same command goes on where it was.
+
+examples:
+  irg mini run --out out/mini
+  irg mini run --out out/mini --until base
+  irg mini run --out out/mini7 --config.seed=7 --config.trajectories=20000
+  irg mini run --out out/long --config.train="('stage2.steps=8000',)"
+"""
+
+
+def add(verbs, new_parser) -> None:
+  """Adds the verb to the subparsers `verbs`."""
+  parser = new_parser(verbs.add_parser, "mini", description=_MINI,
+                      help="the whole method in a small world of shapes")
+  actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+  _add_run(new_parser(actions.add_parser, "run", description=_RUN,
+                      help="train everything from nothing"))
+
+
+def _add_run(parser):
+  from irg_jax.mini.steps import STEPS
+  parser.set_defaults(run=_run)
+  add = parser.add_argument
+  add("--config", type=pathlib.Path, default=pathlib.Path("configs", "mini.py"), metavar="FILE",
+      help="sizes and steps (default configs/mini.py); --config.FIELD=VALUE changes a field")
+  add("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"), metavar="DIR",
+      help="folder of the run: made, or gone on with (default out/mini)")
+  add("--until", choices=STEPS, metavar="STEP", help=f"stop after one of {', '.join(STEPS)}")
+
+
+def _run(args, overrides):
+  from absl import logging
+  logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
+  from irg_jax.mini import pipeline, settings
+  return pipeline.run(settings.load(args.config, overrides), args.out, args.until)

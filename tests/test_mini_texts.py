@@ -1,0 +1,170 @@
+"""The mini world's texts, trajectories, tokenizer and autoencoder agree with what is painted."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from irg_jax import config as config_lib
+from irg_jax import images, text
+from irg_jax.data.records import MODES, PicturePart, TextPart, parse_conversation
+from irg_jax.mini import datasets, settings, tasks, thoughts, tokenizer, vae, verifier, world
+from irg_jax.mini.painter import paint
+from irg_jax.model.vae import Vae, sample_latents
+
+ROOT_CONFIG = "configs/mini.py"
+
+
+def cases(count, seed=0):
+  rng = np.random.default_rng(seed)
+  for _ in range(count):
+    record = tasks.training_record(rng)
+    yield record, tasks.sample_scene(record, rng), rng
+
+
+def seen(scene):
+  return verifier.Seen(scene.background, scene.things, ())
+
+
+def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
+  for record, scene, _ in cases(50):
+    cells = thoughts.read_grid(thoughts.plan(record, scene))
+    named = {(r, c): cells[r][c] for r, c in np.ndindex(4, 4) if cells[r][c] != "empty"}
+    assert named == {t.cell: f"{t.color} {t.shape}" for t in scene.things}
+
+
+def test_a_text_without_a_grid_reads_as_none():
+  assert thoughts.read_grid("<think> a red circle </think>") is None
+  assert thoughts.read_faults("<think> a red circle </think>") is None
+
+
+def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_picture():
+  for record, _, rng in cases(50, seed=1):
+    wrong = tasks.sample_scene(tasks.training_record(rng), rng)
+    verdict = verifier.judge(seen(wrong), record)
+    better = thoughts.improve(record, verdict, rng)
+    reflection = thoughts.reflect(record, verdict, better)
+    assert thoughts.read_faults(reflection) == verdict.faults
+    assert thoughts.read_grid(reflection) == thoughts.grid(better.things)
+    assert reflection.startswith("<think>") and reflection.endswith("</think>")
+
+
+def test_the_better_picture_is_right_and_keeps_what_was_right():
+  for record, scene, rng in cases(80, seed=2):
+    worse = world.Scene(scene.background, scene.things[1:])  # one thing is missing
+    verdict = verifier.judge(seen(worse), record)
+    better = thoughts.improve(record, verdict, rng)
+    assert verifier.score(paint(better), record).correct
+    assert set(worse.things) <= set(better.things)
+
+
+def test_a_right_picture_stays_as_it_is():
+  for record, scene, rng in cases(20, seed=3):
+    verdict = verifier.judge(seen(scene), record)
+    assert thoughts.improve(record, verdict, rng).things == scene.things
+    assert "keep everything" in thoughts.reflect(record, verdict, scene)
+
+
+def test_what_training_must_not_show_makes_no_trajectory():
+  record, _, rng = next(cases(1))
+  shape, color = sorted(tasks.UNSEEN_PAIRS)[0]
+  shown = verifier.Seen("grey", (world.Thing(shape, color, 20.0, 20.0, 6.0),), ())
+  with pytest.raises(thoughts.Inexpressible, match="must not show"):
+    thoughts.improve(record, verifier.judge(shown, record), rng)
+
+
+def test_two_things_in_one_cell_make_no_trajectory():
+  things = [world.Thing("star", "red", x, 8.0, 5.5) for x in (3.0, 13.0)]
+  with pytest.raises(thoughts.Inexpressible, match="one cell"):
+    thoughts.grid(things)
+
+
+def test_edits_turn_one_grid_into_the_other_in_words():
+  before = [["empty"] * 4 for _ in range(4)]
+  after = [list(row) for row in before]
+  before[1][2], after[1][2], after[3][0] = "red star", "blue star", "pink ring"
+  before[0][3] = "unclear"
+  assert thoughts.edits(before, after) == [
+      "remove the unclear in row one column four", "turn the red star in row two column three into a blue star",
+      "add a pink ring in row four column one", "keep the rest"]
+
+
+def test_a_trajectory_is_six_modes_that_the_reader_accepts():
+  record, scene, rng = next(cases(1, seed=4))
+  verdict = verifier.judge(seen(scene), record)
+  rows = dict(datasets.trajectory_rows(record, "<think> my own plan </think>", paint(scene),
+                                       verdict, scene, rng))
+  assert list(rows) == list(MODES)
+  for mode, row in rows.items():
+    parsed = parse_conversation(json.dumps(row), mode, 0)
+    targets = [part for part in parsed.parts if part.need_loss]
+    assert len(targets) == (2 if "full" in mode else 1)
+  full = parse_conversation(json.dumps(rows["improving_full_learning"]), MODES[-1], 0).parts
+  assert [part.text for part in full if isinstance(part, TextPart)][2] == "<think> my own plan </think>"
+  first, last = (part for part in full if isinstance(part, PicturePart))
+  assert first.need_vae and first.need_vit and not first.need_loss and last.need_loss
+
+
+def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
+  unseen = {f"{color} {shape}" for shape, color in tasks.UNSEEN_PAIRS}
+  for mode, row in datasets.base_rows(300, np.random.default_rng(0)):
+    parse_conversation(json.dumps(row), mode, 0)
+    assert not any(pair in words for words in datasets.texts(row) for pair in unseen)
+
+
+def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
+  rng = np.random.default_rng(0)
+  texts = [t for _, row in datasets.base_rows(1500, rng) for t in datasets.texts(row)]
+  tokenizer.write_tokenizer(tmp_path, texts, 512)
+  words = text.load_tokenizer(tmp_path, 512)
+  for word in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS):
+    assert len(words.encode(f" {word}")) == 1
+  anything = "Ünknown wörds <|im_end|> 12"
+  assert words.decode(words.encode(anything)) == anything
+
+
+def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
+  config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
+  params = jax.device_get(vae._init(config, jax.random.key(0)))
+  pictures = vae.paint_crowded(3, np.random.default_rng(0))
+  scaled = vae.normalise(config, params, pictures)
+  model, pixels = Vae(config), images.to_pixels(pictures)
+
+  def through(p):
+    mean, logvar = model.apply({"params": p}, pixels, method="encode")
+    latents = sample_latents(config, mean, logvar)
+    return latents, mean / np.exp(0.5 * logvar), model.apply(
+        {"params": p}, latents, method="decode")
+
+  (_, width, out), (latents, scaled_width, scaled_out) = through(params), through(scaled)
+  np.testing.assert_allclose(scaled_out, out, atol=1e-4)
+  np.testing.assert_allclose(scaled_width, width, rtol=1e-3, atol=1e-3)  # the posterior too
+  shifted = latents + config.scale_factor * config.shift_factor
+  np.testing.assert_allclose(np.sqrt((shifted**2).mean((0, 1, 2))), 1.0, rtol=1e-3)
+
+
+def test_the_autoencoder_goes_on_where_it_was_stopped(tmp_path):
+  config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
+  options = dict(batch=1, learning_rate=1e-3, pictures=4, seed=0)
+  whole = vae.train(config, tmp_path / "whole", steps=4, **options)
+  with pytest.raises(KeyboardInterrupt):
+    vae.train(config, tmp_path / "cut", steps=4, save_every=1, progress=_stop_at(3), **options)
+  again = vae.train(config, tmp_path / "cut", steps=4, **options)
+  jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+def _stop_at(step):
+  def progress(kind, number, done, total):
+    if done == step:
+      raise KeyboardInterrupt
+
+  return progress
+
+
+def test_settings_of_a_run_are_checked_by_name():
+  assert settings.load(ROOT_CONFIG).generate.height == world.SIZE
+  with pytest.raises(ValueError, match="trajectories"):
+    settings.load(ROOT_CONFIG, ["trajectories=0"])
+  with pytest.raises(ValueError, match="no field 'trajectory'"):
+    settings.load(ROOT_CONFIG, ["trajectory=5"])
