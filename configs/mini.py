@@ -24,7 +24,7 @@ MODEL = config_lib.ModelConfig(
         rope_theta=1e4),
     vit=config_lib.VitConfig(
         hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16, grid_size=4),
-    vae=config_lib.VaeConfig(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
+    vae=config_lib.VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
     max_latent_size=4,
 )
 
@@ -42,9 +42,9 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 900
-  config.vae_batch = 8
-  config.vae_learning_rate = 1.5e-3
+  config.vae_steps = 8000
+  config.vae_batch = 2
+  config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
   config.base_rows = 60000
   config.trajectories = 12000
@@ -79,8 +79,8 @@ def _irgl():
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
-  config.stage1.sizes = _group(und=768, gen=64, vit=64, text=512, samples=6)
-  config.stage2.sizes = _group(und=768, gen=96, vit=48, text=512, samples=6)
+  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=384, samples=4)
+  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=384, samples=3)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 1.0

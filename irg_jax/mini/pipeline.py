@@ -102,12 +102,19 @@ def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
   """What the base model draws of its own plans, judged, and the better pictures, as IRGL."""
   if not (out / "trajectories").exists():
     sample_first_rounds(settings, base_weights(out), out / "first_rounds")
-    with _folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
-      counts = write_trajectories(settings, out / "first_rounds", writer)
-    (out / "trajectories.json").write_text(json.dumps(counts, indent=1))
-    print(f"irg mini: first pictures of the base model: {counts}")
+    _write_judged(settings, out)
   _prepare(out / "trajectories", out / "irgl_data", irgl.MODES, out / "start" / "weights",
            settings)
+
+
+def _write_judged(settings, out):
+  with _folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
+    counts = write_trajectories(settings, out / "first_rounds", writer)
+    if not counts["right"] + counts["wrong"]:
+      raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
+                       "the autoencoder and the base longer")
+  (out / "trajectories.json").write_text(json.dumps(counts, indent=1))
+  print(f"irg mini: first pictures of the base model: {counts}")
 
 
 def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -> None:

@@ -1,0 +1,81 @@
+"""`irg mini run`: its steps follow from each other, and a stopped one goes on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from irg_jax import weights
+from irg_jax.data import irgl, sources
+from irg_jax.data.records import MODES
+from irg_jax.generate import defaults
+from irg_jax.mini import pipeline, settings, tasks, thoughts
+from irg_jax.mini.painter import paint
+
+TINY = ("vae_steps=2", "vae_batch=1", "vae_pictures=2", "base_rows=120", "trajectories=12",
+        "sample_batch=8", "model.llm.num_layers=1", "model.llm.hidden_size=48",
+        "model.llm.mlp_size=64", "model.vae.ch_mult=(1, 1, 1, 1)",
+        "train=('stage1.steps=2', 'stage2.steps=2', 'data.rows=1', 'checkpoint_every=1')")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return settings.load("configs/mini.py", TINY)
+
+
+def first_pictures(folder, tiny):
+  """Batches as the base model would leave them, here of painted pictures, half of them wrong."""
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  records = [tasks.training_record(rng) for _ in range(8)]
+  scenes = [tasks.sample_scene(r if i % 2 else tasks.training_record(rng), rng)
+            for i, r in enumerate(records)]
+  np.savez(folder / "000000.npz", records=json.dumps(records),
+           thoughts=[thoughts.plan(r, s) for r, s in zip(records, scenes)],
+           pictures=np.stack([paint(s) for s in scenes]))
+
+
+def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
+  pipeline._check_same(tmp_path / "mini.json", tiny)
+  pipeline._check_same(tmp_path / "mini.json", tiny)
+  with pytest.raises(ValueError, match="seed"):
+    pipeline._check_same(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
+
+
+def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
+  first_pictures(tmp_path / "first", tiny)
+  with pipeline.datasets.ParquetWriter(tmp_path / "rows") as writer:
+    counts = pipeline.write_trajectories(tiny, tmp_path / "first", writer)
+  assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
+  irgl.build(tmp_path / "rows", tmp_path / "built")
+  opened = sources.open_sources(tmp_path / "built", MODES)
+  assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8)
+
+
+def test_pictures_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
+  (tmp_path / "first_rounds").mkdir()
+  rng = np.random.default_rng(0)
+  records = [tasks.training_record(rng) for _ in range(tiny.trajectories)]
+  red = np.zeros((len(records), 64, 64, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
+  for start in (0, 8):
+    np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", pictures=red[start:start + 8],
+             records=json.dumps(records[start:start + 8]), thoughts=["?"] * len(red[start:start + 8]))
+  with pytest.raises(ValueError, match="no known ground': 12"):
+    pipeline._write_judged(tiny, tmp_path)
+  assert not (tmp_path / "trajectories").exists()
+
+
+@pytest.mark.long
+def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
+  assert pipeline.run(tiny, tmp_path, until="base") == 0
+  base = pipeline.base_weights(tmp_path)
+  assert defaults.read(base) == (tiny.generate, thoughts.SYSTEM_PROMPT)
+  first_pictures(tmp_path / "first_rounds", tiny)
+  np.savez(tmp_path / "first_rounds" / "000008.npz",
+           **np.load(tmp_path / "first_rounds" / "000000.npz"))
+  assert pipeline.run(tiny, tmp_path, until="irgl") == 0
+  weights.load_checkpoint(tmp_path / "irgl" / "stage2" / "weights")
+  before = (base / "ema.safetensors").stat().st_mtime_ns
+  assert pipeline.run(tiny, tmp_path, until="irgl") == 0  # finds everything done
+  assert (base / "ema.safetensors").stat().st_mtime_ns == before
