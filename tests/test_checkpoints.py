@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_runs
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import sharding
@@ -119,7 +120,13 @@ def lose_the_run(folder):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose_the_run])
+def change_the_place_in_the_data(folder):
+  path = folder / "run" / "metadata"
+  path.write_text(path.read_text().replace('"next": 9', '"next": 8'))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose_the_run,
+                                    change_the_place_in_the_data])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
   saved(tmp_path, [5, 6])
   damage(tmp_path / "6")
@@ -179,3 +186,55 @@ def test_a_full_disk_is_named_with_the_last_good_checkpoint(tmp_path):
   assert "checkpoint of step 2 cannot be saved" in error and "File too large" in error
   assert f"the last good checkpoint is {tmp_path / '1'}" in error
   assert checkpoints.steps_in(tmp_path) == [1]
+
+
+# One of two processes, whose number comes last, meets what the other one does not.
+PAIR = """
+    import resource, sys, time
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+    from irg_jax import sharding
+    from irg_jax.train.checkpoints import Checkpoints
+    from irg_jax.train.processes import SharedFaults
+
+    folder, _, coordinator, *_, process = sys.argv[1:]
+    jax.distributed.initialize(coordinator, 2, int(process))
+    split = jax.sharding.NamedSharding(sharding.make_mesh(), jax.sharding.PartitionSpec("fsdp"))
+    x = np.random.default_rng(0).standard_normal((64, 1000), np.float32)
+    put = lambda y: {"x": jax.make_array_from_callback(x.shape, split, lambda index: y[index])}
+    wanted = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)}
+    with SharedFaults("pair"), Checkpoints(folder, 3) as c:
+      for step in (1, 2):
+        c.save(step, put(step * x), {process: step})
+      c.wait()
+      if process == "1":
+        read = ocp.StandardCheckpointHandler.restore
+        def restore(self, path, *args, **kwargs):
+          if path.parent.name == "2":
+            raise OSError("Input/output error")
+          return read(self, path, *args, **kwargs)
+        ocp.StandardCheckpointHandler.restore = restore
+      step, state, data = c.restore(wanted)
+      assert step == 1 and data == {0: 1, 1: 1}
+      assert all((s.data == x[s.index]).all() for s in state["x"].addressable_shards)
+      if process == "1":  # as in FULL
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+      c.save(2, state, {})
+      while True:
+        c.check()
+        time.sleep(0.1)
+"""
+
+
+def test_what_one_of_two_processes_cannot_read_or_write_both_do_without(tmp_path):
+  pair = train_runs.two_processes([str(tmp_path / "run")], tmp_path,
+                                  programs=[("-c", textwrap.dedent(PAIR))] * 2)
+  for number, process in enumerate(pair):
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, text
+    assert "2 is damaged (process 1: Input/output error)" in text and "step 1 is used" in text
+    assert "pair: error: " + "process 1 has stopped: " * (number == 0) + (
+        "checkpoint of step 2 cannot be saved") in text
+    assert "File too large" in text
+    assert f"the last good checkpoint is {tmp_path / 'run' / '1'}" in text

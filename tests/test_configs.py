@@ -12,6 +12,8 @@ from irg_jax import config as config_lib
 from irg_jax import config_files
 from irg_jax.generate import request
 from irg_jax.generate.settings import Settings
+from irg_jax.mini import settings as mini_settings
+from irg_jax.train import settings as train_settings
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("bagel_7b", "tiny", "bench")
@@ -30,7 +32,7 @@ def _write(folder, text):
 
 def test_every_configuration_file_is_covered_here():
   names = {p.stem for p in CONFIGS.glob("*.py")}
-  assert names == {*MODELS, "generate", "generate_tiny", "irgl"}
+  assert names == {*MODELS, "generate", "generate_tiny", "irgl", "mini"}
 
 
 @pytest.mark.parametrize("preset, model", [("paper", "bagel_7b"), ("tiny", "tiny")])
@@ -39,6 +41,15 @@ def test_presets_of_the_recipe_train_the_model_of_that_name(preset, model):
   ours = config_lib.from_dict(config.model.to_dict())
   assert (ours.llm, ours.vit, ours.vae) == tuple(
       getattr(_model(model), part) for part in ("llm", "vit", "vae"))
+
+
+@pytest.mark.parametrize("preset", ["base", "quality", "irgl"])
+def test_every_training_of_the_mini_world_is_one_that_irg_train_takes(preset):
+  settings = train_settings.load(CONFIGS / "mini.py", [f"preset={preset}", "data.path=none"])
+  world = mini_settings.load(CONFIGS / "mini.py")
+  assert settings.model == world.model
+  assert settings.data.vae_transform == world.generate.vae_transform
+  assert settings.data.vit_transform == world.generate.vit_transform
 
 
 @pytest.mark.parametrize("name", MODELS)

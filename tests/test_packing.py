@@ -1,9 +1,16 @@
 """The buffers of `configs/irgl.py` suit the data that they are meant for."""
 
+import dataclasses
 import pathlib
 import runpy
 
+import jax
 import pytest
+
+from irg_jax import sharding
+from irg_jax.data.batch import BufferSizes
+from irg_jax.plan import cost, programs
+from irg_jax.train import flops
 
 BENCHMARK = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "data.py"
 
@@ -40,3 +47,27 @@ def test_longest_sample_fits_every_buffer(benchmark):
       assert lengths["und"] + lengths["gen"] <= settings.data.max_sample_tokens
       for buffer, length in lengths.items():
         assert length <= getattr(stage.sizes, buffer), (mode, buffer)
+
+
+@pytest.mark.parametrize("sizes", [
+    BufferSizes(und=4608, gen=3584, vit=2048, text=1024, samples=8), None],
+    ids=["8192 tokens", "the rows of stage 2"])
+def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
+  """Two layers of the real widths, compiled for one device without rematerialisation."""
+  settings = benchmark["load_settings"]()
+  model = dataclasses.replace(
+      settings.model, remat="none", dtype="float32",
+      llm=dataclasses.replace(settings.model.llm, num_layers=2),
+      vit=dataclasses.replace(settings.model.vit, num_layers=2))
+  stage = dataclasses.replace(settings.stage2, sizes=sizes or settings.stage2.sizes)
+  settings = dataclasses.replace(settings, model=model, stage2=stage,
+                                 data=dataclasses.replace(settings.data, rows=1))
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  program = programs.train_program(settings, "stage2", mesh)
+  with jax.set_mesh(mesh):
+    made = cost.program_cost(program.lower().compile().as_text())
+  needed = program.needed_flops
+  if sizes is None:  # its scores are too many to keep: the backward pass makes them again
+    needed += sum(flops.attention_flops(model, stage.sizes).values()) / 2
+  assert made.guessed == 0
+  assert needed * 0.99 < made.flops < needed * 1.05

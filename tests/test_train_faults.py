@@ -64,17 +64,18 @@ def test_the_exported_weights_have_the_tokenizer_and_are_the_last_average(whole)
 def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
     whole, data, cache, tmp_path):
   out = tmp_path / "out"
-  start = lambda: train_runs.process(
-      train_runs.flags(data, out, train_runs.MESH, run_stages="stage1"), cache, devices=8)
-  first = start()
+  start = lambda workers: train_runs.process(
+      train_runs.flags(data, out, train_runs.MESH, run_stages="stage1", data__workers=workers),
+      cache, devices=8)
+  first = start(workers=2)
   saving = out / "stage1" / "checkpoints"
   while first.poll() is None and not list(saving.glob("4.orbax-checkpoint-tmp*")):
     time.sleep(0.001)
   first.send_signal(signal.SIGKILL)
-  text, _ = first.communicate()
+  text, _ = first.communicate(timeout=60)  # its workers end, too, and with them its output
   assert first.returncode == -signal.SIGKILL, text
   assert checkpoints.steps_in(saving) == [2]
-  second = start()
+  second = start(workers=0)
   text, _ = second.communicate()
   assert second.returncode == 0, text
   assert f"from step 2 of {saving}" in text
@@ -96,13 +97,17 @@ def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
   out = tmp_path / "out"
   shutil.copytree(whole, out)
   shutil.rmtree(out / "stage1" / "weights")
-  shutil.rmtree(out / "stage1" / "checkpoints" / "4")
+  newest = out / "stage1" / "checkpoints" / "4"
+  (newest / "run" / "metadata").write_text("{")
   mesh = {"data": 2, "fsdp": 2, "tensor": 2}
   flags = train_runs.flags(data, out, mesh, run_stages="stage1")
+  texts = []
   for worker in train_runs.two_processes(
       flags, cache, programs=[(str(WORKER), str(tmp_path / f"{i}.json")) for i in range(2)]):
-    text, _ = worker.communicate(timeout=300)
-    assert worker.returncode == 0, text
+    texts.append(worker.communicate(timeout=300)[0])
+    assert worker.returncode == 0, texts[-1]
+  assert f"{newest} is damaged" in texts[0] and "step 2 is used" in texts[0]
+  assert "damaged" not in texts[1]  # once is enough
   parts, uncut = train_runs.steps(out), train_runs.steps(whole)
   assert parts.keys() == uncut.keys()
   for place, line in uncut.items():
@@ -125,3 +130,34 @@ def check_reports(reports):
     for mode, records in report["read"].items():
       # Of four streams, one for each row, a process owns the two that its rows come from.
       assert records and {i % 4 // 2 for i in records} == {process}, mode
+
+
+UNREADABLE = """
+import sys
+from irg_jax import cli
+from irg_jax.data import sources
+
+def fail(source, i):
+  raise ValueError(f"record {i} cannot be read")
+
+sources.PublishedSource.__getitem__ = fail
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_record_that_one_process_cannot_read_ends_both_with_a_message(
+    whole, data, cache, tmp_path):
+  out = tmp_path / "out"
+  shutil.copytree(whole, out)
+  shutil.rmtree(out / "stage1" / "weights")
+  shutil.rmtree(out / "stage1" / "checkpoints" / "4")
+  flags = train_runs.flags(data, out, {"fsdp": 4, "tensor": 2}, run_stages="stage1")
+  first, second = train_runs.two_processes(
+      flags, cache, programs=[("-m", "irg_jax"), ("-c", UNREADABLE)])
+  text, _ = second.communicate(timeout=300)
+  assert second.returncode == 2, text
+  error = text[text.index("irg train: error: record"):].strip()
+  assert f"the last good checkpoint is {out / 'stage1' / 'checkpoints' / '2'}" in error
+  text, _ = first.communicate(timeout=300)
+  assert first.returncode == 2, text
+  assert error.replace("error: ", "error: process 1 has stopped: ", 1) in text

@@ -253,12 +253,20 @@ def test_a_training_checkpoint_outside_its_run_is_not_taken_for_weights(both, tm
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
     (["--coordinator", "host:1", "--process-id", "0"], "--num-processes missing"),
+    (["--coordinator", "host:1", "--process-id", "2", "--num-processes", "2"],
+     "--coordinator host:1 --num-processes 2 --process-id 2: the processes cannot meet: "),
     (["--mesh", "data=2,pipe=4"], "no field 'pipe' in mesh"),
 ])
 def test_flags_that_cannot_be_are_named(data, tmp_path, capsys, argv, message):
   assert cli.main([*train_runs.flags(data, tmp_path / "out"), *argv]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
+
+
+def test_a_coordinator_without_a_port_is_named(data, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    cli.main([*train_runs.flags(data, tmp_path / "out"), "--coordinator", "host"])
+  assert "'host' is not an address" in capsys.readouterr().err
 
 
 def test_the_mesh_flag_sets_every_axis_and_a_field_written_out_wins(data, tmp_path, capsys):

@@ -40,6 +40,17 @@ def count(text: str) -> int:
   return int(text)
 
 
+def address(text: str) -> str:
+  """HOST:PORT.
+
+  Raises:
+    argparse.ArgumentTypeError: not of that form.
+  """
+  if not re.fullmatch(r"\S+:\d+", text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not an address; write host0:1234")
+  return text
+
+
 def add_hosts(parser) -> None:
   """--process-id and --num-processes, of hosts that share work through a common folder."""
   parser.add_argument("--process-id", type=int, default=0, metavar="I",

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 from irg_jax.commands import flags
 
@@ -51,7 +52,8 @@ def _add_hosts(group):
   add = group.add_argument
   add("--distributed", action="store_true",
       help="find the other processes through TPU, SLURM or MPI")
-  add("--coordinator", metavar="HOST:PORT", default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+  add("--coordinator", type=flags.address, metavar="HOST:PORT",
+      default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
       help="of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
   add("--num-processes", type=int, metavar="N", default=os.environ.get("JAX_NUM_PROCESSES"),
       help="default: $JAX_NUM_PROCESSES")
@@ -62,11 +64,11 @@ def _add_hosts(group):
 def _run(args, overrides):
   from absl import logging
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
-  from irg_jax.train import run, settings
-  overrides = [*_shorthands(args), *overrides]
-  parsed = settings.load(args.config, overrides)
+  from irg_jax.train import processes, run, settings
   _connect(args)
-  return run.run_train(parsed, args.out or pathlib.Path("out", f"train-{parsed.preset}"))
+  with processes.SharedFaults("irg train"):
+    parsed = settings.load(args.config, [*_shorthands(args), *overrides])
+    return run.run_train(parsed, args.out or pathlib.Path("out", f"train-{parsed.preset}"))
 
 
 def _shorthands(args) -> list[str]:
@@ -87,12 +89,17 @@ def _connect(args):
   by_hand = {"--coordinator": args.coordinator, "--num-processes": args.num_processes,
              "--process-id": args.process_id}
   missing = [flag for flag, value in by_hand.items() if value is None]
-  if args.distributed:
-    import jax
-    jax.distributed.initialize(*by_hand.values())
-  elif not missing:
-    import jax
-    jax.distributed.initialize(*by_hand.values(), cluster_detection_method="deactivate")
-  elif len(missing) < len(by_hand):
+  if not args.distributed and len(missing) == len(by_hand):
+    return
+  if not args.distributed and missing:
     raise ValueError(f"{', '.join(missing)} missing: give all of {', '.join(by_hand)}, or "
                      "--distributed to find them")
+  import jax
+  print("meeting the other processes", file=sys.stderr, flush=True)
+  how = {} if args.distributed else {"cluster_detection_method": "deactivate"}
+  try:
+    jax.distributed.initialize(*by_hand.values(), **how)
+  except Exception as e:  # of any kind
+    given = [f"{flag} {value}" for flag, value in by_hand.items() if flag not in missing]
+    raise ValueError(f"{' '.join(['--distributed'] * args.distributed + given)}: the processes "
+                     f"cannot meet: {e}") from e

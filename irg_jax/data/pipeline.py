@@ -10,6 +10,9 @@ taken up by any process.
 
 import copy
 import dataclasses
+import multiprocessing
+import os
+import threading
 
 import grain
 import numpy as np
@@ -145,7 +148,7 @@ class Batches:
     # One worker for each group: several in one would deal the records out among themselves.
     options = grain.MultiprocessingOptions(
         num_workers=1, per_worker_buffer_size=_BUFFERED_ROWS * len(streams))
-    return dataset.mp_prefetch(options, worker_init_fn=_keep_off_devices)
+    return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
 
   def _count(self, rows):
     for row in rows:
@@ -173,10 +176,17 @@ def _pictures(row):
           for first, pixels in pictures]
 
 
-def _keep_off_devices(index, count):
+def _start_worker(index, count):
   del index, count
   import jax
   jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training process
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  """A worker waits for room in its buffer, and would so for ever when training was killed."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 def _check(data, sources, mixture, streams, process_index, process_count):

@@ -6,13 +6,15 @@ complete, so that a kill at any time leaves the earlier ones as they were.
 
 import json
 import pathlib
+import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from irg_jax.train.processes import gather, meet, wait_for_all
 from irg_jax.weights.errors import CheckpointError
 
 DAMAGED = "damaged"  # where checkpoints go that cannot be read
@@ -33,7 +35,8 @@ class Checkpoints:
     policy = ocp.checkpoint_managers.LatestN(n=keep)
     # Left overs of a killed save would stay for ever, and a checkpoint is large.
     options = ocp.CheckpointManagerOptions(preservation_policy=policy,
-                                           cleanup_tmp_directories=True)
+                                           cleanup_tmp_directories=True,
+                                           async_options=_async_options())
     self._manager = ocp.CheckpointManager(self.folder, options=options,
                                           item_names=("state", "run"))
 
@@ -81,13 +84,19 @@ class Checkpoints:
     self.wait()
     if step in self._manager.all_steps():
       return
-    run = {"data": gather(data), "sums": checksums(state)}
+    data = gather(data)
+    run = {"data": data, "sums": checksums(state) | {"data": _data_sum(data)}}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
     self._saving = step
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as e:  # Orbax and TensorStore have no common error
       raise self._save_error(e) from e
+
+  def check(self) -> None:
+    """Raises the CheckpointError of a save that has failed meanwhile; waits for nothing."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Waits until what is being saved is complete.
@@ -105,7 +114,7 @@ class Checkpoints:
     """Reads the newest checkpoint that is whole.
 
     One that is not is reported and moved to a folder beside the others, if there is an older
-    one to go on from.
+    one to go on from. Of several processes all take the same one, whichever cannot read it.
 
     Args:
       abstract: pytree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
@@ -116,50 +125,74 @@ class Checkpoints:
     Raises:
       CheckpointError: there are checkpoints, but none can be used.
     """
-    steps = self.steps()
+    self.wait()
+    seen = gather({str(jax.process_index()): self.steps()})
+    steps = sorted(set.intersection(*map(set, seen.values())))
     if not steps and (self.folder / DAMAGED).is_dir():
       raise CheckpointError(f"{self.folder}: only damaged checkpoints are left; remove the folder "
                             "to start from the beginning")
     while steps:
       step = steps.pop()
       try:
-        state, data = self._restore(step, abstract)
-        return step, state, data
-      except Exception as e:
-        message = f"checkpoint {self.folder / str(step)} is damaged ({_reason(e)})"
+        return step, *self._restore(step, abstract)
+      except CheckpointError as e:
+        message = f"checkpoint {self.folder / str(step)} is damaged ({e})"
         if not steps:
           raise CheckpointError(f"{message}, and there is no other to go on from; restore it "
                                 "from a copy, or remove it to start again") from e
         self._set_aside(step)
-        message += f"; it is now in {self.folder / DAMAGED}, and step {steps[-1]} is used"
-        if jax.process_count() > 1 and not isinstance(e, CheckpointError):
-          # The others may wait for this process, inside Orbax. All agree after a new start.
-          raise CheckpointError(message + " when you start again") from e
-        self._report(message)
+        self._report(f"{message}; it is now in {self.folder / DAMAGED}, and step {steps[-1]} "
+                     "is used")
     return None
 
   def _restore(self, step, abstract):
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract),
-                              run=ocp.args.JsonRestore())
-    found = self._manager.restore(step, args=args)
-    now = checksums(found.state)
-    wrong = [name for name, value in found.run["sums"].items() if now.get(name) != value]
+    """(state, data) of a step; all processes return, or all raise CheckpointError."""
+    folder, cause, faults = self.folder / str(step), None, {}
+    try:
+      # Not through the manager, which waits for all processes: one that fails would not come.
+      state = ocp.StandardCheckpointHandler().restore(
+          folder / "state", args=ocp.args.StandardRestore(abstract))
+      run = json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))
+      sums, data = run["sums"].items(), run["data"]
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise  # says nothing about the files
+    except Exception as e:  # Orbax and TensorStore have no common error
+      cause, faults = e, {str(jax.process_index()): _reason(e)}
+    if faults := gather(faults):
+      process, reason = min(faults.items())
+      by = f"process {process}: " if jax.process_count() > 1 else ""
+      raise CheckpointError(by + reason) from cause
+    now = checksums(state) | {"data": _data_sum(data)}
+    wrong = [name for name, value in sums if now.get(name) != value]
     if wrong:
-      raise CheckpointError(f"{len(wrong)} arrays differ from what was saved, such as {wrong[0]}")
-    return found.state, {int(stream): value for stream, value in found.run["data"].items()}
+      raise CheckpointError(f"{len(wrong)} parts differ from what was saved, such as {wrong[0]}")
+    return state, {int(stream): value for stream, value in data.items()}
 
   def _set_aside(self, step):
-    source, target = self.folder / str(step), self.folder / DAMAGED / str(step)
-    if source.is_dir():  # another process may have been first
+    if jax.process_index() == 0:
+      target = self.folder / DAMAGED / str(step)
       target.parent.mkdir(exist_ok=True)
       copies = sum(p.name.split("-")[0] == str(step) for p in target.parent.iterdir())
-      source.rename(target.with_name(f"{step}-{copies}") if copies else target)
+      (self.folder / str(step)).rename(target.with_name(f"{step}-{copies}") if copies else target)
+    meet(f"step {step} set aside")
     self._manager.reload()
 
   def _save_error(self, error):
     step, self._saving = self._saving, None
     return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
                            f"{self._last_good()}")
+
+
+def _async_options():
+  """Orbax's, but a save that has failed here does not wait for the other processes.
+
+  They wait for its part in vain, and it would for them: nobody would hear of the error.
+  """
+  def barrier(*, key, timeout_ms):
+    if sys.exc_info()[1] is None:
+      wait_for_all(key, timeout_ms / 1000)
+
+  return ocp.options.AsyncOptions(barrier_sync_fn=barrier)
 
 
 def steps_in(folder) -> list[int]:
@@ -195,17 +228,10 @@ def _sum(x):
   return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def gather(data: dict) -> dict:
-  """The union of the processes' dicts (JSON), in every process."""
-  if jax.process_count() == 1:
-    return data
-  mine = np.frombuffer(json.dumps(data).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(mine.size))
-  padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
-  union = {}
-  for row, size in zip(multihost_utils.process_allgather(padded), sizes):
-    union |= json.loads(row[:size].tobytes())
-  return union
+def _data_sum(data: dict) -> int:
+  """Of JSON values, before and after they were written."""
+  same = {str(stream): value for stream, value in data.items()}
+  return zlib.crc32(json.dumps(same, sort_keys=True).encode())
 
 
 def _reason(error) -> str:

@@ -16,8 +16,9 @@ from irg_jax.train import folder
 from irg_jax.train.checkpoints import steps_in
 from irg_jax.train.feed import row_block
 from irg_jax.train.preemption import EXIT_STATUS, Preemption
+from irg_jax.train.processes import meet
 from irg_jax.train.settings import TrainSettings
-from irg_jax.train.stage import Run, counts, meet, rejected, train_stage
+from irg_jax.train.stage import Run, counts, rejected, train_stage
 from irg_jax.weights import init, published
 from irg_jax.weights.training import BASE
 

@@ -9,21 +9,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import sharding, weights
 from irg_jax.data.pipeline import open_batches
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import flops, logs
-from irg_jax.train.checkpoints import Checkpoints, gather
+from irg_jax.train.checkpoints import Checkpoints
 from irg_jax.train.feed import Feed, row_block
 from irg_jax.train.optimizer import make_optimizer
+from irg_jax.train.processes import gather
 from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.train.state import init_state, state_shardings
 from irg_jax.train.step import make_train_step
-from irg_jax.train.watch import Late, Tracer
+from irg_jax.train.watch import Late, NonFiniteLoss, Tracer
 from irg_jax.weights import names
+from irg_jax.weights.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,19 @@ def train_stage(run: Run, stage: str, params):
 
   Raises:
     NonFiniteLoss: names the step, the samples and the last good checkpoint.
-    CheckpointError, OSError: something cannot be written or read; names the last good one.
+    CheckpointError, OSError, ValueError: something cannot be written or read; names the last
+      good one, if there is any.
   """
   report = functools.partial(print, file=sys.stderr) if run.log_folder else lambda _: None
   with Checkpoints(run.out / stage / "checkpoints", run.settings.keep, report) as checkpoints:
     try:
       return go_on(run, stage, params, checkpoints)
-    except OSError as e:
-      raise OSError(f"{e}; {checkpoints.last_good()}") from e
+    except (CheckpointError, NonFiniteLoss):
+      raise  # they name it themselves
+    except (OSError, ValueError) as e:
+      if not checkpoints.steps():
+        raise
+      raise ValueError(f"{e}; {checkpoints.last_good()}") from e
 
 
 def go_on(run: Run, stage: str, params, checkpoints: Checkpoints):
@@ -161,6 +167,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpo
     tracer.before(step)
     state, metrics = train_step(s.switches(step - 1), state, batch, key)
     late.push(step, metrics, batch)
+    checkpoints.check()
     stopping = run.preemption.reached()
     tracer.after(step, stopping or step == s.steps, late.flush)
     if step % settings.checkpoint_every == 0 or step == s.steps or stopping:
@@ -191,9 +198,3 @@ def log_skipped(log: logs.Log, stage: str, step: int, by_process: dict) -> None:
 
 def counts(by_reason: dict) -> str:
   return ", ".join(f"{reason} {count}" for reason, count in sorted(by_reason.items()))
-
-
-def meet(name: str) -> None:
-  """Waits until all processes are here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
