@@ -43,7 +43,7 @@ examples:
 
 _GENERATE_END = """\
 where a setting comes from, the later one wins:
-  1. the defaults, which are those of configs/generate.py
+  1. the checkpoint's generate.json, if it has one, else the defaults of configs/generate.py
   2. --config FILE; a file may set some of the fields only
   3. --config.FIELD=VALUE, any field of the configuration, in order
   4. the short flags above (--rounds, --size, ...)
@@ -150,8 +150,9 @@ def _add_generate(parser):
   parser.set_defaults(run=_generate)
   add = parser.add_argument
   add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make several traces")
-  add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR",
-      help="weights, in the published layout or Orbax")
+  add("--checkpoint", type=pathlib.Path, metavar="DIR",
+      help="weights, in the published layout or Orbax (default: the mini world's, which come with "
+           "the package)")
   add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
   add("--image", type=pathlib.Path, metavar="FILE",
       help="edit this picture as the prompts say; the result has --size")

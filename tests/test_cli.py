@@ -144,7 +144,6 @@ def test_the_system_prompt_asks_for_both_thoughts():
 @pytest.mark.parametrize("argv, message", [
     ([], "the following arguments are required: VERB"),
     (["paint"], "invalid choice: 'paint'"),
-    (["generate", "a"], "the following arguments are required: --checkpoint"),
     (["generate", "a", "--checkpoint", "d", "--round", "3"], "unrecognized arguments: --round"),
     (["generate", "a", "--checkpoint", "d", "--rounds", "two"], "--rounds: invalid int value"),
     (["generate", "a", "--checkpoint", "d", "--size", "0"], "--size: '0' is not a size"),

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """Made-up prompts in the official formats; None is GenEval's own."""
+  """Made-up prompts in the official formats; None are those that come with the package."""
   folder = tmp_path_factory.mktemp("prompts")
   wise = [{"Prompt": f"prompt {i}", "Explanation": "why", "Category": "c", "Subcategory": "s",
            "prompt_id": i} for i in (901, 1, 450)]
@@ -54,7 +54,8 @@ def files(tmp_path_factory):
           "Anime_Stylization,000,a fox,NP,short,", "Anime_Stylization,001,rain,NP,short,"]
   (folder / "OneIG-Bench.csv").write_text("\n".join(rows))
   return {"geneval": None, "wise": folder / "wise.json", "tiif": folder / "testmini_prompts",
-          "genai_bench": folder / "genai_image.json", "oneig": folder / "OneIG-Bench.csv"}
+          "genai_bench": folder / "genai_image.json", "oneig": folder / "OneIG-Bench.csv",
+          "mini": None}
 
 
 class Engine:
@@ -116,6 +117,7 @@ LAYOUTS = {
     "genai_bench": {"irg_jax/00000.jpeg", "irg_jax/00001.jpeg"},
     "oneig": {"images/human/irg_jax/000.webp", "images/anime/irg_jax/000.webp"},
 }
+LAYOUTS["mini"] = LAYOUTS["geneval"]
 
 
 @pytest.mark.parametrize("benchmark", prompts.BENCHMARKS)

@@ -144,9 +144,10 @@ def test_settings_and_unlike_checkpoints_are_shown(built, tmp_path):
 
 def summaries():
   """A summary without a single score, of each benchmark."""
-  from irg_jax.evaluate import geneval as ge, scorers
+  from irg_jax.evaluate import geneval as ge, mini, scorers
   return {"geneval": ge.summarize([]), "wise": scorers.Wise().value(),
           "tiif": scorers.Tiif({}).value(), "oneig": scorers.OneIG(None).value(),
+          "mini": mini.Verified().value(),
           "genai_bench": scorers.GenAIBench({"basic": [1]}).value()}
 
 

@@ -62,13 +62,14 @@ class StandIn:
     if method == "text_logits":
       return (args[0] @ p["heads"]["text"]["kernel"]).astype(jnp.float32)
     batch, latents, timestep = args
-    layers = p["decoder"]["layers"]
+    layers = p["decoder"]["layers"]  # a list of trees on a lone CPU, see `unstack_layers`
+    layer = layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)
     patches = batch.vit_patches.astype(dtype) @ p["vit"]["patch_embed"]["kernel"]
     seen = jnp.mean(patches, 1, keepdims=True) * p["vit"]["post_norm"]["scale"]
     und = (p["embed"]["embedding"][batch.text_ids] + seen).astype(dtype)
-    und = und @ layers["und"]["q"]["kernel"][0] * p["decoder"]["und_norm"]["scale"]
+    und = und @ layer["und"]["q"]["kernel"] * p["decoder"]["und_norm"]["scale"]
     gen = latents.astype(dtype) @ p["latent_embed"]["kernel"] + timestep[..., None].astype(dtype)
-    gen = gen @ layers["gen"]["q"]["kernel"][0] * p["decoder"]["gen_norm"]["scale"]
+    gen = gen @ layer["gen"]["q"]["kernel"] * p["decoder"]["gen_norm"]["scale"]
     gen = gen + jnp.mean(und, 1, keepdims=True)
     velocity = gen.astype(dtype) @ p["heads"]["velocity"]["kernel"]
     return und.astype(dtype), velocity.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""`irg eval`: the five benchmarks, from prompts to the paper's table. A verb for each step."""
+"""`irg eval`: the benchmarks, from prompts to the paper's table. A verb for each step."""
 
 from irg_jax.commands import eval_generate
 from irg_jax.commands import eval_report
@@ -7,7 +7,7 @@ from irg_jax.commands import eval_score
 _EVAL = """\
 GenEval, WISE, TIIF-Bench, GenAI-Bench and OneIG-Bench (English), by their official protocols:
 draws the pictures, scores them, and puts the figures into the paper's table. Both rounds of the
-pictures, each apart.
+pictures, each apart. The mini world's own test ("mini") goes the same way.
 
 examples:
   irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval

@@ -26,6 +26,9 @@ the paper's setting (what is not given below is the default; --batch-size is you
       --config.first.interval="(0.4, 1.0)" --config.first.renorm=global \\
       --config.later.interval="(0.0, 1.0)" --config.later.renorm=text_channel
 
+the mini world's test, with the settings that its checkpoint comes with:
+  irg eval generate mini --checkpoint out/mini/irgl/stage2/weights --out out/mini-test
+
 more examples:
   irg eval generate geneval --checkpoint weights/irg-7b --out out/some --tasks counting --limit 8
   irg eval generate geneval --checkpoint weights/bagel-7b --out out/bagel --rounds 1 --no-think \\
@@ -35,15 +38,17 @@ more examples:
 """
 
 _GENERATE_END = """\
-pictures of a prompt: 4 for geneval, 4 for oneig (pasted into one grid), 1 for the others; TIIF's
-short and long description of a prompt count as two.
+pictures of a prompt: 4 for geneval and mini, 4 for oneig (pasted into one grid), 1 for the others;
+TIIF's short and long description of a prompt count as two.
 
 several hosts: each draws every N-th prompt into the common --out. Without a common folder, give
 each a folder of its own and copy them into one afterwards: no file is in two of them, but for
 run.json, which is the same.
 """
 
-_THINK_LIMIT = 4096  # of the published evaluation; all else is as in irg generate
+# Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
+# says itself how it is to be used.
+_THINK_LIMIT = 4096
 
 
 def add(verbs, new_parser) -> None:
@@ -55,14 +60,15 @@ def add(verbs, new_parser) -> None:
   add = parser.add_argument
   add("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
   add("--prompts", type=pathlib.Path, metavar="PATH",
-      help="the official prompt file or folder; geneval's come with this package")
+      help="the official prompt file or folder; geneval's and mini's come with this package")
   add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR",
-      help="weights, in the published layout or Orbax")
+      help="weights, in the published layout or Orbax; a generate.json there has the defaults")
   add("--out", type=pathlib.Path, required=True, metavar="DIR",
       help="folder of the run, made or gone on with")
   add("--tasks", nargs="+", metavar="TASK",
       help="only these: GenEval's tags, WISE's categories (CULTURE, ...), TIIF's types, "
-           "GenAI-Bench's tags (with genai_skills.json beside the prompts), OneIG's folders")
+           "GenAI-Bench's tags (with genai_skills.json beside the prompts), OneIG's folders, "
+           "mini's tags, seen, unseen")
   add("--limit", type=flags.count, metavar="N", help="only the first N prompts (of --tasks)")
   add("--subset", action="store_true",
       help="the prompts need not be as many as published; the scores then compare with nothing")
@@ -87,14 +93,16 @@ def _run(args, overrides):
   if not args.subset:
     _check_counts(args, items)
   selected = _select(items, args.tasks, args.limit)
-  from irg_jax.generate import request
+  from irg_jax.generate import defaults, request
   from irg_jax.generate.settings import Settings
+  default, prompt = defaults.read(args.checkpoint, Settings(think_limit=_THINK_LIMIT))
   settings = request.read_settings(args.config, [*overrides, *request.shorthand_overrides(args)],
-                                   Settings(think_limit=_THINK_LIMIT))
+                                   default)
   from irg_jax.evaluate import runner
   asked = runner.Request(
       items=tuple(items), selected=tuple(selected), out=args.out, checkpoint=args.checkpoint,
-      settings=settings, system_prompt=request.read_system_prompt(args.system_prompt_file),
+      settings=settings,
+      system_prompt=request.read_system_prompt(args.system_prompt_file, prompt),
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, process_id=args.process_id,
       num_processes=args.num_processes)
   _report(asked, runner.run_generate(asked))

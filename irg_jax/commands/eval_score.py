@@ -25,6 +25,9 @@ the paper's setting:
       --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\
       --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct
 
+the mini world's, whose verifier reads the pictures:
+  irg eval score mini --out out/mini-test
+
 more examples:
   irg eval score geneval --out out/geneval --detector my_models:detect --classifier my_models:color
   irg eval score genai_bench --out out/genai_bench --prompts genai_image.json \\
@@ -41,6 +44,7 @@ where the answers come from:
                of Yes. Needs genai_skills.json beside the prompts, or --skills.
   oneig        the judge (alignment, text) and --measurements (reasoning, style, diversity); the
                overall needs all five. Without --judge-url the measured parts are scored alone.
+  mini         the verifier of the mini world (irg_jax/mini/verifier.py).
 
 """ + judge_flags.KEY_NOTE
 
@@ -56,7 +60,7 @@ def add(verbs, new_parser) -> None:
   add("--out", type=pathlib.Path, required=True, metavar="DIR",
       help="folder of the pictures, as irg eval generate wrote it")
   add("--prompts", type=pathlib.Path, metavar="PATH",
-      help="the official prompt file or folder; geneval's come with this package")
+      help="the official prompt file or folder; geneval's and mini's come with this package")
   add("--questions", type=pathlib.Path, metavar="DIR",
       help="tiif: testmini_eval_prompts; oneig: the folder scripts of its repository, or one "
            "with Q_D and text_content.csv")
@@ -92,7 +96,7 @@ def _run(args, _):
   from irg_jax.evaluate import score
   run = score.open_run(args.benchmark, args.out, args.prompts)
   steps = {"geneval": _geneval, "wise": _wise, "tiif": _tiif, "genai_bench": _genai_bench,
-           "oneig": _oneig}
+           "oneig": _oneig, "mini": _mini}
   result = steps[args.benchmark](args, run)
   _report(result, run.out / score.SCORES)
 
@@ -135,13 +139,13 @@ def _geneval(args, run):
 
 def _detected(args, run):
   """(where, record) of every picture that is there, by the functions of the flags."""
-  from irg_jax.evaluate import detectors, layout, plugins, prompts
+  from irg_jax.evaluate import detectors, layout, plugins, prompts, score
   detect = plugins.load(args.detector, "--detector")
   classify = plugins.load(args.classifier, "--classifier") if args.classifier else None
   names = args.object_names or prompts.GENEVAL_FILES / "object_names.txt"
-  pictures = ((run.out / path, str(path), item.extra)
-              for number in run.rounds for item in run.items for p in range(item.pictures)
-              if (run.out / (path := layout.picture_path("geneval", item, p, number))).is_file())
+  paths = ((item, layout.picture_path("geneval", item, picture, number))
+           for item, number, picture in score.pictures_there(run))
+  pictures = ((run.out / path, str(path), item.extra) for item, path in paths)
   found = detectors.records(pictures, detectors.class_names(names), detect, classify,
                             run.out / detectors.CACHE, f"{args.detector} {args.classifier}")
   return ((record["filename"], record) for record in found)
@@ -198,6 +202,13 @@ def _oneig(args, run):
                     for name in oneig.ALIGNED},
       "texts": questions.read_oneig_texts(_find(args.questions, "text_content.csv"))}
   return _judged(args, run, lambda: scorers.OneIG(references), references, extra, table)
+
+
+def _mini(_, run):
+  from irg_jax.evaluate import mini, score
+  with _progress("scoring", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
+    return score.score_pictures(run, mini.Verified, count(score.pictures_there(run)),
+                                {"protocol": mini.protocol()})
 
 
 def _judged(args, run, make_scorer, references=None, extra=None, table=None):

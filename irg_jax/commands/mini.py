@@ -6,14 +6,25 @@ _MINI = "The paper in miniature: from nothing to a trained model and its table, 
 
 _RUN = """\
 Makes everything in order: the autoencoder, the base model, its own first pictures, what the
-verifier says of them, the trajectories, and both stages of training. Stop it at any time: the
-same command goes on where it was.
+verifier says of them, the trajectories, both stages of training, and the report. Stop it at any
+time: the same command goes on where it was.
 
 examples:
   irg mini run --out out/mini
   irg mini run --out out/mini --until base
   irg mini run --out out/mini7 --config.seed=7 --config.trajectories=20000
   irg mini run --out out/long --config.train="('stage2.steps=8000',)"
+"""
+
+_REPORT = """\
+Makes the tables, the plots and the page of a finished run from what its last step has drawn:
+OUT/report/index.html, report.md, report.json, scores.png, tasks.png. Where there is no run under
+--out, the checkpoint that comes with the package draws the test there and is measured; the other
+rows are then those of the run that made it, and say so.
+
+examples:
+  irg mini report --out out/mini
+  irg mini report --out out/shipped              no run in there: the package's checkpoint
 """
 
 
@@ -24,6 +35,8 @@ def add(verbs, new_parser) -> None:
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
   _add_run(new_parser(actions.add_parser, "run", description=_RUN,
                       help="train everything from nothing"))
+  _add_report(new_parser(actions.add_parser, "report", description=_REPORT,
+                         help="tables, plots and traces of what was learned"))
 
 
 def _add_run(parser):
@@ -35,6 +48,19 @@ def _add_run(parser):
   add("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"), metavar="DIR",
       help="folder of the run: made, or gone on with (default out/mini)")
   add("--until", choices=STEPS, metavar="STEP", help=f"stop after one of {', '.join(STEPS)}")
+
+
+def _add_report(parser):
+  parser.set_defaults(run=_report)
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"),
+                      metavar="DIR", help="folder of the run (default out/mini)")
+
+
+def _report(args, _):
+  from irg_jax.mini import report
+  page = report.run(args.out)
+  print(page.with_name("report.md").read_text(encoding="utf-8"))
+  print(f"wrote {page}")
 
 
 def _run(args, overrides):

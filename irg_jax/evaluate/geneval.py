@@ -138,9 +138,13 @@ def relations(a: np.ndarray, b: np.ndarray, position_threshold: float = 0.1) -> 
 
 
 class Summary:
-  """Adds up results; memory grows with the number of prompts only, by a few bytes each."""
+  """Adds up results; memory grows with the number of prompts only, by a few bytes each.
 
-  def __init__(self):
+  `tasks` are those that a whole run has.
+  """
+
+  def __init__(self, tasks=TASKS):
+    self._expected = tasks
     self._tasks = {}  # tag: Mean
     self._prompts = {}  # digest of the metadata: any picture right
     self._pictures = tally.Mean()
@@ -160,7 +164,7 @@ class Summary:
     return {
         "overall": tally.mean(task["score"] for task in tasks.values()),
         "tasks": tasks,
-        "missing_tasks": [tag for tag in TASKS if tag not in tasks],
+        "missing_tasks": [tag for tag in self._expected if tag not in tasks],
         "pictures": self._pictures.count,
         "prompts": len(self._prompts),
         "correct_pictures": self._pictures.value(),

@@ -5,6 +5,7 @@
   OUT/cells/...       OneIG's single pictures until their grid is complete
 
 GenEval      roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
+mini         as GenEval
 WISE         roundN/901.png
 TIIF         roundN/color+2d/irg_jax/short_description/0.png
 GenAI-Bench  roundN/irg_jax/00001.jpeg
@@ -20,6 +21,7 @@ import numpy as np
 from irg_jax.evaluate.prompts import Item
 
 MODEL = "irg_jax"  # the model's name where a layout has one
+SAMPLES = ("geneval", "mini")  # a folder a prompt: pictures that are scored one by one, its record
 
 
 def seed(benchmark: str, item_id: str, picture: int) -> int:
@@ -41,7 +43,7 @@ def picture_path(benchmark: str, item: Item, picture: int, round: int) -> pathli
     round: from 1.
   """
   root, parts = round_root(round), item.id.split("/")
-  if benchmark == "geneval":
+  if benchmark in SAMPLES:
     return root / item.id / "samples" / f"{picture:05}.png"
   if benchmark == "wise":
     return root / f"{item.id}.png"
@@ -55,7 +57,7 @@ def picture_path(benchmark: str, item: Item, picture: int, round: int) -> pathli
 
 
 def metadata_path(item: Item, round: int) -> pathlib.PurePath:
-  """GenEval's record of the prompt, beside its samples."""
+  """The record of a prompt, beside its samples, where the benchmark is one of `SAMPLES`."""
   return round_root(round) / item.id / "metadata.jsonl"
 
 

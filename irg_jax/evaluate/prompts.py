@@ -1,7 +1,7 @@
-"""The prompts of the five benchmarks, read from the official files as published.
+"""The prompts of the benchmarks, read from the official files as published.
 
-GenEval's files come with this package (`files/geneval`, MIT); the others carry no clear
-licence, so their paths are asked for.
+GenEval's files come with this package (`files/geneval`, MIT), and so do the mini world's; the
+others carry no clear licence, so their paths are asked for.
 """
 
 import collections
@@ -13,10 +13,13 @@ import re
 from irg_jax.evaluate.prompt_files import (
     check_unique, csv_rows, field, json_lines, json_records)
 
-BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig")
+BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig", "mini")
 GENEVAL_FILES = pathlib.Path(__file__).parent / "files" / "geneval"
+MINI_FILES = pathlib.Path(__file__).parents[1] / "mini" / "files"
+_PACKAGED = {"geneval": GENEVAL_FILES, "mini": MINI_FILES}
 GENEVAL_TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94,
                  "position": 100, "color_attr": 100}
+MINI_SPLITS = {"seen": 168, "unseen": 96}
 # Last prompt_id of each category.
 WISE_CATEGORIES = {"CULTURE": 400, "TIME": 567, "SPACE": 700, "BIOLOGY": 800, "PHYSICS": 900,
                    "CHEMISTRY": 1000}
@@ -44,7 +47,7 @@ class Item:
 
   Attributes:
     benchmark: one of `BENCHMARKS`.
-    id: stable and unique in the benchmark: GenEval "00000" (line from 0), WISE "901",
+    id: stable and unique in the benchmark: GenEval and mini "00000" (line from 0), WISE "901",
       TIIF "color+2d/short/0" (type/length/line from 0), GenAI-Bench "00001" (its key),
       OneIG "anime/000" (folder/id).
     prompt: what to draw.
@@ -64,7 +67,8 @@ def read(benchmark: str, path=None) -> list[Item]:
   """Reads and checks the prompts of a benchmark.
 
   Args:
-    path: GenEval: `evaluation_metadata.jsonl` (None: the one that comes with this package).
+    path: GenEval: `evaluation_metadata.jsonl`; mini: `test.jsonl` (None: the one that comes with
+      this package).
       WISE: the folder with the three files, or one of them, or `final_data.json`.
       TIIF: the folder `testmini_prompts` or `test_prompts`. GenAI-Bench: `genai_image.json`.
       OneIG: `OneIG-Bench.csv`. Wherever it is a file, its folder will do.
@@ -77,9 +81,9 @@ def read(benchmark: str, path=None) -> list[Item]:
   """
   if benchmark not in BENCHMARKS:
     raise ValueError(f"unknown benchmark {benchmark!r}; known: {', '.join(BENCHMARKS)}")
-  if path is None and benchmark != "geneval":
+  if path is None and benchmark not in _PACKAGED:
     raise ValueError(f"--prompts: give the path of your copy of {benchmark}'s prompts")
-  path = GENEVAL_FILES if path is None else pathlib.Path(path)
+  path = _PACKAGED[benchmark] if path is None else pathlib.Path(path)
   if not path.exists():
     raise ValueError(f"--prompts {path}: no such file or folder")
   items = _READERS[benchmark](path)
@@ -92,10 +96,12 @@ def tasks(item: Item) -> tuple[str, ...]:
   """What `--tasks` knows an item by.
 
   GenEval's tag, WISE's category (CULTURE, TIME, ...), TIIF's type, OneIG's folder; all the tags
-  of GenAI-Bench.
+  of GenAI-Bench; mini's tag, and "seen" or "unseen".
   """
   if item.benchmark == "geneval":
     return (item.extra["tag"],)
+  if item.benchmark == "mini":
+    return (item.extra["tag"], item.extra["split"])
   if item.benchmark == "wise":
     return (next(c for c, last in WISE_CATEGORIES.items() if int(item.id) <= last),)
   if item.benchmark == "genai_bench":
@@ -129,6 +135,8 @@ def _published(benchmark, count):
   """Prompts by task."""
   if benchmark == "geneval":
     return GENEVAL_TASKS
+  if benchmark == "mini":
+    return MINI_SPLITS
   if benchmark == "wise":
     lasts = list(WISE_CATEGORIES.values())
     return dict(zip(WISE_CATEGORIES, [b - a for a, b in zip([0, *lasts], lasts)]))
@@ -140,19 +148,31 @@ def _published(benchmark, count):
 
 
 def _geneval(path):
-  entries = json_lines(_file(path, "evaluation_metadata.jsonl"))
+  return _clauses("geneval", _file(path, "evaluation_metadata.jsonl"), GENEVAL_TASKS)
+
+
+def _mini(path):
+  return _clauses("mini", _file(path, "test.jsonl"), [*GENEVAL_TASKS, "free"], MINI_SPLITS)
+
+
+def _clauses(benchmark, path, tags, splits=()):
+  """Records of GenEval's form, a line each."""
+  entries = json_lines(path)
   for entry in entries:
-    _check_geneval(entry)
+    _check_clauses(entry, tags)
+    if splits and field(entry, "split", str) not in splits:
+      raise ValueError(f"{entry.where}: unknown split {entry.record['split']!r}; it must be "
+                       f"{' or '.join(splits)}")
   check_unique(entries, [f"the prompt {e.record['prompt']!r}" for e in entries])
-  return [Item("geneval", f"{i:05}", e.record["prompt"], 4, e.record)
+  return [Item(benchmark, f"{i:05}", e.record["prompt"], 4, e.record)
           for i, e in enumerate(entries)]
 
 
-def _check_geneval(entry):
+def _check_clauses(entry, tags):
   field(entry, "prompt", str)
-  if field(entry, "tag", str) not in GENEVAL_TASKS:
+  if field(entry, "tag", str) not in tags:
     raise ValueError(f"{entry.where}: unknown tag {entry.record['tag']!r}; the tags are "
-                     f"{', '.join(GENEVAL_TASKS)}")
+                     f"{', '.join(tags)}")
   include = field(entry, "include", list)
   if not include:
     raise ValueError(f"{entry.where}: 'include' is empty")
@@ -280,4 +300,4 @@ def _file(path, name):
 
 
 _READERS = {"geneval": _geneval, "wise": _wise, "tiif": _tiif, "genai_bench": _genai_bench,
-            "oneig": _oneig}
+            "oneig": _oneig, "mini": _mini}

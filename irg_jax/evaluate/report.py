@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from irg_jax.evaluate import layout
 from irg_jax.evaluate import oneig
 from irg_jax.evaluate import prompts
 from irg_jax.evaluate import published
@@ -13,7 +14,7 @@ from irg_jax.evaluate import wise
 from irg_jax.files import whole_file
 
 TITLES = {"geneval": "GenEval", "wise": "WISE", "tiif": "TIIF-Bench", "genai_bench": "GenAI-Bench",
-          "oneig": "OneIG-Bench, English"}
+          "oneig": "OneIG-Bench, English", "mini": "Mini world"}
 SEEDS = ("the seed of a picture is the first four bytes of the SHA-256 of "
          '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
 
@@ -65,15 +66,18 @@ def headline(benchmark: str, summary: dict) -> dict[str, float | None]:
             "WISE, weighted": summary["weighted_partial"]}
   if benchmark == "tiif":
     return {f"TIIF {n}": _percent(summary["overall"][n]) for n in tiif.LENGTHS}
-  column = {"geneval": "GenEval", "genai_bench": "GenAI-Bench", "oneig": "OneIG-EN"}[benchmark]
+  column = {"geneval": "GenEval", "genai_bench": "GenAI-Bench", "oneig": "OneIG-EN",
+            "mini": "Mini world"}[benchmark]
   return {column: summary["overall"]}
 
 
 def categories(benchmark: str, summary: dict) -> dict[str, float | None]:
   """A round's figures by category, the benchmark's overall last."""
-  if benchmark == "geneval":
-    return {tag: task["score"] for tag, task in summary["tasks"].items()} | {
-        "overall": summary["overall"]}
+  if benchmark in layout.SAMPLES:
+    parts = {"": summary} | {f", {name}": s for name, s in summary.get("splits", {}).items()}
+    return {f"{task}{which}": value for which, part in parts.items() for task, value in (
+        *((tag, task["score"]) for tag, task in part["tasks"].items()),
+        ("overall", part["overall"]))}
   if benchmark == "wise":
     return {name: summary["categories"][name]["score"] for name in wise.LEGACY.ranges} | {
         "plain mean": summary["unweighted_partial"], "weighted": summary["weighted_partial"]}
@@ -106,7 +110,8 @@ def build(runs: list[Run]) -> dict:
         row["partial"] += [c for c, v in values.items() if v is not None
                            and not summary["complete"]]
     rows.append(row)
-  return {"columns": list(published.COLUMNS), "rows": rows,
+  columns = dict.fromkeys([*published.COLUMNS, *(c for row in rows for c in row["values"])])
+  return {"columns": list(columns), "rows": rows,
           "categories": {run.benchmark: _category_table(run) for run in runs},
           "settings": _settings(runs), "coverage": [c for r in runs for c in _coverage(r)],
           "notes": _notes(runs), "caveats": list(published.CAVEATS)}
@@ -176,8 +181,8 @@ def _coverage(run):
 
 
 def scored(run: Run, summary: dict) -> int:
-  """Pictures (GenEval), prompts of a part (OneIG) or prompts that have a score."""
-  if run.benchmark == "geneval":
+  """Pictures (GenEval, mini), prompts of a part (OneIG) or prompts that have a score."""
+  if run.benchmark in layout.SAMPLES:
     return summary["pictures"]
   if run.benchmark == "oneig":
     return sum(part["prompts"] for part in summary["parts"].values())

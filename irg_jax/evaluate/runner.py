@@ -208,7 +208,7 @@ def _write(request, folder, item, picture, trajectory):
   thinks, rounds = request.settings.think, []
   for number, r in enumerate(trajectory.rounds, 1):
     path = layout.picture_path(item.benchmark, item, picture, number)
-    if item.benchmark == "geneval" and not folder.exists(layout.metadata_path(item, number)):
+    if item.benchmark in layout.SAMPLES and not folder.exists(layout.metadata_path(item, number)):
       folder.write(layout.metadata_path(item, number), json.dumps(item.extra).encode())
     fails = not np.isfinite(r.latents).all()
     if not fails:

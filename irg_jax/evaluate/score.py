@@ -1,8 +1,8 @@
 """One `irg eval score`: every picture's score, streamed, and a summary of each round.
 
   OUT/scores.json   summaries by round, with the run's settings and the judge's
-  OUT/items.jsonl   a line a prompt and round (GenEval: a picture): scores, or why there is none,
-                    and the judge's words
+  OUT/items.jsonl   a line a prompt and round (GenEval, mini: a picture): scores, or why there is
+                    none, and the judge's words
 
 Both are written aside and appear whole. A score that cannot be had is a reason, never a number.
 """
@@ -31,7 +31,7 @@ class Run:
   Attributes:
     out: folder of `irg eval generate`, or one in its layout.
     benchmark: whose.
-    items: the prompts to score: of GenEval all, else those with a picture in any round.
+    items: the prompts to score: of GenEval and mini all, else those with a picture in any round.
     rounds: numbers of the rounds that are there, from 1.
     record: what run.json says, or {} where there is none.
     absent: prompts of the file without any picture; they are counted, not asked about.
@@ -67,7 +67,7 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
     raise ValueError(f"--out {out}: has no round1, round2, ...; it is what irg eval generate wrote")
   every = prompts.read(benchmark, prompts_path)
   _check_same_prompts(record, every, out)
-  items = [item for item in every if benchmark == "geneval" or _drawn(out, item, rounds)]
+  items = [item for item in every if benchmark in layout.SAMPLES or _drawn(out, item, rounds)]
   return Run(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items),
              _is_whole(every))
 
@@ -115,12 +115,43 @@ def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
         raise ValueError(f"{item.id}, round {number}: answers came twice")
       done[number].add(item.id)
       result = rounds[number].add(item, answers)
-      path = layout.picture_path(run.benchmark, item, 0, number)
-      write({"id": item.id, "round": number, "picture": 0, "in_file": item.pictures,
-             "prompt": item.prompt,
-             "tasks": list(prompts.tasks(item)), "file": str(path), **result})
+      write(_line(item, number, 0, item.pictures) | result)
   return _finish(run, {n: scorer.value() for n, scorer in rounds.items()},
                  {n: run.absent + len(run.items) - len(ids) for n, ids in done.items()}, extra)
+
+
+def score_pictures(run: Run, make_scorer, pictures, extra: dict) -> dict:
+  """Scores a stream of pictures, each by itself, and writes both files.
+
+  Args:
+    make_scorer: () -> an object with `add(item, path)` and `value()`, like those of `scorers`.
+    pictures: iterable of (item, round, picture); each comes once.
+    extra: more entries for scores.json.
+  """
+  rounds = {number: make_scorer() for number in run.rounds}
+  missing = dict.fromkeys(run.rounds, sum(item.pictures for item in run.items))
+  with _writing(run.out / ITEMS) as write:
+    for item, number, picture in pictures:
+      missing[number] -= 1
+      line = _line(item, number, picture, 1)
+      write(line | rounds[number].add(item, run.out / line["file"]))
+  return _finish(run, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
+
+
+def pictures_there(run: Run):
+  """(item, round, picture) of every picture of the prompts to score that is there."""
+  for number in run.rounds:
+    for item in run.items:
+      for picture in range(item.pictures):
+        if (run.out / layout.picture_path(run.benchmark, item, picture, number)).is_file():
+          yield item, number, picture
+
+
+def _line(item, number, picture, in_file):
+  """The beginning of a line of items.jsonl."""
+  path = layout.picture_path(item.benchmark, item, picture, number)
+  return {"id": item.id, "round": number, "picture": picture, "in_file": in_file,
+          "prompt": item.prompt, "tasks": list(prompts.tasks(item)), "file": str(path)}
 
 
 def read_detections(paths):
@@ -187,9 +218,7 @@ def _add_picture(rounds, by_id, record, where, options, default_round, write):
   if not target.is_new(item.id, picture):
     return target.unscored.add(name, "came twice")
   result = _verdict(target, item, record, name, options)
-  path = layout.picture_path("geneval", item, picture, number)
-  write({"id": item.id, "round": number, "picture": picture, "in_file": 1, "prompt": item.prompt,
-         "tasks": [item.extra["tag"]], "file": str(path), **result})
+  write(_line(item, number, picture, 1) | result)
 
 
 def _verdict(target, item, record, name, options):

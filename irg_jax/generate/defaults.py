@@ -20,15 +20,16 @@ def write(folder, settings: Settings, system_prompt: str) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read(folder) -> tuple[Settings, str]:
-  """Settings and system prompt of a checkpoint; the project's own where it says nothing.
+def read(folder, otherwise: Settings = Settings()) -> tuple[Settings, str]:
+  """Settings and system prompt of a checkpoint; `otherwise` and the project's own where it says
+  nothing.
 
   Raises:
     ValueError: the file is broken; names it.
   """
   path = pathlib.Path(folder) / NAME
   if not path.is_file():
-    return Settings(), SYSTEM_PROMPT
+    return otherwise, SYSTEM_PROMPT
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
     return _build(Settings, content["settings"]), str(content["system_prompt"])

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from irg_jax import config_files
 from irg_jax import sharding
+from irg_jax.generate import defaults
 from irg_jax.generate.prompts import SYSTEM_PROMPT
 from irg_jax.generate.settings import Settings
 
@@ -63,8 +64,7 @@ def from_args(args, overrides) -> Request:
   Raises:
     ValueError: names the flag or the file.
   """
-  if not args.checkpoint.is_dir():
-    raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
+  checkpoint = _checkpoint(args.checkpoint)
   if args.image is not None and not args.image.is_file():
     raise ValueError(f"--image {args.image}: no such file")
   if args.batch_size < 1:
@@ -76,18 +76,30 @@ def from_args(args, overrides) -> Request:
   if not 0 <= args.seed <= 2**32 - len(prompts):
     raise ValueError(f"--seed {args.seed}: must be 0 or more, and that of the last prompt "
                      f"(SEED + {len(prompts) - 1}) below 2**32")
+  default, system_prompt = defaults.read(checkpoint)
   return Request(
-      checkpoint=args.checkpoint,
+      checkpoint=checkpoint,
       prompts=prompts,
       image=args.image,
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
-      settings=read_settings(args.config, [*overrides, *shorthand_overrides(args)]),
-      system_prompt=read_system_prompt(args.system_prompt_file),
+      settings=read_settings(args.config, [*overrides, *shorthand_overrides(args)], default),
+      system_prompt=read_system_prompt(args.system_prompt_file, system_prompt),
       seed=args.seed,
       batch_size=args.batch_size,
       mesh=args.mesh,
       dtype=args.dtype,
   )
+
+
+def _checkpoint(path):
+  """The folder that was named, or the one that comes with this package."""
+  if path is None and not defaults.CHECKPOINT.is_dir():
+    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
+                     "comes without the mini world's")
+  path = path or defaults.CHECKPOINT
+  if not path.is_dir():
+    raise ValueError(f"--checkpoint {path}: no such folder")
+  return path
 
 
 def shorthand_overrides(args) -> list[str]:
@@ -138,14 +150,14 @@ def read_prompts(arguments, path=None) -> tuple[str, ...]:
   return tuple(prompts)
 
 
-def read_system_prompt(path) -> str:
-  """The text of the file, or the default where `path` is None.
+def read_system_prompt(path, default: str = SYSTEM_PROMPT) -> str:
+  """The text of the file, or `default` where `path` is None.
 
   Raises:
     ValueError: an unreadable file or one that is not UTF-8.
   """
   # An empty file is a choice: no system prompt at all.
-  text = SYSTEM_PROMPT if path is None else _read_text("--system-prompt-file", path)
+  text = default if path is None else _read_text("--system-prompt-file", path)
   return text.strip()
 
 

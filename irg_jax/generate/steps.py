@@ -114,7 +114,7 @@ def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
     row are text; `ended` is false where the limit cut it.
   """
   B, total = ctx.length.shape[0], limit - 1
-  params = _for_many_passes(params)
+  params = unstack_layers(params)
 
   def step(state):
     i, token, ended, ids, count, ctx = state
@@ -155,7 +155,7 @@ def draw(model, params, ctx: Context, noise, times, guidance: Guidance, *, grid,
   Returns:
     float32 [B, P, latent_dim], clean latent tokens.
   """
-  params = _for_many_passes(params)
+  params = unstack_layers(params)
 
   def guided(x, t):
     velocities = _velocities(model, params, ctx, x, t, grid, special, views)
@@ -234,12 +234,6 @@ def encode_pixels(config: ModelConfig, params, pixels, noise=None):
   pixels = constrain(pixels, "batch", None, None, None)
   moments = Vae(config.vae, config.dtype).apply({"params": params}, pixels, method="encode")
   return patchify_latents(sample_latents(config.vae, *moments, noise), config.latent_patch_size)
-
-
-def _for_many_passes(params):
-  """Parameters in the form that a loop of decoder passes runs best with."""
-  alone = jax.sharding.get_abstract_mesh().size <= 1
-  return unstack_layers(params) if alone and jax.default_backend() == "cpu" else params
 
 
 def _decode(model, params, buffers, tokens, position, cache):

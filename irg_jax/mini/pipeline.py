@@ -6,6 +6,7 @@
                      what the verifier says, the better picture    -> trajectories
     quality          the base model on better pictures alone       -> quality/stage2/weights
     irgl             the base model in the paper's two stages      -> irgl/stage2/weights
+    evaluate         all of them draw the test                     -> evaluation, report
 
 Each step leaves a folder that appears when it is complete, or goes on where it was stopped.
 """
@@ -24,7 +25,7 @@ from irg_jax.data import encode, irgl, latents, sources
 from irg_jax.files import partial_name
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
-from irg_jax.mini import datasets, tasks, thoughts, tokenizer, vae, verifier
+from irg_jax.mini import datasets, evaluate, report, tasks, thoughts, tokenizer, vae, verifier
 from irg_jax.mini.settings import MiniSettings
 from irg_jax.mini.steps import STEPS
 from irg_jax.progress import Progress
@@ -177,7 +178,14 @@ def train_irgl(settings: MiniSettings, out: pathlib.Path) -> int:
   return _train(settings, "irgl", out / "irgl_data", base_weights(out), out / "irgl")
 
 
-_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl)))
+def evaluate_run(settings: MiniSettings, out: pathlib.Path) -> None:
+  """What was learned, measured: `irg mini report` makes the same from what is drawn here."""
+  evaluate.evaluate(out, evaluate.size_of(dataclasses.asdict(settings)))
+  print(f"irg mini: wrote {report.make(out)}")
+
+
+_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
+                          evaluate_run)))
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:

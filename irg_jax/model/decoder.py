@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues, Tokens, attend
-from irg_jax.model.layers import RMSNorm, apply_rope, rope_table, scan_layers
-from irg_jax.sharding import constrain
+from irg_jax.model.layers import RMSNorm, apply_rope, dense, rope_table, scan_layers
+from irg_jax.sharding import constrain, on_lone_cpu
 
 
 EXPERTS = ("und", "gen")  # the order of the buffers in the concatenation
@@ -26,15 +26,15 @@ class Expert(nn.Module):
 
   def setup(self):
     c, llm = self.config, self.config.llm
-    dense = lambda features, bias=False: nn.Dense(
-        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype)
+    linear = lambda features, bias=False: dense(c, features, bias)
     norm = lambda: RMSNorm(llm.norm_eps, c.param_dtype)
     self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm = norm(), norm(), norm(), norm()
-    self.q = dense(llm.num_heads * llm.head_dim, bias=True)
-    self.k = dense(llm.num_kv_heads * llm.head_dim, bias=True)
-    self.v = dense(llm.num_kv_heads * llm.head_dim, bias=True)
-    self.o = dense(llm.hidden_size)
-    self.gate, self.up, self.down = dense(llm.mlp_size), dense(llm.mlp_size), dense(llm.hidden_size)
+    self.q = linear(llm.num_heads * llm.head_dim, bias=True)
+    self.k = linear(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.v = linear(llm.num_kv_heads * llm.head_dim, bias=True)
+    self.o = linear(llm.hidden_size)
+    self.gate, self.up = linear(llm.mlp_size), linear(llm.mlp_size)
+    self.down = linear(llm.hidden_size)
 
   def queries_keys_values(self, x_RTD, cos, sin):
     """[R, T, D] -> q [R, T, N, H], k and v [R, T, K, H]; q and k normalised and rotated."""
@@ -125,12 +125,14 @@ class Decoder(nn.Module):
 
 
 def unstack_layers(params):
-  """The transformer's parameters with the decoder's layers as a list of trees.
+  """On a lone CPU, the transformer's parameters with the decoder's layers as a list of trees.
 
-  XLA's CPU backend copies each layer's weights out of the stack every time the scan comes
-  by. A loop of many decoder passes does better to take the stack apart once, in front of it;
-  `Decoder` accepts both forms.
+  XLA's backend for it copies each layer's weights out of the stack every time the scan comes
+  by, and its gradients into another. A loop of many decoder passes, and a training step, do
+  better to take the stack apart once, in front of it; `Decoder` accepts both forms.
   """
+  if not on_lone_cpu():
+    return params
   layers = params["decoder"]["layers"]
   count = jax.tree.leaves(layers)[0].shape[0]
   apart = [jax.tree.map(lambda x: x[i], layers) for i in range(count)]

@@ -6,9 +6,46 @@ Shape letters, used as suffixes in the whole of `irg_jax/model`:
   K key-value heads, H head dim, F MLP width, V vocabulary.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from irg_jax.config import ModelConfig
+from irg_jax.sharding import on_lone_cpu
+
+
+def dense(config: ModelConfig, features: int, bias: bool = True, name: str | None = None):
+  """A linear layer over the last axis, in the dtypes of the config."""
+  return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype,
+                  dot_general=_dot_general, name=name)
+
+
+def _dot_general(x, kernel, dimension_numbers, **kwargs):
+  """`lax.dot_general`; on a lone CPU with a backward pass that XLA's CPU backend runs well."""
+  product = lambda x, kernel: lax.dot_general(x, kernel, dimension_numbers, **kwargs)
+  return _cpu_product(product, x, kernel) if on_lone_cpu() else product(x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cpu_product(product, x, kernel):
+  return product(x, kernel)
+
+
+def _cpu_product_backward(product, residuals, dy):
+  # The kernel's gradient contracts the axes of the tokens. Left alone, XLA fuses whatever made
+  # x and dy into loops that write their transposes, and those cost more than the product.
+  x, kernel = residuals
+  rows, dy_rows = lax.optimization_barrier(
+      (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
+  columns = lax.optimization_barrier(rows.T)
+  return (dy_rows @ kernel.T).reshape(x.shape), columns @ dy_rows
+
+
+_cpu_product.defvjp(lambda product, x, kernel: (product(x, kernel), (x, kernel)),
+                    _cpu_product_backward)
 
 
 class RMSNorm(nn.Module):

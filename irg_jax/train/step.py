@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import flow
 from irg_jax.model.attention import PADDING
+from irg_jax.model.decoder import unstack_layers
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
 from irg_jax.train.loss import LEAST, loss_sums, mean_losses, token_losses
 from irg_jax.train.optimizer import Optimizer, map_frozen, update
@@ -76,6 +77,8 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
 
   def objective(params, part, key):
     params = map_frozen(jax.lax.stop_gradient, params, switches.frozen)
+    if model.config.remat == "none":  # the scan is what recomputes layer by layer
+      params = unstack_layers(params)
     sums = loss_sums(*token_losses(model, params, part, *draw(part, key, settings.timestep_shift)),
                      part)
     loss = total({name: sums[name] / divisors[name] for name in switches.losses}, settings)

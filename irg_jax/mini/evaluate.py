@@ -1,0 +1,130 @@
+"""Draws and scores the mini world's test with the checkpoints of a run, an arm each.
+
+  OUT/evaluation/ARM/...         as `irg eval generate mini` and `irg eval score mini` leave it
+  OUT/evaluation/ARM/cost.json   the memory that it took
+"""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import sys
+
+from irg_jax.evaluate import mini, prompts, runner, score
+from irg_jax.files import whole_file
+from irg_jax.generate import defaults
+from irg_jax.progress import Progress
+
+FOLDER, COST = "evaluation", "cost.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way of drawing the test.
+
+  Attributes:
+    weights: the checkpoint's folder in that of the run.
+    rounds: pictures of a prompt, each after a thought of its own.
+    think: if not, the picture follows the prompt at once, without a system prompt.
+  """
+
+  name: str
+  title: str
+  weights: str
+  rounds: int
+  think: bool = True
+
+
+ARMS = (
+    Arm("base_direct", "base, no thinking", "base/stage1/weights", 1, think=False),
+    Arm("base", "base, thinking", "base/stage1/weights", 1),
+    Arm("quality", "better pictures only", "quality/stage2/weights", 1),
+    Arm("stage1", "stage 1", "irgl/stage1/weights", 2),
+    Arm("irg", "stage 2", "irgl/stage2/weights", 4),
+)
+FINAL = ARMS[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """How much of the test is drawn: prompts of each split, pictures of a prompt, side by side."""
+
+  seen: int = prompts.MINI_SPLITS["seen"]
+  unseen: int = prompts.MINI_SPLITS["unseen"]
+  pictures: int = 4
+  batch_size: int = 64
+
+  def select(self, items) -> list[prompts.Item]:
+    """The first prompts of each split, in the order of the file."""
+    split = lambda name: [item for item in items if item.extra["split"] == name]
+    chosen = split("seen")[:self.seen] + split("unseen")[:self.unseen]
+    return [dataclasses.replace(item, pictures=min(self.pictures, item.pictures))
+            for item in chosen]
+
+
+def size_of(settings: dict) -> Size:
+  """The `Size` of a run's settings, as its mini.json has them."""
+  return Size(settings["test_seen"], settings["test_unseen"], settings["test_pictures"],
+              settings["sample_batch"])
+
+
+def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
+  """Draws what is missing of each arm, and scores it.
+
+  Args:
+    out: folder of the run.
+    checkpoint: used for all arms in place of the run's own.
+
+  Raises:
+    ValueError: an arm's weights are not there, or it was drawn with others.
+  """
+  out = pathlib.Path(out)
+  for arm in arms:
+    weights = pathlib.Path(checkpoint or out / arm.weights)
+    if not weights.is_dir():
+      raise ValueError(f"{weights}: no such folder; the run in {out} is not finished, go on with "
+                       "irg mini run")
+    print(f"irg mini: drawing the test, {arm.title}", flush=True)
+    draw(arm, weights, out / FOLDER / arm.name, size)
+    score_new(out / FOLDER / arm.name)
+
+
+def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
+  """Draws the pictures of an arm that are not there yet, with the checkpoint's own settings."""
+  settings, system_prompt = defaults.read(checkpoint)
+  items = prompts.read("mini")
+  result = runner.run_generate(runner.Request(
+      items=tuple(items), selected=tuple(size.select(items)), out=folder, checkpoint=checkpoint,
+      settings=dataclasses.replace(settings, rounds=arm.rounds, think=arm.think),
+      system_prompt=system_prompt if arm.think else "", batch_size=size.batch_size))
+  if result.drawn:
+    cost = {"peak_bytes": _peak_bytes(), "batch_size": size.batch_size}
+    with whole_file(folder / COST) as aside:
+      aside.write_text(json.dumps(cost))
+
+
+def score_new(folder) -> None:
+  """Lets the verifier judge an arm's pictures, unless this very verifier has judged all of them."""
+  run = score.open_run("mini", folder)
+  there, path = list(score.pictures_there(run)), run.out / score.SCORES
+  if path.is_file():
+    before = json.loads(path.read_text(encoding="utf-8"))
+    judged = sum(r["pictures"] + r["unscored"]["total"] for r in before["rounds"].values())
+    if before["protocol"] == mini.protocol() and judged == len(there):
+      return
+  _score(run, there)
+
+
+def _score(run, there):
+  with Progress() as progress:
+    def counted():
+      for number, picture in enumerate(there, 1):
+        progress("scoring", 0, number, len(there))
+        yield picture
+    score.score_pictures(run, mini.Verified, counted(), {"protocol": mini.protocol()})
+
+
+def _peak_bytes():
+  """Of this process, from its start to now."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else 1024 * peak
