@@ -42,12 +42,12 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 8000
+  config.vae_steps = 10000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
   config.base_rows = 60000
-  config.trajectories = 12000
+  config.trajectories = 8000
   config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168
@@ -75,7 +75,7 @@ def _irgl():
   config.data.rows = 8
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 1000), (config.stage2, 2000)):
+  for stage, steps in ((config.stage1, 800), (config.stage2, 1500)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -96,9 +96,9 @@ def _base():
   config.data.dropout.vae = 0.0
   config.stage1.mixture = _mixture(initial_thinking_understanding_learning=0.28,
                                    initial_full_learning=0.72)
-  # One sample a row: attention over short rows is cheap, and the samples are of one length.
-  config.data.rows = 32
-  config.stage1.sizes = _group(und=112, gen=16, vit=16, text=96, samples=1)
+  # Short rows: attention over them is cheap.
+  config.data.rows = 12
+  config.stage1.sizes = _group(und=256, gen=48, vit=48, text=224, samples=3)
   config.stage1.steps = 1800
   config.stage1.learning_rate = 2e-3
   config.stage1.warmup_steps = 100
@@ -109,6 +109,7 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
+  config.stage2.steps = 800
   return config
 
 

@@ -60,7 +60,8 @@ def test_pictures_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
   red = np.zeros((len(records), 64, 64, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
   for start in (0, 8):
     np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", pictures=red[start:start + 8],
-             records=json.dumps(records[start:start + 8]), thoughts=["?"] * len(red[start:start + 8]))
+             records=json.dumps(records[start:start + 8]),
+             thoughts=["?"] * len(red[start:start + 8]))
   with pytest.raises(ValueError, match="no known ground': 12"):
     pipeline._write_judged(tiny, tmp_path)
   assert not (tmp_path / "trajectories").exists()

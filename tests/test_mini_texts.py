@@ -9,6 +9,8 @@ import pytest
 from irg_jax import config as config_lib
 from irg_jax import images, text
 from irg_jax.data.records import MODES, PicturePart, TextPart, parse_conversation
+from irg_jax.generate import defaults
+from irg_jax.generate.settings import Settings
 from irg_jax.mini import datasets, settings, tasks, thoughts, tokenizer, vae, verifier, world
 from irg_jax.mini.painter import paint
 from irg_jax.model.vae import Vae, sample_latents
@@ -86,7 +88,8 @@ def test_edits_turn_one_grid_into_the_other_in_words():
   before[1][2], after[1][2], after[3][0] = "red star", "blue star", "pink ring"
   before[0][3] = "unclear"
   assert thoughts.edits(before, after) == [
-      "remove the unclear in row one column four", "turn the red star in row two column three into a blue star",
+      "remove the unclear in row one column four",
+      "turn the red star in row two column three into a blue star",
       "add a pink ring in row four column one", "keep the rest"]
 
 
@@ -168,3 +171,12 @@ def test_settings_of_a_run_are_checked_by_name():
     settings.load(ROOT_CONFIG, ["trajectories=0"])
   with pytest.raises(ValueError, match="no field 'trajectory'"):
     settings.load(ROOT_CONFIG, ["trajectory=5"])
+
+
+def test_a_prompt_of_other_words_is_answered_with_what_the_model_knows(tmp_path):
+  defaults.write(tmp_path, Settings(), "", tasks.words(), "It draws shapes.")
+  for record, _, _ in cases(200, seed=5):
+    assert defaults.outside(tmp_path, record["prompt"]) is None
+  note = defaults.outside(tmp_path, "A red fox and two red circles")
+  assert note == "this model has never seen fox. It draws shapes."
+  assert defaults.outside(tmp_path / "none", "a fox") is None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import typing
 
 from irg_jax.files import whole_file
@@ -13,9 +14,15 @@ NAME = "generate.json"
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # used when none is named
 
 
-def write(folder, settings: Settings, system_prompt: str) -> None:
-  """Writes settings and system prompt beside the weights in `folder`."""
-  content = {"system_prompt": system_prompt, "settings": dataclasses.asdict(settings)}
+def write(folder, settings: Settings, system_prompt: str, words=(), note: str = "") -> None:
+  """Writes settings and system prompt beside the weights in `folder`.
+
+  Args:
+    words: all that prompts of its training are made of, if those are few.
+    note: what the model knows, for whoever asks for something else (see `outside`).
+  """
+  content = {"system_prompt": system_prompt, "settings": dataclasses.asdict(settings),
+             "words": sorted(words), "note": note}
   with whole_file(pathlib.Path(folder) / NAME) as path:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -36,6 +43,17 @@ def read(folder, otherwise: Settings = Settings()) -> tuple[Settings, str]:
   except (ValueError, TypeError, KeyError) as e:
     raise ValueError(f"{path}: not settings of irg generate ({type(e).__name__}: {e}); remove the "
                      "file to use the defaults") from e
+
+
+def outside(folder, prompt: str) -> str | None:
+  """What to tell about a prompt with words that the checkpoint in `folder` never saw, or None."""
+  path = pathlib.Path(folder) / NAME
+  content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  known = set(content.get("words", ()))
+  unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in known]
+  if not known or not unknown:
+    return None
+  return f"this model has never seen {', '.join(dict.fromkeys(unknown))}. {content.get('note', '')}"
 
 
 def _build(cls, fields):

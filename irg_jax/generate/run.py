@@ -3,11 +3,12 @@
 import dataclasses
 import importlib.metadata
 import pathlib
+import sys
 
 import jax
 
 from irg_jax import images, sharding, text, trace, weights
-from irg_jax.generate import irg
+from irg_jax.generate import defaults, irg
 from irg_jax.generate.request import Request
 from irg_jax.generate.slots import plan_cache
 from irg_jax.model.unified import UnifiedTransformer
@@ -28,6 +29,9 @@ def run_generate(request: Request) -> None:
   request.settings.validate(config)
   tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
+  for prompt in request.prompts:
+    if note := defaults.outside(request.checkpoint, prompt):
+      print(f'note on "{prompt}": {note}', file=sys.stderr)
   picture = None if request.image is None else images.read_picture(request.image)
   _check_cache(request, config, tokenizer, picture)
   mesh = sharding.make_mesh(request.mesh)

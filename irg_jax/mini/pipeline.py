@@ -25,7 +25,8 @@ from irg_jax.data import encode, irgl, latents, sources
 from irg_jax.files import partial_name
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
-from irg_jax.mini import datasets, evaluate, report, tasks, thoughts, tokenizer, vae, verifier
+from irg_jax.mini import (
+    datasets, evaluate, report, tasks, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.settings import MiniSettings
 from irg_jax.mini.steps import STEPS
 from irg_jax.progress import Progress
@@ -33,6 +34,10 @@ from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
 
+_NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
+         "counted, coloured, and placed left of, right of, above or below each other: try \"two "
+         'red circles left of a blue star". For anything else, give --checkpoint a model that was '
+         "trained on it.")
 BASE_MODES = ("initial_thinking_understanding_learning", "initial_full_learning")
 
 
@@ -72,7 +77,8 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     words.mkdir()
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
-    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT)
+    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, tasks.words(),
+                   _NOTE)
 
 
 def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
@@ -141,8 +147,8 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
           system_prompt=thoughts.SYSTEM_PROMPT)
       aside = out / partial_name()
       with aside.open("wb") as file:
-        np.savez(file, records=json.dumps(batch), thoughts=[t.rounds[0].thought.text for t in drawn],
-                 pictures=np.stack([t.rounds[0].picture for t in drawn]))
+        np.savez(file, records=json.dumps(batch),
+                 thoughts=[t.rounds[0].thought.text for t in drawn], pictures=np.stack([t.rounds[0].picture for t in drawn]))
       aside.rename(path)
       progress("drawing first pictures", 0, start + size, len(records))
 
@@ -199,10 +205,11 @@ def _train(settings, preset, data, checkpoint, out):
 
 
 def _prepare(rows, out, modes, checkpoint, settings):
-  """Builds published rows and encodes their pictures once: `irg data build` and `encode-latents`."""
-  if out.exists():
-    return
+  """`irg data build` and `irg data encode-latents` of published rows."""
   built, encoded = rows.with_name(f"{out.name}.built"), rows.with_name(f"{out.name}.encoded")
+  if out.exists():
+    shutil.rmtree(built, ignore_errors=True)
+    return
   with Progress() as progress:
     if not built.exists():
       irgl.build(rows, built, modes, progress=progress)

@@ -32,7 +32,8 @@ def bar_chart(title: str, groups: list[str], series: list[tuple[str, list]]) -> 
     middle = _LEFT + (i + 0.5) * step
     for j, (_, values) in enumerate(series):
       if values[i] is not None:
-        _bar(draw, middle + (j - len(series) / 2) * wide, wide - 3, values[i], COLORS[j - len(series)])
+        left = middle + (j - len(series) / 2) * wide
+        _bar(draw, left, wide - 3, values[i], COLORS[j - len(series)])
     _text(draw, (middle, _HEIGHT - _BOTTOM + 8), group, 11, _INK, "ma")
   file = io.BytesIO()
   image.save(file, "PNG", optimize=True)

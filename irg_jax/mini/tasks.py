@@ -7,6 +7,7 @@ and a picture holds nothing that was not asked for.
 
 import hashlib
 import itertools
+import re
 
 from irg_jax.mini import world
 
@@ -154,6 +155,14 @@ def phrase(record: dict, rng) -> str:
   else:
     text = " and ".join(filter(None, [", ".join(nouns[:-1]), nouns[-1]]))
   return _FRAMES[int(rng.integers(len(_FRAMES)))].format(text)
+
+
+def words() -> set[str]:
+  """All words of prompts."""
+  frames = [*_FRAMES, *(w for words in _RELATION_WORDS.values() for w in words)]
+  nouns = [noun(count, shape, color) for count in (1, 2) for shape in world.SHAPES
+           for color in (None, *world.COLORS)]
+  return set(re.findall(r"\w+", " ".join([*frames, *nouns, *NUMBERS[1:], "and"]).lower()))
 
 
 def noun(count: int, shape: str, color: str | None = None, article: bool = True) -> str:

@@ -1,9 +1,12 @@
 """The texts of the mini world: plans, descriptions, reflections, and the better picture.
 
-A plan goes through the picture cell by cell, so that each picture token finds its own words:
+A plan first chooses a place for each thing, then goes through the picture cell by cell. The
+places are choices that a low temperature makes as well as any other; the cells follow from them,
+and give each picture token its own words:
 
-  <think> The picture shows two red circles left of one blue star. The ground is grey.
-  Row one: empty, red circle, empty, empty. Row two: ... </think>
+  <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
+  red circle in row one column two, ... Row one: empty, red circle, empty, empty. Row two: ...
+  </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
 improvements, the steps, and the final prompt, which is a plan again.
@@ -39,8 +42,9 @@ def request(record: dict) -> str:
 
 def plan(record: dict, scene: world.Scene) -> str:
   """The thought before the first picture."""
+  places = ", ".join(f"{t.color} {t.shape} {_where(*t.cell)}" for t in scene.things)
   return (f"<think> The picture shows {request(record)}. The ground is {scene.background}. "
-          f"{grid_text(grid(scene.things))} </think>")
+          f"Places: {places}. {grid_text(grid(scene.things))} </think>")
 
 
 def describe(seen) -> str:
@@ -64,7 +68,7 @@ def edits(before, after) -> list[str]:
   steps = []
   for row, column in np.ndindex(world.GRID, world.GRID):
     old, new = before[row][column], after[row][column]
-    where = f"in row {_ORDINALS[row]} column {_ORDINALS[column]}"
+    where = _where(row, column)
     if old == new:
       continue
     if old == EMPTY:
@@ -74,6 +78,10 @@ def edits(before, after) -> list[str]:
     else:
       steps.append(f"turn the {old} {where} into a {new}")
   return steps + ["keep the rest" if steps else "keep everything"]
+
+
+def _where(row, column):
+  return f"in row {_ORDINALS[row]} column {_ORDINALS[column]}"
 
 
 def grid(things, unclear=()) -> list[list[str]]:
