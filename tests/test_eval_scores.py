@@ -12,6 +12,7 @@ from irg_jax.evaluate import layout
 from irg_jax.evaluate import measurements
 from irg_jax.evaluate import oneig
 from irg_jax.evaluate import prompts
+from irg_jax.evaluate import run_folder
 from irg_jax.evaluate import score
 from irg_jax.evaluate import scorers
 from irg_jax.evaluate import tally
@@ -383,6 +384,14 @@ def test_a_prompt_that_comes_twice_is_refused_and_leaves_no_files(tmp_path):
   with pytest.raises(ValueError, match="came twice"):
     score.score_answers(run, scorers.Wise, [(item, 1, {}), (item, 1, {})], {})
   assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_away_and_what_is_being_written_stays(tmp_path):
+  (tmp_path / ".0123abcd.partial").write_text("half a li")
+  with run_folder.new_text(tmp_path / "a") as a, run_folder.new_text(tmp_path / "b") as b:
+    a.write("1")
+    b.write("2")
+  assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "1", "b": "2"}
 
 
 def test_unscored_items_are_all_counted_and_a_few_are_named():

@@ -54,7 +54,7 @@ def add(verbs, new_parser) -> None:
   from irg_jax.evaluate.prompts import BENCHMARKS
   parser = new_parser(verbs.add_parser, "score", description=_SCORE, epilog=_SCORE_END,
                       help="score a benchmark's pictures")
-  parser.set_defaults(run=_run)
+  parser.set_defaults(run=lambda args, _: _run(args, parser))
   add = parser.add_argument
   add("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
   add("--out", type=pathlib.Path, required=True, metavar="DIR",
@@ -91,8 +91,8 @@ def _add_geneval(group):
   add("--max-objects", type=flags.count, default=16, metavar="N", help="official option (16)")
 
 
-def _run(args, _):
-  _check_flags(args)
+def _run(args, parser):
+  _check_flags(args, parser)
   from irg_jax.evaluate import score
   run = score.open_run(args.benchmark, args.out, args.prompts)
   steps = {"geneval": _geneval, "wise": _wise, "tiif": _tiif, "genai_bench": _genai_bench,
@@ -102,16 +102,21 @@ def _run(args, _):
 
 
 # A flag that another benchmark would use, and that would do nothing here, is a mistake.
+_JUDGED = ("wise", "tiif", "genai_bench", "oneig")
 _ONLY_FOR = {
     "questions": ("tiif", "oneig"), "skills": ("genai_bench",), "scorer": ("genai_bench",),
-    "measurements": ("genai_bench", "oneig"), "detections": ("geneval",), "round": ("geneval",),
-    "detector": ("geneval",), "classifier": ("geneval",), "object_names": ("geneval",)}
+    "measurements": ("genai_bench", "oneig"), "grid": ("oneig",),
+    **dict.fromkeys(("detections", "round", "detector", "classifier", "object_names", "threshold",
+                     "counting_threshold", "max_overlap", "position_threshold", "max_objects"),
+                    ("geneval",)),
+    **dict.fromkeys(("judge_url", "judge_model", "temperature", "template", "concurrency",
+                     "timeout", "tries", "asks", "judge_cache"), _JUDGED)}
 
 
-def _check_flags(args):
+def _check_flags(args, parser):
   for name, benchmarks in _ONLY_FOR.items():
-    if getattr(args, name) and args.benchmark not in benchmarks:
-      raise ValueError(f"--{name.replace('_', '-')} is for {' and '.join(benchmarks)} only")
+    if getattr(args, name) != parser.get_default(name) and args.benchmark not in benchmarks:
+      raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(benchmarks)} only")
   for path in (args.measurements, args.skills, *args.detections):
     if path and not path.is_file():
       raise ValueError(f"{path}: no such file")

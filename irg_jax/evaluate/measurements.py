@@ -32,7 +32,8 @@ def read(path, benchmark: str) -> dict[tuple[int, str, str], list[float]]:
       key = record["round"], record["part"], record["id"]
       values = [oneig.style_cell(*v) if key[1] == "style" else v for v in record["values"]]
     except (KeyError, TypeError) as e:
-      raise ValueError(f"{where}: must be an object with round, part, id and values ({e!r})") from e
+      raise ValueError(f"{where}: must be an object with round, part, id and values, which are "
+                       f"numbers, or pairs of them for style ({e!r})") from e
     if key[1] not in PARTS[benchmark]:
       raise ValueError(f"{where}: part {key[1]!r} is none of {', '.join(PARTS[benchmark])}")
     if bad := [v for v in values if not tally.is_number(v)]:

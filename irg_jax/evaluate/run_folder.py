@@ -2,6 +2,8 @@
 
   OUT/run.json     settings; a start with others is refused
   OUT/.aside/...   files are written there and then renamed, so that none is ever half there
+
+Scores beside them appear whole, too (`new_text`).
 """
 
 import contextlib
@@ -12,6 +14,8 @@ import os
 import pathlib
 import shutil
 import uuid
+
+from irg_jax.files import whole_file
 
 _RUN, _ASIDE = "run.json", ".aside"
 _SAMPLE = 2**20
@@ -107,6 +111,23 @@ def fingerprint(folder) -> str:
         f.seek(max(0, start))
         digest.update(f.read(_SAMPLE))
   return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def new_text(path):
+  """Yields a text file that appears at `path`, whole, on success.
+
+  What a writer that was killed left beside it goes away; one that lives has a lock.
+  """
+  path = pathlib.Path(path)
+  for left in path.parent.glob(f".{'[0-9a-f]' * 8}.partial"):
+    with contextlib.suppress(OSError), open(left, encoding="utf-8") as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      left.unlink()
+  with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield file
 
 
 def _counts(path):

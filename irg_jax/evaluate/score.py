@@ -16,8 +16,8 @@ import re
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import layout
 from irg_jax.evaluate import prompts
+from irg_jax.evaluate import run_folder
 from irg_jax.evaluate import tally
-from irg_jax.files import whole_file
 
 SCORES, ITEMS = "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
@@ -58,7 +58,6 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
     raise ValueError(f"--out {out}: no such folder; it is what irg eval generate wrote")
   record = {}
   if (out / "run.json").is_file():
-    from irg_jax.evaluate import run_folder
     record = run_folder.read_run(out)
     if (found := record["settings"].get("benchmark", benchmark)) != benchmark:
       raise ValueError(f"--out {out}: holds pictures of {found}, not of {benchmark}")
@@ -259,7 +258,7 @@ def _finish(run, summaries, missing, extra):
       "run": run.record,
       **{name: value() if callable(value) else value for name, value in extra.items()},
   }
-  with _aside(run.out / SCORES) as file:
+  with run_folder.new_text(run.out / SCORES) as file:
     json.dump(result, file, indent=1, ensure_ascii=False)
     file.write("\n")
   return result
@@ -268,11 +267,5 @@ def _finish(run, summaries, missing, extra):
 @contextlib.contextmanager
 def _writing(path):
   """Yields a function that adds a JSON line; the file appears when all are there."""
-  with _aside(path) as file:
+  with run_folder.new_text(path) as file:
     yield lambda value: file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _aside(path):
-  with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
-    yield file
