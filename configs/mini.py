@@ -1,6 +1,6 @@
 """The mini world: the whole method on two cores (docs/mini.md).
 
-  irg mini --out out/mini                                       every step, in order
+  irg mini run --out out/mini                                   every step, in order
   irg train --config configs/mini.py --config.preset=base ...   one of its trainings alone
 
 The presets differ in their data and steps only: "base" makes the stand-in for BAGEL, "irgl"

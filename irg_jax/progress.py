@@ -1,5 +1,6 @@
 """What a long run is doing, on stderr: a bar in a terminal, a line a phase elsewhere."""
 
+import contextlib
 import sys
 
 # What the engine calls its phases, and what a person reads. `{n}` is the round from 1.
@@ -83,3 +84,14 @@ def terminal_bar(stream, width: int = 40):
       progress.TimeElapsedColumn(),
   )
   return progress.Progress(*columns, console=console.Console(file=stream), transient=True)
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int | None):
+  """Yields a function that passes an iterable on and shows how far it is; None: of how many."""
+  with Progress() as progress:
+    def count(items):
+      for number, item in enumerate(items, 1):
+        progress(label, 0, number, total or 0)
+        yield item
+    yield count

@@ -6,8 +6,8 @@
 IRG_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit
 IRG_VENV=${IRG_VENV:-$IRG_ROOT/.venv}
 
-# On a CPU, arrays in huge pages: a small training step takes half the time where the system
-# gives them to those that ask ("madvise" in /sys/kernel/mm/transparent_hugepage/enabled).
+# On a CPU, arrays in huge pages, where the system gives them to those that ask ("madvise" in
+# /sys/kernel/mm/transparent_hugepage/enabled): page faults are a large part of a small step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 irg_fail() {

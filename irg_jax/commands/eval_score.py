@@ -1,11 +1,11 @@
 """`irg eval score`: a benchmark's official protocol over the pictures of a run."""
 
-import contextlib
 import json
 import pathlib
 
 from irg_jax.commands import flags
 from irg_jax.commands import judge_flags
+from irg_jax.progress import counting
 
 _SCORE = """\
 Scores the pictures of irg eval generate by the benchmark's official protocol, each round apart.
@@ -134,10 +134,10 @@ def _geneval(args, run):
              "detections": ", ".join(map(str, args.detections)) or None}
   protocol = {"protocol": vars(options) | sources}
   if args.detections:
-    with _progress("scoring", None) as count:
+    with counting("scoring", None) as count:
       records = count(score.read_detections(args.detections))
       return score.score_detections(run, records, options, protocol, args.round)
-  with _progress("detecting", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
+  with counting("detecting", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
     records = count(_detected(args, run))
     return score.score_detections(run, records, options, protocol)
 
@@ -182,7 +182,7 @@ def _genai_bench(args, run):
     return score.score_answers(run, make, measurements.vqascores(run, table), extra)
   if args.scorer:
     function = plugins.load(args.scorer, "--scorer")
-    with _progress("scoring", len(run.items) * len(run.rounds)) as count:
+    with counting("scoring", len(run.items) * len(run.rounds)) as count:
       groups = count(judging.measured(run, function, args.scorer, run.out / judging.SCORE_CACHE))
       return score.score_answers(run, make, groups, {"protocol": {"scorer": args.scorer}})
   return _judged(args, run, make)
@@ -211,7 +211,7 @@ def _oneig(args, run):
 
 def _mini(_, run):
   from irg_jax.evaluate import mini, score
-  with _progress("scoring", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
+  with counting("scoring", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
     return score.score_pictures(run, mini.Verified, count(score.pictures_there(run)),
                                 {"protocol": mini.protocol()})
 
@@ -224,7 +224,7 @@ def _judged(args, run, make_scorer, references=None, extra=None, table=None):
   with judge.Judge(settings, args.judge_cache or run.out / judge.CACHE) as asked:
     if asked.lost:
       print(f"{asked.lost} lines of the judge's cache were cut short; they are asked again")
-    with _progress("asking the judge", len(run.items) * len(run.rounds)) as count:
+    with counting("asking the judge", len(run.items) * len(run.rounds)) as count:
       groups = count(judging.judged(run, asked, references, words, oneig.parse_grid(args.grid)))
       groups = measurements.merged(groups, table) if table else groups
       result = score.score_answers(run, make_scorer, groups, {
@@ -255,18 +255,6 @@ def _find(folder, name):
     if path.is_file():
       return path
   raise ValueError(f"--questions {folder}: no {name} in there, nor in alignment or text below it")
-
-
-@contextlib.contextmanager
-def _progress(label, total):
-  """Yields a function that passes an iterable on and shows how far it is."""
-  from irg_jax import progress
-  with progress.Progress() as bar:
-    def count(items):
-      for number, item in enumerate(items, 1):
-        bar(label, 0, number, total or 0)
-        yield item
-    yield count
 
 
 def _report(result, path):

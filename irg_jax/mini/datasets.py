@@ -105,27 +105,14 @@ class ParquetWriter:
     waiting.clear()
 
 
-def _planned(record, scene, picture):
-  return "initial_full_learning", [
-      _user(thoughts.SYSTEM_PROMPT), _user(record["prompt"]),
-      _assistant([_text(thoughts.plan(record, scene)), _picture(picture, need_loss=True)])]
+def _drawn(system=False, prompt=False, planned=False):
+  def row(record, scene, picture):
+    asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
+    thought = [_text(thoughts.plan(record, scene))] if planned else []
+    return "initial_full_learning", [
+        *asked, _assistant([*thought, _picture(picture, need_loss=True)])]
 
-
-def _direct(record, scene, picture):
-  del scene
-  return "initial_full_learning", [
-      _user(record["prompt"]), _assistant([_picture(picture, need_loss=True)])]
-
-
-def _from_system(record, scene, picture):
-  del record, scene
-  return "initial_full_learning", [
-      _user(thoughts.SYSTEM_PROMPT), _assistant([_picture(picture, need_loss=True)])]
-
-
-def _from_nothing(record, scene, picture):
-  del record, scene
-  return "initial_full_learning", [_assistant([_picture(picture, need_loss=True)])]
+  return row
 
 
 def _looked(vae):
@@ -138,8 +125,9 @@ def _looked(vae):
   return row
 
 
-_BASE = ((0.56, _planned), (0.1, _direct), (0.03, _from_system), (0.03, _from_nothing),
-         (0.14, _looked(vae=False)), (0.14, _looked(vae=True)))
+_BASE = ((0.56, _drawn(system=True, prompt=True, planned=True)), (0.1, _drawn(prompt=True)),
+         (0.03, _drawn(system=True)), (0.03, _drawn()), (0.14, _looked(vae=False)),
+         (0.14, _looked(vae=True)))
 
 
 def _user(text):

@@ -13,7 +13,7 @@ import sys
 from irg_jax.evaluate import mini, prompts, runner, score
 from irg_jax.files import whole_file
 from irg_jax.generate import defaults
-from irg_jax.progress import Progress
+from irg_jax.progress import counting
 
 FOLDER, COST = "evaluation", "cost.json"
 
@@ -116,12 +116,8 @@ def score_new(folder) -> None:
 
 
 def _score(run, there):
-  with Progress() as progress:
-    def counted():
-      for number, picture in enumerate(there, 1):
-        progress("scoring", 0, number, len(there))
-        yield picture
-    score.score_pictures(run, mini.Verified, counted(), {"protocol": mini.protocol()})
+  with counting("scoring", len(there)) as count:
+    score.score_pictures(run, mini.Verified, count(there), {"protocol": mini.protocol()})
 
 
 def _peak_bytes():

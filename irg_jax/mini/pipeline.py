@@ -22,7 +22,7 @@ import numpy as np
 
 from irg_jax import sharding, text, weights
 from irg_jax.data import encode, irgl, latents, sources
-from irg_jax.files import partial_name
+from irg_jax.files import whole_file
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import (
@@ -33,6 +33,7 @@ from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
+from irg_jax.weights.folders import new_folder
 
 _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
@@ -72,7 +73,7 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
         batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
         pictures=settings.vae_pictures, seed=settings.seed, progress=progress)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
-  with _folder(out / "start") as folder:
+  with new_folder(out / "start") as folder:
     words = folder / "words"
     words.mkdir()
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
@@ -98,7 +99,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
 def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL."""
   if not (out / "base_rows").exists():
-    with _folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
+    with new_folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
       for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
         writer.add(mode, row)
   _prepare(out / "base_rows", out / "base_data", BASE_MODES, out / "start" / "weights", settings)
@@ -115,7 +116,7 @@ def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
 
 
 def _write_judged(settings, out):
-  with _folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
+  with new_folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
     counts = write_trajectories(settings, out / "first_rounds", writer)
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
@@ -145,11 +146,10 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
           model, params, words, [r["prompt"] for r in batch],
           seeds=range(start, start + size), settings=first,
           system_prompt=thoughts.SYSTEM_PROMPT)
-      aside = out / partial_name()
-      with aside.open("wb") as file:
-        np.savez(file, records=json.dumps(batch),
-                 thoughts=[t.rounds[0].thought.text for t in drawn], pictures=np.stack([t.rounds[0].picture for t in drawn]))
-      aside.rename(path)
+      firsts = [trajectory.rounds[0] for trajectory in drawn]
+      with whole_file(path) as aside, aside.open("wb") as file:
+        np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
+                 pictures=np.stack([r.picture for r in firsts]))
       progress("drawing first pictures", 0, start + size, len(records))
 
 
@@ -191,7 +191,7 @@ def evaluate_run(settings: MiniSettings, out: pathlib.Path) -> None:
 
 
 _STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
-                          evaluate_run)))
+                          evaluate_run), strict=True))
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:
@@ -219,18 +219,6 @@ def _prepare(rows, out, modes, checkpoint, settings):
                           settings.generate.vae_transform, progress=progress)
   encoded.rename(out)
   shutil.rmtree(built)
-
-
-@contextlib.contextmanager
-def _folder(path):
-  """A folder to fill beside `path`; it is renamed on success, else removed."""
-  aside = path.with_name(partial_name())
-  aside.mkdir(parents=True)
-  try:
-    yield aside
-    aside.rename(path)
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_same(path, settings):

@@ -117,7 +117,7 @@ def _upsample_conv_plainly(x, kernel):
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-# The gradient of the plain form is the same and takes a seventh of the time on a CPU.
+# The gradient of the plain form is the same, and XLA runs it far faster on a CPU.
 upsample_conv.defvjp(
     lambda x, kernel: (upsample_conv(x, kernel), (x, kernel)),
     lambda saved, cotangent: jax.vjp(_upsample_conv_plainly, *saved)[1](cotangent))
