@@ -42,7 +42,7 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 10000
+  config.vae_steps = 15000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000

@@ -17,7 +17,7 @@ from irg_jax import cli
 from irg_jax.evaluate import layout, mini, prompts, runner, score
 from irg_jax.generate import defaults, request
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import evaluate, figures, plots, report, report_page, tasks, thoughts, verifier
+from irg_jax.mini import evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts, verifier
 from irg_jax.mini import settings as mini_settings
 from irg_jax.mini.painter import paint
 
@@ -286,7 +286,7 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
   assert asked == [("irg", shipped)]
   got = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
   assert {n: a["measured"] for n, a in got["arms"].items()} == {
-      "base": report.ELSEWHERE, "irg": report.HERE}
+      "base": report_tables.ELSEWHERE, "irg": report_tables.HERE}
   assert "Measured in the run that made the checkpoint: base, thinking." in (
       tmp_path / "out" / "report" / "report.md").read_text()
   assert got["differences"]["stage 2, round 2, less base, thinking"]["seen"]["prompts"] == 3

@@ -27,7 +27,7 @@ the paper's setting (what is not given below is the default; --batch-size is you
       --config.later.interval="(0.0, 1.0)" --config.later.renorm=text_channel
 
 the mini world's test, with the settings that its checkpoint comes with:
-  irg eval generate mini --checkpoint out/mini/irgl/stage2/weights --out out/mini-test
+  irg eval generate mini --checkpoint out/mini/checkpoint --out out/mini-test
 
 more examples:
   irg eval generate geneval --checkpoint weights/irg-7b --out out/some --tasks counting --limit 8

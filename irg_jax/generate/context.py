@@ -29,6 +29,7 @@ FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
 # Appended texts are padded to the next of these lengths, so that few shapes ever compile.
 LADDER = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+_KV_AXES = ("layers", "batch", None, "heads", None)
 _CACHE_MULTIPLE = 512  # key blocks of the chunked attention divide the cache evenly
 
 
@@ -66,18 +67,25 @@ def rung(length: int, name: str = "a text") -> int:
 @functools.partial(jax.jit, static_argnames=("config", "batch", "size"))
 def new_context(config: ModelConfig, batch: int, size: int) -> Context:
   """An empty context of `batch` rows with at least `size` slots each."""
-  llm = config.llm
   size = -(-size // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
-  kv = jnp.zeros((llm.num_layers, batch, size, llm.num_kv_heads, llm.head_dim), config.dtype)
+  k, v = new_kv(config, batch, size)
   return lay_out(Context(
-      k=kv, v=kv, length=jnp.zeros((batch,), jnp.int32),
+      k=k, v=v, length=jnp.zeros((batch,), jnp.int32),
       visible=jnp.zeros((batch, len(VIEWS), size), bool),
       position=jnp.zeros((batch, len(VIEWS)), jnp.int32)))
 
 
+def new_kv(config: ModelConfig, batch: int, size: int) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of `size` empty slots, each [layers, batch, size, K, H]."""
+  llm = config.llm
+  kv = jnp.zeros((llm.num_layers, batch, size, llm.num_kv_heads, llm.head_dim), config.dtype)
+  kv = constrain(kv, *_KV_AXES)
+  return kv, kv
+
+
 def lay_out(ctx: Context) -> Context:
   """The context sharded by rows and heads (a no-op without a mesh)."""
-  kv = lambda x: constrain(x, "layers", "batch", None, "heads", None)
+  kv = lambda x: constrain(x, *_KV_AXES)
   rows = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))
   return Context(kv(ctx.k), kv(ctx.v), rows(ctx.length), rows(ctx.visible), rows(ctx.position))
 
@@ -89,34 +97,34 @@ def fork(ctx: Context, source: int, target: int) -> Context:
       position=ctx.position.at[:, target].set(ctx.position[:, source]))
 
 
-def cached(ctx: Context, views, extra=0) -> KeyValues:
+def cached(ctx: Context, views) -> KeyValues:
   """The cache as `len(views)` consecutive query rows for each row of the batch see it.
 
   Args:
     views: static sequence of views.
-    extra: int scalar; that many slots after each row's length are visible as well (tokens
-      that are being decoded).
 
   Returns:
     KeyValues for `Decoder`: every visible slot lies before every new token.
   """
-  B, _, S = ctx.visible.shape
-  ahead = jnp.arange(S) - ctx.length[:, None]
-  visible = ctx.visible[:, list(views)] | ((ahead >= 0) & (ahead < extra))[:, None]
-  before = jnp.full((B * len(views), S), -1, jnp.int32)
-  tokens = Tokens(sample=jnp.where(visible, 0, PADDING).reshape(-1, S), index=before,
-                  split=before, kind=jnp.full_like(before, CAUSAL))
-  return KeyValues(ctx.k, ctx.v, tokens, sparse=True)
+  visible = ctx.visible[:, jnp.array(views)]
+  return KeyValues(ctx.k, ctx.v, seen_before(visible.reshape(-1, visible.shape[-1])))
 
 
-def write(ctx: Context, kv, offset=0) -> Context:
-  """Puts keys and values [layers, B, T, K, H] at `offset` slots after each row's length.
+def seen_before(visible) -> Tokens:
+  """Metadata of slots, bool [R, S]: those that are visible lie before every new token."""
+  before = jnp.full(visible.shape, -1, jnp.int32)
+  return Tokens(sample=jnp.where(visible, 0, PADDING), index=before, split=before,
+                kind=jnp.full_like(before, CAUSAL))
+
+
+def write(ctx: Context, kv) -> Context:
+  """Puts keys and values [layers, B, T, K, H] into the slots after each row's length.
 
   The T slots must exist (a write past the end is dropped, not refused): callers size the
   cache before they start.
   """
   row = jnp.arange(len(ctx.length))[:, None]
-  slot = (ctx.length + offset)[:, None] + jnp.arange(kv[0].shape[2])
+  slot = ctx.length[:, None] + jnp.arange(kv[0].shape[2])
   # A scatter, not a slice for each row: XLA's CPU backend copies the cache for each slice.
   put = lambda cache, new: cache.at[:, row, slot].set(new.astype(cache.dtype), unique_indices=True)
   k, v = put(ctx.k, kv[0]), put(ctx.v, kv[1])

@@ -14,15 +14,17 @@ NAME = "generate.json"
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # used when none is named
 
 
-def write(folder, settings: Settings, system_prompt: str, words=(), note: str = "") -> None:
+def write(folder, settings: Settings, system_prompt: str, words=(), note: str = "",
+          dtype: str | None = None) -> None:
   """Writes settings and system prompt beside the weights in `folder`.
 
   Args:
+    dtype: of the arithmetic, if it is not that of the weights as they are stored.
     words: all that prompts of its training are made of, if those are few.
     note: what the model knows, for whoever asks for something else (see `outside`).
   """
   content = {"system_prompt": system_prompt, "settings": dataclasses.asdict(settings),
-             "words": sorted(words), "note": note}
+             "words": sorted(words), "note": note, "dtype": dtype}
   with whole_file(pathlib.Path(folder) / NAME) as path:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -45,15 +47,24 @@ def read(folder, otherwise: Settings = Settings()) -> tuple[Settings, str]:
                      "file to use the defaults") from e
 
 
+def dtype(folder) -> str | None:
+  """What the checkpoint in `folder` is to be computed in; None: as its weights are stored."""
+  return _content(folder).get("dtype")
+
+
 def outside(folder, prompt: str) -> str | None:
   """What to tell about a prompt with words that the checkpoint in `folder` never saw, or None."""
-  path = pathlib.Path(folder) / NAME
-  content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  content = _content(folder)
   known = set(content.get("words", ()))
   unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in known]
   if not known or not unknown:
     return None
   return f"this model has never seen {', '.join(dict.fromkeys(unknown))}. {content.get('note', '')}"
+
+
+def _content(folder):
+  path = pathlib.Path(folder) / NAME
+  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _build(cls, fields):

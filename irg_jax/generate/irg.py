@@ -123,7 +123,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     thoughts = [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
-      ctx, thoughts = _think(run, ctx, number)
+      thoughts = _think(run, ctx, number)
       ctx = _read_thoughts(run, ctx, thoughts, apart=bool(history))
     clock.lap("think", ctx)
     latents = clock.lap("draw", _draw(run, ctx, number))
@@ -156,7 +156,7 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
                  None, on_progress)
   size, _ = _plan(run, understand=True)
   ctx = _begin(run, size, understand=True)
-  return _think(run, ctx, 0)[1]
+  return _think(run, ctx, 0)
 
 
 def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
@@ -244,7 +244,7 @@ def _read(run, ctx, texts, views):
 def _think(run, ctx, number):
   s, tokenizer = run.settings, run.tokenizer
   _announce(run, "think", number, s.think_limit - 1)
-  ctx, ids, count, ended = steps.think(
+  ids, count, ended = steps.think(
       run.model, run.params["transformer"], ctx, _keys(run.seeds, number, "think"),
       limit=s.think_limit, sampling=s.sampling, special=tokenizer.special,
       on_progress=run.on_progress, round_number=number)
@@ -254,7 +254,7 @@ def _think(run, ctx, number):
     again = tokenizer.encode(text)
     kept = again[:s.think_limit - 1]
     thoughts.append(Thought(text, tuple(kept), not done, len(again) - len(kept)))
-  return ctx, thoughts
+  return thoughts
 
 
 def _read_thoughts(run, ctx, thoughts, apart):

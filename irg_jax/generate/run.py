@@ -55,6 +55,7 @@ def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, d
     dtype: of parameters and arithmetic, or None for the checkpoint's own.
   """
   progress("read")
+  dtype = dtype or defaults.dtype(checkpoint)
   config, params = weights.load_checkpoint(
       checkpoint, dtype=dtype, compute_dtype=dtype,
       shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))

@@ -1,8 +1,9 @@
 """How many slots of the cache a run needs."""
 
 from irg_jax.config import ModelConfig
-from irg_jax.generate.context import rung
+from irg_jax.generate.context import NO_IMAGE, rung
 from irg_jax.generate.settings import Settings
+from irg_jax.generate.steps import guidance_views
 
 
 def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, picture=None,
@@ -29,7 +30,8 @@ def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, pict
     base += _picture_slots(config, s, *picture, vae=not understand)
     base += 0 if understand else prompt + thought  # texts after it are read a second time
   earlier = 0 if understand else s.rounds - 1
-  one_round = 2 * thought + _picture_slots(config, s, s.height, s.width) if earlier else 0
+  reads = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after a picture
+  one_round = reads * thought + _picture_slots(config, s, s.height, s.width) if earlier else 0
   window = min(earlier, s.window or s.rounds)
   if s.cache_size is not None:
     window = min(window, (s.cache_size - base) // max(one_round, 1))

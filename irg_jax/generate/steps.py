@@ -18,13 +18,14 @@ from jax import lax
 
 from irg_jax import flow
 from irg_jax.config import ModelConfig, SpecialTokens
-from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, write
+from irg_jax.generate.context import (
+    FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, new_kv, seen_before, write)
 from irg_jax.generate.sampling import next_token
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
 from irg_jax.model import attention
-from irg_jax.model.attention import CAUSAL, NOISE, PADDING, Tokens
-from irg_jax.model.decoder import unstack_layers
+from irg_jax.model.attention import CAUSAL, NOISE, PADDING, KeyValues, Tokens
+from irg_jax.model.decoder import unstack, unstack_layers
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents, to_uint8, unpatchify_latents
 from irg_jax.sharding import constrain
 
@@ -95,14 +96,13 @@ def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, 
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "limit", "sampling", "special", "on_progress"),
-    donate_argnames=("ctx",))
+    jax.jit, static_argnames=("model", "limit", "sampling", "special", "on_progress"))
 def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
           special: SpecialTokens, on_progress=None, round_number=0):
   """Writes a text in the FULL view, each row until `<|im_end|>` or the limit.
 
-  The context that comes back is the one that went in: what is decoded lands in slots that
-  are not in use, to be read back as a text of its own (spec section 7: it is re-tokenised).
+  The context stays as it is: what is decoded is kept beside it meanwhile, to be read back as
+  a text of its own (spec section 7: it is re-tokenised).
 
   Args:
     keys: PRNG keys [B].
@@ -110,33 +110,38 @@ def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
     on_progress: static, None or a function (kind, round, step, total) called on the host.
 
   Returns:
-    (ctx, ids int32 [B, limit - 1], count int32 [B], ended bool [B]): `count` tokens of each
-    row are text; `ended` is false where the limit cut it.
+    (ids int32 [B, limit - 1], count int32 [B], ended bool [B]): `count` tokens of each row are
+    text; `ended` is false where the limit cut it.
   """
   B, total = ctx.length.shape[0], limit - 1
-  params = unstack_layers(params)
+  params, before = unstack_layers(params), cached(ctx, (FULL,))
+  before = dataclasses.replace(before, k=unstack(before.k), v=unstack(before.v))
+  written = jax.tree.map(unstack, new_kv(model.config, B, total))
 
   def step(state):
-    i, token, ended, ids, count, ctx = state
+    i, token, ended, ids, count, written = state
     buffers = {"und": model.apply({"params": params}, token[:, None], method="embed_text")}
     zero = jnp.zeros((B, 1), jnp.int32)
     tokens = Tokens(sample=zero, index=zero, split=zero, kind=zero + CAUSAL)
     position = ctx.position[:, FULL, None] + i
-    buffers, kv = _decode(model, params, buffers, tokens, position, cached(ctx, (FULL,), extra=i))
-    ctx = write(ctx, kv, offset=i)
+    so_far = jnp.broadcast_to(jnp.arange(total) < i, (B, total))
+    caches = before, KeyValues(*written, seen_before(so_far))
+    buffers, kv = _decode(model, params, buffers, tokens, position, *caches)
+    put = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, i, axis=-3)
+    written = jax.tree.map(put, written, kv)
     logits = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
     token = next_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), sampling)
     ended |= token == special.text_end
     ids = lax.dynamic_update_slice_in_dim(ids, jnp.where(ended, 0, token)[:, None], i, axis=1)
     _report(on_progress, "think", round_number, i + 1, total)
-    return i + 1, token, ended, ids, count + ~ended, ctx
+    return i + 1, token, ended, ids, count + ~ended, written
 
   state = (jnp.int32(0), jnp.full((B,), special.text_start, jnp.int32), jnp.zeros((B,), bool),
-           jnp.zeros((B, total), jnp.int32), jnp.zeros((B,), jnp.int32), ctx)
+           jnp.zeros((B, total), jnp.int32), jnp.zeros((B,), jnp.int32), written)
   if total:
     state = lax.while_loop(lambda s: (s[0] < total) & ~jnp.all(s[2]), step, state)
-  _, _, ended, ids, count, ctx = state
-  return ctx, ids, count, ended
+  _, _, ended, ids, count, _ = state
+  return ids, count, ended
 
 
 @functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views", "on_progress"))
@@ -236,8 +241,8 @@ def encode_pixels(config: ModelConfig, params, pixels, noise=None):
   return patchify_latents(sample_latents(config.vae, *moments, noise), config.latent_patch_size)
 
 
-def _decode(model, params, buffers, tokens, position, cache):
-  return model.apply({"params": params}, buffers, tokens, position, cache, method="decode")
+def _decode(model, params, buffers, tokens, position, *caches):
+  return model.apply({"params": params}, buffers, tokens, position, caches, method="decode")
 
 
 def _picture_ends(apply, special, rows):

@@ -40,7 +40,7 @@ ARMS = (
     Arm("base", "base, thinking", "base/stage1/weights", 1),
     Arm("quality", "better pictures only", "quality/stage2/weights", 1),
     Arm("stage1", "stage 1", "irgl/stage1/weights", 2),
-    Arm("irg", "stage 2", "irgl/stage2/weights", 4),
+    Arm("irg", "stage 2", "checkpoint", 4),
 )
 FINAL = ARMS[-1]
 

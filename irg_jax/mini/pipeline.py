@@ -6,6 +6,7 @@
                      what the verifier says, the better picture    -> trajectories
     quality          the base model on better pictures alone       -> quality/stage2/weights
     irgl             the base model in the paper's two stages      -> irgl/stage2/weights
+    checkpoint       that in half the bytes, as it is shipped      -> checkpoint
     evaluate         all of them draw the test                     -> evaluation, report
 
 Each step leaves a folder that appears when it is complete, or goes on where it was stopped.
@@ -26,7 +27,7 @@ from irg_jax.files import whole_file
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import (
-    datasets, evaluate, report, tasks, thoughts, tokenizer, vae, verifier, world)
+    datasets, report, tasks, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.settings import MiniSettings
 from irg_jax.mini.steps import STEPS
 from irg_jax.progress import Progress
@@ -79,7 +80,7 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
     defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, tasks.words(),
-                   _NOTE)
+                   _NOTE, settings.model.dtype)
 
 
 def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
@@ -121,7 +122,8 @@ def _write_judged(settings, out):
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
                        "the autoencoder and the base longer")
-  (out / "trajectories.json").write_text(json.dumps(counts, indent=1))
+  with whole_file(out / "trajectories.json") as aside:
+    aside.write_text(json.dumps(counts, indent=1))
   print(f"irg mini: first pictures of the base model: {counts}")
 
 
@@ -184,14 +186,22 @@ def train_irgl(settings: MiniSettings, out: pathlib.Path) -> int:
   return _train(settings, "irgl", out / "irgl_data", base_weights(out), out / "irgl")
 
 
+def make_checkpoint(settings: MiniSettings, out: pathlib.Path) -> None:
+  """What is shipped, and so what is measured."""
+  del settings
+  if not (out / "checkpoint").exists():
+    weights.convert(out / "irgl" / "stage2" / "weights", out / "checkpoint", to="published",
+                    dtype="bfloat16")
+
+
 def evaluate_run(settings: MiniSettings, out: pathlib.Path) -> None:
   """What was learned, measured: `irg mini report` makes the same from what is drawn here."""
-  evaluate.evaluate(out, evaluate.size_of(dataclasses.asdict(settings)))
-  print(f"irg mini: wrote {report.make(out)}")
+  del settings  # mini.json has them
+  print(f"irg mini: wrote {report.run(out)}")
 
 
 _STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
-                          evaluate_run), strict=True))
+                          make_checkpoint, evaluate_run), strict=True))
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:
@@ -231,10 +241,11 @@ def _check_same(path, settings):
       raise ValueError(f"{path.parent} was begun with other settings ({', '.join(changed)}); "
                        "give the same, or another --out")
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(now, indent=1))
+  with whole_file(path) as aside:
+    aside.write_text(json.dumps(now, indent=1))
 
 
 def _rng(settings, purpose):
   """A generator for one purpose: no two of them see the same draws."""
-  names = ("words", "base", "trajectories", "better", "test")
+  names = ("words", "base", "trajectories", "better")
   return np.random.default_rng([settings.seed, names.index(purpose)])

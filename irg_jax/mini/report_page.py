@@ -6,7 +6,7 @@ import numpy as np
 
 from irg_jax import pages
 from irg_jax.evaluate import mini
-from irg_jax.mini import report as report_lib
+from irg_jax.mini import report_tables
 from irg_jax.pages import escape
 
 # (title, right before, right after, how many are shown)
@@ -74,9 +74,9 @@ def page_html(report: dict, plots: dict[str, bytes], examples: list[dict]) -> st
            f'that training shows and {test["unseen"]} of those that it never does.</p>',
            *(f'<figure class="plot"><img alt="{escape(name)}" src="{_data(content)}"></figure>'
              for name, content in plots.items())]
-  for title, head, rows in report_lib.tables(report):
+  for title, head, rows in report_tables.tables(report):
     parts += [_part(title), _table(head, rows)]
-  texts = report_lib.notes(report)
+  texts = report_tables.notes(report)
   parts += [_part("Notes"), *(f'<p class="aside">{escape(text)}</p>' for text in texts)]
   if examples:
     parts += [_part("Traces, good and bad"), f'<p class="aside">{escape(RULE)}</p>',

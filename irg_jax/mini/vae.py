@@ -27,7 +27,7 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   Args:
     path: file of the state.
     steps, batch: updates, and pictures of each.
-    learning_rate: at its peak; it falls along a cosine.
+    learning_rate: at its peak; it falls along a cosine, and along a lower one once more.
     pictures: different pictures that the batches are drawn from.
     seed: of everything.
     save_every: updates between two writes of the state.
@@ -142,8 +142,13 @@ def _init(config, key):
 
 def _optimizer(steps, learning_rate):
   """Muon for the kernels, Adam for the rest: it takes fewer steps than Adam alone."""
-  peak = lambda rate: optax.warmup_cosine_decay_schedule(
-      0.0, rate, min(50, steps // 2), steps, 0.02 * rate)
+  first = -(-2 * steps // 3)
+
+  def peak(rate):
+    fall = lambda rate, steps: optax.warmup_cosine_decay_schedule(
+        0.0, rate, min(50, steps // 2), max(steps, 1), 0.02 * rate)
+    return optax.join_schedules([fall(rate, first), fall(0.4 * rate, steps - first)], [first])
+
   matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))  # inputs, outputs of a kernel
   return optax.chain(
       optax.clip_by_global_norm(1.0),

@@ -111,7 +111,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
       a sparse source hides; "auto" is dense where the scores are few and no source is sparse.
     query_chunk, key_chunk: largest blocks of the chunked form; None is 2048 queries and 128
       keys on a CPU, whose caches are small, 1024 and 512 elsewhere (a TPU keeps the scores of
-      a block on the chip), up to 16 times as many keys for a few queries.
+      a block on the chip), where it is up to 16 times as many keys for a few queries.
 
   Returns:
     [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
@@ -139,7 +139,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
 
 def default_key_chunk(queries: int) -> int:
   """Keys of a block, for rows of `queries`."""
-  return (128 if platform() == "cpu" else 512) * max(1, 16 // queries)
+  return 128 if platform() == "cpu" else 512 * max(1, 16 // queries)
 
 
 def _attend_block(q_RTNH, query, sources, key_chunk):

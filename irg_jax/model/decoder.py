@@ -59,8 +59,8 @@ class Layer(nn.Module):
   attention: str
 
   @nn.compact
-  def __call__(self, buffers, cache_kv, tokens: Tokens, rope, cache_tokens):
-    """See `Decoder`. `cache_kv` is this layer's slice of the cache, or None."""
+  def __call__(self, buffers, cached, tokens: Tokens, rope, cached_tokens):
+    """See `Decoder`. `cached` is this layer's (k, v) of every cache, in order."""
     places = _places(buffers)
     experts = {name: Expert(self.config, name=name) for name in places}
     qkv = [experts[name].queries_keys_values(buffers[name], *(r[:, place] for r in rope))
@@ -68,8 +68,7 @@ class Layer(nn.Module):
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*qkv))
     q = constrain(q, "batch", "length", "heads", None)
     sources = [KeyValues(k, v, tokens)]
-    if cache_kv is not None:
-      sources.append(KeyValues(*cache_kv, cache_tokens, sparse=True))
+    sources += [KeyValues(*kv, keys, sparse=True) for kv, keys in zip(cached, cached_tokens)]
     attended = attend(q, tokens, sources, implementation=self.attention)
     buffers = {name: experts[name].finish(buffers[name], attended[:, place])
                for name, place in places.items()}
@@ -83,7 +82,7 @@ class Decoder(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, buffers, tokens: Tokens, position, cache=None):
+  def __call__(self, buffers, tokens: Tokens, position, caches=()):
     """Runs the layers on one or both buffers.
 
     Args:
@@ -91,52 +90,60 @@ class Decoder(nn.Module):
         costs nothing: its expert is not run.
       tokens: metadata of the concatenated buffers, `und` first, [R, U + G].
       position: int [R, U + G], rotary positions.
-      cache: None, or KeyValues whose k and v are [layers, B, S, K, H] (see
-        `attention.KeyValues` for how R and B relate). It is read, never written.
+      caches: sequence of KeyValues whose k and v are [layers, B, S, K, H] (see
+        `attention.KeyValues` for how R and B relate). They are read, never written.
 
     Returns:
       (buffers after the final norms, (k, v) of these tokens, each [layers, R, U + G, K, H]).
+      With parameters from `unstack_layers`, `layers` is a list there, as it may be in caches.
     """
     llm = self.config.llm
     rope = rope_table(position, llm.head_dim, llm.rope_theta)
-    cached = (None, None) if cache is None else ((cache.k, cache.v), cache.tokens)
+    cached, cached_tokens = [(c.k, c.v) for c in caches], [c.tokens for c in caches]
     buffers = {name: constrain(x.astype(self.config.dtype), "batch", "length", "embed")
                for name, x in buffers.items()}
     apart = self.get_variable("params", "layers")
     if isinstance(apart, list):  # see `unstack_layers`
-      buffers, kv = self._one_by_one(apart, buffers, cached[0], tokens, rope, cached[1])
+      buffers, kv = self._one_by_one(apart, buffers, cached, tokens, rope, cached_tokens)
     else:
       layers = scan_layers(
           Layer, llm.num_layers, self.config.remat,
           in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
           config=self.config, attention=self.attention)
-      buffers, kv = layers(buffers, cached[0], tokens, rope, cached[1])
+      buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens)
     norms = {name: RMSNorm(llm.norm_eps, self.config.param_dtype, name=f"{name}_norm")
              for name in buffers}
     return {name: norms[name](x) for name, x in buffers.items()}, kv
 
-  def _one_by_one(self, params, buffers, cache_kv, *args):
+  def _one_by_one(self, params, buffers, cached, *args):
     layer, new = Layer(self.config, self.attention, parent=None), []
     for i, weights in enumerate(params):
-      kv = jax.tree.map(lambda x: x[i], cache_kv)
-      buffers, kv = layer.apply({"params": weights}, buffers, kv, *args)
+      buffers, kv = layer.apply({"params": weights}, buffers, [(k[i], v[i]) for k, v in cached],
+                                *args)
       new.append(kv)
-    return buffers, jax.tree.map(lambda *x: jnp.stack(x), *new)
+    return buffers, tuple(map(list, zip(*new)))
 
 
 def unstack_layers(params):
-  """On a lone CPU, the transformer's parameters with the decoder's layers as a list of trees.
+  """The transformer's parameters with the decoder's layers as `unstack` leaves them.
+
+  A loop of many decoder passes, and a training step, do better to take the stack apart once,
+  in front of it; `Decoder` accepts both forms.
+  """
+  layers = unstack(params["decoder"]["layers"])
+  return params | {"decoder": params["decoder"] | {"layers": layers}}
+
+
+def unstack(layers):
+  """On a lone CPU, a stack of layers [layers, ...] as a list of trees; elsewhere as it is.
 
   XLA's backend for it copies each layer's weights out of the stack every time the scan comes
-  by, and its gradients into another. A loop of many decoder passes, and a training step, do
-  better to take the stack apart once, in front of it; `Decoder` accepts both forms.
+  by, and its gradients and keys into another.
   """
   if not on_lone_cpu():
-    return params
-  layers = params["decoder"]["layers"]
+    return layers
   count = jax.tree.leaves(layers)[0].shape[0]
-  apart = [jax.tree.map(lambda x: x[i], layers) for i in range(count)]
-  return params | {"decoder": params["decoder"] | {"layers": apart}}
+  return [jax.tree.map(lambda x: x[i], layers) for i in range(count)]
 
 
 def _places(buffers):

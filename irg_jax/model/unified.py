@@ -75,9 +75,9 @@ class UnifiedTransformer(nn.Module):
     place = sincos_2d(position, self.config.vit.grid_size, self.config.llm.hidden_size)
     return self.connector(self.vit(patches, position, picture)) + place.astype(self.config.dtype)
 
-  def decode(self, buffers, tokens, position, cache=None):
+  def decode(self, buffers, tokens, position, caches=()):
     """See `decoder.Decoder`."""
-    return self.decoder(buffers, tokens, position, cache)
+    return self.decoder(buffers, tokens, position, caches)
 
   def text_logits(self, und):
     """Next-token logits, float32 [..., vocab_size]."""

@@ -129,7 +129,7 @@ def test_thoughts_are_identical(reference, checkpoint, number):
   if number == 2:
     ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
     ctx = look_at_image1(reference, run, ctx)
-  _, thoughts = irg._think(run, ctx, number - 1)
+  thoughts = irg._think(run, ctx, number - 1)
   assert thoughts[0].ids == thoughts_of(reference, number)[0].ids
 
 
