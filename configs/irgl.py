@@ -48,6 +48,7 @@ def _paper():
   config.data.vit_transform = _group(max_size=980, min_size=378, stride=14)
   config.data.dropout = _group(text=0.0, vit=0.0, vae=0.3)
   config.data.posterior = "sample"  # or "mean"
+  config.data.noise_draws = 1
   config.data.ce_loss_reweighting = False
   config.data.max_rejected = 0.01
 
@@ -56,6 +57,7 @@ def _paper():
       steps=2000,
       learning_rate=2e-5,  # constant after a linear warm-up
       warmup_steps=500,
+      decay_steps=0,
       mixture=_group(
           initial_thinking_understanding_learning=0.5,
           initial_thinking_generation_learning=0.5,

@@ -47,8 +47,8 @@ def _world():
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
   config.base_rows = 60000
-  config.trajectories = 8000
-  config.sample_batch = 64
+  config.trajectories = 4000
+  config.sample_batch = 32
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168
   config.test_unseen = 96
@@ -75,10 +75,11 @@ def _irgl():
   config.data.rows = 8
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 800), (config.stage2, 1500)):
+  for stage, steps in ((config.stage1, 500), (config.stage2, 900)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
+    stage.decay_steps = stage.steps // 2
   config.stage1.sizes = _group(und=480, gen=64, vit=48, text=384, samples=4)
   config.stage2.sizes = _group(und=480, gen=80, vit=16, text=384, samples=3)
   config.ema_decay = 0.995
@@ -94,14 +95,16 @@ def _base():
   config = _irgl()
   config.run_stages = "stage1"
   config.data.dropout.vae = 0.0
-  config.stage1.mixture = _mixture(initial_thinking_understanding_learning=0.28,
-                                   initial_full_learning=0.72)
+  config.data.noise_draws = 4
+  config.stage1.mixture = _mixture(initial_thinking_understanding_learning=0.22,
+                                   initial_full_learning=0.78)
   # Short rows: attention over them is cheap.
   config.data.rows = 12
-  config.stage1.sizes = _group(und=256, gen=48, vit=48, text=224, samples=3)
-  config.stage1.steps = 1800
+  config.stage1.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
+  config.stage1.steps = 1000
   config.stage1.learning_rate = 2e-3
   config.stage1.warmup_steps = 100
+  config.stage1.decay_steps = 400
   return config
 
 
@@ -109,7 +112,7 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 800
+  config.stage2.steps = 400
   return config
 
 

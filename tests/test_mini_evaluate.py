@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli
+from irg_jax import cli, sharding, weights
 from irg_jax.evaluate import layout, mini, prompts, runner, score
 from irg_jax.generate import defaults, request
+from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts, verifier
 from irg_jax.mini import settings as mini_settings
@@ -225,6 +226,16 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
       assert picture.size[0] > 1000
 
 
+def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it(run_folder):
+  (run_folder / "checkpoint").mkdir()
+  settings = mini_settings.load(ROOT / "configs" / "mini.py", ["seed=7", "base_rows=12345"])
+  report.make_of_run(run_folder, dataclasses.asdict(settings))
+  scores, made = (run_folder / "checkpoint" / "scores.json", run_folder / "report" / "report.json")
+  assert scores.read_text() == made.read_text()
+  card = (run_folder / "checkpoint" / "README.md").read_text()
+  assert "with seed 7" in card and "12345 rows" in card and "| stage 2, round 2 | 0.667 [" in card
+
+
 def test_traces_are_chosen_a_task_in_turn(arm):
   chosen = report_page.choose(figures.read(arm[0]))
   first = [e["tasks"] for e in chosen if e["kind"] == "wrong, then right"]
@@ -321,6 +332,15 @@ def test_a_checkpoint_s_own_settings_are_the_defaults_and_flags_win(checkpoint, 
   assert asked[1].settings == dataclasses.replace(settings, rounds=3)
   assert len(asked[1].selected) == 96 and len(asked[0].selected) == 264
   assert asked[2].settings == Settings(think_limit=4096)
+
+
+def test_a_checkpoint_says_what_it_is_computed_in_and_the_flag_wins(checkpoint, tmp_path):
+  half, mesh = tmp_path / "half", sharding.make_mesh(None)
+  weights.convert(checkpoint[0], half, to="published", dtype="bfloat16")
+  dtype = lambda asked=None: generate_run.load_model(half, mesh, asked, print)[0].config.dtype
+  assert dtype() == "bfloat16"
+  defaults.write(half, checkpoint[1], thoughts.SYSTEM_PROMPT, dtype="float32")
+  assert dtype() == "float32" and dtype("bfloat16") == "bfloat16"
 
 
 def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_named(

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from irg_jax import weights
+from irg_jax import sharding, weights
 from irg_jax.data import irgl, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import defaults
+from irg_jax.generate.run import load_model
 from irg_jax.mini import pipeline, settings, tasks, thoughts
 from irg_jax.mini.painter import paint
 
@@ -75,8 +77,12 @@ def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
   first_pictures(tmp_path / "first_rounds", tiny)
   np.savez(tmp_path / "first_rounds" / "000008.npz",
            **np.load(tmp_path / "first_rounds" / "000000.npz"))
-  assert pipeline.run(tiny, tmp_path, until="irgl") == 0
-  weights.load_checkpoint(tmp_path / "irgl" / "stage2" / "weights")
+  assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0
+  assert defaults.read(tmp_path / "checkpoint") == defaults.read(base)
+  model, params = load_model(tmp_path / "checkpoint", sharding.make_mesh(None), None, print)
+  assert model.config.dtype == params["vae"]["decoder"]["conv_in"]["kernel"].dtype == "float32"
+  _, stored = weights.load_checkpoint(tmp_path / "checkpoint")
+  assert {x.dtype.name for x in jax.tree.leaves(stored)} == {"bfloat16"}
   before = (base / "ema.safetensors").stat().st_mtime_ns
-  assert pipeline.run(tiny, tmp_path, until="irgl") == 0  # finds everything done
+  assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0  # finds everything done
   assert (base / "ema.safetensors").stat().st_mtime_ns == before

@@ -11,7 +11,8 @@ from irg_jax import images, text
 from irg_jax.data.records import MODES, PicturePart, TextPart, parse_conversation
 from irg_jax.generate import defaults
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import datasets, settings, tasks, thoughts, tokenizer, vae, verifier, world
+from irg_jax.mini import (
+    datasets, pipeline, settings, tasks, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.painter import paint
 from irg_jax.model.vae import Vae, sample_latents
 
@@ -32,8 +33,19 @@ def seen(scene):
 def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
   for record, scene, _ in cases(50):
     cells = thoughts.read_grid(thoughts.plan(record, scene))
-    named = {(r, c): cells[r][c] for r, c in np.ndindex(4, 4) if cells[r][c] != "empty"}
+    named = {(r, c): cells[r][c] for r, c in np.ndindex(4, 4) if cells[r][c] != thoughts.EMPTY}
     assert named == {t.cell: f"{t.color} {t.shape}" for t in scene.things}
+
+
+def test_every_cell_takes_two_tokens_wherever_it_stands(tmp_path):
+  small = settings.load("configs/mini.py")
+  tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), 512)
+  words = text.load_tokenizer(tmp_path, 512)
+  things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES] + [thoughts.EMPTY]
+  rng = np.random.default_rng(0)
+  lengths = {len(words.encode(thoughts.grid_text(rng.choice(things, (4, 4)).tolist())))
+             for _ in range(50)}
+  assert len(lengths) == 1
 
 
 def test_a_text_without_a_grid_reads_as_none():
@@ -83,12 +95,12 @@ def test_two_things_in_one_cell_make_no_trajectory():
 
 
 def test_edits_turn_one_grid_into_the_other_in_words():
-  before = [["empty"] * 4 for _ in range(4)]
+  before = [[thoughts.EMPTY] * 4 for _ in range(4)]
   after = [list(row) for row in before]
   before[1][2], after[1][2], after[3][0] = "red star", "blue star", "pink ring"
-  before[0][3] = "unclear"
+  before[0][3] = thoughts.UNCLEAR
   assert thoughts.edits(before, after) == [
-      "remove the unclear in row one column four",
+      "remove the unclear shape in row one column four",
       "turn the red star in row two column three into a blue star",
       "add a pink ring in row four column one", "keep the rest"]
 

@@ -272,6 +272,14 @@ def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
   assert [float(schedule(i)) for i in (0, 1, 100)] == [pytest.approx(0.1)] * 3
 
 
+def test_the_learning_rate_falls_to_nothing_over_the_last_steps():
+  stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=2, steps=10,
+                              decay_steps=4)
+  schedule = optimizer_lib.make_optimizer(settings().optimizer, stage).schedule
+  got = [float(schedule(i)) for i in (0, 1, 2, 6, 7, 9, 10)]
+  np.testing.assert_allclose(got, [0, 0.05, 0.1, 0.1, 0.075, 0.025, 0], atol=1e-7)
+
+
 def test_each_picture_has_one_time_and_conditions_have_none():
   t, noise = map(np.asarray, step_lib.draw(batch(), KEY, 4.0))
   weight, picture = batch().latent_weight, batch().latent_picture

@@ -58,7 +58,8 @@ def _picture(part: PicturePart, name, model, data, rng):
   pixels = data.vae_transform(picture) if to_encode else None
   splits = []
   if part.need_loss:
-    splits.append(_latents(part.moments, pixels, model, data, rng, need_loss=True))
+    splits += [_latents(part.moments, pixels, model, data, rng, need_loss=True)
+               for _ in range(data.noise_draws)]
   if part.need_vae:
     splits.append(_latents(part.moments, pixels, model, data, rng, need_vae=True) if keep_vae
                   else DroppedPicture())

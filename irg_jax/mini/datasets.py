@@ -20,8 +20,10 @@ ROWS_PER_GROUP = 64
 def base_rows(count: int, rng):
   """What a unified model is to know before it learns to reflect, as (mode, conversation).
 
-  Drawing from a prompt alone, drawing after a plan, drawing from nothing (what guidance
-  starts from), and saying what a picture shows. None of it shows an unseen pair.
+  Drawing after a plan, from a prompt alone and from nothing (what guidance starts from), drawing
+  what is described, and saying what a picture shows. The last two are of crowded pictures as
+  well: many cells with something in them teach faster where things stand. None of it shows an
+  unseen pair.
 
   Args:
     count: rows in all, in the proportions of `_BASE`.
@@ -29,9 +31,7 @@ def base_rows(count: int, rng):
   """
   kinds = rng.choice(len(_BASE), count, p=[share for share, _ in _BASE])
   for kind in kinds:
-    record = tasks.training_record(rng)
-    scene = tasks.sample_scene(record, rng)
-    yield _BASE[kind][1](record, scene, paint(scene))
+    yield _BASE[kind][1](rng)
 
 
 def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better, rng):
@@ -106,28 +106,38 @@ class ParquetWriter:
 
 
 def _drawn(system=False, prompt=False, planned=False):
-  def row(record, scene, picture):
+  def row(rng):
+    record = tasks.training_record(rng)
+    scene = tasks.sample_scene(record, rng)
     asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
     thought = [_text(thoughts.plan(record, scene))] if planned else []
     return "initial_full_learning", [
-        *asked, _assistant([*thought, _picture(picture, need_loss=True)])]
+        *asked, _assistant([*thought, _picture(paint(scene), need_loss=True)])]
 
   return row
 
 
-def _looked(vae):
-  def row(record, scene, picture):
-    del record
+def _described(rng):
+  scene = tasks.crowded_scene(rng)
+  told = _text(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
+  return "initial_full_learning", [_assistant([told, _picture(paint(scene), need_loss=True)])]
+
+
+def _looked(crowded, vae):
+  def row(rng):
+    scene = (tasks.crowded_scene(rng) if crowded
+             else tasks.sample_scene(tasks.training_record(rng), rng))
     return "initial_thinking_understanding_learning", [
-        _assistant([_picture(picture, need_vit=True, need_vae=vae)]), _user(thoughts.QUESTION),
-        _assistant([_text(thoughts.describe(scene))])]
+        _assistant([_picture(paint(scene), need_vit=True, need_vae=vae)]),
+        _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
 
   return row
 
 
-_BASE = ((0.56, _drawn(system=True, prompt=True, planned=True)), (0.1, _drawn(prompt=True)),
-         (0.03, _drawn(system=True)), (0.03, _drawn()), (0.14, _looked(vae=False)),
-         (0.14, _looked(vae=True)))
+_BASE = (
+    (0.36, _drawn(system=True, prompt=True, planned=True)), (0.06, _drawn(prompt=True)),
+    (0.03, _drawn(system=True)), (0.03, _drawn()), (0.30, _described),
+    *((0.055, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 
 def _user(text):

@@ -90,7 +90,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
   for _ in range(count // 4):
     record = tasks.training_record(rng)
     wrong = tasks.sample_scene(tasks.training_record(rng), rng)
-    seen = verifier.Seen(wrong.background, wrong.things, ())
+    seen = verifier.Seen(wrong.background, wrong.things[1:], (wrong.things[0].cell,))
     with contextlib.suppress(thoughts.Inexpressible):
       verdict = verifier.judge(seen, record)
       texts.append(thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng)))

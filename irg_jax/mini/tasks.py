@@ -123,6 +123,19 @@ def sample_scene(record: dict, rng) -> world.Scene:
   return world.Scene(world.sample_background(rng), things, tone)
 
 
+def crowded_scene(rng) -> world.Scene:
+  """A scene that no prompt asks for, with things in up to 13 cells; no unseen pair is in it."""
+  pairs = [(shape, color) for shape in world.SHAPES for color in world.COLORS
+           if (shape, color) not in UNSEEN_PAIRS]
+  cells = rng.permutation(world.GRID**2)[:rng.integers(1, world.GRID**2 - 2)]
+  places = []
+  for cell in cells:
+    place = world.place_beside(divmod(int(cell), world.GRID), places, rng)
+    places += [place] if place else []
+  things = tuple(world.Thing(*pairs[rng.integers(len(pairs))], *place) for place in places)
+  return world.Scene(world.sample_background(rng), things, world.sample_tone(rng))
+
+
 def relations_hold(include, groups) -> bool:
   """Whether cells (row, column) of each clause stand as the clauses say, and clearly so."""
   for clause, group in zip(include, groups):

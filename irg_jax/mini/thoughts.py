@@ -2,10 +2,11 @@
 
 A plan first chooses a place for each thing, then goes through the picture cell by cell. The
 places are choices that a low temperature makes as well as any other; the cells follow from them,
-and give each picture token its own words:
+and give each picture token its own words. Each cell takes two, so that the words of a cell are
+always equally far from the picture: a model finds them by their distance.
 
   <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
-  red circle in row one column two, ... Row one: empty, red circle, empty, empty. Row two: ...
+  red circle in row one column two, ... Row one: empty ground, red circle, empty ground, ...
   </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
@@ -20,7 +21,7 @@ from irg_jax.mini import tasks, world
 
 SYSTEM_PROMPT = "Think, draw, look, and draw again."
 QUESTION = "What does the picture show?"
-EMPTY, UNCLEAR = "empty", "unclear"
+EMPTY, UNCLEAR = "empty ground", "unclear shape"
 
 _ORDINALS = tasks.NUMBERS[1:world.GRID + 1]
 
@@ -85,7 +86,7 @@ def _where(row, column):
 
 
 def grid(things, unclear=()) -> list[list[str]]:
-  """What stands in each cell: "red circle", "empty" or "unclear".
+  """What stands in each cell: "red circle", "empty ground" or "unclear shape".
 
   Raises:
     Inexpressible: two things in one cell, or a pair that training must not show.

@@ -66,22 +66,9 @@ def paint_both(count: int, rng) -> np.ndarray:
 def paint_crowded(count: int, rng) -> np.ndarray:
   """Pictures with things in most cells, uint8 [count, 64, 64, 3].
 
-  An autoencoder learns what things look like from pictures that are not mostly ground. As
-  everywhere, no unseen pair is among them.
+  An autoencoder learns what things look like from pictures that are not mostly ground.
   """
-  pairs = [(shape, color) for shape in world.SHAPES for color in world.COLORS
-           if (shape, color) not in tasks.UNSEEN_PAIRS]
-  return np.stack([_paint_crowd(pairs, rng) for _ in range(count)])
-
-
-def _paint_crowd(pairs, rng):
-  cells = rng.permutation(world.GRID**2)[:rng.integers(1, world.GRID**2 - 2)]
-  places = []
-  for cell in cells:
-    place = world.place_beside(divmod(int(cell), world.GRID), places, rng)
-    places += [place] if place else []
-  things = tuple(world.Thing(*pairs[rng.integers(len(pairs))], *place) for place in places)
-  return paint(world.Scene(world.sample_background(rng), things, world.sample_tone(rng)))
+  return np.stack([paint(tasks.crowded_scene(rng)) for _ in range(count)])
 
 
 def loss_fn(params, config: VaeConfig, pixels, key):

@@ -28,16 +28,20 @@ class Optimizer:
 
 
 def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimizer:
-  """Clip by the global norm, AdamW, constant learning rate after a linear warm-up from 0."""
-  rate = stage.learning_rate
-  # Optax takes a warm-up of no steps as one that never ends.
-  schedule = (optax.warmup_constant_schedule(0.0, rate, stage.warmup_steps)
-              if stage.warmup_steps else optax.constant_schedule(rate))
+  """Clip by the global norm, AdamW, the stage's learning rate."""
+  schedule = lambda step: stage.learning_rate * _share(stage, step)
   s = settings
   transform = optax.chain(
       optax.clip_by_global_norm(s.clip_norm),
       optax.adamw(schedule, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay))
   return Optimizer(transform, schedule)
+
+
+def _share(stage, step):
+  """Of the stage's learning rate, in the update after `step` updates."""
+  rise = step / stage.warmup_steps if stage.warmup_steps else 1.0
+  fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
+  return jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
 
 
 def map_frozen(function, tree, frozen):

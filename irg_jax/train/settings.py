@@ -38,6 +38,8 @@ class DataSettings:
     max_sample_tokens: longer samples are skipped and counted.
     vae_transform, vit_transform: sizes of pictures.
     posterior: latents are a "sample" of the VAE's posterior or its "mean".
+    noise_draws: noised copies of each target picture, each with a time and noise of its own; a
+      picture is little beside the text before it, and they share that.
     ce_loss_reweighting: weighs each text by 1 / sqrt(length).
     max_rejected: share of a mode's records that may be unusable before the run stops.
   """
@@ -53,6 +55,7 @@ class DataSettings:
   vit_transform: ImageTransform
   dropout: Dropout
   posterior: str
+  noise_draws: int
   ce_loss_reweighting: bool
   max_rejected: float
 
@@ -87,7 +90,8 @@ class StageSettings:
 
   Attributes:
     steps: updates.
-    learning_rate, warmup_steps: constant after a linear warm-up from 0.
+    learning_rate, warmup_steps, decay_steps: constant after a linear warm-up from 0; over the
+      last `decay_steps` it falls linearly to 0.
     mixture: weight of each mode by name; modes of weight 0 are left out.
     sizes: the buffers of a row, chosen for the mixture.
     freeze, loss_off: what stops learning, and from which step.
@@ -96,6 +100,7 @@ class StageSettings:
   steps: int
   learning_rate: float
   warmup_steps: int
+  decay_steps: int
   mixture: dict[str, float]
   sizes: BufferSizes
   freeze: Freeze
@@ -248,13 +253,14 @@ def _check(s: TrainSettings):
            f'is {s.run_stages!r}, not "both", "stage1" or "stage2"')
   lowest = {
       "data.streams": 0, "data.workers": 0, "data.rows": 1, "data.accumulate": 1, "data.bins": 1,
+      "data.noise_draws": 1,
       "data.max_sample_tokens": 1, "mesh.data": 1, "mesh.fsdp": 0, "mesh.sequence": 1,
       "mesh.tensor": 1, "checkpoint_every": 1, "keep": 1, "log_every": 1, "peak_tflops": 0,
       "profile_at": 0, "profile_steps": 1,
       "seed": 0, "ce_weight": 0, "mse_weight": 0, "optimizer.weight_decay": 0}
   for stage in STAGES:
     lowest |= {f"{stage}.{name}": low for name, low in {
-        "steps": 1, "learning_rate": 0, "warmup_steps": 0, "freeze.und": NEVER,
+        "steps": 1, "learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "freeze.und": NEVER,
         "freeze.gen": NEVER, "freeze.vit": NEVER, "freeze.llm": NEVER, "loss_off.ce": NEVER,
         "loss_off.mse": NEVER}.items()}
   for name, low in lowest.items():
