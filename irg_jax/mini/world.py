@@ -32,7 +32,7 @@ BACKGROUNDS = {
 TONE = 6  # a background's colour varies by as many levels
 
 MIN_RADIUS, MAX_RADIUS = 5.5, 7.5
-SHIFT = 3.0  # how far a thing may stand from the middle of its cell, in each direction
+SHIFT = 1.0  # how far a thing may stand from the middle of its cell, in each direction
 GAP = 2.0  # pixels between the squares around two things
 MAX_THINGS = 5
 
