@@ -73,6 +73,7 @@ def _irgl():
   config.data.workers = 0
   config.data.streams = 1
   config.data.rows = 8
+  config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
   for stage, steps in ((config.stage1, 500), (config.stage2, 900)):
@@ -80,8 +81,8 @@ def _irgl():
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
     stage.decay_steps = stage.steps // 2
-  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=384, samples=4)
-  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=384, samples=3)
+  config.stage1.sizes = _group(und=480, gen=96, vit=48, text=384, samples=4)
+  config.stage2.sizes = _group(und=480, gen=112, vit=16, text=384, samples=3)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 1.0
@@ -101,10 +102,10 @@ def _base():
   # Short rows: attention over them is cheap.
   config.data.rows = 12
   config.stage1.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
-  config.stage1.steps = 1000
+  config.stage1.steps = 1500
   config.stage1.learning_rate = 2e-3
   config.stage1.warmup_steps = 100
-  config.stage1.decay_steps = 400
+  config.stage1.decay_steps = 500
   return config
 
 
@@ -113,6 +114,7 @@ def _quality():
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
   config.stage2.steps = 400
+  config.stage2.decay_steps = 200
   return config
 
 
