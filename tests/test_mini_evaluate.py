@@ -18,7 +18,8 @@ from irg_jax.evaluate import layout, mini, prompts, runner, score
 from irg_jax.generate import defaults, request
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts, verifier
+from irg_jax.mini import (
+    evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts, verifier)
 from irg_jax.mini import settings as mini_settings
 from irg_jax.mini.painter import paint
 

@@ -27,8 +27,8 @@ computed in float32.
 
 ## How well it does
 
-{prompts} prompts, {test_pictures} pictures of each. A picture is right if a program that reads it sees
-exactly what was asked for. `irg mini report` makes the same tables (`scores.json` has every
+{prompts} prompts, {test_pictures} pictures of each. A picture is right if a program that reads it
+sees exactly what was asked for. `irg mini report` makes the same tables (`scores.json` has every
 figure).
 
 {tables}

@@ -144,8 +144,9 @@ def charts(report: dict) -> dict[str, bytes]:
       [name.replace(", ", "\n") for name, _ in rows],
       [(f"{split} combinations", overall(split)) for split in ("seen", "unseen")])}
   wanted = ("base", "1"), (evaluate.FINAL.name, "1"), (evaluate.FINAL.name, "2")
-  series = [(report_tables.row_name(report, *key), report["arms"][key[0]]["rounds"][key[1]]["scores"]["all"])
-            for key in wanted if key[1] in report["arms"].get(key[0], {"rounds": ()})["rounds"]]
+  rounds = lambda arm: report["arms"].get(arm, {"rounds": {}})["rounds"]
+  series = [(report_tables.row_name(report, arm, number), rounds(arm)[number]["scores"]["all"])
+            for arm, number in wanted if number in rounds(arm)]
   if series:
     found["tasks.png"] = plots.bar_chart(
         "By task, seen and unseen together", list(tasks.TASKS),
