@@ -36,25 +36,24 @@ def read(folder, otherwise: Settings = Settings()) -> tuple[Settings, str]:
   Raises:
     ValueError: the file is broken; names it.
   """
-  path = pathlib.Path(folder) / NAME
-  if not path.is_file():
-    return otherwise, SYSTEM_PROMPT
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _content(folder)
+    if content is None:
+      return otherwise, SYSTEM_PROMPT
     return _build(Settings, content["settings"]), str(content["system_prompt"])
   except (ValueError, TypeError, KeyError) as e:
-    raise ValueError(f"{path}: not settings of irg generate ({type(e).__name__}: {e}); remove the "
-                     "file to use the defaults") from e
+    raise ValueError(f"{pathlib.Path(folder) / NAME}: not settings of irg generate "
+                     f"({type(e).__name__}: {e}); remove the file to use the defaults") from e
 
 
 def dtype(folder) -> str | None:
   """What the checkpoint in `folder` is to be computed in; None: as its weights are stored."""
-  return _content(folder).get("dtype")
+  return (_content(folder) or {}).get("dtype")
 
 
 def outside(folder, prompt: str) -> str | None:
   """What to tell about a prompt with words that the checkpoint in `folder` never saw, or None."""
-  content = _content(folder)
+  content = _content(folder) or {}
   known = set(content.get("words", ()))
   unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in known]
   if not known or not unknown:
@@ -63,8 +62,9 @@ def outside(folder, prompt: str) -> str | None:
 
 
 def _content(folder):
+  """What the file says; None where there is none."""
   path = pathlib.Path(folder) / NAME
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _build(cls, fields):

@@ -125,8 +125,7 @@ def _described(rng):
 
 def _looked(crowded, vae):
   def row(rng):
-    scene = (tasks.crowded_scene(rng) if crowded
-             else tasks.sample_scene(tasks.training_record(rng), rng))
+    scene = tasks.crowded_scene(rng) if crowded else tasks.training_scene(rng)
     return "initial_thinking_understanding_learning", [
         _assistant([_picture(paint(scene), need_vit=True, need_vae=vae)]),
         _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]

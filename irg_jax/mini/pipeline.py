@@ -89,7 +89,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
   texts = [t for _, row in datasets.base_rows(count, rng) for t in datasets.texts(row)]
   for _ in range(count // 4):
     record = tasks.training_record(rng)
-    wrong = tasks.sample_scene(tasks.training_record(rng), rng)
+    wrong = tasks.training_scene(rng)
     seen = verifier.Seen(wrong.background, wrong.things[1:], (wrong.things[0].cell,))
     with contextlib.suppress(thoughts.Inexpressible):
       verdict = verifier.judge(seen, record)

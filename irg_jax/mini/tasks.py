@@ -123,6 +123,11 @@ def sample_scene(record: dict, rng) -> world.Scene:
   return world.Scene(world.sample_background(rng), things, tone)
 
 
+def training_scene(rng) -> world.Scene:
+  """A scene of some `training_record`."""
+  return sample_scene(training_record(rng), rng)
+
+
 def crowded_scene(rng) -> world.Scene:
   """A scene that no prompt asks for, with things in up to 13 cells; no unseen pair is in it."""
   pairs = [(shape, color) for shape in world.SHAPES for color in world.COLORS

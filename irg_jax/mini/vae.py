@@ -59,7 +59,7 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
 
 def paint_both(count: int, rng) -> np.ndarray:
   """Half of the pictures crowded, half scenes of the training, uint8 [count, 64, 64, 3]."""
-  scenes = (tasks.sample_scene(tasks.training_record(rng), rng) for _ in range(count // 2))
+  scenes = (tasks.training_scene(rng) for _ in range(count // 2))
   return np.concatenate([paint_crowded(count - count // 2, rng), *([paint(s)] for s in scenes)])
 
 
@@ -130,12 +130,10 @@ def _init(config, key):
 def _optimizer(steps, learning_rate):
   """Muon for the kernels, Adam for the rest: it takes fewer steps than Adam alone."""
   first = -(-2 * steps // 3)
-
-  def peak(rate):
-    fall = lambda rate, steps: optax.warmup_cosine_decay_schedule(
-        0.0, rate, min(50, steps // 2), max(steps, 1), 0.02 * rate)
-    return optax.join_schedules([fall(rate, first), fall(0.4 * rate, steps - first)], [first])
-
+  fall = lambda rate, steps: dict(
+      init_value=0.0, peak_value=rate, warmup_steps=min(50, steps // 2),
+      decay_steps=max(steps, 1), end_value=0.02 * rate)
+  peak = lambda rate: optax.sgdr_schedule([fall(rate, first), fall(0.4 * rate, steps - first)])
   matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))  # inputs, outputs of a kernel
   return optax.chain(
       optax.clip_by_global_norm(1.0),

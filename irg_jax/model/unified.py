@@ -1,7 +1,6 @@
 """The unified transformer: everything that becomes a token, the decoder, the heads."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
@@ -9,7 +8,7 @@ from irg_jax.model.decoder import Decoder
 from irg_jax.model.heads import Heads
 from irg_jax.model.layers import sincos_2d, timestep_features
 from irg_jax.model.vit import Vit
-from irg_jax.sharding import constrain, lookup, pick
+from irg_jax.sharding import lookup, pick
 
 
 class TwoLayer(nn.Module):

@@ -9,7 +9,7 @@ from conftest import relative_error
 from irg_jax import flow
 from irg_jax.config import SpecialTokens
 from irg_jax.generate import irg, steps
-from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context
+from irg_jax.generate.context import FULL, NO_TEXT, fork
 from irg_jax.generate.settings import Guidance, Sampling, Settings
 from irg_jax.images import ImageTransform
 
