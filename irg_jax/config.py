@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import typing
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -110,13 +111,36 @@ def from_dict(config) -> ModelConfig:
   Raises:
     ValueError: a field that no config has, or sizes that make no model; names its path.
   """
-  parts = {"llm": LlmConfig, "vit": VitConfig, "vae": VaeConfig}
-  fields = dict(config)
-  for name, cls in parts.items():
-    fields[name] = _build(cls, dict(fields.get(name, {})), name + ".")
-  model = _build(ModelConfig, fields, "")
+  model = build(ModelConfig, config)
   _check_sizes(model)
   return model
+
+
+def build(cls, fields, prefix: str = "", complete: bool = False):
+  """A dataclass from a mapping with its fields; what is a dataclass itself, from one inside.
+
+  Args:
+    prefix: path of `fields` in the whole, with a dot at its end, for messages.
+    complete: no field may be missing, even if it has a default.
+
+  Raises:
+    ValueError: a field is unknown or missing, or the class refuses its values; names its path.
+  """
+  kinds, values = typing.get_type_hints(cls), {}
+  for name in fields:
+    if name not in kinds:
+      raise ValueError(f"config field {prefix + name!r} is unknown; known here: {sorted(kinds)}")
+  for name in kinds if complete else ():
+    if name not in fields:
+      raise ValueError(f"config field {prefix + name!r} is missing")
+  for name, value in fields.items():
+    if dataclasses.is_dataclass(kinds[name]) and not dataclasses.is_dataclass(value):
+      value = build(kinds[name], value, f"{prefix}{name}.", complete)
+    values[name] = tuple(value) if isinstance(value, list) else value
+  try:
+    return cls(**values)
+  except (TypeError, ValueError) as e:
+    raise ValueError(f"config field {prefix.rstrip('.')!r}: {e}") from e
 
 
 def to_dict(config: ModelConfig) -> dict:
@@ -124,21 +148,12 @@ def to_dict(config: ModelConfig) -> dict:
   return dataclasses.asdict(config)
 
 
-def _build(cls, fields, prefix):
-  known = {f.name for f in dataclasses.fields(cls)}
-  for name in fields:
-    if name not in known:
-      raise ValueError(f"unknown model config field {prefix + name!r}; known: {sorted(known)}")
-  built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-  for name, value in dataclasses.asdict(built).items():
-    numbers = value if isinstance(value, tuple) else (value,)
-    if any(type(n) is int and n < 1 for n in numbers):
-      raise ValueError(f"model config field {prefix + name!r} is {value}, but must be at least 1")
-  return built
-
-
 def _check_sizes(model):
   llm, vit = model.llm, model.vit
+  for path, value in _leaves(to_dict(model)):
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(type(n) is int and n < 1 for n in numbers):
+      raise ValueError(f"model config field {path!r} is {value}, but must be at least 1")
   divides = {"llm.num_heads": (llm.num_heads, llm.hidden_size),
              "llm.num_kv_heads": (llm.num_kv_heads, llm.num_heads),
              "vit.num_heads": (vit.num_heads, vit.hidden_size)}
@@ -152,3 +167,11 @@ def _check_sizes(model):
     if getattr(model, name) not in DTYPES:
       raise ValueError(f"model config field {name!r} is {getattr(model, name)!r}, not one of "
                        f"{DTYPES}")
+
+
+def _leaves(fields, prefix=""):
+  for name, value in fields.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import pathlib
 import re
-import typing
 
+from irg_jax import config as config_lib
 from irg_jax.files import whole_file
 from irg_jax.generate.prompts import SYSTEM_PROMPT
 from irg_jax.generate.settings import Settings
@@ -40,7 +40,7 @@ def read(folder, otherwise: Settings = Settings()) -> tuple[Settings, str]:
     content = _content(folder)
     if content is None:
       return otherwise, SYSTEM_PROMPT
-    return _build(Settings, content["settings"]), str(content["system_prompt"])
+    return config_lib.build(Settings, content["settings"]), str(content["system_prompt"])
   except (ValueError, TypeError, KeyError) as e:
     raise ValueError(f"{pathlib.Path(folder) / NAME}: not settings of irg generate "
                      f"({type(e).__name__}: {e}); remove the file to use the defaults") from e
@@ -65,12 +65,3 @@ def _content(folder):
   """What the file says; None where there is none."""
   path = pathlib.Path(folder) / NAME
   return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _build(cls, fields):
-  hints, values = typing.get_type_hints(cls), {}
-  for name, value in fields.items():
-    if dataclasses.is_dataclass(hints[name]):
-      value = _build(hints[name], value)
-    values[name] = tuple(value) if isinstance(value, list) else value
-  return cls(**values)

@@ -5,7 +5,6 @@ import dataclasses
 from irg_jax import config as config_lib
 from irg_jax import config_files
 from irg_jax.config import ModelConfig
-from irg_jax.generate import request
 from irg_jax.generate.settings import Settings
 
 
@@ -53,8 +52,7 @@ def load(path, overrides=()) -> MiniSettings:
   config = config_files.load(path, ["preset=world", *overrides])
   fields = config.to_dict()
   fields.pop("preset")
-  settings = request.read_settings(overrides=[
-      f"{name}={value}" for name, value in _flat(fields.pop("generate"))])
+  settings = config_lib.build(Settings, fields.pop("generate"), "generate.")
   model = config_lib.from_dict(fields.pop("model"))
   known = {f.name for f in dataclasses.fields(MiniSettings)} - {"config", "model", "generate"}
   if known != fields.keys():
@@ -65,11 +63,3 @@ def load(path, overrides=()) -> MiniSettings:
       raise ValueError(f"config field {name!r} is {value}, but must be at least 1")
   settings.validate(model)
   return MiniSettings(config=str(path), model=model, generate=settings, **fields)
-
-
-def _flat(fields, prefix=""):
-  for name, value in fields.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import typing
 
 from irg_jax import config as config_lib
 from irg_jax import config_files
@@ -224,24 +223,9 @@ def from_config(config) -> TrainSettings:
       _require(mode in MODES, f"{stage}.mixture", f"has no mode {mode!r}; known: {list(MODES)}")
       _require(weight >= 0, f"{stage}.mixture.{mode}", f"is {weight}, but must not be negative")
     fields[stage]["mixture"] = {mode: w for mode, w in mixture.items() if w > 0}
-  settings = _build(TrainSettings, fields | {"model": model}, "")
+  settings = config_lib.build(TrainSettings, fields | {"model": model}, complete=True)
   _check(settings)
   return settings
-
-
-def _build(cls, fields, prefix):
-  types = typing.get_type_hints(cls)
-  for name in types.keys() ^ fields.keys():
-    what = "is missing" if name in types else f"is unknown; known here: {sorted(types)}"
-    raise ValueError(f"config field {prefix + name!r} {what}")
-  values = {}
-  for name, kind in types.items():
-    nested = dataclasses.is_dataclass(kind) and isinstance(fields[name], dict)
-    values[name] = _build(kind, fields[name], f"{prefix}{name}.") if nested else fields[name]
-  try:
-    return cls(**values)
-  except ValueError as e:  # a class that checks itself
-    raise ValueError(f"config field {prefix.rstrip('.')!r}: {e}") from e
 
 
 def _check(s: TrainSettings):
