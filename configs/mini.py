@@ -102,10 +102,10 @@ def _base():
   # Short rows: attention over them is cheap.
   config.data.rows = 12
   config.stage1.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
-  config.stage1.steps = 1500
+  config.stage1.steps = 2600
   config.stage1.learning_rate = 2e-3
   config.stage1.warmup_steps = 100
-  config.stage1.decay_steps = 500
+  config.stage1.decay_steps = 600
   return config
 
 
