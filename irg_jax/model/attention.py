@@ -124,7 +124,7 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     short = T * sum(s.k.shape[1] for s in sources) <= _DENSE_SCORES
     implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"
   if implementation == "dense":
-    return _attend_block(q_RTNH, query, sources, key_chunk=None)
+    return _attend_dense(q_RTNH, query, sources)
   if implementation != "chunked":
     raise ValueError(f"unknown attention implementation {implementation!r}")
   if len(sources) == 1 and not sources[0].sparse:
@@ -140,6 +140,28 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
 def default_key_chunk(queries: int) -> int:
   """Keys of a block, for rows of `queries`."""
   return 128 if platform() == "cpu" else 512 * max(1, 16 // queries)
+
+
+def _attend_dense(q_RTNH, query, sources):
+  """All scores at once, the sources' keys side by side."""
+  R, T, N, H = q_RTNH.shape
+  side_by_side = lambda parts: jnp.concatenate(
+      [jnp.repeat(x, R // x.shape[0], axis=0) for x in parts], axis=1)
+  k, v = side_by_side([s.k for s in sources]), side_by_side([s.v for s in sources])
+  keys = jax.tree.map(lambda *parts: side_by_side(parts), *(s.tokens for s in sources))
+  # The queries of the heads that share keys stand below each other: one product for all of them.
+  K, group = k.shape[2], N // k.shape[2]
+  q = q_RTNH.reshape(R, T, K, group, H).transpose(0, 2, 3, 1, 4).reshape(R, K, group * T, H)
+  # The barrier keeps the mask's integers out of the loops over scores, forward and backward.
+  hide = lax.optimization_barrier(jnp.where(allowed(query, keys), 0.0, MASKED))
+  logits = product("rkqh,rskh->rkqs", q, k) * H ** -0.5 + jnp.tile(hide[:, None], (1, 1, group, 1))
+  highest = jnp.maximum(lax.stop_gradient(jnp.max(logits, -1, keepdims=True)), MAX_INIT)
+  scores = jnp.exp(logits - highest)
+  total = jnp.sum(scores, -1, keepdims=True)
+  out = product("rkqs,rskh->rkqh", scores.astype(v.dtype), v)
+  # Where nothing is seen, total is 0 and so is out.
+  out = (out / jnp.where(total > 0, total, 1.0)).astype(q_RTNH.dtype)
+  return out.reshape(R, K, group, T, H).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
 
 
 def _attend_block(q_RTNH, query, sources, key_chunk):
@@ -167,7 +189,7 @@ def _attend_source(q_RTNH, query, source, key_chunk):
   q = q_RTNH.reshape(B, R // B, T, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)  # B K view T group H
   by_view = lambda tokens: jax.tree.map(lambda x: x.reshape(B, R // B, -1), tokens)
   queries, tokens = (q, by_view(query)), by_view(source.tokens)
-  if key_chunk is None or S <= key_chunk:
+  if S <= key_chunk:
     state = _reduce_block(_empty_state(q), queries, source.k, source.v, tokens)
   else:
     reduce = _reduce_visible_blocks if source.sparse else _reduce_all_blocks
