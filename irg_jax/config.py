@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import typing
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,7 +125,8 @@ def build(cls, fields, prefix: str = "", complete: bool = False):
     complete: no field may be missing, even if it has a default.
 
   Raises:
-    ValueError: a field is unknown or missing, or the class refuses its values; names its path.
+    ValueError: a field is unknown, missing or not finite, or the class refuses its values; names
+      its path.
   """
   kinds, values = typing.get_type_hints(cls), {}
   for name in fields:
@@ -136,6 +138,9 @@ def build(cls, fields, prefix: str = "", complete: bool = False):
   for name, value in fields.items():
     if dataclasses.is_dataclass(kinds[name]) and not dataclasses.is_dataclass(value):
       value = build(kinds[name], value, f"{prefix}{name}.", complete)
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+      raise ValueError(f"config field {prefix}{name} is {value}, but must be finite")
     values[name] = tuple(value) if isinstance(value, list) else value
   try:
     return cls(**values)

@@ -1,7 +1,6 @@
 """What one `irg generate` asks for, checked as far as that costs nothing."""
 
 import dataclasses
-import math
 import pathlib
 import time
 import types
@@ -9,6 +8,7 @@ import typing
 
 from ml_collections import config_dict
 
+from irg_jax import config as config_lib
 from irg_jax import config_files
 from irg_jax import sharding
 from irg_jax.generate import defaults
@@ -128,7 +128,7 @@ def read_settings(path=None, overrides=(), default: Settings = Settings()) -> Se
   config = _to_config(default)
   if path is not None:
     config = config_files.merge(config, path)
-  return _from_config(default, config_files.override(config, overrides))
+  return config_lib.build(Settings, config_files.override(config, overrides))
 
 
 def read_prompts(arguments, path=None) -> tuple[str, ...]:
@@ -183,15 +183,3 @@ def _to_config(instance):
         continue
     config[field.name] = value
   return config
-
-
-def _from_config(instance, config, prefix=""):
-  fields = {}
-  for name, value in config.items():
-    old = getattr(instance, name)
-    numbers = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-      raise ValueError(f"{prefix}{name} is {value}, but must be finite")
-    is_group = dataclasses.is_dataclass(old)
-    fields[name] = _from_config(old, value, f"{prefix}{name}.") if is_group else value
-  return dataclasses.replace(instance, **fields)

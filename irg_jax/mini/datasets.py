@@ -22,8 +22,7 @@ def base_rows(count: int, rng):
 
   Drawing after a plan, from a prompt alone and from nothing (what guidance starts from), drawing
   what is described, and saying what a picture shows. The last two are of crowded pictures as
-  well: many cells with something in them teach faster where things stand. None of it shows an
-  unseen pair.
+  well, which have something in more of their cells. None of it shows an unseen pair.
 
   Args:
     count: rows in all, in the proportions of `_BASE`.
