@@ -42,11 +42,11 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 15000
+  config.vae_steps = 12000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
-  config.base_rows = 60000
+  config.base_rows = 72000
   config.trajectories = 4000
   config.sample_batch = 32
   config.train = ()  # overrides of every training, "field=value"
@@ -55,7 +55,7 @@ def _world():
   config.test_pictures = 4
   # How the default model draws; what is not set is as in configs/generate.py.
   config.generate = _group(
-      rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=255,
+      rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
       temperature=0.3, max_prompt_tokens=64,
       first=_group(text_scale=1.5, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
                    renorm_min=0.0),
@@ -94,18 +94,21 @@ def _irgl():
 
 def _base():
   config = _irgl()
-  config.run_stages = "stage1"
   config.data.dropout.vae = 0.0
   config.data.noise_draws = 4
-  config.stage1.mixture = _mixture(initial_thinking_understanding_learning=0.22,
+  config.data.rows = 12
+  config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
+  config.stage1.sizes = _group(und=480, gen=0, vit=0, text=480, samples=5)
+  config.stage1.steps = 900
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.22,
                                    initial_full_learning=0.78)
   # Short rows: attention over them is cheap.
-  config.data.rows = 12
-  config.stage1.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
-  config.stage1.steps = 2600
-  config.stage1.learning_rate = 2e-3
-  config.stage1.warmup_steps = 100
-  config.stage1.decay_steps = 600
+  config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
+  config.stage2.steps = 2200
+  for stage in (config.stage1, config.stage2):
+    stage.learning_rate = 2e-3
+    stage.warmup_steps = 100
+    stage.decay_steps = stage.steps // 4
   return config
 
 

@@ -1,6 +1,7 @@
 """The mini world's texts, trajectories, tokenizer and autoencoder agree with what is painted."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -33,19 +34,19 @@ def seen(scene):
 def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
   for record, scene, _ in cases(50):
     cells = thoughts.read_grid(thoughts.plan(record, scene))
-    named = {(r, c): cells[r][c] for r, c in np.ndindex(4, 4) if cells[r][c] != thoughts.EMPTY}
+    named = {divmod(i, 4): cell for i, cell in enumerate(cells) if cell != thoughts.EMPTY}
     assert named == {t.cell: f"{t.color} {t.shape}" for t in scene.things}
 
 
-def test_every_cell_takes_two_tokens_wherever_it_stands(tmp_path):
+def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   small = settings.load("configs/mini.py")
   tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), 512)
   words = text.load_tokenizer(tmp_path, 512)
-  things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES] + [thoughts.EMPTY]
+  things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES]
   rng = np.random.default_rng(0)
-  lengths = {len(words.encode(thoughts.grid_text(rng.choice(things, (4, 4)).tolist())))
-             for _ in range(50)}
-  assert len(lengths) == 1
+  for _ in range(50):
+    cells = rng.choice([*things, thoughts.EMPTY, thoughts.UNCLEAR], 16).tolist()
+    assert len(words.encode(" " + thoughts.grid_text(cells))) == 2 + 3 * 16 + 1
 
 
 def test_a_text_without_a_grid_reads_as_none():
@@ -95,14 +96,24 @@ def test_two_things_in_one_cell_make_no_trajectory():
 
 
 def test_edits_turn_one_grid_into_the_other_in_words():
-  before = [[thoughts.EMPTY] * 4 for _ in range(4)]
-  after = [list(row) for row in before]
-  before[1][2], after[1][2], after[3][0] = "red star", "blue star", "pink ring"
-  before[0][3] = thoughts.UNCLEAR
+  before = [thoughts.EMPTY] * 16
+  after = list(before)
+  before[6], after[6], after[12] = "red star", "blue star", "pink ring"
+  before[3] = thoughts.UNCLEAR
   assert thoughts.edits(before, after) == [
-      "remove the unclear shape in row one column four",
-      "turn the red star in row two column three into a blue star",
-      "add a pink ring in row four column one", "keep the rest"]
+      "remove unclear shape D", "turn red star G into blue star", "add pink ring M",
+      "keep the rest"]
+
+
+def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():
+  include = [{"class": "ring", "count": 1}, {"class": "star", "count": 1, "position": ["above", 0]}]
+  for record, names in (({"include": include}, ["star", "ring"]),
+                        ({"include": [include[0], {"class": "star", "count": 1}]},
+                         ["ring", "star"])):
+    scene = tasks.sample_scene(record, np.random.default_rng(0))
+    assert re.findall("ring|star", thoughts.request(record)) == names
+    places = thoughts.plan(record, scene).split("Places:")[1].split("Cells:")[0]
+    assert re.findall("ring|star", places) == names
 
 
 def test_a_trajectory_is_six_modes_that_the_reader_accepts():

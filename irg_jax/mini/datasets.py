@@ -1,6 +1,8 @@
 """Writes the mini world's training data in the published form: parquet, a folder a mode."""
 
 import base64
+import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -11,10 +13,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from irg_jax.data.published import COLUMN
-from irg_jax.mini import tasks, thoughts
+from irg_jax.mini import tasks, thoughts, verifier
 from irg_jax.mini.painter import paint
 
 ROWS_PER_GROUP = 64
+TOLD = "initial_thinking_generation_learning"  # the mode of rows of words alone
 
 
 def base_rows(count: int, rng):
@@ -116,10 +119,63 @@ def _drawn(system=False, prompt=False, planned=False):
   return row
 
 
-def _described(rng):
-  scene = tasks.crowded_scene(rng)
-  told = _text(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
-  return "initial_full_learning", [_assistant([told, _picture(paint(scene), need_loss=True)])]
+def _told(plan):
+  """A row of words alone."""
+  def row(rng):
+    record = tasks.training_record(rng)
+    asked = [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
+    return TOLD, [*asked, _assistant([_text(plan(record, rng))])]
+
+  return row
+
+
+def _planned(record, rng):
+  return thoughts.plan(record, tasks.sample_scene(record, rng))
+
+
+def _reflected(record, rng):
+  """A reflection on a picture that was never painted."""
+  while True:
+    scene = _spoiled(tasks.sample_scene(record, rng), rng)
+    things = tuple(sorted(scene.things, key=lambda t: t.cell))
+    blurred = int(rng.random() < 0.1)
+    seen = verifier.Seen(scene.background, things[blurred:],
+                         tuple(t.cell for t in things[:blurred]))
+    verdict = verifier.judge(seen, record)
+    with contextlib.suppress(thoughts.Inexpressible):
+      return thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng))
+
+
+def _spoiled(scene, rng):
+  """A scene in which things may have gone, come, moved, or changed their shape or colour."""
+  if rng.random() < 0.4:
+    return scene
+  others = tasks.training_scene(rng).things
+  if rng.random() < 0.2:
+    return dataclasses.replace(scene, things=others)
+  things = []
+  for thing in scene.things:
+    change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.6, 0.1, 0.1, 0.1, 0.1))
+    other = others[rng.integers(len(others))]
+    if change in ("shape", "color"):
+      thing = dataclasses.replace(thing, **{change: getattr(other, change)})
+    elif change == "cell":
+      thing = dataclasses.replace(thing, x=other.x, y=other.y)
+    things += [] if change == "gone" else [thing]
+  things += others[:1] if rng.random() < 0.15 else ()
+  return dataclasses.replace(scene, things=tuple(things))
+
+
+def _arranged(drawn):
+  """A row of a plan that nobody asked for, drawn or not."""
+  def row(rng):
+    scene = tasks.crowded_scene(rng)
+    plan = _text(thoughts.arrange(scene))
+    if not drawn:
+      return TOLD, [_assistant([plan])]
+    return "initial_full_learning", [_assistant([plan, _picture(paint(scene), need_loss=True)])]
+
+  return row
 
 
 def _looked(crowded, vae):
@@ -133,9 +189,10 @@ def _looked(crowded, vae):
 
 
 _BASE = (
-    (0.36, _drawn(system=True, prompt=True, planned=True)), (0.06, _drawn(prompt=True)),
-    (0.03, _drawn(system=True)), (0.03, _drawn()), (0.30, _described),
-    *((0.055, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
+    (0.10, _told(_planned)), (0.15, _told(_reflected)), (0.05, _arranged(drawn=False)),
+    (0.26, _drawn(system=True, prompt=True, planned=True)), (0.05, _drawn(prompt=True)),
+    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.21, _arranged(drawn=True)),
+    *((0.035, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 
 def _user(text):

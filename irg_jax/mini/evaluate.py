@@ -36,8 +36,8 @@ class Arm:
 
 
 ARMS = (
-    Arm("base_direct", "base, no thinking", "base/stage1/weights", 1, think=False),
-    Arm("base", "base, thinking", "base/stage1/weights", 1),
+    Arm("base_direct", "base, no thinking", "base/stage2/weights", 1, think=False),
+    Arm("base", "base, thinking", "base/stage2/weights", 1),
     Arm("quality", "better pictures only", "quality/stage2/weights", 1),
     Arm("stage1", "stage 1", "irgl/stage1/weights", 2),
     Arm("irg", "stage 2", "checkpoint", 4),

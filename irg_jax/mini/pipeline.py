@@ -1,7 +1,7 @@
 """One `irg mini run`, from nothing to a trained model: the story of the paper, top to bottom.
 
     autoencoder      painted pictures                              -> start
-    base             prompts, plans, pictures, descriptions        -> base/stage1/weights
+    base             words alone, then prompts, plans, pictures    -> base/stage2/weights
     trajectories     the base model's own thoughts and pictures,
                      what the verifier says, the better picture    -> trajectories
     quality          the base model on better pictures alone       -> quality/stage2/weights
@@ -40,7 +40,7 @@ _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
          'red circles left of a blue star". For anything else, give --checkpoint a model that was '
          "trained on it.")
-BASE_MODES = ("initial_thinking_understanding_learning", "initial_full_learning")
+BASE_MODES = (datasets.TOLD, "initial_thinking_understanding_learning", "initial_full_learning")
 
 
 def run(settings: MiniSettings, out, until: str | None = None) -> int:
@@ -86,19 +86,11 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
 def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
   """Texts of every kind, for the tokenizer to learn its words from."""
   rng = _rng(settings, "words")
-  texts = [t for _, row in datasets.base_rows(count, rng) for t in datasets.texts(row)]
-  for _ in range(count // 4):
-    record = tasks.training_record(rng)
-    wrong = tasks.training_scene(rng)
-    seen = verifier.Seen(wrong.background, wrong.things[1:], (wrong.things[0].cell,))
-    with contextlib.suppress(thoughts.Inexpressible):
-      verdict = verifier.judge(seen, record)
-      texts.append(thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng)))
-  return texts
+  return [t for _, row in datasets.base_rows(count, rng) for t in datasets.texts(row)]
 
 
 def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
-  """The stand-in for BAGEL."""
+  """The stand-in for BAGEL: stage 1 is the language model that it began as."""
   if not (out / "base_rows").exists():
     with new_folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
       for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
@@ -205,7 +197,7 @@ _STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quali
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:
-  return out / "base" / "stage1" / "weights"
+  return out / "base" / "stage2" / "weights"
 
 
 def _train(settings, preset, data, checkpoint, out):

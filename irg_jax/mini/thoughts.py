@@ -1,16 +1,16 @@
 """The texts of the mini world: plans, descriptions, reflections, and the better picture.
 
-A plan first chooses a place for each thing, then goes through the picture cell by cell. The
-places are choices that a low temperature makes as well as any other; the cells follow from them,
-and give each picture token its own words. Each cell takes two, so that the words of a cell are
-always equally far from the picture: a model finds them by their distance.
+The cells of a picture have letters, A to D in the first row and M to P in the last. A plan first
+chooses a place for each thing, then goes through the picture cell by cell. The places are
+choices that a low temperature makes as well as any other; the cells follow from them, and give
+each picture token its own words. A cell is a letter and two words, so that a model finds what it
+looks for by a letter that it has read before, and by a distance that is always the same.
 
   <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
-  red circle in row one column two, ... Row one: empty ground, red circle, empty ground, ...
-  </think>
+  red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
-improvements, the steps, and the final prompt, which is a plan again.
+improvements, the steps, and the final prompt, which places each thing anew like a plan.
 """
 
 import re
@@ -23,7 +23,7 @@ SYSTEM_PROMPT = "Think, draw, look, and draw again."
 QUESTION = "What does the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
 
-_ORDINALS = tasks.NUMBERS[1:world.GRID + 1]
+_LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
 
 
 class Inexpressible(ValueError):
@@ -43,77 +43,84 @@ def request(record: dict) -> str:
 
 def plan(record: dict, scene: world.Scene) -> str:
   """The thought before the first picture."""
-  places = ", ".join(f"{t.color} {t.shape} {_where(*t.cell)}" for t in scene.things)
-  return (f"<think> The picture shows {request(record)}. The ground is {scene.background}. "
-          f"Places: {places}. {grid_text(grid(scene.things))} </think>")
+  return f"<think> The picture shows {request(record)}. {_placed(scene, record)} </think>"
+
+
+def arrange(scene: world.Scene) -> str:
+  """A plan of a scene that nobody asked for."""
+  return f"<think> {_placed(scene)} </think>"
 
 
 def describe(seen) -> str:
   """What a picture shows; `seen` has background, things and unclear (a Scene has no unclear)."""
-  return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
+  cells = grid(seen.things, _unclear(seen))
+  things = [f"{cells[at]} {_LETTERS[at]}" for at in range(len(cells)) if cells[at] != EMPTY]
+  return (f"The ground is {seen.background}. {grid_text(cells)} "
+          f"Things: {', '.join(things) or 'none'}.")
 
 
 def reflect(record: dict, verdict, better: world.Scene) -> str:
   """The thought after a picture: what falls short and how it becomes `better`."""
   seen = verdict.seen
-  before, after = grid(seen.things, seen.unclear), grid(better.things)
+  steps = edits(grid(seen.things, seen.unclear), grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
   return (f"<think> I see: {describe(seen)} What falls short: {short}. "
           f"Improvements: the prompt asks for {request(record)}. "
-          f"Steps: {', '.join(edits(before, after))}. "
-          f"Final prompt: The ground is {better.background}. {grid_text(after)} </think>")
+          f"Steps: {', '.join(steps)}. Final prompt: {_placed(better, record)} </think>")
 
 
 def edits(before, after) -> list[str]:
-  """The steps from one grid of cells to another."""
+  """The steps from one list of cells to another."""
   steps = []
-  for row, column in np.ndindex(world.GRID, world.GRID):
-    old, new = before[row][column], after[row][column]
-    where = _where(row, column)
+  for letter, old, new in zip(_LETTERS, before, after):
     if old == new:
       continue
     if old == EMPTY:
-      steps.append(f"add a {new} {where}")
+      steps.append(f"add {new} {letter}")
     elif new == EMPTY:
-      steps.append(f"remove the {old} {where}")
+      steps.append(f"remove {old} {letter}")
     else:
-      steps.append(f"turn the {old} {where} into a {new}")
+      steps.append(f"turn {old} {letter} into {new}")
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
-def _where(row, column):
-  return f"in row {_ORDINALS[row]} column {_ORDINALS[column]}"
+def _placed(scene, record=None):
+  """A picture in words; its things in the order in which the prompt, if any, speaks of them."""
+  relation = record and any("position" in clause for clause in record["include"])
+  things = scene.things[::-1] if relation else scene.things
+  places = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
+  return f"The ground is {scene.background}. Places: {places}. {grid_text(grid(scene.things))}"
 
 
-def grid(things, unclear=()) -> list[list[str]]:
-  """What stands in each cell: "red circle", "empty ground" or "unclear shape".
+def _number(cell):
+  row, column = cell
+  return world.GRID * row + column
+
+
+def grid(things, unclear=()) -> list[str]:
+  """What stands in each cell, row by row: "red circle", "empty ground" or "unclear shape".
 
   Raises:
     Inexpressible: two things in one cell, or a pair that training must not show.
   """
-  cells = [[EMPTY] * world.GRID for _ in range(world.GRID)]
-  for thing in things:
-    row, column = thing.cell
-    if cells[row][column] != EMPTY:
+  cells = [EMPTY] * world.GRID**2
+  named = [(t.cell, f"{t.color} {t.shape}") for t in things]
+  for cell, name in [*named, *((cell, UNCLEAR) for cell in unclear)]:
+    if cells[_number(cell)] != EMPTY:
       raise Inexpressible("two things in one cell")
-    cells[row][column] = f"{thing.color} {thing.shape}"
-  for row, column in unclear:
-    if cells[row][column] != EMPTY:
-      raise Inexpressible("two things in one cell")
-    cells[row][column] = UNCLEAR
+    cells[_number(cell)] = name
   return cells
 
 
 def grid_text(cells) -> str:
-  return " ".join(f"Row {ordinal}: {', '.join(row)}." for ordinal, row in zip(_ORDINALS, cells))
+  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(_LETTERS, cells))}."
 
 
-def read_grid(text: str) -> list[list[str]] | None:
-  """The last grid of cells that a text speaks of; None if there is none."""
-  row = r"Row {}: ((?:[a-z ]+, ){{3}}[a-z ]+)\."
-  pattern = r" ".join(row.format(ordinal) for ordinal in _ORDINALS)
-  found = re.findall(pattern, text)
-  return [cells.split(", ") for cells in found[-1]] if found else None
+def read_grid(text: str) -> list[str] | None:
+  """The last list of cells that a text speaks of; None if there is none."""
+  pattern = " ".join(rf"{letter} ([a-z]+ [a-z]+)" for letter in _LETTERS)
+  found = re.findall(rf"Cells: {pattern}\.", text)
+  return list(found[-1]) if found else None
 
 
 def read_faults(text: str) -> tuple[str, ...] | None:
@@ -127,6 +134,8 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 def improve(record: dict, verdict, rng) -> world.Scene:
   """The better picture: what was asked for, with as much of the seen picture as may stay.
 
+  Its things stand in the order of the prompt.
+
   Raises:
     Inexpressible: the seen picture shows what training must not, or no arrangement was found.
   """
@@ -135,9 +144,9 @@ def improve(record: dict, verdict, rng) -> world.Scene:
     raise Inexpressible("a pair that training must not show")
   if seen.background is None:
     raise Inexpressible("no known ground")
-  if verdict.correct:
-    return _checked(world.Scene(seen.background, tuple(seen.things)))
   matches = _matches(record["include"], seen.things)
+  if verdict.correct:
+    return _checked(world.Scene(seen.background, tuple(t for group in matches for t in group)))
   for attempt in range(600):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 500 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
@@ -168,6 +177,7 @@ def _matches(include, things):
 def _complete(include, kept, seen, rng):
   """Things for all clauses around those kept; None if this draw does not fit."""
   fixed = [t for group in kept for t in group]
+  owners = [i for i, group in enumerate(kept) for _ in group]
   free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
   free = [c for c in free if c not in {t.cell for t in fixed}]
   # A thing that is wrong is best replaced where it stands.
@@ -188,7 +198,7 @@ def _complete(include, kept, seen, rng):
       return None
     places.append(place)
     things.append(world.Thing(include[owner]["class"], tasks.color_of(include[owner], rng), *place))
-  return tuple(things)
+  return tuple(things[i] for i in np.argsort(owners + missing, kind="stable"))
 
 
 def _unclear(seen):
