@@ -42,7 +42,7 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 12000
+  config.vae_steps = 8000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
@@ -76,7 +76,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 500), (config.stage2, 900)):
+  for stage, steps in ((config.stage1, 400), (config.stage2, 700)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -104,7 +104,7 @@ def _base():
                                    initial_full_learning=0.78)
   # Short rows: attention over them is cheap.
   config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
-  config.stage2.steps = 2200
+  config.stage2.steps = 1700
   for stage in (config.stage1, config.stage2):
     stage.learning_rate = 2e-3
     stage.warmup_steps = 100
@@ -116,8 +116,8 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 400
-  config.stage2.decay_steps = 200
+  config.stage2.steps = 250
+  config.stage2.decay_steps = 125
   return config
 
 
