@@ -38,7 +38,8 @@ class Expert(nn.Module):
 
   def queries_keys_values(self, x_RTD, cos, sin):
     """[R, T, D] -> q [R, T, N, H], k and v [R, T, K, H]; q and k normalised and rotated."""
-    heads = lambda x: x.reshape(*x.shape[:-1], -1, self.config.llm.head_dim)
+    H = self.config.llm.head_dim  # no -1 in reshape: a buffer may be empty
+    heads = lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // H, H)
     x_RTD = self.attn_norm(x_RTD)
     q = apply_rope(self.q_norm(heads(self.q(x_RTD))), cos, sin)
     k = apply_rope(self.k_norm(heads(self.k(x_RTD))), cos, sin)
@@ -46,7 +47,8 @@ class Expert(nn.Module):
 
   def finish(self, x_RTD, attended_RTNH):
     """Adds the attention's output projection, then the MLP."""
-    x_RTD = x_RTD + self.o(attended_RTNH.reshape(*x_RTD.shape[:-1], -1))
+    N, H = attended_RTNH.shape[-2:]
+    x_RTD = x_RTD + self.o(attended_RTNH.reshape(*x_RTD.shape[:-1], N * H))
     h = self.mlp_norm(x_RTD)
     h = constrain(nn.silu(self.gate(h)) * self.up(h), "batch", "length", "mlp")
     return constrain(x_RTD + self.down(h), "batch", "length", "embed")
