@@ -42,13 +42,13 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 8000
+  config.vae_steps = 15000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
   config.base_rows = 72000
-  config.trajectories = 4000
-  config.sample_batch = 32
+  config.trajectories = 2000
+  config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168
   config.test_unseen = 96
@@ -76,7 +76,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 300), (config.stage2, 500)):
+  for stage, steps in ((config.stage1, 500), (config.stage2, 900)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -98,13 +98,13 @@ def _base():
   config.data.noise_draws = 4
   config.data.rows = 12
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
-  config.stage1.sizes = _group(und=288, gen=16, vit=16, text=288, samples=3)
-  config.stage1.steps = 900
-  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.22,
-                                   initial_full_learning=0.78)
+  config.stage1.sizes = _group(und=304, gen=0, vit=0, text=304, samples=3)
+  config.stage1.steps = 1000
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.28,
+                                   initial_full_learning=0.72)
   # Short rows: attention over them is cheap.
-  config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=2)
-  config.stage2.steps = 1300
+  config.stage2.sizes = _group(und=224, gen=192, vit=32, text=200, samples=3)
+  config.stage2.steps = 2400
   for stage in (config.stage1, config.stage2):
     stage.learning_rate = 2e-3
     stage.warmup_steps = 100
@@ -116,8 +116,8 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 160
-  config.stage2.decay_steps = 80
+  config.stage2.steps = 300
+  config.stage2.decay_steps = 150
   return config
 
 

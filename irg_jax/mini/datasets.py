@@ -119,12 +119,12 @@ def _drawn(system=False, prompt=False, planned=False):
   return row
 
 
-def _told(plan):
+def _told(thought, question=()):
   """A row of words alone."""
   def row(rng):
     record = tasks.training_record(rng)
-    asked = [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
-    return TOLD, [*asked, _assistant([_text(plan(record, rng))])]
+    asked = map(_user, (thoughts.SYSTEM_PROMPT, record["prompt"], *question))
+    return TOLD, [*asked, _assistant([_text(thought(record, rng))])]
 
   return row
 
@@ -166,16 +166,15 @@ def _spoiled(scene, rng):
   return dataclasses.replace(scene, things=tuple(things))
 
 
-def _arranged(drawn):
-  """A row of a plan that nobody asked for, drawn or not."""
-  def row(rng):
-    scene = tasks.crowded_scene(rng)
-    plan = _text(thoughts.arrange(scene))
-    if not drawn:
-      return TOLD, [_assistant([plan])]
-    return "initial_full_learning", [_assistant([plan, _picture(paint(scene), need_loss=True)])]
+def _arranged(rng):
+  """A plan that nobody asked for."""
+  return TOLD, [_assistant([_text(thoughts.arrange(tasks.crowded_scene(rng)))])]
 
-  return row
+
+def _described(rng):
+  scene = tasks.crowded_scene(rng)
+  told = _text(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
+  return "initial_full_learning", [_assistant([told, _picture(paint(scene), need_loss=True)])]
 
 
 def _looked(crowded, vae):
@@ -189,10 +188,10 @@ def _looked(crowded, vae):
 
 
 _BASE = (
-    (0.10, _told(_planned)), (0.15, _told(_reflected)), (0.05, _arranged(drawn=False)),
-    (0.26, _drawn(system=True, prompt=True, planned=True)), (0.05, _drawn(prompt=True)),
-    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.21, _arranged(drawn=True)),
-    *((0.035, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
+    (0.11, _told(_planned)), (0.14, _told(_reflected, (thoughts.QUESTION,))), (0.05, _arranged),
+    (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
+    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.26, _described),
+    *((0.04, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 
 def _user(text):

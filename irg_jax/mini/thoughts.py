@@ -53,18 +53,18 @@ def arrange(scene: world.Scene) -> str:
 
 def describe(seen) -> str:
   """What a picture shows; `seen` has background, things and unclear (a Scene has no unclear)."""
-  cells = grid(seen.things, _unclear(seen))
-  things = [f"{cells[at]} {_LETTERS[at]}" for at in range(len(cells)) if cells[at] != EMPTY]
-  return (f"The ground is {seen.background}. {grid_text(cells)} "
-          f"Things: {', '.join(things) or 'none'}.")
+  return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
 
 
 def reflect(record: dict, verdict, better: world.Scene) -> str:
   """The thought after a picture: what falls short and how it becomes `better`."""
   seen = verdict.seen
-  steps = edits(grid(seen.things, seen.unclear), grid(better.things))
+  cells = grid(seen.things, seen.unclear)
+  there = [f"{cell} {letter}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
+  steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
-  return (f"<think> I see: {describe(seen)} What falls short: {short}. "
+  return (f"<think> I see: {describe(seen)} Things: {', '.join(there) or 'none'}. "
+          f"What falls short: {short}. "
           f"Improvements: the prompt asks for {request(record)}. "
           f"Steps: {', '.join(steps)}. Final prompt: {_placed(better, record)} </think>")
 
