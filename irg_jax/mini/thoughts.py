@@ -147,8 +147,8 @@ def improve(record: dict, verdict, rng) -> world.Scene:
   matches = _matches(record["include"], seen.things)
   if verdict.correct:
     return _checked(world.Scene(seen.background, tuple(t for group in matches for t in group)))
-  for attempt in range(600):
-    keep = 1.0 if attempt < 300 else 0.6 if attempt < 500 else 0.0
+  for attempt in range(2000):
+    keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
     things = _complete(record["include"], kept, seen, rng)
     if things is not None:
