@@ -150,7 +150,7 @@ def improve(record: dict, verdict, rng) -> world.Scene:
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
-    things = _complete(record["include"], kept, seen, rng)
+    things = _complete(record["include"], kept, seen, rng, 8.0 if attempt < 600 else 1.0)
     if things is not None:
       return _checked(world.Scene(seen.background, things))
   raise Inexpressible("no arrangement found")
@@ -174,15 +174,17 @@ def _matches(include, things):
   return matches
 
 
-def _complete(include, kept, seen, rng):
-  """Things for all clauses around those kept; None if this draw does not fit."""
+def _complete(include, kept, seen, rng, lure):
+  """Things for all clauses around those kept; None if this draw does not fit.
+
+  A thing that is wrong is best replaced where it stands: such cells are `lure` times as likely.
+  """
   fixed = [t for group in kept for t in group]
   owners = [i for i, group in enumerate(kept) for _ in group]
   free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
   free = [c for c in free if c not in {t.cell for t in fixed}]
-  # A thing that is wrong is best replaced where it stands.
   wrong = {t.cell for t in seen.things if t not in fixed} | set(_unclear(seen))
-  weights = np.array([8.0 if c in wrong else 1.0 for c in free])
+  weights = np.array([lure if c in wrong else 1.0 for c in free])
   missing = [i for i, clause in enumerate(include) for _ in range(clause["count"] - len(kept[i]))]
   picked = rng.choice(len(free), len(missing), replace=False, p=weights / weights.sum())
   cells = [free[i] for i in picked]
