@@ -111,6 +111,24 @@ def test_contents_of_another_sample_and_of_padding_change_nothing():
     np.testing.assert_array_equal(x, y)
 
 
+def test_rows_of_words_alone_need_no_room_for_pictures():
+  sample = sample_features([TextSplit([1, 2, 3]), TextSplit([4, 5], need_loss=True)], CONFIG, SPECIAL)
+
+  def logits_and_gradient(gen, vit):
+    sizes = BufferSizes(und=12, gen=gen, vit=vit, text=4, samples=1)
+    batch = stack_rows([pack_row([sample], sizes)])
+    def total(params):
+      logits, _ = outputs(params, batch, batch.latents)
+      return jnp.sum(jnp.sin(logits[0, :9])), logits[0, :9]
+    return jax.value_and_grad(total, has_aux=True)(random_params())
+
+  ((_, wide), wide_gradient), ((_, none), none_gradient) = (
+      logits_and_gradient(G, P), logits_and_gradient(0, 0))
+  np.testing.assert_allclose(none, wide, rtol=1e-5, atol=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+               none_gradient, wide_gradient)
+
+
 @pytest.mark.parametrize("present, absent", [("und", "gen"), ("gen", "und")])
 def test_expert_whose_buffer_is_left_out_is_not_run(present, absent):
   """Its parameters need not even exist."""
