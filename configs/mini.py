@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = config_lib.ModelConfig(
     llm=config_lib.LlmConfig(
         vocab_size=512, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6, num_kv_heads=3,
-        rope_theta=1e4),
+        rope_theta=300.0),
     vit=config_lib.VitConfig(
         hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16, grid_size=4),
     vae=config_lib.VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
@@ -42,7 +42,7 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 15000
+  config.vae_steps = 20000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
@@ -105,8 +105,8 @@ def _base():
   # Short rows: attention over them is cheap.
   config.stage2.sizes = _group(und=224, gen=192, vit=32, text=200, samples=3)
   config.stage2.steps = 2400
-  for stage in (config.stage1, config.stage2):
-    stage.learning_rate = 2e-3
+  for stage, rate in ((config.stage1, 1e-3), (config.stage2, 1.5e-3)):
+    stage.learning_rate = rate
     stage.warmup_steps = 100
     stage.decay_steps = stage.steps // 4
   return config

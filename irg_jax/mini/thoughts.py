@@ -46,11 +46,6 @@ def plan(record: dict, scene: world.Scene) -> str:
   return f"<think> The picture shows {request(record)}. {_placed(scene, record)} </think>"
 
 
-def arrange(scene: world.Scene) -> str:
-  """A plan of a scene that nobody asked for."""
-  return f"<think> {_placed(scene)} </think>"
-
-
 def describe(seen) -> str:
   """What a picture shows; `seen` has background, things and unclear (a Scene has no unclear)."""
   return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
@@ -84,12 +79,16 @@ def edits(before, after) -> list[str]:
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
-def _placed(scene, record=None):
-  """A picture in words; its things in the order in which the prompt, if any, speaks of them."""
+def places(scene: world.Scene, record: dict | None = None) -> str:
+  """What stands where, in the order in which the prompt, if any, speaks of it."""
   relation = record and any("position" in clause for clause in record["include"])
   things = scene.things[::-1] if relation else scene.things
   places = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
-  return f"The ground is {scene.background}. Places: {places}. {grid_text(grid(scene.things))}"
+  return f"The ground is {scene.background}. Places: {places}."
+
+
+def _placed(scene, record):
+  return f"{places(scene, record)} {grid_text(grid(scene.things))}"
 
 
 def _number(cell):

@@ -1,6 +1,7 @@
 """Random parameters: for tests, benchmarks and the demo that has no trained weights."""
 
 import math
+import re
 import tempfile
 import zlib
 
@@ -12,15 +13,17 @@ from irg_jax.config import ModelConfig
 from irg_jax.weights import names, published
 from irg_jax.weights.errors import CheckpointError
 
-EMBEDDING_STD = 0.02
+_RESIDUAL = re.compile(r"layers/.*(o|down|fc2)/kernel$")  # what layers add to their input
 BYTE_TOKENS = 256 + len(text.CONTROL_NAMES)
 
 
 def random_params(config: ModelConfig, key) -> dict:
   """Parameters of `names.abstract_params` in `config.param_dtype`.
 
-  Kernels are normal with variance 1 / fan-in, embeddings normal with a standard deviation of
-  0.02, norm scales one, biases zero. Drawn on the host: nothing is compiled for it.
+  Kernels are normal with variance 1 / fan-in, those that add to the residual stream smaller by
+  the square root of how many do; embeddings are normal with variance 1, so that what a token is
+  outweighs what untrained layers add to it. Norm scales one, biases zero. Drawn on the host:
+  nothing is compiled for it.
 
   Args:
     key: `jax.random.key`.
@@ -53,5 +56,7 @@ def _draw(row, seed, dtype):
   # The seed depends on the path, not on the order of the table.
   rng = np.random.default_rng([*seed, zlib.crc32(row.path.encode())])
   fan_in = math.prod(row.layer_shape[:-1])
-  std = EMBEDDING_STD if name == "embedding" else fan_in**-0.5
+  std = 1.0 if name == "embedding" else fan_in**-0.5
+  if _RESIDUAL.search(row.path):
+    std *= (2 * row.layers)**-0.5
   return (rng.standard_normal(row.shape, np.float32) * np.float32(std)).astype(dtype)
