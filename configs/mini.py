@@ -81,8 +81,8 @@ def _irgl():
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
     stage.decay_steps = stage.steps // 2
-  config.stage1.sizes = _group(und=480, gen=96, vit=48, text=384, samples=4)
-  config.stage2.sizes = _group(und=480, gen=112, vit=16, text=384, samples=3)
+  config.stage1.sizes = _group(und=448, gen=64, vit=48, text=384, samples=3)
+  config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 1.0
@@ -103,7 +103,7 @@ def _base():
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.28,
                                    initial_full_learning=0.72)
   # Short rows: attention over them is cheap.
-  config.stage2.sizes = _group(und=224, gen=192, vit=32, text=200, samples=3)
+  config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=3)
   config.stage2.steps = 2400
   for stage, rate in ((config.stage1, 1e-3), (config.stage2, 1.5e-3)):
     stage.learning_rate = rate

@@ -230,7 +230,7 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
 def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it(run_folder):
   (run_folder / "checkpoint").mkdir()
   settings = mini_settings.load(ROOT / "configs" / "mini.py", ["seed=7", "base_rows=12345"])
-  report.make_of_run(run_folder, dataclasses.asdict(settings))
+  report.make(run_folder, settings=dataclasses.asdict(settings))
   scores, made = (run_folder / "checkpoint" / "scores.json", run_folder / "report" / "report.json")
   assert scores.read_text() == made.read_text()
   card = (run_folder / "checkpoint" / "README.md").read_text()

@@ -60,6 +60,8 @@ def open_run(out, settings: dict, notes: dict, process: str):
     check_run(out, settings)
     yield RunFolder(out, aside)
     shutil.rmtree(aside)
+    with contextlib.suppress(OSError):  # others are at work in it
+      aside.parent.rmdir()
 
 
 def check_run(out, settings: dict) -> None:
@@ -178,7 +180,7 @@ def _alone(folder, out):
                      "--num-processes is at work in it") from e
   except OSError:  # a file system without locks: the user sees to it
     pass
-  folder.mkdir(exist_ok=True)  # the process that had the lock may just have removed it
+  folder.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
   try:
     yield
   finally:

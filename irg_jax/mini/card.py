@@ -21,9 +21,9 @@ By `irg mini run` from nothing, with seed {seed}; the programs that painted its 
 the texts are part of irg_jax, and no other data was used. An autoencoder ({vae_steps} updates),
 then a base model on {base_rows} rows, first in words alone and then with pictures, then that
 model's own plans and first pictures of {trajectories} prompts, judged by a program, put into words
-and improved, as trajectories in six modes for the two stages of training. Held out of all of it: one colour of each shape, ten
-relations of two shapes, and the prompts of the test. Weights: float32 in training, bfloat16 here,
-computed in float32.
+and improved, as trajectories in six modes for the two stages of training. Held out of all of it:
+one colour of each shape, ten relations of two shapes, and the prompts of the test. Weights:
+float32 in training, bfloat16 here, computed in float32.
 
 ## How well it does
 

@@ -40,7 +40,7 @@ def run(out) -> pathlib.Path:
   if (out / evaluate.FINAL.weights).is_dir():
     settings = json.loads((out / "mini.json").read_text())
     evaluate.evaluate(out, evaluate.size_of(settings))
-    return make_of_run(out, settings)
+    return make(out, settings=settings)
   if (out / "mini.json").is_file():
     raise ValueError(f"--out {out}: the run in there is not finished; go on with irg mini run "
                      f"--out {out}, or give another folder to measure the package's checkpoint")
@@ -68,26 +68,13 @@ def _shipped_arms(path):
     raise ValueError(f"{path}: is not a report.json of irg mini report ({e})") from e
 
 
-def make_of_run(out, settings: dict) -> pathlib.Path:
-  """`make`, and the run's checkpoint gets its figures and its model card.
-
-  Args:
-    settings: of the run, as its mini.json has them.
-  """
-  page = make(out)
-  report = page.with_name("report.json").read_text(encoding="utf-8")
-  for name, content in {score.SCORES: report,
-                        "README.md": card.write(json.loads(report), settings)}.items():
-    with whole_file(pathlib.Path(out) / evaluate.FINAL.weights / name) as aside:
-      aside.write_text(content, encoding="utf-8")
-  return page
-
-
-def make(out, others: dict | None = None) -> pathlib.Path:
+def make(out, others: dict | None = None, settings: dict | None = None) -> pathlib.Path:
   """Writes the report of the arms that are drawn and scored under `out`; returns the page's path.
 
   Args:
     others: figures of further arms, by name, as `build` has them.
+    settings: of the run in `out`, as its mini.json has them: the run's checkpoint gets the
+      figures and its model card.
   """
   out = pathlib.Path(out)
   drawn = {arm.name: figures.read(out / evaluate.FOLDER / arm.name) for arm in evaluate.ARMS
@@ -98,11 +85,16 @@ def make(out, others: dict | None = None) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   pictures = charts(report)
   examples = report_page.choose(drawn[evaluate.FINAL.name]) if evaluate.FINAL.name in drawn else []
-  for name, content in {
-      "report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
-      "report.md": report_tables.markdown(report), **pictures,
-      "index.html": report_page.page_html(report, pictures, examples)}.items():
-    with whole_file(folder / name) as aside:
+  figures_json = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+  files = {folder / name: content for name, content in {
+      "report.json": figures_json, "report.md": report_tables.markdown(report), **pictures,
+      "index.html": report_page.page_html(report, pictures, examples)}.items()}
+  if settings:
+    checkpoint = out / evaluate.FINAL.weights
+    files |= {checkpoint / score.SCORES: figures_json,
+              checkpoint / "README.md": card.write(report, settings)}
+  for path, content in files.items():
+    with whole_file(path) as aside:
       aside.write_bytes(content if isinstance(content, bytes) else content.encode())
   return folder / "index.html"
 
