@@ -42,7 +42,7 @@ def _world():
   config = config_dict.ConfigDict()
   config.model = config_dict.ConfigDict(config_lib.to_dict(MODEL))
   config.seed = 0
-  config.vae_steps = 20000
+  config.vae_steps = 16000
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
@@ -76,7 +76,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 500), (config.stage2, 900)):
+  for stage, steps in ((config.stage1, 400), (config.stage2, 700)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -85,7 +85,7 @@ def _irgl():
   config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
-  config.timestep_shift = 1.0
+  config.timestep_shift = 3.0  # what a thing is must be read from the plan only where noise hides it
   config.checkpoint_every = 500
   config.keep = 2
   config.log_every = 20
@@ -100,8 +100,8 @@ def _base():
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
   config.stage1.sizes = _group(und=304, gen=0, vit=0, text=304, samples=3)
   config.stage1.steps = 1000
-  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.28,
-                                   initial_full_learning=0.72)
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
+                                   initial_full_learning=0.8)
   # Short rows: attention over them is cheap.
   config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=3)
   config.stage2.steps = 2400
