@@ -85,7 +85,7 @@ def _irgl():
   config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
-  config.timestep_shift = 3.0  # what a thing is must be read from the plan only where noise hides it
+  config.timestep_shift = 3.0  # the plan must be read only where noise hides what is there
   config.checkpoint_every = 500
   config.keep = 2
   config.log_every = 20

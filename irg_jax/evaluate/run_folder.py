@@ -17,6 +17,7 @@ import uuid
 
 from irg_jax.files import whole_file
 
+SCORES = "scores.json"
 _RUN, _ASIDE = "run.json", ".aside"
 _SAMPLE = 2**20
 
@@ -101,7 +102,7 @@ def fingerprint(folder) -> str:
   """A short text that differs for other weights or another tokenizer.
 
   Of every file: its name, its size, and its beginning, middle and end. Copies agree; another
-  layout of the same weights does not.
+  layout of the same weights does not. Scores that a checkpoint got since are no part of it.
   """
   folder, digest = pathlib.Path(folder), hashlib.sha256()
   files = [p for p in sorted(folder.rglob("*")) if p.is_file() and _counts(p.relative_to(folder))]
@@ -134,7 +135,8 @@ def new_text(path):
 
 def _counts(path):
   hidden = any(part.startswith(".") for part in path.parts)
-  return not hidden and (path.suffix in (".json", ".txt", ".safetensors") or len(path.parts) > 1)
+  weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
+  return not hidden and (weighs or len(path.parts) > 1)
 
 
 def _difference(name, was, now):

@@ -19,7 +19,7 @@ from irg_jax.evaluate import prompts
 from irg_jax.evaluate import run_folder
 from irg_jax.evaluate import tally
 
-SCORES, ITEMS = "scores.json", "items.jsonl"
+SCORES, ITEMS = run_folder.SCORES, "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
 _GENEVAL_FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
