@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 MODEL = config_lib.ModelConfig(
     llm=config_lib.LlmConfig(
-        vocab_size=512, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6, num_kv_heads=3,
+        vocab_size=576, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6, num_kv_heads=3,
         rope_theta=300.0),
     vit=config_lib.VitConfig(
         hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16, grid_size=4),
@@ -48,6 +48,8 @@ def _world():
   config.vae_pictures = 6000
   config.base_rows = 72000
   config.trajectories = 2000
+  config.first_steps = 8
+  config.first_temperature = 0.9
   config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168

@@ -40,8 +40,9 @@ def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
 
 def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   small = settings.load("configs/mini.py")
-  tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), 512)
-  words = text.load_tokenizer(tmp_path, 512)
+  size = small.model.llm.vocab_size
+  tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), size)
+  words = text.load_tokenizer(tmp_path, size)
   things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES]
   rng = np.random.default_rng(0)
   for _ in range(50):
@@ -101,8 +102,7 @@ def test_edits_turn_one_grid_into_the_other_in_words():
   before[6], after[6], after[12] = "red star", "blue star", "pink ring"
   before[3] = thoughts.UNCLEAR
   assert thoughts.edits(before, after) == [
-      "remove unclear shape D", "turn red star G into blue star", "add pink ring M",
-      "keep the rest"]
+      "put empty ground D", "put blue star G", "put pink ring M", "keep the rest"]
 
 
 def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():

@@ -24,8 +24,9 @@ def base_rows(count: int, rng):
   """What a unified model is to know before it learns to reflect, as (mode, conversation).
 
   Drawing after a plan, from a prompt alone and from nothing (what guidance starts from), drawing
-  what is described, and saying what a picture shows. The last two are of crowded pictures as
-  well, which have something in more of their cells. None of it shows an unseen pair.
+  what is described, and saying what a picture shows, also where it is not what was planned. What
+  is described or looked at may be crowded, with something in more of its cells. None of it shows
+  an unseen pair.
 
   Args:
     count: rows in all, in the proportions of `_BASE`.
@@ -146,8 +147,12 @@ def _reflected(record, rng):
       return thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng))
 
 
-def _spoiled(scene, rng):
-  """A scene in which things may have gone, come, moved, or changed their shape or colour."""
+def _spoiled(scene, rng, in_place=False):
+  """A scene in which things may have gone, come, moved, or changed their shape or colour.
+
+  Args:
+    in_place: nothing comes or moves, so that nothing can touch.
+  """
   if rng.random() < 0.4:
     return scene
   others = tasks.training_scene(rng).things
@@ -158,11 +163,13 @@ def _spoiled(scene, rng):
     change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.6, 0.1, 0.1, 0.1, 0.1))
     other = others[rng.integers(len(others))]
     if change in ("shape", "color"):
-      thing = dataclasses.replace(thing, **{change: getattr(other, change)})
-    elif change == "cell":
+      changed = dataclasses.replace(thing, **{change: getattr(other, change)})
+      if (changed.shape, changed.color) not in tasks.UNSEEN_PAIRS:
+        thing = changed
+    elif change == "cell" and not in_place:
       thing = dataclasses.replace(thing, x=other.x, y=other.y)
     things += [] if change == "gone" else [thing]
-  things += others[:1] if rng.random() < 0.15 else ()
+  things += others[:1] if rng.random() < 0.15 and not in_place else ()
   return dataclasses.replace(scene, things=tuple(things))
 
 
@@ -193,11 +200,23 @@ def _looked(crowded, vae):
   return row
 
 
+def _looked_after_plan(rng):
+  """A picture that is not always what the plan before it says."""
+  record = tasks.training_record(rng)
+  scene = tasks.sample_scene(record, rng)
+  plan, drawn = thoughts.plan(record, scene), _spoiled(scene, rng, in_place=True)
+  return "initial_thinking_understanding_learning", [
+      _user(record["prompt"]),
+      _assistant([_text(plan, need_loss=False),
+                  _picture(paint(drawn), need_vit=True, need_vae=True)]),
+      _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(drawn))])]
+
+
 _BASE = (
     (0.08, _told(_planned)), (0.11, _told(_reflected, (thoughts.QUESTION,))), (0.17, _arranged),
     (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
-    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described),
-    *((0.04, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
+    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described), (0.04, _looked_after_plan),
+    *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 
 def _user(text):

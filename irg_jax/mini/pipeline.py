@@ -125,7 +125,8 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
   rng = _rng(settings, "trajectories")
   records = [tasks.training_record(rng) for _ in range(settings.trajectories)]
   size = settings.sample_batch
-  first = dataclasses.replace(settings.generate, rounds=1)
+  first = dataclasses.replace(settings.generate, rounds=1, steps=settings.first_steps,
+                              temperature=settings.first_temperature)
   mesh = sharding.make_mesh(None)
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = generate_run.load_model(checkpoint, mesh, None, progress)

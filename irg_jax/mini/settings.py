@@ -19,6 +19,8 @@ class MiniSettings:
     vae_steps, vae_batch, vae_learning_rate, vae_pictures: see `vae.train`.
     base_rows: rows that the base model learns from.
     trajectories: prompts that the base model draws for the data of the two stages.
+    first_steps, first_temperature: how it draws those: with less care than `generate` says, so
+      that more of its pictures can be improved.
     sample_batch: prompts drawn side by side.
     train: further overrides of every training, "field=value".
     test_seen, test_unseen: prompts of the test, of combinations seen in training and not.
@@ -35,6 +37,8 @@ class MiniSettings:
   vae_pictures: int
   base_rows: int
   trajectories: int
+  first_steps: int
+  first_temperature: float
   sample_batch: int
   train: tuple[str, ...]
   test_seen: int

@@ -10,7 +10,9 @@ looks for by a letter that it has read before, and by a distance that is always 
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
-improvements, the steps, and the final prompt, which places each thing anew like a plan.
+improvements, the steps, and the final prompt. The steps name a cell after the thing, as a plan's
+places do, so that the cells of the final prompt are looked up as those of a plan are; where no
+step names a cell, they are those seen.
 """
 
 import re
@@ -43,7 +45,8 @@ def request(record: dict) -> str:
 
 def plan(record: dict, scene: world.Scene) -> str:
   """The thought before the first picture."""
-  return f"<think> The picture shows {request(record)}. {_placed(scene, record)} </think>"
+  return (f"<think> The picture shows {request(record)}. {places(scene, record)} "
+          f"{grid_text(grid(scene.things))} </think>")
 
 
 def describe(seen) -> str:
@@ -61,34 +64,21 @@ def reflect(record: dict, verdict, better: world.Scene) -> str:
   return (f"<think> I see: {describe(seen)} Things: {', '.join(there) or 'none'}. "
           f"What falls short: {short}. "
           f"Improvements: the prompt asks for {request(record)}. "
-          f"Steps: {', '.join(steps)}. Final prompt: {_placed(better, record)} </think>")
+          f"Steps: {', '.join(steps)}. Final prompt: {describe(better)} </think>")
 
 
 def edits(before, after) -> list[str]:
   """The steps from one list of cells to another."""
-  steps = []
-  for letter, old, new in zip(_LETTERS, before, after):
-    if old == new:
-      continue
-    if old == EMPTY:
-      steps.append(f"add {new} {letter}")
-    elif new == EMPTY:
-      steps.append(f"remove {old} {letter}")
-    else:
-      steps.append(f"turn {old} {letter} into {new}")
+  steps = [f"put {new} {letter}" for letter, old, new in zip(_LETTERS, before, after) if old != new]
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
 def places(scene: world.Scene, record: dict | None = None) -> str:
-  """What stands where, in the order in which the prompt, if any, speaks of it."""
+  """The ground, and what stands where, in the order in which the prompt, if any, speaks of it."""
   relation = record and any("position" in clause for clause in record["include"])
   things = scene.things[::-1] if relation else scene.things
   places = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
   return f"The ground is {scene.background}. Places: {places}."
-
-
-def _placed(scene, record):
-  return f"{places(scene, record)} {grid_text(grid(scene.things))}"
 
 
 def _number(cell):
