@@ -48,8 +48,8 @@ def _world():
   config.vae_pictures = 6000
   config.base_rows = 72000
   config.trajectories = 2000
-  config.first_steps = 8
-  config.first_temperature = 0.9
+  config.first_steps = 5
+  config.first_temperature = 1.4
   config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168
