@@ -87,7 +87,7 @@ def _irgl():
   config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
-  config.timestep_shift = 3.0  # the plan must be read only where noise hides what is there
+  config.timestep_shift = 3.0  # towards noise: only there must the plan be read
   config.checkpoint_every = 500
   config.keep = 2
   config.log_every = 20

@@ -193,9 +193,7 @@ def _described(rng):
 def _looked(crowded, vae):
   def row(rng):
     scene = tasks.crowded_scene(rng) if crowded else tasks.training_scene(rng)
-    return "initial_thinking_understanding_learning", [
-        _assistant([_picture(paint(scene), need_vit=True, need_vae=vae)]),
-        _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
+    return "initial_thinking_understanding_learning", _shown(scene, vae)
 
   return row
 
@@ -206,10 +204,13 @@ def _looked_after_plan(rng):
   scene = tasks.sample_scene(record, rng)
   plan, drawn = thoughts.plan(record, scene), _spoiled(scene, rng, in_place=True)
   return "initial_thinking_understanding_learning", [
-      _user(record["prompt"]),
-      _assistant([_text(plan, need_loss=False),
-                  _picture(paint(drawn), need_vit=True, need_vae=True)]),
-      _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(drawn))])]
+      _user(record["prompt"]), *_shown(drawn, True, _text(plan, need_loss=False))]
+
+
+def _shown(scene, vae, *before):
+  """A picture, after what the same turn says before it, and what it shows."""
+  return [_assistant([*before, _picture(paint(scene), need_vit=True, need_vae=vae)]),
+          _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
 
 
 _BASE = (

@@ -125,8 +125,6 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
   rng = _rng(settings, "trajectories")
   records = [tasks.training_record(rng) for _ in range(settings.trajectories)]
   size = settings.sample_batch
-  first = dataclasses.replace(settings.generate, rounds=1, steps=settings.first_steps,
-                              temperature=settings.first_temperature)
   mesh = sharding.make_mesh(None)
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = generate_run.load_model(checkpoint, mesh, None, progress)
@@ -139,7 +137,7 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
       batch += batch[:1] * (size - len(batch))  # another batch size would compile anew
       drawn = irg.generate(
           model, params, words, [r["prompt"] for r in batch],
-          seeds=range(start, start + size), settings=first,
+          seeds=range(start, start + size), settings=settings.first,
           system_prompt=thoughts.SYSTEM_PROMPT)
       firsts = [trajectory.rounds[0] for trajectory in drawn]
       with whole_file(path) as aside, aside.open("wb") as file:

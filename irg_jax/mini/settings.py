@@ -46,6 +46,12 @@ class MiniSettings:
   test_pictures: int
   generate: Settings
 
+  @property
+  def first(self) -> Settings:
+    """How the base model draws the first pictures of the trajectories."""
+    return dataclasses.replace(self.generate, rounds=1, steps=self.first_steps,
+                               temperature=self.first_temperature)
+
 
 def load(path, overrides=()) -> MiniSettings:
   """Reads the preset "world" of a configuration file like `configs/mini.py`.
@@ -66,4 +72,6 @@ def load(path, overrides=()) -> MiniSettings:
     if isinstance(value, int) and value < (0 if name in ("seed", "test_unseen") else 1):
       raise ValueError(f"config field {name!r} is {value}, but must be at least 1")
   settings.validate(model)
-  return MiniSettings(config=str(path), model=model, generate=settings, **fields)
+  loaded = MiniSettings(config=str(path), model=model, generate=settings, **fields)
+  loaded.first.validate(model)
+  return loaded

@@ -77,8 +77,8 @@ def places(scene: world.Scene, record: dict | None = None) -> str:
   """The ground, and what stands where, in the order in which the prompt, if any, speaks of it."""
   relation = record and any("position" in clause for clause in record["include"])
   things = scene.things[::-1] if relation else scene.things
-  places = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
-  return f"The ground is {scene.background}. Places: {places}."
+  named = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
+  return f"The ground is {scene.background}. Places: {named}."
 
 
 def _number(cell):

@@ -13,7 +13,7 @@ from irg_jax.config import ModelConfig
 from irg_jax.weights import names, published
 from irg_jax.weights.errors import CheckpointError
 
-_RESIDUAL = re.compile(r"layers/.*(o|down|fc2)/kernel$")  # what layers add to their input
+_RESIDUAL = re.compile(r"/layers/(.*/)?(o|down|fc2)/kernel$")  # what layers add to their input
 BYTE_TOKENS = 256 + len(text.CONTROL_NAMES)
 
 
