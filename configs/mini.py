@@ -47,7 +47,7 @@ def _world():
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
   config.base_rows = 72000
-  config.trajectories = 2000
+  config.trajectories = 3000
   config.first_steps = 5
   config.first_temperature = 1.4
   config.sample_batch = 64

@@ -116,6 +116,20 @@ def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():
     assert re.findall("ring|star", places) == names
 
 
+def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
+  record = {"include": [{"class": "ring", "count": 3},
+                        {"class": "star", "count": 4, "position": ["below", 0]}]}
+  for seed in range(20):
+    scene = tasks.sample_scene(record, np.random.default_rng(seed))
+    named = thoughts.places(scene, record).split("Places: ")[1].rstrip(".").split(", ")
+    words = [thing.split() for thing in named]
+    assert [shape for _, shape, _ in words] == ["star"] * 4 + ["ring"] * 3
+    letters = [letter for *_, letter in words]
+    assert letters == sorted(letters[:4]) + sorted(letters[4:]) and len(set(letters)) == 7
+    cells = thoughts.grid(scene.things)
+    assert all(cells["ABCDEFGHIJKLMNOP".index(c)] == f"{a} {b}" for a, b, c in words)
+
+
 def test_a_trajectory_is_six_modes_that_the_reader_accepts():
   record, scene, rng = next(cases(1, seed=4))
   verdict = verifier.judge(seen(scene), record)

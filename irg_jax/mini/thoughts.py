@@ -15,6 +15,7 @@ places do, so that the cells of the final prompt are looked up as those of a pla
 step names a cell, they are those seen.
 """
 
+import itertools
 import re
 
 import numpy as np
@@ -74,11 +75,23 @@ def edits(before, after) -> list[str]:
 
 
 def places(scene: world.Scene, record: dict | None = None) -> str:
-  """The ground, and what stands where, in the order in which the prompt, if any, speaks of it."""
-  relation = record and any("position" in clause for clause in record["include"])
-  things = scene.things[::-1] if relation else scene.things
+  """The ground, and what stands where; with a record see `_in_prompt_order`."""
+  things = scene.things if record is None else _in_prompt_order(scene, record)
   named = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
   return f"The ground is {scene.background}. Places: {named}."
+
+
+def _in_prompt_order(scene, record):
+  """The things as the prompt speaks of them, those of a clause from the first cell to the last.
+
+  So the next of several like things needs a later letter, and none is chosen twice by mistake.
+  """
+  things = iter(scene.things)
+  groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
+            for clause in record["include"]]
+  if any("position" in clause for clause in record["include"]):
+    groups.reverse()  # "a star above a cross": the cross is the first clause
+  return [thing for group in groups for thing in group]
 
 
 def _number(cell):
