@@ -298,6 +298,7 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
     write_arm(folder, PATTERNS)
 
   monkeypatch.setattr(evaluate, "draw", draw)
+  monkeypatch.setattr(evaluate, "measure_autoencoder", lambda *args: None)
   report.run(tmp_path / "out")
   assert asked == [("irg", shipped)]
   got = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
@@ -380,3 +381,6 @@ def test_a_model_s_pictures_are_drawn_once_and_scored(checkpoint, tmp_path):
   assert files() == before
   page = report.make(tmp_path)
   assert "stage 2, round 2" in page.read_text()
+  alone = json.loads((tmp_path / "report" / "report.json").read_text())["autoencoder"]
+  assert alone == {"right": 0, "pictures": 4}  # of random weights
+  assert "keeps 0 right (0.000)" in page.read_text()

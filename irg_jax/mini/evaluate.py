@@ -2,6 +2,7 @@
 
   OUT/evaluation/ARM/...         as `irg eval generate mini` and `irg eval score mini` leave it
   OUT/evaluation/ARM/cost.json   the memory that it took
+  OUT/evaluation/autoencoder.json   painted pictures of the test that its round trip keeps right
 """
 
 import dataclasses
@@ -10,12 +11,17 @@ import pathlib
 import resource
 import sys
 
+import numpy as np
+
+from irg_jax import weights
 from irg_jax.evaluate import mini, prompts, runner, score
 from irg_jax.files import whole_file
 from irg_jax.generate import defaults
+from irg_jax.mini import vae
 from irg_jax.progress import counting
 
-FOLDER, COST = "evaluation", "cost.json"
+FOLDER, COST, AUTOENCODER = "evaluation", "cost.json", "autoencoder.json"
+_SCENES = 2  # of each prompt, for the autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ def size_of(settings: dict) -> Size:
 
 
 def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
-  """Draws what is missing of each arm, and scores it.
+  """Draws what is missing of each arm, and scores it; and the autoencoder alone.
 
   Args:
     out: folder of the run.
@@ -80,13 +86,14 @@ def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
   """
   out = pathlib.Path(out)
   for arm in arms:
-    weights = pathlib.Path(checkpoint or out / arm.weights)
-    if not weights.is_dir():
-      raise ValueError(f"{weights}: no such folder; the run in {out} is not finished, go on with "
+    folder = pathlib.Path(checkpoint or out / arm.weights)
+    if not folder.is_dir():
+      raise ValueError(f"{folder}: no such folder; the run in {out} is not finished, go on with "
                        "irg mini run")
     print(f"irg mini: drawing the test, {arm.title}", flush=True)
-    draw(arm, weights, out / FOLDER / arm.name, size)
+    draw(arm, folder, out / FOLDER / arm.name, size)
     score_new(out / FOLDER / arm.name)
+  measure_autoencoder(pathlib.Path(checkpoint or out / FINAL.weights), out / FOLDER, size)
 
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
@@ -118,6 +125,18 @@ def score_new(folder) -> None:
 def _score(run, there):
   with counting("scoring", len(there)) as count:
     score.score_pictures(run, mini.Verified, count(there), {"protocol": mini.protocol()})
+
+
+def measure_autoencoder(checkpoint, folder: pathlib.Path, size: Size) -> None:
+  """Paints scenes of the test's prompts and counts those that the round trip keeps right."""
+  if (folder / AUTOENCODER).is_file():
+    return
+  config, params = weights.load_checkpoint(checkpoint, part="vae", dtype="float32",
+                                           compute_dtype="float32")
+  records = [item.extra for item in size.select(prompts.read("mini")) for _ in range(_SCENES)]
+  right = vae.round_trip(config.vae, params["vae"], records, np.random.default_rng(0))
+  with whole_file(folder / AUTOENCODER) as aside:
+    aside.write_text(json.dumps({"right": int(right.sum()), "pictures": len(right)}))
 
 
 def _peak_bytes():

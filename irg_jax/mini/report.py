@@ -82,6 +82,8 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   if not drawn:
     raise ValueError(f"--out {out}: nothing in there has been drawn and scored")
   report, folder = build(drawn, others), out / FOLDER
+  if (alone := out / evaluate.FOLDER / evaluate.AUTOENCODER).is_file():
+    report["autoencoder"] = json.loads(alone.read_text())
   folder.mkdir(parents=True, exist_ok=True)
   pictures = charts(report)
   examples = report_page.choose(drawn[evaluate.FINAL.name]) if evaluate.FINAL.name in drawn else []
@@ -104,6 +106,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
 
   {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `evaluate.ARMS`,
    "differences": {name: {split: interval}}, "intervals": how they were made, "test": ...}
+  `make` adds "autoencoder": {"right", "pictures"}, see `evaluate.measure_autoencoder`.
   See `figures.arm_figures` for rounds and cost.
   """
   arms = {}

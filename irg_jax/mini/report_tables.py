@@ -43,6 +43,10 @@ def notes(report: dict) -> list[str]:
            "picture or prompt has; single_object, two_object and counting cannot be unseen.",
            "Seconds are those of a whole batch; memory is the process's peak up to the end of "
            "that arm, so what ran before in the same process counts."]
+  if alone := report.get("autoencoder"):
+    found.append(f"The autoencoder alone: of {alone['pictures']} painted pictures of the test's "
+                 f"prompts its round trip keeps {alone['right']} right "
+                 f"({alone['right'] / alone['pictures']:.3f}).")
   there = [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]
   if there:
     found.append(f"Measured {ELSEWHERE}: {', '.join(there)}.")

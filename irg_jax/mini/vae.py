@@ -13,9 +13,9 @@ import optax.contrib
 from irg_jax import images
 from irg_jax.config import VaeConfig
 from irg_jax.files import whole_file
-from irg_jax.mini import tasks, world
+from irg_jax.mini import tasks, verifier, world
 from irg_jax.mini.painter import paint
-from irg_jax.model.vae import Vae, sample_latents
+from irg_jax.model.vae import Vae, sample_latents, to_uint8
 
 KL_WEIGHT = 1e-6
 
@@ -117,6 +117,30 @@ def normalise(config: VaeConfig, params: dict, pictures: np.ndarray) -> dict:
   first = first | {"kernel": first["kernel"] / ratio[:, None]}
   return {"encoder": params["encoder"] | {"conv_out": last},
           "decoder": params["decoder"] | {"conv_in": first}}
+
+
+def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
+  """Whether painted pictures of `records` are still right once encoded and decoded.
+
+  Args:
+    records: see `tasks`; a new scene of each is painted.
+    rng: numpy Generator, of the scenes.
+
+  Returns:
+    bool [len(records)].
+  """
+  vae = Vae(config)
+
+  @jax.jit
+  def there_and_back(params, pixels):
+    moments = vae.apply({"params": params}, pixels, method="encode")
+    latents = sample_latents(config, *moments)
+    return to_uint8(vae.apply({"params": params}, latents, method="decode"))
+
+  scenes = [tasks.sample_scene(record, rng) for record in records]
+  pictures = [np.asarray(there_and_back(params, images.to_pixels(paint(scene)[None])))[0]
+              for scene in scenes]
+  return np.array([verifier.score(*pair).correct for pair in zip(pictures, records)])
 
 
 def _init(config, key):
