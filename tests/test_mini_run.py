@@ -52,7 +52,8 @@ def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   irgl.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)
-  assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8)
+  assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8) | {
+      pipeline.datasets.TOLD: 8 * 3}  # with words alone that are replayed
 
 
 def test_pictures_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):

@@ -130,6 +130,17 @@ def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
     assert all(cells["ABCDEFGHIJKLMNOP".index(c)] == f"{a} {b}" for a, b, c in words)
 
 
+def test_replayed_rows_are_words_to_be_copied_and_never_a_pair_that_is_held_out():
+  rng, unseen = np.random.default_rng(0), {f"{color} {shape}" for shape, color in tasks.UNSEEN_PAIRS}
+  for _ in range(40):
+    (_, reflected), (mode, copied) = datasets.replayed_rows(rng)
+    assert parse_conversation(json.dumps(reflected), mode, 0).parts[-1].need_loss
+    given, answer = datasets.texts(copied)
+    cells = thoughts.read_grid(given)
+    assert answer == f"{thoughts.listed(cells)} {given}" and set(cells) != {thoughts.EMPTY}
+    assert not unseen & set(cells)
+
+
 def test_a_trajectory_is_six_modes_that_the_reader_accepts():
   record, scene, rng = next(cases(1, seed=4))
   verdict = verifier.judge(seen(scene), record)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from irg_jax.data.published import COLUMN
-from irg_jax.mini import tasks, thoughts, verifier
+from irg_jax.mini import tasks, thoughts, verifier, world
 from irg_jax.mini.painter import paint
 
 ROWS_PER_GROUP = 64
@@ -64,6 +64,12 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   }
   for mode, parts in modes.items():
     yield mode, [*asked, _assistant(parts)]
+
+
+def replayed_rows(rng):
+  """Words alone, as the base model learned them, so that the two stages do not lose them."""
+  for row in (_REFLECTED, _copied):
+    yield row(rng)
 
 
 def texts(conversation: list):
@@ -184,6 +190,25 @@ def _arranged(rng):
   return TOLD, [_user(thoughts.places(scene)), _assistant([_text(cells)])]
 
 
+def _copied(rng):
+  """Cells of any two words, to be listed and said once more: copied, and not made to make sense.
+
+  Without these a model that was never shown a pair holds it for a mistake, and says another.
+  """
+  cells = [thoughts.EMPTY] * world.GRID**2
+  for i in rng.permutation(len(cells))[:rng.integers(1, 8)]:
+    cells[i] = " ".join(_any_words(rng))
+  return TOLD, [_user(thoughts.grid_text(cells)),
+                _assistant([_text(f"{thoughts.listed(cells)} {thoughts.grid_text(cells)}")])]
+
+
+def _any_words(rng):
+  while True:
+    words = tuple(map(str, rng.choice([*world.COLORS, *world.SHAPES], 2)))
+    if not {words, words[::-1]} & tasks.UNSEEN_PAIRS:
+      return words
+
+
 def _described(rng):
   scene = tasks.crowded_scene(rng)
   told = _text(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
@@ -213,8 +238,9 @@ def _shown(scene, vae, *before):
           _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
 
 
+_REFLECTED = _told(_reflected, (thoughts.QUESTION,))
 _BASE = (
-    (0.08, _told(_planned)), (0.11, _told(_reflected, (thoughts.QUESTION,))), (0.17, _arranged),
+    (0.08, _told(_planned)), (0.11, _REFLECTED), (0.11, _arranged), (0.06, _copied),
     (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
     (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described), (0.04, _looked_after_plan),
     *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))

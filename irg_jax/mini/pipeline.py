@@ -161,7 +161,7 @@ def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]
         counts[str(e)] = counts.get(str(e), 0) + 1
         continue
       counts["right" if verdict.correct else "wrong"] += 1
-      for mode, row in modes:
+      for mode, row in [*modes, *datasets.replayed_rows(rng)]:
         writer.add(mode, row)
     left -= len(batch["thoughts"])
   return counts

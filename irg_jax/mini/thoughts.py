@@ -12,7 +12,8 @@ looks for by a letter that it has read before, and by a distance that is always 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
 improvements, the steps, and the final prompt. The steps name a cell after the thing, as a plan's
 places do, so that the cells of the final prompt are looked up as those of a plan are; where no
-step names a cell, they are those seen.
+step names a cell, they are those seen. What is listed of those has the letter first: the other
+way round it would be looked up in their place.
 """
 
 import itertools
@@ -59,13 +60,12 @@ def reflect(record: dict, verdict, better: world.Scene) -> str:
   """The thought after a picture: what falls short and how it becomes `better`."""
   seen = verdict.seen
   cells = grid(seen.things, seen.unclear)
-  there = [f"{cell} {letter}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
   steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
-  return (f"<think> I see: {describe(seen)} Things: {', '.join(there) or 'none'}. "
-          f"What falls short: {short}. "
-          f"Improvements: the prompt asks for {request(record)}. "
-          f"Steps: {', '.join(steps)}. Final prompt: {describe(better)} </think>")
+  wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
+  return (f"<think> I see: {describe(seen)} {listed(cells)} What falls short: {short}. "
+          f"Improvements: {wanted}. Steps: {', '.join(steps)}. "
+          f"Final prompt: {describe(better)} </think>")
 
 
 def edits(before, after) -> list[str]:
@@ -112,6 +112,12 @@ def grid(things, unclear=()) -> list[str]:
       raise Inexpressible("two things in one cell")
     cells[_number(cell)] = name
   return cells
+
+
+def listed(cells) -> str:
+  """What stands in a list of cells, the empty ones left out."""
+  there = [f"{letter} {cell}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
+  return f"Things: {', '.join(there) or 'none'}."
 
 
 def grid_text(cells) -> str:
