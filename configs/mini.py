@@ -78,7 +78,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 600), (config.stage2, 1200)):
+  for stage, steps in ((config.stage1, 600), (config.stage2, 2600)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
