@@ -1,0 +1,98 @@
+"""The model that comes with the package: what it is, that it draws right, batches and devices."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from irg_jax import sharding, text, weights
+from irg_jax.evaluate import mini, score
+from irg_jax.generate import defaults, irg
+from irg_jax.generate import run as generate_run
+from irg_jax.mini import report_tables, tasks, thoughts, vae, verifier
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "irg_jax" / "mini" / "checkpoint"
+DEMO = {"prompt": "two red circles left of a blue star",
+        "include": [{"class": "star", "count": 1, "color": "blue"},
+                    {"class": "circle", "count": 2, "color": "red", "position": ["left of", 0]}]}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """Model, parameters on one device, tokenizer, and the checkpoint's own settings, in short."""
+  mesh = sharding.make_mesh(None, jax.devices()[:1])
+  return (*load(mesh), mesh)
+
+
+def load(mesh):
+  with jax.set_mesh(mesh):
+    model, params = generate_run.load_model(FOLDER, mesh, None, lambda *args: None)
+  words = text.load_tokenizer(FOLDER, model.config.llm.vocab_size)
+  return model, params, words
+
+
+def draw(model, params, words, mesh, prompts, seeds):
+  settings, system_prompt = defaults.read(FOLDER)
+  with jax.set_mesh(mesh):
+    return irg.generate(model, params, words, prompts, seeds=seeds, settings=settings,
+                        system_prompt=system_prompt)
+
+
+@pytest.fixture(scope="module")
+def alone(one_device):
+  """The demo's prompt with seed 0, by itself, on one device."""
+  model, params, words, mesh = one_device
+  return draw(model, params, words, mesh, [DEMO["prompt"]], [0])[0]
+
+
+def assert_same(got, wanted):
+  """The same thoughts, and pictures equal but for a level of rounding here and there."""
+  for a, b in zip(got.rounds, wanted.rounds, strict=True):
+    assert a.thought.text == b.thought.text
+    apart = np.abs(a.picture.astype(int) - b.picture.astype(int))
+    assert apart.max() <= 1 and (apart == 0).mean() >= 0.99
+
+
+def test_it_is_small_and_its_card_holds_its_scores():
+  assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 25e6
+  report = json.loads((FOLDER / score.SCORES).read_text())
+  card = (FOLDER / "README.md").read_text()
+  for table in report_tables.tables(report):
+    assert report_tables.markdown_table(*table) in card
+  assert report["test"]["prompts"] == 264 and set(report["arms"]["irg"]["rounds"]) == set("1234")
+
+
+def test_both_pictures_of_the_demo_s_prompt_are_right(alone):
+  for entry in alone.rounds:
+    verdict = verifier.score(entry.picture, DEMO | {"exclude": []})
+    assert verdict.correct, verdict.faults
+    assert mini.seen_grid(verdict.seen) == thoughts.read_grid(entry.thought.text)
+
+
+def test_batch_sixteen_draws_what_batch_one_draws(alone, one_device):
+  model, params, words, mesh = one_device
+  rng = np.random.default_rng(3)
+  others = [tasks.training_record(rng)["prompt"] for _ in range(15)]
+  drawn = draw(model, params, words, mesh, [*others[:7], DEMO["prompt"], *others[7:]],
+               [*range(1, 8), 0, *range(8, 16)])
+  assert_same(drawn[7], alone)
+
+
+def test_eight_devices_draw_what_one_draws(alone):
+  mesh = sharding.make_mesh(None)
+  model, params, words = load(mesh)
+  assert len(jax.tree.leaves(params)[0].sharding.device_set) == 8
+  assert_same(draw(model, params, words, mesh, [DEMO["prompt"]], [0])[0], alone)
+
+
+def test_the_autoencoder_alone_keeps_a_picture_right():
+  config, params = weights.load_checkpoint(FOLDER, part="vae", dtype="float32",
+                                           compute_dtype="float32")
+  rng = np.random.default_rng(9)
+  records = [tasks.training_record(rng) for _ in range(128)]
+  assert np.mean(vae.round_trip(config.vae, params["vae"], records, rng)) >= 0.97
+  report = json.loads((FOLDER / score.SCORES).read_text())["autoencoder"]
+  assert report["right"] >= 0.99 * report["pictures"] and report["pictures"] == 528
