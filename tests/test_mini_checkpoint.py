@@ -1,7 +1,6 @@
 """The model that comes with the package: what it is, that it draws right, batches and devices."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -13,8 +12,7 @@ from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import report_tables, tasks, thoughts, vae, verifier
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "irg_jax" / "mini" / "checkpoint"
+FOLDER = defaults.CHECKPOINT
 DEMO = {"prompt": "two red circles left of a blue star",
         "include": [{"class": "star", "count": 1, "color": "blue"},
                     {"class": "circle", "count": 2, "color": "red", "position": ["left of", 0]}]}
@@ -22,7 +20,7 @@ DEMO = {"prompt": "two red circles left of a blue star",
 
 @pytest.fixture(scope="module")
 def one_device():
-  """Model, parameters on one device, tokenizer, and the checkpoint's own settings, in short."""
+  """Model, parameters, tokenizer, and the mesh of one device that they are on."""
   mesh = sharding.make_mesh(None, jax.devices()[:1])
   return (*load(mesh), mesh)
 

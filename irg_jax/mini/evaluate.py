@@ -93,7 +93,7 @@ def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
     print(f"irg mini: drawing the test, {arm.title}", flush=True)
     draw(arm, folder, out / FOLDER / arm.name, size)
     score_new(out / FOLDER / arm.name)
-  measure_autoencoder(pathlib.Path(checkpoint or out / FINAL.weights), out / FOLDER, size)
+  measure_autoencoder(folder, out / FOLDER, size)  # frozen: any arm has the same
 
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:

@@ -147,7 +147,10 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
 
 
 def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]:
-  """Writes the six modes of every usable first picture; returns counts, by reason where none."""
+  """Writes the rows of every usable first picture; returns counts, by reason where none.
+
+  The six modes, and words alone that are replayed.
+  """
   rng, counts, left = _rng(settings, "better"), {"right": 0, "wrong": 0}, settings.trajectories
   for path in sorted(folder.glob("*.npz")):
     batch = np.load(path)
