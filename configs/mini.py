@@ -79,7 +79,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 500), (config.stage2, 2000)):
+  for stage, steps in ((config.stage1, 400), (config.stage2, 1800)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -122,8 +122,8 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 300
-  config.stage2.decay_steps = 150
+  config.stage2.steps = 200
+  config.stage2.decay_steps = 100
   return config
 
 
