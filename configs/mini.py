@@ -46,6 +46,7 @@ def _world():
   config.vae_batch = 2
   config.vae_learning_rate = 1e-3
   config.vae_pictures = 6000
+  config.autoencoder = ""  # or a checkpoint that has one: a fork that keeps it saves the training
   config.base_rows = 72000
   config.trajectories = 3000
   config.first_steps = 5
@@ -79,16 +80,16 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 400), (config.stage2, 1800)):
+  for stage, steps in ((config.stage1, 600), (config.stage2, 2600)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
     stage.decay_steps = stage.steps // 2
-  # Three of four rows of words alone are replayed ones (`datasets.replayed_rows`).
-  config.stage1.mixture.initial_thinking_generation_learning = 2.0
-  config.stage2.mixture.initial_thinking_generation_learning = 0.8
-  config.stage1.sizes = _group(und=496, gen=64, vit=48, text=440, samples=3)
-  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=440, samples=3)
+  # Two of three rows of words alone are replayed ones (`datasets.replayed_rows`).
+  config.stage1.mixture.initial_thinking_generation_learning = 1.5
+  config.stage2.mixture.initial_thinking_generation_learning = 0.5
+  config.stage1.sizes = _group(und=448, gen=64, vit=48, text=384, samples=3)
+  config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 3.0  # towards noise: only there must the plan be read
@@ -105,12 +106,12 @@ def _base():
   config.data.rows = 12
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
   config.stage1.sizes = _group(und=304, gen=0, vit=0, text=304, samples=3)
-  config.stage1.steps = 1200
+  config.stage1.steps = 1400
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
                                    initial_full_learning=0.8)
   # Short rows: attention over them is cheap.
   config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=3)
-  config.stage2.steps = 1600
+  config.stage2.steps = 2800
   for stage, rate in ((config.stage1, 1e-3), (config.stage2, 1.5e-3)):
     stage.learning_rate = rate
     stage.warmup_steps = 100
@@ -122,8 +123,8 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 200
-  config.stage2.decay_steps = 100
+  config.stage2.steps = 300
+  config.stage2.decay_steps = 150
   return config
 
 

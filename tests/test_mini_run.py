@@ -45,6 +45,22 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
     pipeline._check_same(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
 
 
+def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
+  for name in "abc":
+    (tmp_path / name).mkdir()
+  pipeline.make_start(tiny, tmp_path / "a")
+  first = tmp_path / "a" / "start" / "weights"
+  given = dataclasses.replace(tiny, autoencoder=str(first), seed=1)
+  pipeline.make_start(given, tmp_path / "b")
+  assert not (tmp_path / "b" / "vae.msgpack").exists()
+  kept, made = (weights.load_checkpoint(folder, part="vae")[1] for folder in
+                (first, tmp_path / "b" / "start" / "weights"))
+  jax.tree.map(np.testing.assert_array_equal, kept, made)
+  model = dataclasses.replace(tiny.model, vae=settings.load("configs/mini.py").model.vae)
+  with pytest.raises(ValueError, match="'autoencoder'.*sizes"):
+    pipeline.make_start(dataclasses.replace(given, model=model), tmp_path / "c")
+
+
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_pictures(tmp_path / "first", tiny)
   with pipeline.datasets.ParquetWriter(tmp_path / "rows") as writer:

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import pathlib
 
@@ -69,7 +68,7 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
 
 def replayed_rows(rng):
   """Words alone, as the base model learned them, so that the two stages do not lose them."""
-  for row in (_REFLECTED, _copied, _checked):
+  for row in (_REFLECTED, _copied):
     yield row(rng)
 
 
@@ -143,31 +142,15 @@ def _planned(record, rng):
 
 def _reflected(record, rng):
   """A reflection on a picture that was never painted."""
-  return thoughts.reflect(record, *_judged(record, rng))
-
-
-def _checked(rng):
-  """What a reflection says of given things: beside the rest of it these few words would be lost."""
-  record = tasks.training_record(rng)
-  verdict, better = _judged(record, rng)
-  things = thoughts.listed(thoughts.grid(verdict.seen.things, verdict.seen.unclear))
-  return TOLD, [*map(_user, (record["prompt"], things)),
-                _assistant([_text(thoughts.check(record, verdict, better))])]
-
-
-def _judged(record, rng):
-  """What might be seen where a record was to be drawn, judged, and the better picture."""
   while True:
     scene = _spoiled(tasks.sample_scene(record, rng), rng)
-    clear = rng.random(len(scene.things)) > 0.05
-    things = sorted(itertools.compress(scene.things, clear), key=lambda t: t.cell)
-    unclear = sorted(t.cell for t in itertools.compress(scene.things, ~clear))
-    seen = verifier.Seen(scene.background, tuple(things), tuple(unclear))
+    things = tuple(sorted(scene.things, key=lambda t: t.cell))
+    blurred = int(rng.random() < 0.1)
+    seen = verifier.Seen(scene.background, things[blurred:],
+                         tuple(t.cell for t in things[:blurred]))
     verdict = verifier.judge(seen, record)
     with contextlib.suppress(thoughts.Inexpressible):
-      better = thoughts.improve(record, verdict, rng)
-      thoughts.grid(seen.things, seen.unclear)
-      return verdict, better
+      return thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng))
 
 
 def _spoiled(scene, rng, in_place=False):
@@ -178,17 +161,13 @@ def _spoiled(scene, rng, in_place=False):
   """
   if rng.random() < 0.4:
     return scene
-  others, here = tasks.training_scene(rng).things, list(scene.things)
-  if rng.random() < 0.15:
+  others = tasks.training_scene(rng).things
+  if rng.random() < 0.2:
     return dataclasses.replace(scene, things=others)
-  if rng.random() < 0.35 and len(here) > 1 and not in_place:
-    a, b = rng.choice(len(here), 2, replace=False)
-    here[a], here[b] = (dataclasses.replace(here[i], x=here[j].x, y=here[j].y)
-                        for i, j in ((a, b), (b, a)))
-  things, lures = [], [*others, *scene.things]  # what it is taken for often stands beside it
-  for thing in here:
-    change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.7, 0.1, 0.07, 0.07, 0.06))
-    other = lures[rng.integers(len(lures))]
+  things = []
+  for thing in scene.things:
+    change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.6, 0.1, 0.1, 0.1, 0.1))
+    other = others[rng.integers(len(others))]
     if change in ("shape", "color"):
       changed = dataclasses.replace(thing, **{change: getattr(other, change)})
       if (changed.shape, changed.color) not in tasks.UNSEEN_PAIRS:
@@ -261,10 +240,9 @@ def _shown(scene, vae, *before):
 
 _REFLECTED = _told(_reflected, (thoughts.QUESTION,))
 _BASE = (
-    (0.08, _told(_planned)), (0.08, _REFLECTED), (0.10, _arranged), (0.05, _copied),
-    (0.10, _checked),
-    (0.18, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
-    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.17, _described), (0.04, _looked_after_plan),
+    (0.08, _told(_planned)), (0.11, _REFLECTED), (0.11, _arranged), (0.06, _copied),
+    (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
+    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described), (0.04, _looked_after_plan),
     *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 

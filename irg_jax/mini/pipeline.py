@@ -68,11 +68,7 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
   """The checkpoint before anything but the autoencoder has learned: weights, tokenizer."""
   if (out / "start").exists():
     return
-  with Progress() as progress:
-    vae_params = vae.train(
-        settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
-        batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
-        pictures=settings.vae_pictures, seed=settings.seed, progress=progress)
+  vae_params = _given_vae(settings) if settings.autoencoder else _trained_vae(settings, out)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
   with new_folder(out / "start") as folder:
     words = folder / "words"
@@ -81,6 +77,23 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
     defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, tasks.words(),
                    _NOTE, settings.model.dtype)
+
+
+def _trained_vae(settings, out):
+  with Progress() as progress:
+    return vae.train(
+        settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
+        batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
+        pictures=settings.vae_pictures, seed=settings.seed, progress=progress)
+
+
+def _given_vae(settings):
+  config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
+  if config.vae != settings.model.vae:
+    raise ValueError(f"config field 'autoencoder': that of {settings.autoencoder} has the sizes "
+                     f"{config.vae}, but config.model.vae says {settings.model.vae}; give one of "
+                     "these sizes, or none to train it")
+  return params["vae"]
 
 
 def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:

@@ -17,6 +17,7 @@ class MiniSettings:
     model: sizes.
     seed: of everything that is drawn at random.
     vae_steps, vae_batch, vae_learning_rate, vae_pictures: see `vae.train`.
+    autoencoder: a checkpoint's folder whose autoencoder is used as it is; empty: trained anew.
     base_rows: rows that the base model learns from.
     trajectories: prompts that the base model draws for the data of the two stages.
     first_steps, first_temperature: how it draws those: with less care than `generate` says, so
@@ -35,6 +36,7 @@ class MiniSettings:
   vae_batch: int
   vae_learning_rate: float
   vae_pictures: int
+  autoencoder: str
   base_rows: int
   trajectories: int
   first_steps: int

@@ -14,13 +14,6 @@ improvements, the steps, and the final prompt. The steps name a cell after the t
 places do, so that the cells of the final prompt are looked up as those of a plan are; where no
 step names a cell, they are those seen. What is listed of those has the letter first: the other
 way round it would be looked up in their place.
-
-  Things: B red circle, C red circle, F red circle. Asked: red circle in B, red circle in C, blue
-  star nowhere. Besides: red circle in F. What falls short: one blue star is missing, one red
-  circle is too many. Improvements: ... Steps: put blue star F, keep the rest. Final prompt: ...
-
-What was asked for is looked for thing by thing before anything is said to fall short: a fault by
-itself follows from counting, which a small model learns late, but from this list at once.
 """
 
 import itertools
@@ -66,34 +59,13 @@ def describe(seen) -> str:
 def reflect(record: dict, verdict, better: world.Scene) -> str:
   """The thought after a picture: what falls short and how it becomes `better`."""
   seen = verdict.seen
-  return (f"<think> I see: {describe(seen)} {listed(grid(seen.things, seen.unclear))} "
-          f"{check(record, verdict, better)} Final prompt: {describe(better)} </think>")
-
-
-def check(record: dict, verdict, better: world.Scene) -> str:
-  """The middle of a reflection: what is seen against what was asked for, and what to do."""
-  seen = verdict.seen
-  steps = edits(grid(seen.things, seen.unclear), grid(better.things))
+  cells = grid(seen.things, seen.unclear)
+  steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
-  return (f"{compared(record, seen)} What falls short: {short}. Improvements: {wanted}. "
-          f"Steps: {', '.join(steps)}.")
-
-
-def compared(record: dict, seen) -> str:
-  """Where each thing that was asked for stands, in the order of the prompt, and what else does."""
-  include = record["include"]
-  groups = _matches(include, seen.things)
-  asked = []
-  for clause, group in _clauses_as_told(include, groups):
-    name = " ".join(filter(None, (clause.get("color"), clause["class"])))
-    asked += [f"{name} in {_letter(thing.cell)}" for thing in group]
-    asked += [f"{name} nowhere"] * (clause["count"] - len(group))
-  claimed = [thing for group in groups for thing in group]
-  besides = [(t.cell, f"{t.color} {t.shape}") for t in seen.things if t not in claimed]
-  besides += [(cell, UNCLEAR) for cell in seen.unclear]
-  besides = ", ".join(f"{name} in {_letter(cell)}" for cell, name in sorted(besides))
-  return f"Asked: {', '.join(asked)}. Besides: {besides or 'nothing'}."
+  return (f"<think> I see: {describe(seen)} {listed(cells)} What falls short: {short}. "
+          f"Improvements: {wanted}. Steps: {', '.join(steps)}. "
+          f"Final prompt: {describe(better)} </think>")
 
 
 def edits(before, after) -> list[str]:
@@ -105,7 +77,7 @@ def edits(before, after) -> list[str]:
 def places(scene: world.Scene, record: dict | None = None) -> str:
   """The ground, and what stands where; with a record see `_in_prompt_order`."""
   things = scene.things if record is None else _in_prompt_order(scene, record)
-  named = ", ".join(f"{t.color} {t.shape} {_letter(t.cell)}" for t in things)
+  named = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
   return f"The ground is {scene.background}. Places: {named}."
 
 
@@ -117,18 +89,9 @@ def _in_prompt_order(scene, record):
   things = iter(scene.things)
   groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
             for clause in record["include"]]
-  return [thing for _, group in _clauses_as_told(record["include"], groups) for thing in group]
-
-
-def _clauses_as_told(include, groups):
-  """Pairs of a clause and its things, as the prompt speaks of them."""
-  pairs = list(zip(include, groups))
-  # "a star above a cross": the cross is the first clause.
-  return pairs[::-1] if any("position" in clause for clause in include) else pairs
-
-
-def _letter(cell):
-  return _LETTERS[_number(cell)]
+  if any("position" in clause for clause in record["include"]):
+    groups.reverse()  # "a star above a cross": the cross is the first clause
+  return [thing for group in groups for thing in group]
 
 
 def _number(cell):
