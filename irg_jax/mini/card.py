@@ -17,11 +17,11 @@ GenEval's six kinds: one object, two objects, counting, colours, position, colou
 
 ## How it was made
 
-By `irg mini run` from nothing, with seed {seed}; the programs that painted its pictures and wrote
-the texts are part of irg_jax, and no other data was used. {autoencoder},
-then a base model on {base_rows} rows, first in words alone and then with pictures, then that
-model's own plans and first pictures of {trajectories} prompts, judged by a program, put into words
-and improved, as trajectories in six modes for the two stages of training. Held out of all of it:
+By `irg mini run`, with seed {seed}; the programs that painted its pictures and wrote the texts are
+part of irg_jax, and no other data was used. {autoencoder}, then a base model on {base_rows} rows,
+first in words alone and then with pictures, then that model's own plans and first pictures of
+{trajectories} prompts, judged by a program, put into words and improved, as trajectories in six
+modes for the two stages of training. Held out of all of it:
 one colour of each shape, ten relations of two shapes, and the prompts of the test. Weights:
 float32 in training, bfloat16 here, computed in float32.
 
@@ -54,8 +54,9 @@ def write(report: dict, settings: dict) -> str:
   """
   tables = report_tables.tables(report)
   return _CARD.format(**settings | {
-      "autoencoder": "An autoencoder that was given" if settings.get("autoencoder") else
-                     f"An autoencoder ({settings['vae_steps']} updates)",
+      "autoencoder": ("An autoencoder that was given, not trained by this run"
+                      if settings.get("autoencoder") else
+                      f"An autoencoder ({settings['vae_steps']} updates)"),
       "size": world.SIZE, "things": world.MAX_THINGS, "shapes": _listed(world.SHAPES),
       "colors": _listed(world.COLORS), "grounds": _listed(world.BACKGROUNDS),
       "prompts": settings["test_seen"] + settings["test_unseen"],
