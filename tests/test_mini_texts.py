@@ -157,6 +157,27 @@ def test_a_trajectory_is_six_modes_that_the_reader_accepts():
   assert first.need_vae and first.need_vit and not first.need_loss and last.need_loss
 
 
+def test_a_picture_of_a_later_round_stands_after_a_reflection_that_ends_in_its_plan():
+  told = []
+  for record, scene, rng in cases(60, seed=5):
+    plan, verdict = thoughts.plan(record, scene), verifier.judge(seen(scene), record)
+    rows = dict(datasets.trajectory_rows(record, plan, paint(scene), verdict, scene, rng))
+    improving = [list(datasets.texts(rows[mode]))[2:] for mode in MODES[-2:]]
+    assert improving[0] == improving[1]
+    told.append(improving[0][0] != plan)
+    assert thoughts.read_grid(improving[0][0]) == thoughts.read_grid(plan)
+    assert (thoughts.read_faults(improving[0][0]) is not None) == told[-1]
+  assert 5 < sum(told) < 30
+
+
+def test_the_scene_of_a_plan_is_what_it_says_and_none_where_it_says_nothing():
+  for record, scene, _ in cases(20, seed=6):
+    read = thoughts.read_scene(thoughts.plan(record, scene))
+    assert read.background == scene.background
+    assert thoughts.grid(read.things) == thoughts.grid(scene.things)
+  assert thoughts.read_scene("<think> a red circle </think>") is None
+
+
 def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
   unseen = {f"{color} {shape}" for shape, color in tasks.UNSEEN_PAIRS}
   for mode, row in datasets.base_rows(300, np.random.default_rng(0)):

@@ -18,6 +18,7 @@ from irg_jax.mini.painter import paint
 
 ROWS_PER_GROUP = 64
 TOLD = "initial_thinking_generation_learning"  # the mode of rows of words alone
+LATER_ROUNDS = 0.25  # of the trajectories; before their picture stands a reflection, not a plan
 
 
 def base_rows(count: int, rng):
@@ -42,16 +43,18 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
 
   Args:
     record: what was asked for.
-    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3].
+    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3]. A round
+      after the second sees a reflection before a picture: some plans are told as one.
     verdict: the verifier's on that picture.
     better: the Scene of the improved picture.
-    rng: of another scene for the initial modes, whose plan must match its picture.
+    rng: of that, and of another scene for the initial modes, whose plan must match its picture.
   """
   scene = tasks.sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
   improved, reflection = paint(better), thoughts.reflect(record, verdict, better)
   asked = [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
-  told = [_text(plan, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
+  before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
+  told = [_text(before, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
   modes = {
       "initial_thinking_understanding_learning": [_picture(target, need_vit=True),
                                                   _text(first_plan)],
@@ -64,6 +67,17 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   }
   for mode, parts in modes.items():
     yield mode, [*asked, _assistant(parts)]
+
+
+def _retold(record, plan, rng):
+  """A reflection on a picture that was never painted, which ends in what `plan` plans."""
+  scene = thoughts.read_scene(plan)
+  if scene is None:
+    return plan
+  try:
+    return thoughts.reflect(record, _imagined(record, scene, rng), scene)
+  except thoughts.Inexpressible:
+    return plan
 
 
 def replayed_rows(rng):
@@ -143,14 +157,19 @@ def _planned(record, rng):
 def _reflected(record, rng):
   """A reflection on a picture that was never painted."""
   while True:
-    scene = _spoiled(tasks.sample_scene(record, rng), rng)
-    things = tuple(sorted(scene.things, key=lambda t: t.cell))
-    blurred = int(rng.random() < 0.1)
-    seen = verifier.Seen(scene.background, things[blurred:],
-                         tuple(t.cell for t in things[:blurred]))
-    verdict = verifier.judge(seen, record)
+    verdict = _imagined(record, tasks.sample_scene(record, rng), rng)
     with contextlib.suppress(thoughts.Inexpressible):
       return thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng))
+
+
+def _imagined(record, scene, rng):
+  """The verdict on a picture that was never painted: the scene, which may have been spoiled."""
+  spoiled = _spoiled(scene, rng)
+  things = tuple(sorted(spoiled.things, key=lambda t: t.cell))
+  blurred = int(rng.random() < 0.1)
+  seen = verifier.Seen(spoiled.background, things[blurred:],
+                       tuple(t.cell for t in things[:blurred]))
+  return verifier.judge(seen, record)
 
 
 def _spoiled(scene, rng, in_place=False):

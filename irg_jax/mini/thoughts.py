@@ -131,6 +131,25 @@ def read_grid(text: str) -> list[str] | None:
   return list(found[-1]) if found else None
 
 
+def read_scene(text: str) -> world.Scene | None:
+  """The scene of the last ground and cells that a text speaks of; None if there is none.
+
+  Its things are of middle size and stand in the middle of their cells.
+  """
+  grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
+  if not grounds or cells is None:
+    return None
+  radius = (world.MIN_RADIUS + world.MAX_RADIUS) / 2
+  things = []
+  for i, cell in enumerate(cells):
+    color, shape = cell.split()
+    if shape in world.SHAPES and color in world.COLORS:
+      row, column = divmod(i, world.GRID)
+      things.append(world.Thing(shape, color, (column + 0.5) * world.CELL,
+                                (row + 0.5) * world.CELL, radius))
+  return world.Scene(grounds[-1], tuple(things))
+
+
 def read_faults(text: str) -> tuple[str, ...] | None:
   """What a reflection says falls short; None if it says nothing readable."""
   found = re.search(r"What falls short: ([^.]*)\.", text)
