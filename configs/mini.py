@@ -60,7 +60,7 @@ def _world():
   config.generate = _group(
       rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
       temperature=0.3, max_prompt_tokens=64,
-      window=1,  # training has no third round; so seen, it looks like a second one
+      window=1,  # training shows one thought and picture before a reflection, never more
       first=_group(text_scale=1.5, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
                    renorm_min=0.0),
       later=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="text_channel",
@@ -88,8 +88,8 @@ def _irgl():
   # Two of three rows of words alone are replayed ones (`datasets.replayed_rows`).
   config.stage1.mixture.initial_thinking_generation_learning = 1.5
   config.stage2.mixture.initial_thinking_generation_learning = 0.5
-  config.stage1.sizes = _group(und=448, gen=64, vit=48, text=384, samples=3)
-  config.stage2.sizes = _group(und=448, gen=80, vit=16, text=360, samples=2)
+  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=440, samples=3)
+  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=440, samples=2)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 3.0  # towards noise: only there must the plan be read
