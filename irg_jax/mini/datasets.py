@@ -43,8 +43,8 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
 
   Args:
     record: what was asked for.
-    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3]. A round
-      after the second sees a reflection before a picture: some plans are told as one.
+    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3]. A share of
+      `LATER_ROUNDS` of the plans is told as a reflection, which is what a third round sees.
     verdict: the verifier's on that picture.
     better: the Scene of the improved picture.
     rng: of that, and of another scene for the initial modes, whose plan must match its picture.

@@ -134,7 +134,8 @@ def read_grid(text: str) -> list[str] | None:
 def read_scene(text: str) -> world.Scene | None:
   """The scene of the last ground and cells that a text speaks of; None if there is none.
 
-  Its things are of middle size and stand in the middle of their cells.
+  Its things are of middle size and stand in the middle of their cells. A cell whose words are no
+  colour and shape is taken as empty.
   """
   grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
   if not grounds or cells is None:
