@@ -61,7 +61,7 @@ def _world():
       rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
       temperature=0.3, max_prompt_tokens=64,
       window=1,  # training shows one thought and picture before a reflection, never more
-      first=_group(text_scale=1.5, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
+      first=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
                    renorm_min=0.0),
       later=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="text_channel",
                    renorm_min=0.0),
@@ -80,16 +80,16 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 600), (config.stage2, 2600)):
+  for stage, steps in ((config.stage1, 500), (config.stage2, 2400)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
     stage.decay_steps = stage.steps // 2
   # Two of three rows of words alone are replayed ones (`datasets.replayed_rows`).
   config.stage1.mixture.initial_thinking_generation_learning = 1.5
-  config.stage2.mixture.initial_thinking_generation_learning = 0.5
-  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=440, samples=3)
-  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=440, samples=2)
+  config.stage2.mixture.initial_thinking_generation_learning = 1.0
+  config.stage1.sizes = _group(und=512, gen=64, vit=48, text=440, samples=3)
+  config.stage2.sizes = _group(und=512, gen=80, vit=16, text=440, samples=3)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 3.0  # towards noise: only there must the plan be read
@@ -105,13 +105,13 @@ def _base():
   config.data.noise_draws = 4
   config.data.rows = 12
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
-  config.stage1.sizes = _group(und=304, gen=0, vit=0, text=304, samples=3)
-  config.stage1.steps = 1400
+  config.stage1.sizes = _group(und=416, gen=0, vit=0, text=304, samples=3)
+  config.stage1.steps = 1200
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
                                    initial_full_learning=0.8)
   # Short rows: attention over them is cheap.
   config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=3)
-  config.stage2.steps = 2800
+  config.stage2.steps = 1500
   for stage, rate in ((config.stage1, 1e-3), (config.stage2, 1.5e-3)):
     stage.learning_rate = rate
     stage.warmup_steps = 100
@@ -123,8 +123,8 @@ def _quality():
   config = _irgl()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
-  config.stage2.steps = 300
-  config.stage2.decay_steps = 150
+  config.stage2.steps = 200
+  config.stage2.decay_steps = 100
   return config
 
 

@@ -79,7 +79,7 @@ def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
       think = thoughts.plan(item.extra, scene)
       if verdict is not None:
         said = dataclasses.replace(verdict, faults=say(verdict, (i, picture)))
-        think = thoughts.reflect(item.extra, said, scene)
+        think = thoughts.reflect(item.extra, said, scene, rounds[-1]["think"])
       verdict = verifier.score(paint(scene), item.extra)
       assert verdict.correct == right
       rounds.append({"think": think, "picture": str(path), "seconds": {"draw": 2.0, "think": 1.0}})

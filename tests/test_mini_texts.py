@@ -56,14 +56,50 @@ def test_a_text_without_a_grid_reads_as_none():
 
 
 def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_picture():
-  for record, _, rng in cases(50, seed=1):
+  for record, scene, rng in cases(50, seed=1):
     wrong = tasks.sample_scene(tasks.training_record(rng), rng)
     verdict = verifier.judge(seen(wrong), record)
     better = thoughts.improve(record, verdict, rng)
-    reflection = thoughts.reflect(record, verdict, better)
+    reflection = thoughts.reflect(record, verdict, better, thoughts.plan(record, scene))
     assert thoughts.read_faults(reflection) == verdict.faults
     assert thoughts.read_grid(reflection) == thoughts.grid(better.things)
+    assert thoughts.read_places(reflection) == thoughts.read_places(thoughts.plan(record, better))
     assert reflection.startswith("<think>") and reflection.endswith("</think>")
+
+
+def test_a_reflection_says_what_is_seen_at_each_place_of_the_thought_before_and_what_beside():
+  cells = [thoughts.EMPTY] * 16
+  cells[1], cells[4], cells[6] = "red star", thoughts.UNCLEAR, "pink ring"
+  before = "Places: red star A. Places: red star B, blue ring B, red star C. Cells:"
+  assert thoughts.compared(thoughts.read_places(before), cells) == (
+      "Places seen: red star B red star, blue ring B red star, red star C empty ground. "
+      "The rest: E unclear shape, G pink ring.")
+
+
+@pytest.mark.parametrize("plan, why", [
+    ("a red circle", "cannot be read"), ("Places: .", "cannot be read"),
+    ("Places: red star A, ring B.", "cannot be read"),
+    ("Places: red star A, {0[1]} {0[0]} B.", "must not show")])
+def test_a_plan_without_readable_places_makes_no_trajectory(plan, why):
+  record, scene, rng = next(cases(1))
+  plan = plan.format(sorted(tasks.UNSEEN_PAIRS)[0])
+  with pytest.raises(thoughts.Inexpressible, match=why):
+    datasets.trajectory_rows(record, plan, paint(scene), verifier.judge(seen(scene), record),
+                             scene, rng).__next__()
+
+
+def test_reflections_in_words_alone_are_on_careful_and_on_careless_plans():
+  rng, careless, right, twice = np.random.default_rng(0), [], [], 0
+  for _ in range(200):
+    _, row = datasets._reflected(rng)
+    *_, plan, thought = datasets.texts(row)
+    letters = [letter for _, letter in thoughts.read_places(plan)]
+    cells = dict(zip("ABCDEFGHIJKLMNOP", thoughts.read_grid(plan)))
+    careless.append(any(cells[at] != name for name, at in thoughts.read_places(plan)))
+    right.append(thoughts.read_faults(thought) == ())
+    twice += len(set(letters)) < len(letters)
+    assert not (right[-1] and len(set(letters)) < len(letters))
+  assert 20 < sum(careless) < 120 and 60 < sum(right) < 140 and 10 < twice < 60
 
 
 def test_the_better_picture_is_right_and_keeps_what_was_right():
@@ -79,7 +115,8 @@ def test_a_right_picture_stays_as_it_is():
   for record, scene, rng in cases(20, seed=3):
     verdict = verifier.judge(seen(scene), record)
     assert thoughts.improve(record, verdict, rng).things == scene.things
-    assert "keep everything" in thoughts.reflect(record, verdict, scene)
+    plan = thoughts.plan(record, scene)
+    assert "keep everything" in thoughts.reflect(record, verdict, scene, plan)
 
 
 def test_what_training_must_not_show_makes_no_trajectory():
@@ -144,15 +181,15 @@ def test_replayed_rows_are_words_to_be_copied_and_never_a_pair_that_is_held_out(
 def test_a_trajectory_is_six_modes_that_the_reader_accepts():
   record, scene, rng = next(cases(1, seed=4))
   verdict = verifier.judge(seen(scene), record)
-  rows = dict(datasets.trajectory_rows(record, "<think> my own plan </think>", paint(scene),
-                                       verdict, scene, rng))
+  plan = "<think> My own. Places: red star B. </think>"  # no cells: it cannot be retold
+  rows = dict(datasets.trajectory_rows(record, plan, paint(scene), verdict, scene, rng))
   assert list(rows) == list(MODES)
   for mode, row in rows.items():
     parsed = parse_conversation(json.dumps(row), mode, 0)
     targets = [part for part in parsed.parts if part.need_loss]
     assert len(targets) == (2 if "full" in mode else 1)
   full = parse_conversation(json.dumps(rows["improving_full_learning"]), MODES[-1], 0).parts
-  assert [part.text for part in full if isinstance(part, TextPart)][2] == "<think> my own plan </think>"
+  assert [part.text for part in full if isinstance(part, TextPart)][2] == plan
   first, last = (part for part in full if isinstance(part, PicturePart))
   assert first.need_vae and first.need_vit and not first.need_loss and last.need_loss
 
@@ -165,7 +202,8 @@ def test_a_picture_of_a_later_round_stands_after_a_reflection_that_ends_in_its_p
     improving = [list(datasets.texts(rows[mode]))[2:] for mode in MODES[-2:]]
     assert improving[0] == improving[1]
     told.append(improving[0][0] != plan)
-    assert thoughts.read_grid(improving[0][0]) == thoughts.read_grid(plan)
+    for read in (thoughts.read_grid, thoughts.read_places):
+      assert read(improving[0][0]) == read(plan)
     assert (thoughts.read_faults(improving[0][0]) is not None) == told[-1]
   assert 5 < sum(told) < 30
 

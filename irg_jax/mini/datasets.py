@@ -51,8 +51,9 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   """
   scene = tasks.sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
-  improved, reflection = paint(better), thoughts.reflect(record, verdict, better)
-  asked = [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
+  improved, reflection = paint(better), thoughts.reflect(record, verdict, better, plan)
+  # Where the plan is not shown, its places are those of the better picture, which is.
+  shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
   before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
   told = [_text(before, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
   modes = {
@@ -61,28 +62,26 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
       "initial_thinking_generation_learning": [_text(first_plan)],
       "initial_full_learning": [_text(first_plan), _picture(target, need_loss=True)],
       "improving_thinking_understanding_learning": [
-          _picture(first, need_vit=True), _picture(improved, need_vit=True), _text(reflection)],
+          _picture(first, need_vit=True), _picture(improved, need_vit=True), _text(shown)],
       "improving_thinking_generation_learning": [*told, _text(reflection)],
       "improving_full_learning": [*told, _text(reflection), _picture(improved, need_loss=True)],
   }
   for mode, parts in modes.items():
-    yield mode, [*asked, _assistant(parts)]
+    yield mode, [*_asked(record), _assistant(parts)]
 
 
 def _retold(record, plan, rng):
   """A reflection on a picture that was never painted, which ends in what `plan` plans."""
   scene = thoughts.read_scene(plan)
-  if scene is None:
-    return plan
-  try:
-    return thoughts.reflect(record, _imagined(record, scene, rng), scene)
-  except thoughts.Inexpressible:
-    return plan
+  if scene is not None:
+    with contextlib.suppress(thoughts.Inexpressible):
+      return thoughts.retell(record, _imagined(record, _spoiled(scene, rng), rng), plan)
+  return plan
 
 
 def replayed_rows(rng):
   """Words alone, as the base model learned them, so that the two stages do not lose them."""
-  for row in (_REFLECTED, _copied):
+  for row in (_reflected, _copied):
     yield row(rng)
 
 
@@ -140,34 +139,54 @@ def _drawn(system=False, prompt=False, planned=False):
   return row
 
 
-def _told(thought, question=()):
-  """A row of words alone."""
-  def row(rng):
-    record = tasks.training_record(rng)
-    asked = map(_user, (thoughts.SYSTEM_PROMPT, record["prompt"], *question))
-    return TOLD, [*asked, _assistant([_text(thought(record, rng))])]
-
-  return row
+def _planned(rng):
+  record = tasks.training_record(rng)
+  thought = thoughts.plan(record, tasks.sample_scene(record, rng))
+  return TOLD, [*_asked(record), _assistant([_text(thought)])]
 
 
-def _planned(record, rng):
-  return thoughts.plan(record, tasks.sample_scene(record, rng))
+def _asked(record):
+  return [_user(thoughts.SYSTEM_PROMPT), _user(record["prompt"])]
 
 
-def _reflected(record, rng):
-  """A reflection on a picture that was never painted."""
+def _reflected(rng):
+  """A reflection, in words alone, on a picture that was never painted.
+
+  It shows what the plan before it says, or not: then half of the plans are careless, their cells
+  being those of the picture and not those that follow from their places.
+  """
   while True:
-    verdict = _imagined(record, tasks.sample_scene(record, rng), rng)
+    record = tasks.training_record(rng)
+    scene = tasks.sample_scene(record, rng)
+    careless = rng.random() < 0.5
+    if careless and len(scene.things) > 1 and rng.random() < 0.4:
+      scene, drawn = _collided(scene, rng)
+    else:
+      drawn = _spoiled(scene, rng)
+    verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
-      return thoughts.reflect(record, verdict, thoughts.improve(record, verdict, rng))
+      cells = thoughts.grid(drawn.things) if careless else None
+      plan, better = thoughts.plan(record, scene, cells), thoughts.improve(record, verdict, rng)
+      thought = thoughts.reflect(record, verdict, better, plan)
+      return TOLD, [*_asked(record), _assistant([_text(plan, need_loss=False), _text(thought)])]
+
+
+def _collided(scene, rng):
+  """A scene with two things in one cell, and the one in which only one of them is left."""
+  one, other = rng.choice(len(scene.things), 2, replace=False)
+  things = list(scene.things)
+  things[one] = dataclasses.replace(things[one], x=things[other].x, y=things[other].y)
+  lost = rng.choice((one, other))
+  left = [t for i, t in enumerate(things) if i != lost]
+  return (dataclasses.replace(scene, things=tuple(things)),
+          dataclasses.replace(scene, things=tuple(left)))
 
 
 def _imagined(record, scene, rng):
-  """The verdict on a picture that was never painted: the scene, which may have been spoiled."""
-  spoiled = _spoiled(scene, rng)
-  things = tuple(sorted(spoiled.things, key=lambda t: t.cell))
+  """The verdict on a picture of a scene that was never painted; a thing may be unclear."""
+  things = tuple(sorted(scene.things, key=lambda t: t.cell))
   blurred = int(rng.random() < 0.1)
-  seen = verifier.Seen(spoiled.background, things[blurred:],
+  seen = verifier.Seen(scene.background, things[blurred:],
                        tuple(t.cell for t in things[:blurred]))
   return verifier.judge(seen, record)
 
@@ -257,9 +276,8 @@ def _shown(scene, vae, *before):
           _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
 
 
-_REFLECTED = _told(_reflected, (thoughts.QUESTION,))
 _BASE = (
-    (0.08, _told(_planned)), (0.11, _REFLECTED), (0.11, _arranged), (0.06, _copied),
+    (0.08, _planned), (0.11, _reflected), (0.11, _arranged), (0.06, _copied),
     (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
     (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described), (0.04, _looked_after_plan),
     *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
