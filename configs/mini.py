@@ -49,8 +49,7 @@ def _world():
   config.autoencoder = ""  # or a checkpoint that has one: a fork that keeps it saves the training
   config.base_rows = 72000
   config.trajectories = 3000
-  config.first_steps = 5
-  config.first_temperature = 1.4
+  config.first_temperature = 1.0
   config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
   config.test_seen = 168
@@ -88,8 +87,8 @@ def _irgl():
   # Two of three rows of words alone are replayed ones (`datasets.replayed_rows`).
   config.stage1.mixture.initial_thinking_generation_learning = 1.5
   config.stage2.mixture.initial_thinking_generation_learning = 1.0
-  config.stage1.sizes = _group(und=512, gen=64, vit=48, text=440, samples=3)
-  config.stage2.sizes = _group(und=512, gen=80, vit=16, text=440, samples=3)
+  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=440, samples=3)
+  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=440, samples=3)
   config.ema_decay = 0.995
   config.optimizer.eps = 1e-8
   config.timestep_shift = 3.0  # towards noise: only there must the plan be read
@@ -105,7 +104,7 @@ def _base():
   config.data.noise_draws = 4
   config.data.rows = 12
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
-  config.stage1.sizes = _group(und=416, gen=0, vit=0, text=304, samples=3)
+  config.stage1.sizes = _group(und=352, gen=0, vit=0, text=304, samples=3)
   config.stage1.steps = 1200
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
                                    initial_full_learning=0.8)

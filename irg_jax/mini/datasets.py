@@ -75,7 +75,7 @@ def _retold(record, plan, rng):
   scene = thoughts.read_scene(plan)
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
-      return thoughts.retell(record, _imagined(record, _spoiled(scene, rng), rng), plan)
+      return thoughts.reflect(record, _imagined(record, _spoiled(scene, rng), rng), scene, plan)
   return plan
 
 

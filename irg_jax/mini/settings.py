@@ -20,8 +20,8 @@ class MiniSettings:
     autoencoder: a checkpoint's folder whose autoencoder is used as it is; empty: trained anew.
     base_rows: rows that the base model learns from.
     trajectories: prompts that the base model draws for the data of the two stages.
-    first_steps, first_temperature: how it draws those: with less care than `generate` says, so
-      that more of its pictures can be improved.
+    first_temperature: of the thoughts of those: higher than `generate` says, so that more of its
+      pictures can be improved.
     sample_batch: prompts drawn side by side.
     train: further overrides of every training, "field=value".
     test_seen, test_unseen: prompts of the test, of combinations seen in training and not.
@@ -39,7 +39,6 @@ class MiniSettings:
   autoencoder: str
   base_rows: int
   trajectories: int
-  first_steps: int
   first_temperature: float
   sample_batch: int
   train: tuple[str, ...]
@@ -51,8 +50,7 @@ class MiniSettings:
   @property
   def first(self) -> Settings:
     """How the base model draws the first pictures of the trajectories."""
-    return dataclasses.replace(self.generate, rounds=1, steps=self.first_steps,
-                               temperature=self.first_temperature)
+    return dataclasses.replace(self.generate, rounds=1, temperature=self.first_temperature)
 
 
 def load(path, overrides=()) -> MiniSettings:

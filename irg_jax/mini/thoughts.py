@@ -10,13 +10,18 @@ looks for by a letter that it has read before, and by a distance that is always 
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
-improvements, the steps, and the final prompt, which has the form of a plan. What falls short is
-not counted but looked up: for each place of the thought before, what is seen there.
+improvements, the steps, and the final prompt. What falls short need not be counted: the things
+seen are listed in the order of the places that the thought before named, so the two lists agree
+where nothing is amiss.
 
-  <think> I see: The ground is grey. Cells: A empty ground ... Places seen: red circle E red
-  circle, red circle I empty ground, blue star G blue star. The rest: none. What falls short: one
-  red circle is missing. Improvements: the prompt asks for two red circles left of one blue star.
-  Steps: put red circle I, keep the rest. Final prompt: The ground is grey. Places: ... </think>
+  <think> I see: The ground is grey. Cells: A empty ground ... Things: E red circle, I empty
+  ground, G blue star. What falls short: one red circle is missing. Improvements: the prompt asks
+  for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
+  prompt: The ground is grey. Cells: A empty ground ... </think>
+
+The steps name a cell after the thing, as a plan's places do, so that the cells of the final prompt
+are looked up as those of a plan are; where no step names a cell, they are those seen. What is
+listed of those has the letter first: the other way round it would be looked up in their place.
 """
 
 import itertools
@@ -49,17 +54,13 @@ def request(record: dict) -> str:
 
 
 def plan(record: dict, scene: world.Scene, cells=None) -> str:
-  """The thought before the first picture; `cells` as in `layout`."""
-  return f"<think> The picture shows {request(record)}. {layout(scene, record, cells)} </think>"
-
-
-def layout(scene: world.Scene, record: dict, cells=None) -> str:
-  """Where things are to stand: their places, and what follows from them, cell by cell.
+  """The thought before the first picture.
 
   Args:
     cells: where they do not follow from the places, as in a careless plan.
   """
-  return f"{places(scene, record)} {grid_text(cells or grid(scene.things))}"
+  return (f"<think> The picture shows {request(record)}. {places(scene, record)} "
+          f"{grid_text(cells or grid(scene.things))} </think>")
 
 
 def describe(seen) -> str:
@@ -72,45 +73,26 @@ def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
 
   Args:
     record, verdict: what was asked for, and the verifier's on the picture.
-    better: its things in the order of the prompt.
     before: the thought that the picture was drawn after.
 
   Raises:
     Inexpressible: as `read_places` of `before`.
   """
-  return _reflection(record, verdict, before, grid(better.things), layout(better, record))
-
-
-def retell(record: dict, verdict, before: str) -> str:
-  """A reflection on the picture of `verdict` that ends in what the plan `before` plans.
-
-  Raises:
-    Inexpressible: the plan cannot be read.
-  """
-  cells, final = read_grid(before), re.search(r"The ground is .*\.(?= </think>)", before)
-  if cells is None or not final:
-    raise Inexpressible("a plan that cannot be read")
-  return _reflection(record, verdict, before, cells, final[0])
-
-
-def _reflection(record, verdict, before, better, final):
   seen = verdict.seen
   cells = grid(seen.things, seen.unclear)
-  steps = edits(cells, better)
+  steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
   return (f"<think> I see: {describe(seen)} {compared(read_places(before), cells)} "
           f"What falls short: {short}. Improvements: {wanted}. Steps: {', '.join(steps)}. "
-          f"Final prompt: {final} </think>")
+          f"Final prompt: {describe(better)} </think>")
 
 
-def compared(planned: list, cells) -> str:
-  """What is seen at each place of a thought (from `read_places`), and what is seen beside them."""
+def compared(planned: list[str], cells) -> str:
+  """What is seen at the letters of a thought's places, then what is seen elsewhere."""
   there = dict(zip(_LETTERS, cells))
-  found = ", ".join(f"{name} {letter} {there[letter]}" for name, letter in planned)
-  others = [f"{letter} {cell}" for letter, cell in there.items()
-            if cell != EMPTY and letter not in {letter for _, letter in planned}]
-  return f"Places seen: {found or 'none'}. The rest: {', '.join(others) or 'none'}."
+  others = [at for at, cell in there.items() if cell != EMPTY and at not in planned]
+  return f"Things: {', '.join(f'{at} {there[at]}' for at in [*planned, *others]) or 'none'}."
 
 
 def edits(before, after) -> list[str]:
@@ -160,9 +142,9 @@ def grid(things, unclear=()) -> list[str]:
 
 
 def listed(cells) -> str:
-  """What stands in a list of cells, the empty ones left out, in the form of a plan's places."""
-  there = [f"{cell} {letter}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
-  return f"Places: {', '.join(there) or 'none'}."
+  """What stands in a list of cells, the empty ones left out."""
+  there = [f"{letter} {cell}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
+  return f"Things: {', '.join(there) or 'none'}."
 
 
 def grid_text(cells) -> str:
@@ -176,21 +158,22 @@ def read_grid(text: str) -> list[str] | None:
   return list(found[-1]) if found else None
 
 
-def read_places(text: str) -> list[tuple[str, str]]:
-  """The last places that a thought names, as ("red circle", "E"), a cell perhaps twice.
+def read_places(text: str) -> list[str]:
+  """The letters of the cells that a thought wants things in, a letter perhaps twice.
+
+  Those of a plan are in its order; a reflection has no places, so they are those of the things in
+  its final prompt.
 
   Raises:
-    Inexpressible: they cannot be read, or a pair is among them that training must not show.
+    Inexpressible: they cannot be read.
   """
-  found = re.findall(r"Places: ([^.]*)\.", text)
-  if found and found[-1] == "none":
-    return []
-  named = found and [re.fullmatch(r"([a-z]+) ([a-z]+) ([A-P])", p) for p in found[-1].split(", ")]
-  if not named or not all(named):
-    raise Inexpressible("a plan that cannot be read")
-  if any((shape, color) in tasks.UNSEEN_PAIRS for color, shape, _ in (n.groups() for n in named)):
-    raise Inexpressible("a pair that training must not show")
-  return [(f"{n[1]} {n[2]}", n[3]) for n in named]
+  if found := re.findall(r"Places: ([^.]*)\.", text):
+    named = [re.fullmatch("[a-z]+ [a-z]+ ([A-P])", place) for place in found[-1].split(", ")]
+    if found[-1] == "none" or all(named):
+      return [place[1] for place in named if place]
+  elif cells := read_grid(text):
+    return [at for at, cell in zip(_LETTERS, cells) if cell != EMPTY]
+  raise Inexpressible("a thought before that cannot be read")
 
 
 def read_scene(text: str) -> world.Scene | None:
