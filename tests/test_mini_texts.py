@@ -1,11 +1,13 @@
 """The mini world's texts, trajectories, tokenizer and autoencoder agree with what is painted."""
 
+import io
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from irg_jax import config as config_lib
 from irg_jax import images, text
@@ -221,6 +223,22 @@ def test_the_scene_of_a_plan_is_what_it_says_and_none_where_it_says_nothing():
     assert read.background == scene.background
     assert thoughts.grid(read.things) == thoughts.grid(scene.things)
   assert thoughts.read_scene("<think> a red circle </think>") is None
+
+
+def test_the_base_looks_at_pictures_that_are_not_as_planned_and_says_what_is_unclear():
+  rng, told = np.random.default_rng(0), []
+  for _ in range(80):
+    mode, row = datasets._looked_after_plan(rng)
+    parts = parse_conversation(json.dumps(row), mode, 0).parts
+    plan, answer = (part.text for part in parts if isinstance(part, TextPart) and
+                    "Cells" in part.text)
+    data, = (part.data for part in parts if isinstance(part, PicturePart))
+    picture = np.asarray(Image.open(io.BytesIO(data)))
+    cells, shown = thoughts.read_grid(answer), verifier.look(picture)
+    assert cells == thoughts.grid(shown.things, shown.unclear)
+    told.append((cells == thoughts.read_grid(plan), thoughts.UNCLEAR in cells))
+  as_planned, unclear = np.mean(told, 0)
+  assert 0.4 < as_planned < 0.9 and 0.05 < unclear < 0.4
 
 
 def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():

@@ -256,30 +256,40 @@ def _described(rng):
 def _looked(crowded, vae):
   def row(rng):
     scene = tasks.crowded_scene(rng) if crowded else tasks.training_scene(rng)
-    return "initial_thinking_understanding_learning", _shown(scene, vae)
+    return "initial_thinking_understanding_learning", _shown(paint(scene), scene, vae)
 
   return row
 
 
 def _looked_after_plan(rng):
-  """A picture that is not always what the plan before it says."""
-  record = tasks.training_record(rng)
-  scene = tasks.sample_scene(record, rng)
-  plan, drawn = thoughts.plan(record, scene), _spoiled(scene, rng, in_place=True)
-  return "initial_thinking_understanding_learning", [
-      _user(record["prompt"]), *_shown(drawn, True, _text(plan, need_loss=False))]
+  """A picture that is not always what the plan before it says, or half that and half another.
+
+  So a bad drawing looks: what is two things at once is unclear.
+  """
+  while True:
+    record = tasks.training_record(rng)
+    scene = tasks.sample_scene(record, rng)
+    drawn = paint(_spoiled(scene, rng, in_place=True))
+    if rng.random() < 0.5:
+      drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
+    seen = verifier.look(drawn)
+    if seen.background and not any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
+      with contextlib.suppress(thoughts.Inexpressible):
+        plan = _text(thoughts.plan(record, scene), need_loss=False)
+        shown = _shown(drawn, seen, True, plan)
+        return "initial_thinking_understanding_learning", [_user(record["prompt"]), *shown]
 
 
-def _shown(scene, vae, *before):
+def _shown(pixels, seen, vae, *before):
   """A picture, after what the same turn says before it, and what it shows."""
-  return [_assistant([*before, _picture(paint(scene), need_vit=True, need_vae=vae)]),
-          _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(scene))])]
+  return [_assistant([*before, _picture(pixels, need_vit=True, need_vae=vae)]),
+          _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(seen))])]
 
 
 _BASE = (
-    (0.08, _planned), (0.11, _reflected), (0.11, _arranged), (0.06, _copied),
+    (0.08, _planned), (0.14, _reflected), (0.09, _arranged), (0.05, _copied),
     (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
-    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.20, _described), (0.04, _looked_after_plan),
+    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.16, _described), (0.08, _looked_after_plan),
     *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
 
 
