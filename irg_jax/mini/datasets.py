@@ -152,15 +152,15 @@ def _asked(record):
 def _reflected(rng):
   """A reflection, in words alone, on a picture that was never painted.
 
-  It shows what the plan before it says, or not: then half of the plans are careless, their cells
-  being those of the picture and not those that follow from their places.
+  It shows what the plan before it says, or not. A third of the plans are careless, as those of a
+  model are: the picture shows their cells, which do not follow from their places.
   """
   while True:
     record = tasks.training_record(rng)
     scene = tasks.sample_scene(record, rng)
-    careless = rng.random() < 0.5
-    if careless and len(scene.things) > 1 and rng.random() < 0.4:
-      scene, drawn = _collided(scene, rng)
+    careless = len(scene.things) > 1 and rng.random() < 0.4
+    if careless:
+      scene, drawn = (_collided, _confused)[rng.integers(2)](scene, rng)
     else:
       drawn = _spoiled(scene, rng)
     verdict = _imagined(record, drawn, rng)
@@ -180,6 +180,14 @@ def _collided(scene, rng):
   left = [t for i, t in enumerate(things) if i != lost]
   return (dataclasses.replace(scene, things=tuple(things)),
           dataclasses.replace(scene, things=tuple(left)))
+
+
+def _confused(scene, rng):
+  """A scene, and one in which a thing has the shape or the colour of another."""
+  one, other = rng.choice(len(scene.things), 2, replace=False)
+  things, what = list(scene.things), rng.choice(("shape", "color"))
+  things[one] = dataclasses.replace(things[one], **{what: getattr(things[other], what)})
+  return scene, dataclasses.replace(scene, things=tuple(things))
 
 
 def _imagined(record, scene, rng):
@@ -287,7 +295,7 @@ def _shown(pixels, seen, vae, *before):
 
 
 _BASE = (
-    (0.08, _planned), (0.14, _reflected), (0.09, _arranged), (0.05, _copied),
+    (0.08, _planned), (0.13, _reflected), (0.11, _arranged), (0.04, _copied),
     (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
     (0.02, _drawn(system=True)), (0.02, _drawn()), (0.16, _described), (0.08, _looked_after_plan),
     *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
