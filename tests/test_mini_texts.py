@@ -72,7 +72,7 @@ def test_a_reflection_lists_what_is_seen_at_each_place_of_the_plan_before_and_th
   cells = [thoughts.EMPTY] * 16
   cells[1], cells[4], cells[6] = "red star", thoughts.UNCLEAR, "pink ring"
   before = "Places: red star G, blue ring B, red star B, red star C. Cells:"
-  assert thoughts.compared(thoughts.read_places(before), cells) == (
+  assert thoughts.listed(cells, thoughts.read_places(before)) == (
       "Things: G pink ring, B red star, B red star, C empty ground, E unclear shape.")
 
 

@@ -280,12 +280,11 @@ def _looked_after_plan(rng):
     drawn = paint(_spoiled(scene, rng, in_place=True))
     if rng.random() < 0.5:
       drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
-    seen = verifier.look(drawn)
-    if seen.background and not any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
-      with contextlib.suppress(thoughts.Inexpressible):
-        plan = _text(thoughts.plan(record, scene), need_loss=False)
-        shown = _shown(drawn, seen, True, plan)
-        return "initial_thinking_understanding_learning", [_user(record["prompt"]), *shown]
+    seen, plan = verifier.look(drawn), _text(thoughts.plan(record, scene), need_loss=False)
+    with contextlib.suppress(thoughts.Inexpressible):
+      thoughts.check_showable(seen)
+      shown = _shown(drawn, seen, True, plan)
+      return "initial_thinking_understanding_learning", [_user(record["prompt"]), *shown]
 
 
 def _shown(pixels, seen, vae, *before):

@@ -83,16 +83,9 @@ def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
   steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
-  return (f"<think> I see: {describe(seen)} {compared(read_places(before), cells)} "
+  return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before))} "
           f"What falls short: {short}. Improvements: {wanted}. Steps: {', '.join(steps)}. "
           f"Final prompt: {describe(better)} </think>")
-
-
-def compared(planned: list[str], cells) -> str:
-  """What is seen at the letters of a thought's places, then what is seen elsewhere."""
-  there = dict(zip(_LETTERS, cells))
-  others = [at for at, cell in there.items() if cell != EMPTY and at not in planned]
-  return f"Things: {', '.join(f'{at} {there[at]}' for at in [*planned, *others]) or 'none'}."
 
 
 def edits(before, after) -> list[str]:
@@ -141,10 +134,14 @@ def grid(things, unclear=()) -> list[str]:
   return cells
 
 
-def listed(cells) -> str:
-  """What stands in a list of cells, the empty ones left out."""
-  there = [f"{letter} {cell}" for letter, cell in zip(_LETTERS, cells) if cell != EMPTY]
-  return f"Things: {', '.join(there) or 'none'}."
+def listed(cells, first=()) -> str:
+  """What stands in a list of cells: at the letters `first`, in their order, then elsewhere.
+
+  The empty cells are left out, but not those of `first`.
+  """
+  there = dict(zip(_LETTERS, cells))
+  others = [at for at, cell in there.items() if cell != EMPTY and at not in first]
+  return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
 
 
 def grid_text(cells) -> str:
@@ -213,10 +210,7 @@ def improve(record: dict, verdict, rng) -> world.Scene:
     Inexpressible: the seen picture shows what training must not, or no arrangement was found.
   """
   seen = verdict.seen
-  if any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
-    raise Inexpressible("a pair that training must not show")
-  if seen.background is None:
-    raise Inexpressible("no known ground")
+  check_showable(seen)
   matches = _matches(record["include"], seen.things)
   if verdict.correct:
     return _checked(world.Scene(seen.background, tuple(t for group in matches for t in group)))
@@ -227,6 +221,18 @@ def improve(record: dict, verdict, rng) -> world.Scene:
     if things is not None:
       return _checked(world.Scene(seen.background, things))
   raise Inexpressible("no arrangement found")
+
+
+def check_showable(seen) -> None:
+  """Refuses what was seen in a picture that training must not show.
+
+  Raises:
+    Inexpressible: an unseen pair, or no known ground.
+  """
+  if any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
+    raise Inexpressible("a pair that training must not show")
+  if seen.background is None:
+    raise Inexpressible("no known ground")
 
 
 def _checked(scene):
