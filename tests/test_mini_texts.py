@@ -213,6 +213,8 @@ def test_a_picture_of_a_later_round_stands_after_a_reflection_that_ends_in_its_p
     assert improving[0] == improving[1]
     told.append(improving[0][0] != plan)
     assert thoughts.read_grid(improving[0][0]) == thoughts.read_grid(plan)
+    letters = re.findall("[A-P]", improving[0][1].split("Things:")[1].split("What")[0])
+    assert letters == thoughts.read_places(improving[0][0])  # of what stands in the context
     assert (thoughts.read_faults(improving[0][0]) is not None) == told[-1]
   assert 5 < sum(told) < 30
 

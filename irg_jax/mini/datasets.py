@@ -51,10 +51,10 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   """
   scene = tasks.sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
-  improved, reflection = paint(better), thoughts.reflect(record, verdict, better, plan)
+  before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
+  improved, reflection = paint(better), thoughts.reflect(record, verdict, better, before)
   # Where the plan is not shown, its places are those of the better picture, which is.
   shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
-  before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
   told = [_text(before, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
   modes = {
       "initial_thinking_understanding_learning": [_picture(target, need_vit=True),
