@@ -48,7 +48,7 @@ def _world():
   config.vae_pictures = 6000
   config.autoencoder = ""  # or a checkpoint that has one: a fork that keeps it saves the training
   config.base_rows = 72000
-  config.trajectories = 3000
+  config.trajectories = 6000
   config.first_temperature = 1.0
   config.sample_batch = 64
   config.train = ()  # overrides of every training, "field=value"
@@ -79,7 +79,7 @@ def _irgl():
   config.data.noise_draws = 2
   config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
   config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
-  for stage, steps in ((config.stage1, 500), (config.stage2, 2000)):
+  for stage, steps in ((config.stage1, 500), (config.stage2, 4000)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
@@ -105,7 +105,7 @@ def _base():
   config.data.rows = 12
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
   config.stage1.sizes = _group(und=352, gen=0, vit=0, text=304, samples=3)
-  config.stage1.steps = 1500
+  config.stage1.steps = 2300
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
                                    initial_full_learning=0.8)
   # Short rows: attention over them is cheap.
