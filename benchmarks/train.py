@@ -30,7 +30,7 @@ from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.optimizer import make_optimizer
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state
+from irg_jax.train.state import init_state, state_shardings
 from irg_jax.train.step import make_train_step
 from irg_jax.weights.init import random_params
 
@@ -55,6 +55,7 @@ def main():
   optimizer = make_optimizer(settings.optimizer, settings.stage2)
   state = init_state(random_params(config, jax.random.key(0))["transformer"], optimizer)
   mesh = sharding.make_mesh({"data": 1}, devices=jax.devices()[:1])
+  state = jax.device_put(state, state_shardings(state, mesh))
   step = make_train_step(model, optimizer, settings, mesh, state, batch)
 
   seconds, rates, key = [], [], jax.random.key(1)

@@ -76,7 +76,7 @@ def random_case(seed):
   rng = np.random.default_rng(seed)
   rows = jax.tree.map(lambda *x: np.stack(x), *[random_row(rng, S + T) for _ in range(R)])
   normal = lambda *shape: rng.standard_normal(shape, np.float32)
-  own, cache = (normal(2, R, T, K, H), normal(2, B, S, K, H))
+  own, cache = (normal(2, R, K, T, H), normal(2, B, K, S, H))
   take = lambda places: jax.tree.map(lambda x: x[:, places], rows)
   return 2 * normal(R, T, N, H), take(slice(S, None)), own, cache, take(slice(S))
 
@@ -95,7 +95,7 @@ def oracle(q, query, sources):
   """Attention in float64, one query row and head at a time; zeros where nothing is seen."""
   out = np.zeros(q.shape)
   for row, head in np.ndindex(q.shape[0], q.shape[2]):
-    part = lambda s, x: np.asarray(x[row * len(x) // len(q), :, head * K // N], np.float64)
+    part = lambda s, x: np.asarray(x[row * len(x) // len(q), head * K // N], np.float64)
     k, v = (np.concatenate([part(s, getattr(s, name)) for s in sources]) for name in "kv")
     mask = np.concatenate([allowed(*(jax.tree.map(lambda x: x[row], t) for t in (query, s.tokens)))
                            for s in sources], axis=1)
@@ -143,7 +143,7 @@ def test_blocks_that_no_view_sees_are_never_read(seen):
   cache_tokens.sample[:, ~read] = PADDING
   cache_tokens.sample[::2] = PADDING  # every other view sees nothing at all
   want = oracle(q, query, [KeyValues(*own, query), KeyValues(*cache, cache_tokens)])
-  cache[:, :, ~read] = np.nan  # 0 * NaN would show
+  cache[:, :, :, ~read] = np.nan  # 0 * NaN would show
   got = attended(q, query, own, cache, cache_tokens, implementation="chunked")
   np.testing.assert_allclose(got, want, atol=2e-6)
 
@@ -175,11 +175,12 @@ def test_gradients_of_chunked_equal_those_of_dense():
 def temporary_bytes(length, implementation, backward):
   """Memory that attention within one row of `length` tokens needs beside arguments and result."""
   x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+  kv = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
   row = Tokens(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 4)
   def f(q, k, v, row):
     return jnp.sum(attend(q, row, [KeyValues(k, v, row)], implementation=implementation))
   f = jax.grad(f, argnums=(0, 1, 2)) if backward else f
-  return jax.jit(f).lower(x, x, x, row).compile().memory_analysis().temp_size_in_bytes
+  return jax.jit(f).lower(x, kv, kv, row).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

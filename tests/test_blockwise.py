@@ -23,7 +23,7 @@ def inputs():
   tokens = attention.Tokens(
       sample=ordered(attention.PADDING, 3), split=split, kind=split % 3,
       index=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
-  return (normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)), tokens, normal(B, T, N, H)
+  return (normal(B, T, N, H), normal(B, K, T, H), normal(B, K, T, H)), tokens, normal(B, T, N, H)
 
 
 def value_and_gradients(attend):
@@ -67,7 +67,8 @@ def test_no_array_of_all_scores_exists_in_training():
   def loss(w, x, tokens):
     def layer(x, w):
       h = (x @ w)[:, :, None]
-      return x + blockwise(attention.allowed, 64, 64, h, h, h, tokens, tokens)[:, :, 0], None
+      kv = h.swapaxes(1, 2)
+      return x + blockwise(attention.allowed, 64, 64, h, kv, kv, tokens, tokens)[:, :, 0], None
     return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, w)[0])
 
   compiled = jax.jit(jax.grad(loss)).lower(w, jnp.ones((1, length, 8)), tokens).compile()

@@ -108,8 +108,8 @@ def test_eight_devices_give_what_one_gives_and_hold_their_part():
                        None)
     ctx = irg._begin(run, irg._plan(run)[0])
     latents = irg._draw(run, ctx, 0)
-  layers, B, slots, heads, dim = ctx.k.shape
-  assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, slots, heads // 2, dim)
+  layers, B, heads, slots, dim = ctx.k.shape
+  assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, heads // 2, slots, dim)
   assert ctx.visible.addressable_shards[0].data.shape[0] == B // 4
   assert latents.addressable_shards[0].data.shape[0] == B // 4
 

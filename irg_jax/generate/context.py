@@ -29,7 +29,7 @@ FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
 # Appended texts are padded to the next of these lengths, so that few shapes ever compile.
 LADDER = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
-_KV_AXES = ("layers", "batch", None, "heads", None)
+_KV_AXES = ("layers", "batch", "heads", None, None)
 _CACHE_MULTIPLE = 512  # key blocks of the chunked attention divide the cache evenly
 
 
@@ -39,7 +39,7 @@ class Context:
   """Cache and views of B rows.
 
   Attributes:
-    k, v: [layers, B, S, K, H] keys (rotated) and values, in the compute dtype.
+    k, v: [layers, B, K, S, H] keys (rotated) and values, in the compute dtype.
     length: int32 [B], slots in use.
     visible: bool [B, views, S].
     position: int32 [B, views], rotary position of the next token.
@@ -76,9 +76,9 @@ def new_context(config: ModelConfig, batch: int, size: int) -> Context:
 
 
 def new_kv(config: ModelConfig, batch: int, size: int) -> tuple[jax.Array, jax.Array]:
-  """Keys and values of `size` empty slots, each [layers, batch, size, K, H]."""
+  """Keys and values of `size` empty slots, each [layers, batch, K, size, H]."""
   llm = config.llm
-  kv = jnp.zeros((llm.num_layers, batch, size, llm.num_kv_heads, llm.head_dim), config.dtype)
+  kv = jnp.zeros((llm.num_layers, batch, llm.num_kv_heads, size, llm.head_dim), config.dtype)
   kv = constrain(kv, *_KV_AXES)
   return kv, kv
 
@@ -118,15 +118,16 @@ def seen_before(visible) -> Tokens:
 
 
 def write(ctx: Context, kv) -> Context:
-  """Puts keys and values [layers, B, T, K, H] into the slots after each row's length.
+  """Puts keys and values [layers, B, K, T, H] into the slots after each row's length.
 
   The T slots must exist (a write past the end is dropped, not refused): callers size the
   cache before they start.
   """
   row = jnp.arange(len(ctx.length))[:, None]
-  slot = ctx.length[:, None] + jnp.arange(kv[0].shape[2])
+  slot = ctx.length[:, None] + jnp.arange(kv[0].shape[3])
   # A scatter, not a slice for each row: XLA's CPU backend copies the cache for each slice.
-  put = lambda cache, new: cache.at[:, row, slot].set(new.astype(cache.dtype), unique_indices=True)
+  put = lambda cache, new: cache.at[:, row, :, slot].set(
+      new.transpose(1, 3, 0, 2, 4).astype(cache.dtype), unique_indices=True)
   k, v = put(ctx.k, kv[0]), put(ctx.v, kv[1])
   return lay_out(dataclasses.replace(ctx, k=k, v=v))
 

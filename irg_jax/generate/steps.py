@@ -127,7 +127,7 @@ def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
     so_far = jnp.broadcast_to(jnp.arange(total) < i, (B, total))
     caches = before, KeyValues(*written, seen_before(so_far))
     buffers, kv = _decode(model, params, buffers, tokens, position, *caches)
-    put = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, i, axis=-3)
+    put = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, i, axis=-2)
     written = jax.tree.map(put, written, kv)
     logits = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
     token = next_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), sampling)

@@ -1,9 +1,13 @@
 """Attention block by block, with a backward pass of its own.
 
-What autodiff would keep of a loop over blocks of keys is every block's scores: quadratic in
-the length. Here the forward pass keeps its result and, for each query, the logarithm of the
-softmax's divisor; the backward pass makes the scores anew, block by block (the recurrence of
-"FlashAttention", arXiv 2205.14135). Memory is linear in the length both ways.
+A block of queries goes through those blocks of keys in which one of them sees something (the
+online softmax), so memory is linear in the length and what the mask hides costs next to
+nothing. What autodiff would keep of such a loop is every block's scores. Here the forward pass
+keeps its result and, for each query, the logarithm of the softmax's divisor; the backward
+pass makes the scores anew (the recurrence of "FlashAttention", arXiv 2205.14135).
+
+Inside, queries are [B, K, G, T, H], grouped by the keys that their G = N // K heads share: with
+k and v [B, K, S, H] that makes plain products of matrices.
 """
 
 import functools
@@ -18,7 +22,7 @@ MASKED = -1e30
 MAX_INIT = -1e29  # above MASKED: exp(MASKED - max) is exactly 0, also where nothing is seen
 
 
-def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BSKH, v_BSKH, query, keys):
+def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, query, keys):
   """Softmax attention over one row of keys for each row of queries.
 
   On a mesh every device takes its own queries: `length` stays split, while the keys, which
@@ -35,12 +39,12 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BSKH, v_BSKH, qu
   attend = functools.partial(_attend, mask, query_chunk, key_chunk)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
-    return attend(q_BTNH, k_BSKH, v_BSKH, query, keys)
+    return attend(q_BTNH, k_BKSH, v_BKSH, query, keys)
   spec = lambda x, *axes: partition_spec(x.shape, axes, mesh)
-  kv = spec(k_BSKH, "batch", None, "heads", None)
+  kv = spec(k_BKSH, "batch", "heads", None, None)
   q = spec(q_BTNH, "batch", "length", "heads", None)
-  if kv[2] != q[2]:  # heads that share keys stay together
-    q, kv = (type(q)(*s[:2], None, None) for s in (q, kv))
+  if kv[1] != q[2]:  # heads that share keys stay together
+    q, kv = type(q)(*q[:2], None, None), type(kv)(kv[0], None, None, None)
   parts = q[1] or ()  # mesh axes that queries are split over and keys are not
 
   def local(q, k, v, query, keys):
@@ -50,7 +54,34 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BSKH, v_BSKH, qu
 
   specs = (q, kv, kv, jax.tree.map(lambda x: spec(x, "batch", "length"), query),
            jax.tree.map(lambda x: spec(x, "batch", None), keys))
-  return jax.shard_map(local, in_specs=specs, out_specs=q)(q_BTNH, k_BSKH, v_BSKH, query, keys)
+  return jax.shard_map(local, in_specs=specs, out_specs=q)(q_BTNH, k_BKSH, v_BKSH, query, keys)
+
+
+def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
+  """What the online softmax knows of some keys, to be joined with what it knows of others.
+
+  Args:
+    q, k, v: [B, K, G, T, H], [B, K, S, H] and [B, K, S, H].
+    mask, key_chunk, query, keys: see `blockwise`.
+
+  Returns:
+    (highest logit, sum of exponentials, weighted sum of values): float32 [B, K, G, T],
+    [B, K, G, T] and [B, K, G, T, H].
+  """
+  def step(start, size, state):
+    k_block, v_block = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in padded[:2])
+    logits = _logits(mask, q, k_block, query, _part(padded[2], start, size))
+    highest, total, out = state
+    new = jnp.maximum(highest, jnp.max(logits, -1))
+    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
+    values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v_block)
+    return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
+
+  size = equal_size(k.shape[2], key_chunk)
+  padded = _padded(k, v, keys, size)
+  empty = q.astype(jnp.float32) * 0  # made of q: on a mesh it varies over devices as q does
+  state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
+  return _over_visible_blocks(mask, query, padded[2], size, step, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -59,85 +90,108 @@ def _attend(mask, query_chunk, key_chunk, q, k, v, query, keys):
 
 
 def _forward(mask, query_chunk, key_chunk, q, k, v, query, keys):
-  T = q.shape[1]
   # Tied to q: a mask that depends on nothing that is trained would be made once, before the
   # scan over layers, and kept whole for all blocks and heads.
   q, query, keys = lax.optimization_barrier((q, query, keys))
-  grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])  # B T K group H
-  key_blocks = cut((k, v, keys), key_chunk)
 
   def block(args):
     q, query = args
-
-    def step(state, block):
-      k, v, keys = block
-      values = lambda weights: product("bkgtc,bckh->bkgth", weights.astype(v.dtype), v)
-      return absorb(state, _logits(mask, q, k, query, keys), values), None
-
-    # Made of q, so that on a mesh it varies over devices as q does.
-    empty = jnp.moveaxis(q, 1, 3).astype(jnp.float32) * 0
-    state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
-    (highest, total, out), _ = lax.scan(step, state, key_blocks)
+    highest, total, out = softmax_state(
+        mask, key_chunk, grouped(q, k.shape[1]), k, v, query, keys)
     seen = jnp.where(total > 0, total, 1.0)
-    out = jnp.moveaxis(out / seen[..., None], 3, 1).astype(q.dtype)
-    return out, jnp.moveaxis(highest + jnp.log(seen), 3, 1)
+    return ungrouped((out / seen[..., None]).astype(q.dtype)), highest + jnp.log(seen)
 
-  out, lse = join(lax.map(block, cut((grouped, query), query_chunk)), T)
-  return out.reshape(q.shape), (q, k, v, query, keys, out.reshape(q.shape), lse)
+  out, lse = lax.map(block, cut((q, query), query_chunk))
+  out = join(out, q.shape[1])
+  return out, (q, k, v, query, keys, out, lse)
 
 
 def _backward(mask, query_chunk, key_chunk, residuals, d_out):
   q, k, v, query, keys, out, lse = lax.optimization_barrier(residuals)
-  (T, S), scale = (q.shape[1], k.shape[1]), q.shape[-1] ** -0.5
-  grouped = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
-  # Sum over keys of weight times its gradient, without the weights.
-  inner = jnp.sum(grouped(d_out).astype(jnp.float32) * grouped(out), -1)
-  key_blocks = cut((k, v, keys), key_chunk)
+  T, (_, K, S, H) = q.shape[1], k.shape
+  size, scale = equal_size(S, key_chunk), H ** -0.5
+  k_padded, v_padded, keys = _padded(k, v, keys, size)
 
-  def block(gradients, args):
-    q, d_out, query, lse, inner = args
-    lse, inner = jnp.moveaxis(lse, 1, 3), jnp.moveaxis(inner, 1, 3)
+  def block(d_kv, args):
+    q, out, d_out, query, lse = args
+    q, out, d_out = (grouped(x, K) for x in (q, out, d_out))
+    # Sum over keys of weight times its gradient, without the weights.
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1)
+    # Transposed once, not block by block: the products below contract the queries.
+    q_columns, d_out_columns = lax.optimization_barrier(
+        (q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)))
 
-    def step(d_q, block):
-      k, v, keys = block
-      weights = jnp.exp(_logits(mask, q, k, query, keys) - lse[..., None])
-      d_weights = product("btkgh,bckh->bkgtc", d_out, v)
-      d_logits = (weights * (d_weights - inner[..., None]) * scale).astype(q.dtype)
-      d_k = product("bkgtc,btkgh->bckh", d_logits, q)
-      d_v = product("bkgtc,btkgh->bckh", weights.astype(q.dtype), d_out)
-      return d_q + product("bkgtc,bckh->btkgh", d_logits, k), (d_k, d_v)
+    def step(start, size, state):
+      d_q, d_k, d_v = state
+      k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_padded, v_padded))
+      weights = jnp.exp(_logits(mask, q, k, query, _part(keys, start, size)) - lse[..., None])
+      d_logits = weights * (product("bkgth,bkch->bkgtc", d_out, v) - inner[..., None])
+      weights, d_logits = weights.astype(q.dtype), d_logits.astype(q.dtype)
+      def add(total, columns, rows):
+        new = product("bkght,bkgtc->bkhc", columns, rows)
+        new += lax.dynamic_slice_in_dim(total, start, size, 3)
+        return lax.dynamic_update_slice_in_dim(total, new, start, 3)
+      return (d_q + product("bkgtc,bkch->bkgth", d_logits, k),
+              add(d_k, q_columns, d_logits), add(d_v, d_out_columns, weights))
 
-    d_q, new = lax.scan(step, q.astype(jnp.float32) * 0, key_blocks)
-    return jax.tree.map(jnp.add, gradients, new), d_q.astype(q.dtype)
+    d_q = q.astype(jnp.float32) * 0
+    d_q, *d_kv = _over_visible_blocks(mask, query, keys, size, step, (d_q, *d_kv))
+    return tuple(d_kv), ungrouped(d_q * scale)
 
-  zeros = jax.tree.map(lambda x: x.astype(jnp.float32) * 0, key_blocks[:2])
-  blocks = cut((grouped(q), grouped(d_out), query, lse, inner), query_chunk)
-  d_kv, d_q = lax.scan(block, zeros, blocks)
-  d_k, d_v = (join(d, S).astype(x.dtype) for d, x in zip(d_kv, (k, v)))
-  return join(d_q, T).reshape(q.shape), d_k, d_v, None, None
+  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in (k_padded, v_padded))
+  rows = cut((q, out, d_out, query), query_chunk)
+  (d_k, d_v), d_q = lax.scan(block, zeros, (*rows, lse))
+  rows_of = lambda d, x: d.swapaxes(2, 3)[:, :, :S].astype(x.dtype)
+  return join(d_q, T).astype(q.dtype), rows_of(d_k * scale, k), rows_of(d_v, v), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _over_visible_blocks(mask, query, keys, size, step, state):
+  """`state = step(start, size, state)` for each block of keys in which any row sees something."""
+  S = jax.tree.leaves(keys)[0].shape[1]
+  if S == size:
+    return step(0, size, state)
+  visible = mask(query, keys)
+  visible = jnp.any(visible.reshape(*visible.shape[:2], -1, size), (0, 1, 3))
+  order, count = jnp.argsort(~visible, stable=True), jnp.sum(visible)
+
+  def body(carry):
+    i, state = carry
+    return i + 1, step(order[i] * size, size, state)
+
+  # The bound that does not depend on data stands there for those who read the program.
+  more = lambda carry: (carry[0] < S // size) & (carry[0] < count)
+  return lax.while_loop(more, body, (count * 0, state))[1]
+
+
 def _logits(mask, q, k, query, keys):
-  logits = product("btkgh,bckh->bkgtc", q, k) * q.shape[-1] ** -0.5
-  return jnp.where(mask(query, keys)[:, None, None], logits, MASKED)
+  """Scores [B, K, G, T, C] of a block, MASKED where the query must not look."""
+  # The barrier keeps the mask's integers out of the loop over scores.
+  hide = lax.optimization_barrier(jnp.where(mask(query, keys), 0.0, MASKED))
+  return product("bkgth,bkch->bkgtc", q, k) * q.shape[-1] ** -0.5 + hide[:, None, None]
 
 
-def absorb(state, logits, values):
-  """One step of the online softmax: takes the scores of further keys into the state.
+def _padded(k, v, keys, size):
+  return (*(pad_to_multiple(x, size, 2) for x in (k, v)),
+          jax.tree.map(lambda x: pad_to_multiple(x, size, 1), keys))
 
-  Args:
-    state: (highest logit, sum of exponentials, weighted sum of values): float32 [...], [...],
-      [..., H]; before the first step MAX_INIT, 0 and 0.
-    logits: float32 [..., keys], MASKED where the query must not look.
-    values: function of float32 weights [..., keys] -> their weighted sum of values [..., H].
-  """
-  highest, total, out = state
-  new = jnp.maximum(highest, jnp.max(logits, -1))
-  weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-  return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values(weights)
+
+def _part(keys, start, size):
+  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 1), keys)
+
+
+def grouped(q_RTNH, K: int):
+  """[R, T, N, H] -> [R, K, N // K, T, H]."""
+  R, T, N, H = q_RTNH.shape
+  return q_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(x_RKGTH):
+  """The inverse of `grouped`."""
+  R, K, G, T, H = x_RKGTH.shape
+  return x_RKGTH.transpose(0, 3, 1, 2, 4).reshape(R, T, K * G, H)
 
 
 def product(equation, a, b):
@@ -160,17 +214,17 @@ def pad_to_multiple(x, size: int, axis: int):
   return jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
 
 
-def cut(tree, most: int, axis: int = 1):
-  """[..., T, ...] with T at `axis` -> [n, ..., size, ...]: equal blocks, the last one padded."""
+def cut(tree, most: int):
+  """[B, T, ...] -> [n, B, size, ...]: equal blocks, the last one padded."""
   def one(x):
-    size = equal_size(x.shape[axis], most)
-    x = pad_to_multiple(x, size, axis)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:]), axis, 0)
+    size = equal_size(x.shape[1], most)
+    x = pad_to_multiple(x, size, 1)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
   return jax.tree.map(one, tree)
 
 
 def join(tree, length: int):
-  """The inverse of `cut` along axis 1."""
+  """The inverse of `cut`."""
   one = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
   return jax.tree.map(one, tree)

@@ -69,6 +69,7 @@ class Layer(nn.Module):
            for name, place in places.items()]
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*qkv))
     q = constrain(q, "batch", "length", "heads", None)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     sources = [KeyValues(k, v, tokens)]
     sources += [KeyValues(*kv, keys, sparse=True) for kv, keys in zip(cached, cached_tokens)]
     attended = attend(q, tokens, sources, implementation=self.attention)
@@ -92,11 +93,11 @@ class Decoder(nn.Module):
         costs nothing: its expert is not run.
       tokens: metadata of the concatenated buffers, `und` first, [R, U + G].
       position: int [R, U + G], rotary positions.
-      caches: sequence of KeyValues whose k and v are [layers, B, S, K, H] (see
+      caches: sequence of KeyValues whose k and v are [layers, B, K, S, H] (see
         `attention.KeyValues` for how R and B relate). They are read, never written.
 
     Returns:
-      (buffers after the final norms, (k, v) of these tokens, each [layers, R, U + G, K, H]).
+      (buffers after the final norms, (k, v) of these tokens, each [layers, R, K, U + G, H]).
       With parameters from `unstack_layers`, `layers` is a list there, as it may be in caches.
     """
     llm = self.config.llm

@@ -35,7 +35,7 @@ class Cost:
     wire: bytes that the chip sends, by (kind of collective, group of devices), as a ring
       would: (n - 1) / n of the array for n devices, twice that for an all-reduce.
     calls: how many collectives run, by the same keys.
-    guessed: loops whose length the program does not say.
+    guessed: loops whose length the program does not say, counted as one turn.
   """
 
   flops: float = 0.0
@@ -55,16 +55,14 @@ class Cost:
     return Cost(self.flops * n, self.memory * n, scale(self.wire), scale(self.calls), self.guessed)
 
 
-def program_cost(text: str, unknown_trips: int = 1) -> Cost:
+def program_cost(text: str) -> Cost:
   """Counts a compiled program, `compiled.as_text()`.
 
-  Args:
-    unknown_trips: how often a loop runs whose length depends on data.
-
-  Of a conditional the dearer branch counts, so the result is an upper bound there.
+  Of a conditional the dearer branch counts, and of a loop whose length depends on data the
+  most turns that its condition allows, so the result is an upper bound there.
   """
   module = hlo.parse(text)
-  return _Counter(module, unknown_trips).computation(module.entry, set())
+  return _Counter(module).computation(module.entry, set())
 
 
 class _Counter:
@@ -75,8 +73,8 @@ class _Counter:
   that are on their way, so that it counts once, where it begins.
   """
 
-  def __init__(self, module, unknown_trips):
-    self._module, self._unknown = module, unknown_trips
+  def __init__(self, module):
+    self._module = module
 
   def computation(self, name, begun, fused=False) -> Cost:
     """Cost of one run; the traffic of what is `fused` is that of the fusion as a whole."""
@@ -94,7 +92,7 @@ class _Counter:
       once = Cost()
       for role in ("body", "condition"):
         once += self.computation(called[role][0], begun)
-      return once.times(self._unknown if trips is None else trips) + Cost(guessed=trips is None)
+      return once.times(1 if trips is None else trips) + Cost(guessed=trips is None)
     if opcode == "conditional":
       branches = [self.computation(name, set(begun)) for name in called["branches"]]
       return max(branches, key=lambda cost: (cost.flops, cost.memory))

@@ -13,36 +13,32 @@ def trip_count(module, computation, loop) -> int | None:
     return int(noted[1])
   condition = module.computations[loop.called["condition"][0]]
   for compare in _comparisons(module, condition):
-    (counter, start), (_, bound) = (_loop_value(computation, loop, condition, name)
-                                    for name in compare)
+    (counter, start), (_, bound) = (_loop_value(computation, loop, condition, value)
+                                    for value in compare)
     if bound is not None and counter is not None:
       return max(0, bound - (start or 0))
   return None
 
 
 def _comparisons(module, condition):
-  """Operand names of each `a < b` in a condition, as names in the condition itself."""
+  """Both sides of each `a < b` in a condition: its instructions, or constants of a fusion in it."""
   for instruction in condition.instructions.values():
     if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
-      yield instruction.operands
+      yield tuple(condition.instructions[name] for name in instruction.operands)
     if instruction.opcode == "fusion":
       inner = module.computations[instruction.called["calls"][0]]
-      for operands in _comparisons(module, inner):
-        places = [inner.instructions[n] for n in operands]
-        if all(p.opcode in ("parameter", "constant") for p in places):
-          yield tuple(instruction.operands[int(p.arguments)] if p.opcode == "parameter"
-                      else p.name for p in places)
+      for values in _comparisons(module, inner):
+        if all(v.opcode in ("parameter", "constant") for v in values):
+          yield tuple(condition.instructions[instruction.operands[int(v.arguments)]]
+                      if v.opcode == "parameter" else v for v in values)
 
 
-def _loop_value(computation, loop, condition, name):
+def _loop_value(computation, loop, condition, value):
   """(place in the loop's state or None, value at the start or None) of a condition's value."""
-  value = condition.instructions.get(name)
-  if value is None:
-    return None, None
   if value.opcode == "constant":
     return None, _integer(value)
   if value.opcode in ("copy", "bitcast"):
-    return _loop_value(computation, loop, condition, value.operands[0])
+    return _loop_value(computation, loop, condition, condition.instructions[value.operands[0]])
   if value.opcode != "get-tuple-element":
     return None, None
   place = int(re.search(r"index=(\d+)", value.attributes)[1])

@@ -63,7 +63,7 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
       compiled = program.lower().compile()
   except jax.errors.JaxRuntimeError as e:
     return Estimate(program, Memory(0, 0, _asked_for(program, str(e))))
-  cost = cost_lib.program_cost(compiled.as_text(), program.unknown_trips)
+  cost = cost_lib.program_cost(compiled.as_text())
   needed = None if program.needed_flops is None else program.needed_flops / slice_.chips
   return Estimate(program, _memory(compiled.memory_analysis()), cost,
                   roofline(cost, slice_, program.mesh), needed)

@@ -14,7 +14,6 @@ from irg_jax.data.sequence import TextSplit, sample_features
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, VIEWS, Context, rung
 from irg_jax.generate.settings import Settings
-from irg_jax.model.attention import default_key_chunk
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import flops
 from irg_jax.train.optimizer import make_optimizer
@@ -37,7 +36,6 @@ class Program:
     lower: function () -> `jax.stages.Lowered`; to be called with the mesh set.
     needed_flops: matrix products and attention over all chips, counted on paper, nothing
       twice; None where nobody counted.
-    unknown_trips: how often its loops of unknown length run at most.
   """
 
   name: str
@@ -45,7 +43,6 @@ class Program:
   mesh: jax.sharding.Mesh
   lower: Callable
   needed_flops: float | None = None
-  unknown_trips: int = 1
 
 
 def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
@@ -118,8 +115,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
           config, vae, f32(rows, vae_height, vae_width, 3),
           f32(rows, vae_height // down, vae_width // down, z)), None),
   }
-  passes = {"think": 1, "draw": latents + 2, "read_picture": patches + latents + 4}
-  return [Program(name, unit, mesh, lower, needed, g.blocks(passes.get(name, text)))
+  return [Program(name, unit, mesh, lower, needed)
           for name, (unit, lower, needed) in calls.items()]
 
 
@@ -131,17 +127,12 @@ class _Generation:
     llm = config.llm
     params = abstract_params(config, jnp.dtype(config.dtype))
     self.params = jax.tree.map(self._sharded, params, sharding.parameter_shardings(params, mesh))
-    kv = self.array((llm.num_layers, rows, cache, llm.num_kv_heads, llm.head_dim),
-                    jnp.dtype(config.dtype), "layers", "batch", None, "heads", None)
+    kv = self.array((llm.num_layers, rows, llm.num_kv_heads, cache, llm.head_dim),
+                    jnp.dtype(config.dtype), "layers", "batch", "heads", None, None)
     self.context = Context(
         k=kv, v=kv, length=self.array((rows,), jnp.int32),
         visible=self.array((rows, len(VIEWS), cache), jnp.bool_),
         position=self.array((rows, len(VIEWS)), jnp.int32))
-
-  def blocks(self, queries) -> int:
-    """Blocks of keys that attention goes through in a full cache."""
-    with jax.set_mesh(self._mesh):
-      return -(-self._cache // default_key_chunk(queries))
 
   def array(self, shape, dtype, *axes):
     axes = axes or ("batch",) + (None,) * (len(shape) - 1)

@@ -94,6 +94,5 @@ def _details(e):
   if not sent:
     lines.append("  no collectives")
   if e.cost.guessed:
-    lines.append(f"  loops of unknown length ({e.cost.guessed}) are counted as {p.unknown_trips} "
-                 "turns each: a full cache")
+    lines.append(f"  loops of unknown length ({e.cost.guessed}) are counted as one turn each")
   return lines

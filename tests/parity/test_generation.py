@@ -98,7 +98,7 @@ def check_cache(reference, ctx, name, order):
   """Compares keys and values, given the slot of each token in the reference's order."""
   for recorded in reference.names(f"irg/{name}/"):  # ends in k or v and the layer, as in k2
     part, layer = recorded.rsplit("/", 1)[1][0], int(recorded.rsplit("/", 1)[1][1:])
-    got = np.asarray(getattr(ctx, part))[layer, 0][order]
+    got = np.asarray(getattr(ctx, part))[layer, 0].swapaxes(0, 1)[order]  # slots first
     assert relative_error(got, reference[recorded]) < 1e-5, recorded
 
 
