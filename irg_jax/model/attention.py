@@ -24,7 +24,7 @@ CAUSAL, FULL, NOISE = 0, 1, 2
 
 PADDING = -1  # the `sample` of a token that is not there
 
-_DENSE_SCORES = 512 * 1024  # scores a head up to which the dense form is taken
+_DENSE_SCORES = 256 * 1024  # scores a head up to which the dense form is taken
 
 
 @jax.tree_util.register_dataclass
@@ -141,21 +141,24 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
 
 def _attend_dense(q_RTNH, query, sources):
   """All scores at once, the sources' keys side by side."""
-  R, H = q_RTNH.shape[0], q_RTNH.shape[-1]
+  R, T, N, H = q_RTNH.shape
   together = lambda parts, axis: jnp.concatenate(
       [jnp.repeat(x, R // x.shape[0], axis=0) for x in parts], axis=axis)
   k, v = together([s.k for s in sources], 2), together([s.v for s in sources], 2)
   keys = jax.tree.map(lambda *parts: together(parts, 1), *(s.tokens for s in sources))
-  q = grouped(q_RTNH, k.shape[1])
+  # The queries of the heads that share keys stand below each other: one product for all of them.
+  K, G = k.shape[1], N // k.shape[1]
+  q = grouped(q_RTNH, K).reshape(R, K, G * T, H)
   # The barrier keeps the mask's integers out of the loops over scores, forward and backward.
   hide = lax.optimization_barrier(jnp.where(allowed(query, keys), 0.0, MASKED))
-  logits = product("rkgth,rksh->rkgts", q, k) * H ** -0.5 + hide[:, None, None]
+  logits = product("rkqh,rksh->rkqs", q, k) * H ** -0.5 + jnp.tile(hide[:, None], (1, 1, G, 1))
   highest = jnp.maximum(lax.stop_gradient(jnp.max(logits, -1, keepdims=True)), MAX_INIT)
   scores = jnp.exp(logits - highest)
   total = jnp.sum(scores, -1, keepdims=True)
-  out = product("rkgts,rksh->rkgth", scores.astype(v.dtype), v)
+  out = product("rkqs,rksh->rkqh", scores.astype(v.dtype), v)
   # Where nothing is seen, total is 0 and so is out.
-  return ungrouped((out / jnp.where(total > 0, total, 1.0)).astype(q.dtype))
+  out = (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+  return ungrouped(out.reshape(R, K, G, T, H))
 
 
 def _attend_block(q_RTNH, query, sources, key_chunk):
