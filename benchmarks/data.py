@@ -9,7 +9,8 @@ Three parts, on made-up data shaped like IRGL-300K: thoughts of 100 to 1500 toke
 2. Rate: samples and pictures a second of one core through the whole pipeline, with JPEG pictures
    that are decoded, resized and cut into patches; with precomputed moments and without.
    Seconds are those of the processor, so that a busy machine does not matter.
-3. What one TPU v5p chip eats at 459 TFLOP/s times an assumed utilisation, against that rate.
+3. What one TPU v5p chip eats at 459 TFLOP/s times an assumed utilisation, against that rate;
+   attention skips the blocks of scores in which nothing is visible.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import tempfile
 import time
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -32,6 +35,7 @@ from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
 from irg_jax.data.records import MODES, PicturePart, Record, TextPart
 from irg_jax.data.streams import exceeded_limit
+from irg_jax.model import attention, blockwise
 from irg_jax.plan.topology import CHIPS
 from irg_jax.train import flops, settings as settings_lib
 
@@ -96,6 +100,16 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
   return flops.row_flops(settings.model, stage.sizes, used) / full, used
 
 
+@jax.jit
+def blocks_read(tokens):
+  """Share of the blocks of scores of rows [B, T] on a TPU in which anything is visible."""
+  queries, keys = attention.chunks(tokens.sample.shape[1], "tpu")
+  size = blockwise.equal_size(tokens.sample.shape[1], keys)
+  padded = jax.tree.map(lambda x: blockwise.pad_to_multiple(x, size, 1), tokens)
+  read = lambda query: jnp.mean(blockwise.visible_blocks(attention.allowed, query, padded, size))
+  return jnp.mean(jax.lax.map(read, blockwise.cut(tokens, queries)))
+
+
 def sample_lengths(mode, settings, rng) -> dict[str, int]:
   """Length of a sample in each buffer, conditioning dropout included."""
   latents = (SIDE // settings.model.pixel_stride) ** 2
@@ -158,17 +172,22 @@ def jpeg(rng):
   return file.getvalue()
 
 
-def rate(settings, stage, used, moments, args):
-  """Prints samples and pictures a second of a core, and what a chip needs."""
-  data = dataclasses.replace(settings.data, streams=1, rows=1, workers=0, bins=args.rows)
+def open_rows(settings, stage, moments, bins: int, tokenizer=None):
+  """Iterator of packed rows, each a batch of its own; `tokenizer`: a checkpoint folder or None."""
+  data = dataclasses.replace(settings.data, streams=1, rows=1, workers=0, bins=bins)
   with tempfile.TemporaryDirectory() as folder:
-    if not args.tokenizer:
+    if not tokenizer:
       text.write_byte_tokenizer(folder)
-    tokenizer = text.load_tokenizer(args.tokenizer or folder, settings.model.llm.vocab_size)
+    tokenizer = text.load_tokenizer(tokenizer or folder, settings.model.llm.vocab_size)
   sources = {mode: MadeUp(mode, settings, moments) for mode in stage.mixture}
-  batches = pipeline.open_batches(
+  return pipeline.open_batches(
       data, sources, tokenizer, settings.model, mixture=stage.mixture, sizes=stage.sizes, seed=0,
       encode=lambda batch, pictures: batch)  # the VAE runs on the accelerator
+
+
+def rate(settings, stage, used, moments, args):
+  """Prints samples and pictures a second of a core, and what a chip needs."""
+  batches = open_rows(settings, stage, moments, args.rows, args.tokenizer)
   start, wall = time.process_time(), time.time()
   rows = [next(batches) for _ in range(args.rows)]
   seconds, wall = time.process_time() - start, time.time() - wall
@@ -179,13 +198,14 @@ def rate(settings, stage, used, moments, args):
   print(f"  {'with' if moments else 'without'} moments: {per_core:.1f} samples and "
         f"{seen / seconds:.1f} pictures a second of a core ({samples} samples, "
         f"{seen} pictures, {seconds:.1f} s of processor, {wall:.1f} s)")
-  step = flops.row_flops(settings.model, stage.sizes, used) / (PEAK * UTILISATION)
+  read = float(np.mean([blocks_read(row.tokens) for row in rows]))
+  step = flops.row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)
   eaten = samples / len(rows) / step
   cores = HOST_CORES / HOST_CHIPS
-  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row / ({PEAK:.3g} x "
-        f"{UTILISATION}) = {step:.2f} s, so {eaten:.2f} samples a second: {eaten / per_core:.2f} "
-        f"cores of the {cores:.0f} that it has; the pipeline on these is "
-        f"{per_core * cores / eaten:.0f} times as fast")
+  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads {read:.2f} "
+        f"of the blocks of scores) / ({PEAK:.3g} x {UTILISATION}) = {step:.2f} s, so {eaten:.2f} "
+        f"samples a second: {eaten / per_core:.2f} cores of the {cores:.0f} that it has; the "
+        f"pipeline on these is {per_core * cores / eaten:.0f} times as fast")
 
 
 if __name__ == "__main__":

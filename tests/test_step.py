@@ -16,6 +16,7 @@ from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, Vit
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
 from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
+from irg_jax.model import attention
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import optimizer as optimizer_lib
 from irg_jax.train import settings as settings_lib
@@ -322,7 +323,8 @@ def test_metrics_count_tokens_targets_and_the_use_of_the_buffers():
   vit = 6 * 8
   und = int((rows.tokens.sample[:, :SIZES.und] >= 0).sum())
   predicted = int((rows.text_weight > 0).sum())
-  want = {"tokens/text": und - vit, "tokens/vit": vit, "tokens/latent": 12 * 8,
+  pairs = int(attention.allowed(rows.tokens, rows.tokens).sum())
+  want = {"packing/pairs": pairs / (8 * 64**2), "tokens/text": und - vit, "tokens/vit": vit, "tokens/latent": 12 * 8,
           "tokens/predicted": predicted, "packing/und": und / (8 * 48), "packing/gen": 12 / 16,
           "packing/vit": 6 / 16, "packing/text": predicted / (8 * 16), "learning_rate": 0.0}
   for name, value in want.items():

@@ -100,6 +100,7 @@ def test_a_row_costs_its_tokens_and_its_pairs_three_times():
   assert flops.row_flops(MODEL, SIZES) == 3 * (tokens + pairs)
   none = dict.fromkeys(("und", "gen", "vit", "text"), 0.0)
   assert flops.row_flops(MODEL, SIZES, none) == 0
+  assert flops.row_flops(MODEL, SIZES, none | {"pairs": 0.25}) == 3 * 3 * 4 * 16 * 50**2 / 4
   half = dict.fromkeys(none, 0.5)
   assert flops.row_flops(MODEL, SIZES, half) == flops.row_flops(MODEL, SIZES) / 2
 

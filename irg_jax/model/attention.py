@@ -79,6 +79,12 @@ def allowed(query: Tokens, key: Tokens):
   return same_sample & visible & (same_split | (k.kind != NOISE))
 
 
+def visible_pairs(tokens: Tokens):
+  """How many pairs of (query, key) the mask allows in rows [B, T]: float32 scalar."""
+  count = lambda query: jnp.sum(allowed(query, tokens), dtype=jnp.float32)
+  return jnp.sum(lax.map(count, cut(tokens, 1024)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
@@ -110,18 +116,15 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
       fastest for short rows); "chunked" needs memory linear in the length and skips blocks
       of keys that no query of a block sees; "auto" is dense where the scores are few and no
       source is sparse.
-    query_chunk, key_chunk: largest blocks of the chunked form; None is 144 queries and 288
-      keys on a CPU, whose caches are small, 1024 and 512 elsewhere (a TPU keeps the scores of
-      a block on the chip), where it is up to 16 times as many keys for a few queries.
+    query_chunk, key_chunk: largest blocks of the chunked form; None is what `chunks` says.
 
   Returns:
     [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
-  query_chunk = query_chunk or (144 if platform() == "cpu" else 1024)
-  # On a TPU up to 16 times as many keys for a few queries.
-  key_chunk = key_chunk or (288 if platform() == "cpu" else 512 * max(1, 16 // T))
+  queries, keys = chunks(T, platform())
+  query_chunk, key_chunk = query_chunk or queries, key_chunk or keys
   if implementation == "auto":
     short = T * sum(s.k.shape[2] for s in sources) <= _DENSE_SCORES
     implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"
@@ -137,6 +140,15 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   if T <= query_chunk:
     return block((q_RTNH, query))
   return join(lax.map(block, cut((q_RTNH, query), query_chunk)), T)
+
+
+def chunks(queries: int, on: str) -> tuple[int, int]:
+  """Largest blocks of queries and of keys for rows of `queries` on a platform.
+
+  A TPU keeps the scores of a block on the chip, so a few queries take more keys at a time; the
+  caches of a CPU are small.
+  """
+  return (144, 288) if on == "cpu" else (1024, 512 * max(1, 16 // queries))
 
 
 def _attend_dense(q_RTNH, query, sources):

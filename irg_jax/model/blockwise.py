@@ -153,8 +153,7 @@ def _over_visible_blocks(mask, query, keys, size, step, state):
   S = jax.tree.leaves(keys)[0].shape[1]
   if S == size:
     return step(0, size, state)
-  visible = mask(query, keys)
-  visible = jnp.any(visible.reshape(*visible.shape[:2], -1, size), (0, 1, 3))
+  visible = visible_blocks(mask, query, keys, size)
   order, count = jnp.argsort(~visible, stable=True), jnp.sum(visible)
 
   def body(carry):
@@ -164,6 +163,12 @@ def _over_visible_blocks(mask, query, keys, size, step, state):
   # The bound that does not depend on data stands there for those who read the program.
   more = lambda carry: (carry[0] < S // size) & (carry[0] < count)
   return lax.while_loop(more, body, (count * 0, state))[1]
+
+
+def visible_blocks(mask, query, keys, size: int):
+  """In which blocks of `size` keys a query of any row sees something, bool [S // size]."""
+  visible = mask(query, keys)
+  return jnp.any(visible.reshape(*visible.shape[:2], -1, size), (0, 1, 3))
 
 
 def _logits(mask, q, k, query, keys):

@@ -24,7 +24,8 @@ class VitLayer(nn.Module):
     h = norm("norm1")(x_RPD)
     q, k, v = (constrain(heads(dense(vit.hidden_size, n)(h)), "batch", "length", "heads", None)
                for n in "qkv")
-    attended = attend(q, tokens, [KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2), tokens)], implementation=self.attention)
+    keys = KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2), tokens)
+    attended = attend(q, tokens, [keys], implementation=self.attention)
     x_RPD = x_RPD + dense(vit.hidden_size, "o")(attended.reshape(x_RPD.shape))
 
     h = nn.gelu(dense(vit.mlp_size, "fc1")(norm("norm2")(x_RPD)), approximate=True)

@@ -11,6 +11,9 @@ from irg_jax.weights.names import TIMESTEP_FEATURES
 
 FORWARD_AND_BACKWARD = 3
 
+# What a row may use a share of: its buffers, and the pairs of its tokens that see each other.
+USES = ("und", "gen", "vit", "text", "pairs")
+
 # Peak of bfloat16 matrix products without sparsity, in TFLOP/s, by what the device's name
 # contains (the first match counts); GPUs by the maker's data sheets.
 _PEAKS = (("TPU v4", CHIPS["v4"].tflops), ("TPU v5 lite", CHIPS["v5e"].tflops),
@@ -61,13 +64,13 @@ def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None)
   """What one update needs for one row, forward and backward.
 
   Args:
-    used: share of each buffer that holds tokens, by name; None counts full buffers. The
-      attention of a row counts as a whole in proportion to the tokens that ask.
+    used: shares by the names of `USES`; None counts full buffers and all pairs. Without
+      "pairs" each token that is there counts as seeing the whole row.
   """
-  share = {name: 1.0 for name in ("und", "gen", "vit", "text")} | (used or {})
+  share = dict.fromkeys(USES[:-1], 1.0) | (used or {})
   total = sum(getattr(sizes, name) * share[name] * flops
               for name, flops in token_flops(config).items())
   attention = attention_flops(config, sizes)
   asking = (sizes.und * share["und"] + sizes.gen * share["gen"]) / max(sizes.und + sizes.gen, 1)
-  total += attention["decoder"] * asking + attention["vit"] * share["vit"]
+  total += attention["decoder"] * share.get("pairs", asking) + attention["vit"] * share["vit"]
   return FORWARD_AND_BACKWARD * total

@@ -138,7 +138,7 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
   if run.log_folder:
     logs.forget_after(run.out, stage, start, STAGES)
   rows = settings.data.rows * settings.data.accumulate
-  used = lambda values: {name: values[f"packing/{name}"] for name in ("und", "gen", "vit", "text")}
+  used = lambda values: {name: values[f"packing/{name}"] for name in flops.USES}
   peak = settings.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
       run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,

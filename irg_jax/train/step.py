@@ -8,7 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import flow
-from irg_jax.model.attention import PADDING
+from irg_jax.model.attention import PADDING, visible_pairs
 from irg_jax.model.decoder import unstack_layers
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
 from irg_jax.train.loss import LEAST, loss_sums, mean_losses, token_losses
@@ -154,19 +154,20 @@ def _accumulate(objective, params, batches, key):
 
 
 def token_counts(batch) -> dict:
-  """How much of each buffer is used, in float32: "used/...", and tokens by kind."""
+  """How much of each buffer and of all pairs is used, in float32: "used/..."; tokens by kind."""
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
   und, gen = jnp.split(batch.tokens.sample != PADDING, [batch.text_ids.shape[1]], axis=1)
   vit = count(batch.vit_picture != PADDING)
   used = {"und": count(und), "gen": count(gen), "vit": vit,
-          "text": count(batch.text_sample != PADDING)}
+          "text": count(batch.text_sample != PADDING), "pairs": visible_pairs(batch.tokens)}
   return {f"used/{name}": x for name, x in used.items()} | {
       "tokens/text": used["und"] - vit, "tokens/latent": used["gen"], "tokens/vit": vit,
       "tokens/predicted": used["text"]}
 
 
 def packing(sums, batch) -> dict:
-  """Share of each buffer that is used, "packing/<buffer>"."""
+  """Share of each buffer that is used, "packing/<buffer>", and of the pairs of its tokens."""
   sizes = {"und": batch.text_ids.size, "gen": batch.latent_picture.size,
-           "vit": batch.vit_picture.size, "text": batch.text_place.size}
+           "vit": batch.vit_picture.size, "text": batch.text_place.size,
+          "pairs": batch.position.size * batch.position.shape[-1]}
   return {f"packing/{name}": sums[f"used/{name}"] / max(size, 1) for name, size in sizes.items()}
