@@ -4,9 +4,10 @@
   irg train --config configs/irgl.py --config.preset=tiny
   irg train --config configs/irgl.py --config.preset=tiny --config.run_stages=stage2
 
-The preset "paper" is BAGEL-7B-MoT on rows of 32768 tokens. The preset "tiny" has the model of
-`configs/tiny.py` and goes through both stages in minutes on a CPU; its data are the small set
-beside the reference vectors (environment variable IRG_REFERENCE), or --config.data.path.
+The preset "paper" is BAGEL-7B-MoT on rows of 32768 and 36608 tokens. The preset "tiny" has the
+model of `configs/tiny.py` and goes through both stages in minutes on a CPU; its data are the
+small set beside the reference vectors (environment variable IRG_REFERENCE), or
+--config.data.path.
 """
 
 import os
