@@ -104,7 +104,7 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
 def blocks_read(tokens):
   """Share of the blocks of scores of rows [B, T] on a TPU in which anything is visible."""
   queries, keys = attention.chunks(tokens.sample.shape[1], "tpu")
-  size = blockwise.equal_size(tokens.sample.shape[1], keys)
+  size = blockwise.key_size(tokens.sample.shape[1], keys)
   padded = jax.tree.map(lambda x: blockwise.pad_to_multiple(x, size, 1), tokens)
   read = lambda query: jnp.mean(blockwise.visible_blocks(attention.allowed, query, padded, size))
   return jnp.mean(jax.lax.map(read, blockwise.cut(tokens, queries)))
@@ -199,6 +199,7 @@ def rate(settings, stage, used, moments, args):
         f"{seen / seconds:.1f} pictures a second of a core ({samples} samples, "
         f"{seen} pictures, {seconds:.1f} s of processor, {wall:.1f} s)")
   read = float(np.mean([blocks_read(row.tokens) for row in rows]))
+  # The ViT's blocks count as read: they are few.
   step = flops.row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)
   eaten = samples / len(rows) / step
   cores = HOST_CORES / HOST_CHIPS

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from irg_jax.model.attention import CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend
+from irg_jax.model.attention import (
+    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, chunks, visible_pairs)
+from irg_jax.model.blockwise import key_size
 
 B, VIEWS, T, S, N, K, H = 2, 3, 50, 70, 4, 2, 8
 R = B * VIEWS
@@ -86,7 +88,7 @@ def attended(q, query, own, cache=None, cache_tokens=None, *, implementation):
   """Queries that look at themselves and, where there is one, at a cache."""
   sources = [KeyValues(*own, query)]
   if cache is not None:
-    sources.append(KeyValues(*cache, cache_tokens, sparse=True))
+    sources.append(KeyValues(*cache, cache_tokens))
   return attend(q, query, sources, implementation=implementation, query_chunk=CHUNK,
                 key_chunk=CHUNK)
 
@@ -125,12 +127,20 @@ def test_queries_that_see_nothing_give_zeros():
     assert got[~padding].any(axis=(-1, -2)).all()
 
 
-def test_sparse_and_plain_sources_give_the_same():
-  q, query, own, cache, cache_tokens = random_case(1)
-  want, got = (attend(q, query, [KeyValues(*own, query), KeyValues(*cache, cache_tokens, sparse)],
-                      implementation="chunked", query_chunk=CHUNK, key_chunk=CHUNK)
-               for sparse in (False, True))
-  np.testing.assert_allclose(got, want, atol=2e-6)
+@pytest.mark.parametrize("length", [1, 40, 1500])
+def test_visible_pairs_are_those_of_the_mask(length):
+  """1500 tokens are counted in two blocks, the second of them padded."""
+  rng = np.random.default_rng(0)
+  rows = jax.tree.map(lambda *x: np.stack(x), *[random_row(rng, length + 3) for _ in range(2)])
+  rows = jax.tree.map(lambda x: x[:, :length], rows)
+  assert float(visible_pairs(rows)) == np.asarray(allowed(rows, rows)).sum()
+
+
+@pytest.mark.parametrize("queries, on", [(1, "cpu"), (1, "tpu"), (258, "cpu"), (4098, "tpu")])
+def test_blocks_of_keys_divide_every_cache(queries, on):
+  """Else the whole cache would be copied to be padded, in each layer of each pass."""
+  for slots in range(512, 20480, 512):
+    assert slots % key_size(slots, chunks(queries, on)[1]) == 0
 
 
 @pytest.mark.parametrize("seen", [[], [0], [-1], [1, 2], [0, -1]])
@@ -151,8 +161,9 @@ def test_blocks_that_no_view_sees_are_never_read(seen):
 def test_an_empty_cache_alone_gives_zeros():
   q, query, _, cache, cache_tokens = random_case(0)
   cache_tokens.sample[:] = PADDING
-  source = KeyValues(*np.full_like(cache, np.nan), cache_tokens, sparse=True)
-  got = jax.jit(functools.partial(attend, key_chunk=CHUNK))(q, query, [source])
+  source = KeyValues(*np.full_like(cache, np.nan), cache_tokens)
+  got = jax.jit(functools.partial(attend, implementation="chunked", key_chunk=CHUNK))(
+      q, query, [source])
   assert got.shape == q.shape and not np.asarray(got).any()
 
 

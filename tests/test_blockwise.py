@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_error
 
 from irg_jax import sharding
 from irg_jax.model import attention
@@ -32,8 +33,8 @@ def value_and_gradients(attend):
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
 
 
-def in_blocks(q, k, v, tokens):
-  return blockwise(attention.allowed, 20, 16, q, k, v, tokens, tokens)
+def in_blocks(q, k, v, tokens, queries=20, keys=16):
+  return blockwise(attention.allowed, queries, keys, q, k, v, tokens, tokens)
 
 
 def dense(q, k, v, tokens):
@@ -57,6 +58,41 @@ def test_blocks_give_the_result_and_the_gradients_of_dense_attention(mesh):
     with jax.set_mesh(sharding.make_mesh(mesh)):
       got = value_and_gradients(in_blocks)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_one_block_gives_the_result_and_the_gradients_of_dense_attention():
+  got = value_and_gradients(functools.partial(in_blocks, queries=T, keys=T))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, of_dense())
+
+
+def test_gradients_of_bfloat16_are_those_of_float32_but_for_rounding():
+  qkv, tokens, weight = inputs()
+  short = [x.astype(jnp.bfloat16) for x in qkv]
+  loss = lambda q, k, v: jnp.sum(weight * in_blocks(q, k, v, tokens).astype(jnp.float32))
+  got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*short)
+  want = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*[x.astype(jnp.float32) for x in short])
+  for name, a, b in zip("qkv", got, want):
+    assert a.dtype == jnp.bfloat16
+    assert relative_error(a, b) < 0.01, name
+
+
+def test_blocks_of_another_sample_are_never_read():
+  """Forwards and backwards: what is not a number there does not show."""
+  tokens = attention.Tokens(
+      sample=jnp.repeat(jnp.arange(2), 32)[None], index=jnp.tile(jnp.arange(32), 2)[None],
+      split=jnp.zeros((1, 64), jnp.int32), kind=jnp.full((1, 64), attention.CAUSAL))
+  q, k, v = (x[:1, ..., :64, :] if x.shape[1] == K else x[:1, :64] for x in inputs()[0])
+  second = jnp.arange(64) >= 32
+
+  @jax.jit
+  def of_second(q, k, v):
+    loss = lambda q, k, v: jnp.sum(jnp.where(
+        second[:, None, None], jnp.sin(in_blocks(q, k, v, tokens, queries=16)), 0.0))
+    value, (d_q, d_k, d_v) = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    return value, d_q[:, 32:], d_k[:, :, 32:], d_v[:, :, 32:]
+
+  hidden = [jnp.where(second[:, None], x, jnp.nan) for x in (k, v)]
+  jax.tree.map(np.testing.assert_array_equal, of_second(q, *hidden), of_second(q, k, v))
 
 
 def test_no_array_of_all_scores_exists_in_training():

@@ -324,9 +324,13 @@ def test_metrics_count_tokens_targets_and_the_use_of_the_buffers():
   und = int((rows.tokens.sample[:, :SIZES.und] >= 0).sum())
   predicted = int((rows.text_weight > 0).sum())
   pairs = int(attention.allowed(rows.tokens, rows.tokens).sum())
-  want = {"packing/pairs": pairs / (8 * 64**2), "tokens/text": und - vit, "tokens/vit": vit, "tokens/latent": 12 * 8,
+  patch_pairs = int((rows.vit_picture[:, :, None] == rows.vit_picture[:, None])[
+      rows.vit_picture >= 0].sum())
+  want = {"tokens/text": und - vit, "tokens/vit": vit, "tokens/latent": 12 * 8,
           "tokens/predicted": predicted, "packing/und": und / (8 * 48), "packing/gen": 12 / 16,
-          "packing/vit": 6 / 16, "packing/text": predicted / (8 * 16), "learning_rate": 0.0}
+          "packing/vit": 6 / 16, "packing/text": predicted / (8 * 16),
+          "packing/pairs": pairs / (8 * 64**2), "packing/vit_pairs": patch_pairs / (8 * 16**2),
+          "learning_rate": 0.0}
   for name, value in want.items():
     assert float(metrics[name]) == pytest.approx(value), name
   assert all(x.shape == () and x.dtype == jnp.float32 for x in metrics.values())

@@ -22,7 +22,8 @@ from irg_jax.train import checkpoints, stage, watch
 
 METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
            "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
-           "packing/gen": 0.5, "packing/vit": 0.5, "packing/text": 0.5, "packing/pairs": 0.2}
+           "packing/gen": 0.5, "packing/vit": 0.5, "packing/text": 0.5, "packing/pairs": 0.2,
+           "packing/vit_pairs": 0.2}
 
 
 def train(data, out, **fields) -> int:

@@ -81,8 +81,11 @@ def allowed(query: Tokens, key: Tokens):
 
 def visible_pairs(tokens: Tokens):
   """How many pairs of (query, key) the mask allows in rows [B, T]: float32 scalar."""
-  count = lambda query: jnp.sum(allowed(query, tokens), dtype=jnp.float32)
-  return jnp.sum(lax.map(count, cut(tokens, 1024)))
+  if not tokens.sample.shape[1]:
+    return jnp.zeros(())
+  count = lambda query: jnp.sum(allowed(query, tokens), (1, 2))  # exact, and apart for each row
+  in_blocks = lax.map(count, cut(tokens, 1024))  # the mask of a row is never whole
+  return jnp.sum(in_blocks, dtype=jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -94,14 +97,11 @@ class KeyValues:
     k, v: [B, K, S, H].
     tokens: Tokens of the keys, [R, S] where R is a multiple of B: the R // B query rows
       that follow each other share one row of keys, each with its own view of them.
-    sparse: static. Most slots may be invisible, so that the chunked form, which skips them,
-      is the better one however few the scores are. Not differentiable.
   """
 
   k: jax.Array
   v: jax.Array
   tokens: Tokens
-  sparse: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
@@ -111,11 +111,12 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   Args:
     q_RTNH: [R, T, N, H], N a multiple of the sources' K.
     query: Tokens of the queries, [R, T].
-    sources: sequence of KeyValues.
+    sources: sequence of KeyValues. Where there are several, all but one are caches.
     implementation: "dense" builds all scores of a source at once (the oracle, and the
       fastest for short rows); "chunked" needs memory linear in the length and skips blocks
-      of keys that no query of a block sees; "auto" is dense where the scores are few and no
-      source is sparse.
+      of keys that no query of a block sees; "auto" is dense where the scores are few and
+      there is no cache, most of which may be hidden. The chunked form is differentiable
+      only for a single source with a row of keys for each row of queries.
     query_chunk, key_chunk: largest blocks of the chunked form; None is what `chunks` says.
 
   Returns:
@@ -123,17 +124,17 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     accumulator are float32.
   """
   T = q_RTNH.shape[1]
-  queries, keys = chunks(T, platform())
-  query_chunk, key_chunk = query_chunk or queries, key_chunk or keys
+  most_queries, most_keys = chunks(T, platform())
+  query_chunk, key_chunk = query_chunk or most_queries, key_chunk or most_keys
   if implementation == "auto":
     short = T * sum(s.k.shape[2] for s in sources) <= _DENSE_SCORES
-    implementation = "dense" if short and not any(s.sparse for s in sources) else "chunked"
+    implementation = "dense" if short and len(sources) == 1 else "chunked"
   if implementation == "dense":
     return _attend_dense(q_RTNH, query, sources)
   if implementation != "chunked":
     raise ValueError(f"unknown attention implementation {implementation!r}")
-  if len(sources) == 1 and not sources[0].sparse:
-    source, = sources
+  source = sources[0]
+  if len(sources) == 1 and len(source.k) == len(q_RTNH):
     return blockwise(allowed, query_chunk, key_chunk, q_RTNH, source.k, source.v, query,
                      source.tokens)
   block = lambda args: _attend_block(*args, sources, key_chunk)
@@ -148,7 +149,7 @@ def chunks(queries: int, on: str) -> tuple[int, int]:
   A TPU keeps the scores of a block on the chip, so a few queries take more keys at a time; the
   caches of a CPU are small.
   """
-  return (144, 288) if on == "cpu" else (1024, 512 * max(1, 16 // queries))
+  return (144, 288) if on == "cpu" else (1024, 512 * max(1, 16 // max(1, queries)))
 
 
 def _attend_dense(q_RTNH, query, sources):
@@ -188,10 +189,12 @@ def _attend_block(q_RTNH, query, sources, key_chunk):
 def _attend_source(q_RKGTH, query, source, key_chunk):
   """`softmax_state` of each query row with one source, view by view."""
   B, R = source.k.shape[0], len(q_RKGTH)
-  attend = lambda args: softmax_state(
-      allowed, key_chunk, args[0], source.k, source.v, *args[1:])
+  def one_view(args):
+    q, query, tokens = args
+    return softmax_state(allowed, key_chunk, q, source.k, source.v, query, tokens)
+
   if B == R:
-    return attend((q_RKGTH, query, source.tokens))
+    return one_view((q_RKGTH, query, source.tokens))
   by_view = lambda x: jnp.moveaxis(x.reshape(B, R // B, *x.shape[1:]), 1, 0)
-  state = lax.map(attend, jax.tree.map(by_view, (q_RKGTH, query, source.tokens)))
+  state = lax.map(one_view, jax.tree.map(by_view, (q_RKGTH, query, source.tokens)))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(R, *x.shape[2:]), state)

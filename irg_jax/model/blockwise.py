@@ -1,10 +1,11 @@
 """Attention block by block, with a backward pass of its own.
 
 A block of queries goes through those blocks of keys in which one of them sees something (the
-online softmax), so memory is linear in the length and what the mask hides costs next to
-nothing. What autodiff would keep of such a loop is every block's scores. Here the forward pass
-keeps its result and, for each query, the logarithm of the softmax's divisor; the backward
-pass makes the scores anew (the recurrence of "FlashAttention", arXiv 2205.14135).
+online softmax), so memory is linear in the length, and a block that is hidden from all of them
+costs no more than its mask. What autodiff would keep of such a loop is every block's scores.
+Here the forward pass keeps its result and, for each query, the logarithm of the softmax's
+divisor; the backward pass makes the scores anew (the recurrence of "FlashAttention", arXiv
+2205.14135).
 
 Inside, queries are [B, K, G, T, H], grouped by the keys that their G = N // K heads share: with
 k and v [B, K, S, H] that makes plain products of matrices.
@@ -15,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from irg_jax.sharding import partition_spec
 
@@ -44,7 +46,7 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, qu
   kv = spec(k_BKSH, "batch", "heads", None, None)
   q = spec(q_BTNH, "batch", "length", "heads", None)
   if kv[1] != q[2]:  # heads that share keys stay together
-    q, kv = type(q)(*q[:2], None, None), type(kv)(kv[0], None, None, None)
+    q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
   parts = q[1] or ()  # mesh axes that queries are split over and keys are not
 
   def local(q, k, v, query, keys):
@@ -68,20 +70,17 @@ def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
     (highest logit, sum of exponentials, weighted sum of values): float32 [B, K, G, T],
     [B, K, G, T] and [B, K, G, T, H].
   """
-  def step(start, size, state):
-    k_block, v_block = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in padded[:2])
-    logits = _logits(mask, q, k_block, query, _part(padded[2], start, size))
-    highest, total, out = state
+  def step(k, v, keys, _, state):
+    logits, (highest, total, out) = _logits(mask, q, k, query, keys), state
     new = jnp.maximum(highest, jnp.max(logits, -1))
     weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-    values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v_block)
+    values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v)
     return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
 
-  size = equal_size(k.shape[2], key_chunk)
-  padded = _padded(k, v, keys, size)
+  size = key_size(k.shape[2], key_chunk)
   empty = q.astype(jnp.float32) * 0  # made of q: on a mesh it varies over devices as q does
   state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
-  return _over_visible_blocks(mask, query, padded[2], size, step, state)
+  return _over_visible_blocks(mask, query, *_padded(k, v, keys, size), size, step, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -109,8 +108,8 @@ def _forward(mask, query_chunk, key_chunk, q, k, v, query, keys):
 def _backward(mask, query_chunk, key_chunk, residuals, d_out):
   q, k, v, query, keys, out, lse = lax.optimization_barrier(residuals)
   T, (_, K, S, H) = q.shape[1], k.shape
-  size, scale = equal_size(S, key_chunk), H ** -0.5
-  k_padded, v_padded, keys = _padded(k, v, keys, size)
+  size, scale = key_size(S, key_chunk), H ** -0.5
+  padded = _padded(k, v, keys, size)
 
   def block(d_kv, args):
     q, out, d_out, query, lse = args
@@ -121,44 +120,45 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
     q_columns, d_out_columns = lax.optimization_barrier(
         (q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)))
 
-    def step(start, size, state):
+    def step(k, v, keys, start, state):
       d_q, d_k, d_v = state
-      k, v = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k_padded, v_padded))
-      weights = jnp.exp(_logits(mask, q, k, query, _part(keys, start, size)) - lse[..., None])
+      weights = jnp.exp(_logits(mask, q, k, query, keys) - lse[..., None])
       d_logits = weights * (product("bkgth,bkch->bkgtc", d_out, v) - inner[..., None])
       weights, d_logits = weights.astype(q.dtype), d_logits.astype(q.dtype)
-      def add(total, columns, rows):
-        new = product("bkght,bkgtc->bkhc", columns, rows)
-        new += lax.dynamic_slice_in_dim(total, start, size, 3)
-        return lax.dynamic_update_slice_in_dim(total, new, start, 3)
-      return (d_q + product("bkgtc,bkch->bkgth", d_logits, k),
-              add(d_k, q_columns, d_logits), add(d_v, d_out_columns, weights))
+      d_q += product("bkgtc,bkch->bkgth", d_logits, k)
+      d_k = _add_at(start, d_k, product("bkght,bkgtc->bkhc", q_columns, d_logits))
+      d_v = _add_at(start, d_v, product("bkght,bkgtc->bkhc", d_out_columns, weights))
+      return d_q, d_k, d_v
 
     d_q = q.astype(jnp.float32) * 0
-    d_q, *d_kv = _over_visible_blocks(mask, query, keys, size, step, (d_q, *d_kv))
-    return tuple(d_kv), ungrouped(d_q * scale)
+    d_q, *d_kv = _over_visible_blocks(mask, query, *padded, size, step, (d_q, *d_kv))
+    return tuple(d_kv), ungrouped((d_q * scale).astype(q.dtype))
 
-  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in (k_padded, v_padded))
-  rows = cut((q, out, d_out, query), query_chunk)
-  (d_k, d_v), d_q = lax.scan(block, zeros, (*rows, lse))
-  rows_of = lambda d, x: d.swapaxes(2, 3)[:, :, :S].astype(x.dtype)
-  return join(d_q, T).astype(q.dtype), rows_of(d_k * scale, k), rows_of(d_v, v), None, None
+  # Gradients of keys and values are gathered as [B, K, H, S].
+  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in padded[:2])
+  queries = cut((q, out, d_out, query), query_chunk)
+  (d_k, d_v), d_q = lax.scan(block, zeros, (*queries, lse))
+  d_k, d_v = (d.swapaxes(2, 3)[:, :, :S] for d in (d_k * scale, d_v))
+  return join(d_q, T), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _over_visible_blocks(mask, query, keys, size, step, state):
-  """`state = step(start, size, state)` for each block of keys in which any row sees something."""
-  S = jax.tree.leaves(keys)[0].shape[1]
+def _over_visible_blocks(mask, query, k, v, keys, size, step, state):
+  """`state = step(k, v, keys, start, state)` for the blocks in which any row sees something."""
+  S = k.shape[2]
   if S == size:
-    return step(0, size, state)
+    return step(k, v, keys, 0, state)
   visible = visible_blocks(mask, query, keys, size)
   order, count = jnp.argsort(~visible, stable=True), jnp.sum(visible)
 
   def body(carry):
     i, state = carry
-    return i + 1, step(order[i] * size, size, state)
+    start = order[i] * size
+    part = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
+    keys_part = jax.tree.map(lambda x: part(x, 1), keys)
+    return i + 1, step(part(k, 2), part(v, 2), keys_part, start, state)
 
   # The bound that does not depend on data stands there for those who read the program.
   more = lambda carry: (carry[0] < S // size) & (carry[0] < count)
@@ -166,7 +166,7 @@ def _over_visible_blocks(mask, query, keys, size, step, state):
 
 
 def visible_blocks(mask, query, keys, size: int):
-  """In which blocks of `size` keys a query of any row sees something, bool [S // size]."""
+  """In which blocks of `size` keys (a divisor of S) any row's query sees something: [S // size]."""
   visible = mask(query, keys)
   return jnp.any(visible.reshape(*visible.shape[:2], -1, size), (0, 1, 3))
 
@@ -183,8 +183,10 @@ def _padded(k, v, keys, size):
           jax.tree.map(lambda x: pad_to_multiple(x, size, 1), keys))
 
 
-def _part(keys, start, size):
-  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 1), keys)
+def _add_at(start, total, new):
+  """Adds `new` to `total` from `start` of the last axis on."""
+  new += lax.dynamic_slice_in_dim(total, start, new.shape[-1], -1)
+  return lax.dynamic_update_slice_in_dim(total, new, start, -1)
 
 
 def grouped(q_RTNH, K: int):
@@ -207,6 +209,17 @@ def product(equation, a, b):
 def equal_size(length: int, most: int) -> int:
   """The size of blocks of at most `most` that pads a length least."""
   return -(-length // -(-length // most))
+
+
+def key_size(length: int, most: int) -> int:
+  """The size of blocks of at most `most` keys: of the multiples of 128 the one that pads least.
+
+  A TPU works on lanes of 128, and no cache (see `generate.context`) is padded at all.
+  """
+  if length <= most:
+    return length
+  return min(range(most - most % 128, most // 2, -128), key=lambda size: -length % size,
+             default=equal_size(length, most))
 
 
 def pad_to_multiple(x, size: int, axis: int):

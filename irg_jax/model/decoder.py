@@ -71,7 +71,7 @@ class Layer(nn.Module):
     q = constrain(q, "batch", "length", "heads", None)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     sources = [KeyValues(k, v, tokens)]
-    sources += [KeyValues(*kv, keys, sparse=True) for kv, keys in zip(cached, cached_tokens)]
+    sources += [KeyValues(*kv, keys) for kv, keys in zip(cached, cached_tokens)]
     attended = attend(q, tokens, sources, implementation=self.attention)
     buffers = {name: experts[name].finish(buffers[name], attended[:, place])
                for name, place in places.items()}

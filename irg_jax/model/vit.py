@@ -59,12 +59,17 @@ class Vit(nn.Module):
     place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
                      name="position_embed")
     x += lookup(place.embedding, position_RP).astype(c.dtype)
-    zeros = jnp.zeros_like(picture_RP)
-    tokens = Tokens(sample=picture_RP, index=zeros, split=zeros, kind=zeros + FULL)
+    tokens = patch_tokens(picture_RP)
     layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),
                          config=c, attention=self.attention)
     x, _ = layers(constrain(x, "batch", "length", "embed"), tokens)
     return layer_norm(c, "post_norm")(x)
+
+
+def patch_tokens(picture) -> Tokens:
+  """Metadata of patches of these pictures, int [..., P]: each sees all of its own picture."""
+  zeros = jnp.zeros_like(picture)
+  return Tokens(sample=picture, index=zeros, split=zeros, kind=zeros + FULL)
 
 
 def layer_norm(config: ModelConfig, name: str):

@@ -58,8 +58,9 @@ class Cost:
 def program_cost(text: str) -> Cost:
   """Counts a compiled program, `compiled.as_text()`.
 
-  Of a conditional the dearer branch counts, and of a loop whose length depends on data the
-  most turns that its condition allows, so the result is an upper bound there.
+  Of a conditional the dearer branch counts, and of a loop that data may end early the most
+  turns that its condition allows, so the result is an upper bound there; a loop that only
+  data end counts once (`guessed`).
   """
   module = hlo.parse(text)
   return _Counter(module).computation(module.entry, set())

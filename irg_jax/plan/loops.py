@@ -4,7 +4,7 @@ import re
 
 
 def trip_count(module, computation, loop) -> int | None:
-  """How often a loop runs, at most; None if that depends on data.
+  """How often a loop runs, at most; None if nothing but data bounds it.
 
   Read from the compiler's note if it left one, else from the condition, which compares a
   counter that starts at a constant and grows by one with a bound.
@@ -12,12 +12,14 @@ def trip_count(module, computation, loop) -> int | None:
   if noted := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
     return int(noted[1])
   condition = module.computations[loop.called["condition"][0]]
+  most = None
   for compare in _comparisons(module, condition):
     (counter, start), (_, bound) = (_loop_value(computation, loop, condition, value)
                                     for value in compare)
     if bound is not None and counter is not None:
-      return max(0, bound - (start or 0))
-  return None
+      turns = max(0, bound - (start or 0))
+      most = turns if most is None else min(most, turns)
+  return most
 
 
 def _comparisons(module, condition):

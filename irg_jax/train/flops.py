@@ -11,8 +11,10 @@ from irg_jax.weights.names import TIMESTEP_FEATURES
 
 FORWARD_AND_BACKWARD = 3
 
-# What a row may use a share of: its buffers, and the pairs of its tokens that see each other.
-USES = ("und", "gen", "vit", "text", "pairs")
+BUFFERS = ("und", "gen", "vit", "text")
+# What a row may use a share of: its buffers; the pairs of its tokens, and of its patches in the
+# ViT, that see each other.
+USES = (*BUFFERS, "pairs", "vit_pairs")
 
 # Peak of bfloat16 matrix products without sparsity, in TFLOP/s, by what the device's name
 # contains (the first match counts); GPUs by the maker's data sheets.
@@ -65,12 +67,13 @@ def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None)
 
   Args:
     used: shares by the names of `USES`; None counts full buffers and all pairs. Without
-      "pairs" each token that is there counts as seeing the whole row.
+      shares of pairs each token that is there counts as seeing the whole row.
   """
-  share = dict.fromkeys(USES[:-1], 1.0) | (used or {})
+  share = dict.fromkeys(BUFFERS, 1.0) | (used or {})
   total = sum(getattr(sizes, name) * share[name] * flops
               for name, flops in token_flops(config).items())
   attention = attention_flops(config, sizes)
   asking = (sizes.und * share["und"] + sizes.gen * share["gen"]) / max(sizes.und + sizes.gen, 1)
-  total += attention["decoder"] * share.get("pairs", asking) + attention["vit"] * share["vit"]
+  total += attention["decoder"] * share.get("pairs", asking)
+  total += attention["vit"] * share.get("vit_pairs", share["vit"])
   return FORWARD_AND_BACKWARD * total

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from irg_jax import flow
 from irg_jax.model.attention import PADDING, visible_pairs
 from irg_jax.model.decoder import unstack_layers
+from irg_jax.model.vit import patch_tokens
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
 from irg_jax.train.loss import LEAST, loss_sums, mean_losses, token_losses
 from irg_jax.train.optimizer import Optimizer, map_frozen, update
@@ -159,15 +160,18 @@ def token_counts(batch) -> dict:
   und, gen = jnp.split(batch.tokens.sample != PADDING, [batch.text_ids.shape[1]], axis=1)
   vit = count(batch.vit_picture != PADDING)
   used = {"und": count(und), "gen": count(gen), "vit": vit,
-          "text": count(batch.text_sample != PADDING), "pairs": visible_pairs(batch.tokens)}
+          "text": count(batch.text_sample != PADDING), "pairs": visible_pairs(batch.tokens),
+          "vit_pairs": visible_pairs(patch_tokens(batch.vit_picture))}
   return {f"used/{name}": x for name, x in used.items()} | {
       "tokens/text": used["und"] - vit, "tokens/latent": used["gen"], "tokens/vit": vit,
       "tokens/predicted": used["text"]}
 
 
 def packing(sums, batch) -> dict:
-  """Share of each buffer that is used, "packing/<buffer>", and of the pairs of its tokens."""
+  """Share of each buffer that is used, "packing/<buffer>", and of pairs that see each other."""
   sizes = {"und": batch.text_ids.size, "gen": batch.latent_picture.size,
            "vit": batch.vit_picture.size, "text": batch.text_place.size,
-          "pairs": batch.position.size * batch.position.shape[-1]}
-  return {f"packing/{name}": sums[f"used/{name}"] / max(size, 1) for name, size in sizes.items()}
+          "pairs": batch.position.size * batch.position.shape[-1],
+          "vit_pairs": batch.vit_picture.size * batch.vit_picture.shape[-1]}
+  return {f"packing/{name}": sums[f"used/{name}"] / float(max(size, 1))
+          for name, size in sizes.items()}
