@@ -147,9 +147,11 @@ def chunks(queries: int, on: str) -> tuple[int, int]:
   """Largest blocks of queries and of keys for rows of `queries` on a platform.
 
   A TPU keeps the scores of a block on the chip, so a few queries take more keys at a time; the
-  caches of a CPU are small.
+  caches of a CPU are small, and smaller blocks skip more of a long row.
   """
-  return (144, 288) if on == "cpu" else (1024, 512 * max(1, 16 // max(1, queries)))
+  if on == "cpu":
+    return 288 if queries <= 288 else 144, 288
+  return 1024, 512 * max(1, 16 // max(1, queries))
 
 
 def _attend_dense(q_RTNH, query, sources):
