@@ -171,7 +171,7 @@ def packing(sums, batch) -> dict:
   """Share of each buffer that is used, "packing/<buffer>", and of pairs that see each other."""
   sizes = {"und": batch.text_ids.size, "gen": batch.latent_picture.size,
            "vit": batch.vit_picture.size, "text": batch.text_place.size,
-          "pairs": batch.position.size * batch.position.shape[-1],
-          "vit_pairs": batch.vit_picture.size * batch.vit_picture.shape[-1]}
+           "pairs": batch.position.size * batch.position.shape[-1],
+           "vit_pairs": batch.vit_picture.size * batch.vit_picture.shape[-1]}
   return {f"packing/{name}": sums[f"used/{name}"] / float(max(size, 1))
           for name, size in sizes.items()}
