@@ -153,6 +153,11 @@ def to_dict(config: ModelConfig) -> dict:
   return dataclasses.asdict(config)
 
 
+def overrides(config: ModelConfig, prefix: str) -> list[str]:
+  """All sizes as overrides of a configuration file: "`prefix`llm.num_layers=28", ..."""
+  return [f"{prefix}{path}={value}" for path, value in _leaves(to_dict(config))]
+
+
 def _check_sizes(model):
   llm, vit = model.llm, model.vit
   for path, value in _leaves(to_dict(model)):

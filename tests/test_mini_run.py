@@ -45,6 +45,17 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
     pipeline._check_same(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
 
 
+@pytest.mark.parametrize("train", (pipeline.train_base, pipeline.train_quality,
+                                   pipeline.train_irgl))
+def test_trainings_have_the_sizes_of_the_run(tmp_path, tiny, monkeypatch, train):
+  trained = []
+  monkeypatch.setattr(pipeline, "_prepare", lambda *_: None)
+  monkeypatch.setattr(pipeline.train_run, "run_train", lambda s, out: trained.append(s.model))
+  (tmp_path / "base_rows").mkdir()
+  train(tiny, tmp_path)
+  assert trained == [tiny.model] and tiny.model.llm.hidden_size == 48
+
+
 def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
   for name in "abc":
     (tmp_path / name).mkdir()

@@ -21,6 +21,7 @@ import shutil
 import jax
 import numpy as np
 
+from irg_jax import config as config_lib
 from irg_jax import sharding, text, weights
 from irg_jax.data import encode, irgl, latents, sources
 from irg_jax.files import whole_file
@@ -216,8 +217,9 @@ def base_weights(out: pathlib.Path) -> pathlib.Path:
 
 
 def _train(settings, preset, data, checkpoint, out):
+  model = config_lib.overrides(settings.model, "model.")  # the presets have sizes of their own
   overrides = [f"preset={preset}", f"data.path={data}", f"checkpoint={checkpoint}",
-               f"seed={settings.seed}", *settings.train]
+               f"seed={settings.seed}", *model, *settings.train]
   return train_run.run_train(train_settings.load(settings.config, overrides), out)
 
 
