@@ -9,8 +9,8 @@ import pytest
 from conftest import relative_error
 
 from irg_jax.model.attention import (
-    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, chunks, visible_pairs)
-from irg_jax.model.blockwise import key_size
+    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, visible_pairs)
+from irg_jax.model.blockwise import key_size, mask_in_blocks
 
 B, VIEWS, T, S, N, K, H = 2, 3, 50, 70, 4, 2, 8
 R = B * VIEWS
@@ -136,25 +136,29 @@ def test_visible_pairs_are_those_of_the_mask(length):
   assert float(visible_pairs(rows)) == np.asarray(allowed(rows, rows)).sum()
 
 
-@pytest.mark.parametrize("queries, on", [(1, "cpu"), (1, "tpu"), (258, "cpu"), (4098, "tpu")])
-def test_blocks_of_keys_divide_every_cache(queries, on):
-  """Else the whole cache would be copied to be padded, in each layer of each pass."""
-  for slots in range(512, 20480, 512):
-    assert slots % key_size(slots, chunks(queries, on)[1]) == 0
+@pytest.mark.parametrize("length, most", [(5, 8), (8, 8), (9, 8), (1730, 288), (36600, 512)])
+def test_blocks_have_every_key_once_and_no_more_than_may_be(length, most):
+  """The last block begins within the one before where the size does not divide the length."""
+  size = key_size(length, most)
+  blocks = np.asarray(mask_in_blocks(np.ones((1, 1, length), bool), size))[0, 0]
+  assert size <= min(length, most) and len(blocks) == -(-length // most)
+  starts = np.minimum(np.arange(len(blocks)) * size, length - size)
+  read = (starts[:, None] + np.arange(size))[blocks]
+  np.testing.assert_array_equal(np.sort(read), np.arange(length))
 
 
 @pytest.mark.parametrize("seen", [[], [0], [-1], [1, 2], [0, -1]])
 def test_blocks_that_no_view_sees_are_never_read(seen):
   q, query, own, cache, cache_tokens = random_case(0)
-  block = -(-S // -(-S // CHUNK))  # blocks of equal size
-  blocks = -(-S // block)
+  block, blocks = 14, 5  # which divide S: else the last one begins within the one before
   number = np.arange(S) // block
   read = np.isin(number, [i % blocks for i in seen])
   cache_tokens.sample[:, ~read] = PADDING
   cache_tokens.sample[::2] = PADDING  # every other view sees nothing at all
   want = oracle(q, query, [KeyValues(*own, query), KeyValues(*cache, cache_tokens)])
   cache[:, :, :, ~read] = np.nan  # 0 * NaN would show
-  got = attended(q, query, own, cache, cache_tokens, implementation="chunked")
+  sources = [KeyValues(*own, query), KeyValues(*cache, cache_tokens)]
+  got = attend(q, query, sources, implementation="chunked", key_chunk=block)
   np.testing.assert_allclose(got, want, atol=2e-6)
 
 

@@ -30,7 +30,7 @@ FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
 LADDER = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 _KV_AXES = ("layers", "batch", "heads", None, None)
-_CACHE_MULTIPLE = 512  # so that blocks of keys divide the cache (`blockwise.key_size`)
+_CACHE_MULTIPLE = 512  # so that blocks of keys (`blockwise.key_size`) divide the cache
 
 
 @jax.tree_util.register_dataclass

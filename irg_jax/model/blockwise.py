@@ -12,6 +12,7 @@ k and v [B, K, S, H] that makes plain products of matrices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,8 @@ def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
     (highest logit, sum of exponentials, weighted sum of values): float32 [B, K, G, T],
     [B, K, G, T] and [B, K, G, T, H].
   """
-  def step(k, v, keys, _, state):
-    logits, (highest, total, out) = _logits(mask, q, k, query, keys), state
+  def step(k, v, visible, _, state):
+    logits, (highest, total, out) = _logits(q, k, visible), state
     new = jnp.maximum(highest, jnp.max(logits, -1))
     weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
     values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v)
@@ -80,7 +81,7 @@ def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
   size = key_size(k.shape[2], key_chunk)
   empty = q.astype(jnp.float32) * 0  # made of q: on a mesh it varies over devices as q does
   state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
-  return _over_visible_blocks(mask, query, *_padded(k, v, keys, size), size, step, state)
+  return _over_visible_blocks(mask(query, keys), k, v, size, step, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -109,7 +110,6 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
   q, k, v, query, keys, out, lse = lax.optimization_barrier(residuals)
   T, (_, K, S, H) = q.shape[1], k.shape
   size, scale = key_size(S, key_chunk), H ** -0.5
-  padded = _padded(k, v, keys, size)
 
   def block(d_kv, args):
     q, out, d_out, query, lse = args
@@ -120,9 +120,9 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
     q_columns, d_out_columns = lax.optimization_barrier(
         (q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)))
 
-    def step(k, v, keys, start, state):
+    def step(k, v, visible, start, state):
       d_q, d_k, d_v = state
-      weights = jnp.exp(_logits(mask, q, k, query, keys) - lse[..., None])
+      weights = jnp.exp(_logits(q, k, visible) - lse[..., None])
       d_logits = weights * (product("bkgth,bkch->bkgtc", d_out, v) - inner[..., None])
       weights, d_logits = weights.astype(q.dtype), d_logits.astype(q.dtype)
       d_q += product("bkgtc,bkch->bkgth", d_logits, k)
@@ -131,56 +131,61 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
       return d_q, d_k, d_v
 
     d_q = q.astype(jnp.float32) * 0
-    d_q, *d_kv = _over_visible_blocks(mask, query, *padded, size, step, (d_q, *d_kv))
+    d_q, *d_kv = _over_visible_blocks(mask(query, keys), k, v, size, step, (d_q, *d_kv))
     return tuple(d_kv), ungrouped((d_q * scale).astype(q.dtype))
 
   # Gradients of keys and values are gathered as [B, K, H, S].
-  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in padded[:2])
+  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in (k, v))
   queries = cut((q, out, d_out, query), query_chunk)
   (d_k, d_v), d_q = lax.scan(block, zeros, (*queries, lse))
-  d_k, d_v = (d.swapaxes(2, 3)[:, :, :S] for d in (d_k * scale, d_v))
+  d_k, d_v = (d.swapaxes(2, 3) for d in (d_k * scale, d_v))
   return join(d_q, T), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _over_visible_blocks(mask, query, k, v, keys, size, step, state):
-  """`state = step(k, v, keys, start, state)` for the blocks in which any row sees something."""
+def _over_visible_blocks(visible, k, v, size, step, state):
+  """`state = step(k, v, visible, start, state)` for the blocks in which any row sees something.
+
+  Args:
+    visible: the mask, bool [B, T, S]. It is made in front of the loop: within it, it would
+      become part of the loops over scores, and so be made anew for each head.
+  """
   S = k.shape[2]
-  if S == size:
-    return step(k, v, keys, 0, state)
-  visible = visible_blocks(mask, query, keys, size)
-  order, count = jnp.argsort(~visible, stable=True), jnp.sum(visible)
+  visible = mask_in_blocks(visible, size)
+  some = jnp.any(visible, (0, 1, 3))
+  order, count = jnp.argsort(~some, stable=True), jnp.sum(some)
 
   def body(carry):
     i, state = carry
-    start = order[i] * size
-    part = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
-    keys_part = jax.tree.map(lambda x: part(x, 1), keys)
-    return i + 1, step(part(k, 2), part(v, 2), keys_part, start, state)
+    start = jnp.minimum(order[i] * size, S - size)
+    part = lambda x: lax.dynamic_slice_in_dim(x, start, size, 2)
+    seen = lax.dynamic_index_in_dim(visible, order[i], 2, keepdims=False)
+    return i + 1, step(part(k), part(v), seen, start, state)
 
   # The bound that does not depend on data stands there for those who read the program.
-  more = lambda carry: (carry[0] < S // size) & (carry[0] < count)
+  more = lambda carry: (carry[0] < len(some)) & (carry[0] < count)
   return lax.while_loop(more, body, (count * 0, state))[1]
 
 
-def visible_blocks(mask, query, keys, size: int):
-  """In which blocks of `size` keys (a divisor of S) any row's query sees something: [S // size]."""
-  visible = mask(query, keys)
-  return jnp.any(visible.reshape(*visible.shape[:2], -1, size), (0, 1, 3))
+def mask_in_blocks(visible, size: int):
+  """[B, T, S] -> [B, T, blocks, size]. The last block ends with the keys.
+
+  So it may begin within the one before, and keys need no padding, which would copy them; what
+  both have is hidden in the last one.
+  """
+  B, T, S = visible.shape
+  own = -(-S // size) * size - size  # keys in front of the last block's own
+  hidden = jnp.zeros((B, T, own + size - S), bool)
+  parts = visible[..., :own], hidden, visible[..., own:]
+  return jnp.concatenate(parts, -1).reshape(B, T, -1, size)
 
 
-def _logits(mask, q, k, query, keys):
+def _logits(q, k, visible):
   """Scores [B, K, G, T, C] of a block, MASKED where the query must not look."""
-  # The barrier keeps the mask's integers out of the loop over scores.
-  hide = lax.optimization_barrier(jnp.where(mask(query, keys), 0.0, MASKED))
-  return product("bkgth,bkch->bkgtc", q, k) * q.shape[-1] ** -0.5 + hide[:, None, None]
-
-
-def _padded(k, v, keys, size):
-  return (*(pad_to_multiple(x, size, 2) for x in (k, v)),
-          jax.tree.map(lambda x: pad_to_multiple(x, size, 1), keys))
+  scores = product("bkgth,bkch->bkgtc", q, k) * q.shape[-1] ** -0.5
+  return jnp.where(visible[:, None, None], scores, MASKED)
 
 
 def _add_at(start, total, new):
@@ -212,14 +217,9 @@ def equal_size(length: int, most: int) -> int:
 
 
 def key_size(length: int, most: int) -> int:
-  """The size of blocks of at most `most` keys: of the multiples of 128 the one that pads least.
-
-  A TPU works on lanes of 128, and no cache (see `generate.context`) is padded at all.
-  """
-  if length <= most:
-    return length
-  return min(range(most - most % 128, most // 2, -128), key=lambda size: -length % size,
-             default=equal_size(length, most))
+  """The size of blocks of at most `most` keys: equal ones, but for the lanes of a TPU."""
+  lanes = math.gcd(most, 128)
+  return min(length, -(-equal_size(length, most) // lanes) * lanes)
 
 
 def pad_to_multiple(x, size: int, axis: int):
