@@ -271,12 +271,13 @@ def _draw(run, ctx, number):
   s = run.settings
   first = number == 0 and run.pictures is None
   guidance, grid = s.first if first else s.later, _grid(run)
+  views = steps.guidance_views(guidance)
   _announce(run, "draw", number, s.steps - 1)
   shape = (len(run.seeds), grid[0] * grid[1], run.model.config.latent_dim)
   return steps.draw(
       run.model, run.params["transformer"], ctx, run.draws("noise", number, shape),
-      flow.schedule(s.steps, s.timestep_shift), guidance, grid=grid,
-      special=run.tokenizer.special, views=steps.guidance_views(guidance),
+      flow.schedule(s.steps, s.timestep_shift), guidance if len(views) > 1 else None, grid=grid,
+      special=run.tokenizer.special, views=views,
       on_progress=run.on_progress, round_number=number)
 
 

@@ -145,14 +145,15 @@ def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
 
 
 @functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views", "on_progress"))
-def draw(model, params, ctx: Context, noise, times, guidance: Guidance, *, grid,
+def draw(model, params, ctx: Context, noise, times, guidance: Guidance | None, *, grid,
          special: SpecialTokens, views, on_progress=None, round_number=0):
   """Denoises one picture for each row: Euler steps along the flow.
 
   Args:
     noise: float32 [B, P, latent_dim].
     times: float32 [N], see `flow.schedule`.
-    guidance: scales, interval and renorm; what `views` does not name is not used.
+    guidance: scales, interval and renorm; what `views` does not name is not used. None where
+      there is only one view, so that all rounds without guidance are one program.
     grid: static (rows, columns) of latent tokens, rows * columns = P.
     views: static, the contexts that guidance combines, FULL first (see `guidance_views`).
     on_progress: as in `think`.
@@ -172,8 +173,8 @@ def draw(model, params, ctx: Context, noise, times, guidance: Guidance, *, grid,
 
   def step(x, inputs):
     i, t, t_next = inputs
-    low, high = guidance.interval
     if len(views) > 1:
+      low, high = guidance.interval
       v = lax.cond((low < t) & (t <= high), guided, plain, x, t)
     else:
       v = plain(x, t)
