@@ -37,53 +37,8 @@ def _paper():
   config.model = config_dict.ConfigDict(config_lib.to_dict(model))
   config.checkpoint = ""  # stage 1 starts from here; empty: random weights
 
-  config.data = config_dict.ConfigDict()
-  config.data.path = ""
-  config.data.streams = 0  # 0: one for each row
-  config.data.workers = 8  # processes on each host
-  config.data.rows = 64  # of a global batch
-  config.data.accumulate = 1  # batches an update
-  config.data.bins = 32  # rows that a stream fills at a time
-  config.data.max_sample_tokens = 32768
-  config.data.vae_transform = _group(max_size=1024, min_size=512, stride=16)
-  config.data.vit_transform = _group(max_size=980, min_size=378, stride=14)
-  config.data.dropout = _group(text=0.0, vit=0.0, vae=0.3)
-  config.data.posterior = "sample"  # or "mean"
-  config.data.noise_draws = 1
-  config.data.ce_loss_reweighting = False
-  config.data.max_rejected = 0.01
-
-  # The two mixtures need their buffers in different proportions: stage 2 draws more than it reads.
-  config.stage1 = _group(
-      steps=2000,
-      learning_rate=2e-5,  # constant after a linear warm-up
-      warmup_steps=500,
-      decay_steps=0,
-      mixture=_group(
-          initial_thinking_understanding_learning=0.5,
-          initial_thinking_generation_learning=0.5,
-          initial_full_learning=1.0,
-          improving_thinking_understanding_learning=0.5,
-          improving_thinking_generation_learning=0.5,
-          improving_full_learning=1.0,
-      ),
-      sizes=_group(und=20480, gen=12288, vit=14720, text=4096, samples=16),
-      freeze=_group(und=-1, gen=-1, vit=-1, llm=-1),  # from this step on; -1: never
-      loss_off=_group(ce=-1, mse=-1),  # likewise
-  )
-  # Starts from the EMA of stage 1 with a fresh optimizer.
-  config.stage2 = config.stage1.copy_and_resolve_references()
-  config.stage2.steps = 30000
-  config.stage2.warmup_steps = 0
-  config.stage2.mixture = _group(
-      initial_thinking_understanding_learning=0.0,
-      initial_thinking_generation_learning=0.0,
-      initial_full_learning=1.0,
-      improving_thinking_understanding_learning=0.0,
-      improving_thinking_generation_learning=0.0,
-      improving_full_learning=1.0,
-  )
-  config.stage2.sizes = _group(und=16128, gen=20480, vit=9856, text=4096, samples=16)
+  config.data = _data()
+  config.stage1, config.stage2 = _stages()
   config.run_stages = "both"  # or "stage1" or "stage2" alone
 
   config.optimizer = _group(b1=0.9, b2=0.95, eps=1e-15, weight_decay=0.0, clip_norm=1.0)
@@ -101,6 +56,60 @@ def _paper():
   config.profile_steps = 3
   config.seed = 0
   return config
+
+
+def _data():
+  data = config_dict.ConfigDict()
+  data.path = ""
+  data.streams = 0  # 0: one for each row
+  data.workers = 8  # processes on each host
+  data.rows = 64  # of a global batch
+  data.accumulate = 1  # batches an update
+  data.bins = 32  # rows that a stream fills at a time
+  data.max_sample_tokens = 32768
+  data.vae_transform = _group(max_size=1024, min_size=512, stride=16)
+  data.vit_transform = _group(max_size=980, min_size=378, stride=14)
+  data.dropout = _group(text=0.0, vit=0.0, vae=0.3)
+  data.posterior = "sample"  # or "mean"
+  data.noise_draws = 1
+  data.ce_loss_reweighting = False
+  data.max_rejected = 0.01
+  return data
+
+
+def _stages():
+  # The two mixtures need their buffers in different proportions: stage 2 draws more than it reads.
+  stage1 = _group(
+      steps=2000,
+      learning_rate=2e-5,  # constant after a linear warm-up
+      warmup_steps=500,
+      decay_steps=0,
+      mixture=_group(
+          initial_thinking_understanding_learning=0.5,
+          initial_thinking_generation_learning=0.5,
+          initial_full_learning=1.0,
+          improving_thinking_understanding_learning=0.5,
+          improving_thinking_generation_learning=0.5,
+          improving_full_learning=1.0,
+      ),
+      sizes=_group(und=20480, gen=12288, vit=14720, text=4096, samples=16),
+      freeze=_group(und=-1, gen=-1, vit=-1, llm=-1),  # from this step on; -1: never
+      loss_off=_group(ce=-1, mse=-1),  # likewise
+  )
+  # Starts from the EMA of stage 1 with a fresh optimizer.
+  stage2 = stage1.copy_and_resolve_references()
+  stage2.steps = 30000
+  stage2.warmup_steps = 0
+  stage2.mixture = _group(
+      initial_thinking_understanding_learning=0.0,
+      initial_thinking_generation_learning=0.0,
+      initial_full_learning=1.0,
+      improving_thinking_understanding_learning=0.0,
+      improving_thinking_generation_learning=0.0,
+      improving_full_learning=1.0,
+  )
+  stage2.sizes = _group(und=16128, gen=20480, vit=9856, text=4096, samples=16)
+  return stage1, stage2
 
 
 def _tiny():
