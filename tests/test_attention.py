@@ -136,12 +136,14 @@ def test_visible_pairs_are_those_of_the_mask(length):
   assert float(visible_pairs(rows)) == np.asarray(allowed(rows, rows)).sum()
 
 
-@pytest.mark.parametrize("length, most", [(5, 8), (8, 8), (9, 8), (1730, 288), (36600, 512)])
+@pytest.mark.parametrize("length, most", [
+    (5, 8), (8, 8), (9, 8), (1730, 288), (4098, 512), (36600, 512)])
 def test_blocks_have_every_key_once_and_no_more_than_may_be(length, most):
   """The last block begins within the one before where the size does not divide the length."""
   size = key_size(length, most)
   blocks = np.asarray(mask_in_blocks(np.ones((1, 1, length), bool), size))[0, 0]
-  assert size <= min(length, most) and len(blocks) == -(-length // most)
+  assert min(length, most // 2) <= size <= min(length, most)
+  assert len(blocks) == -(-length // size)
   starts = np.minimum(np.arange(len(blocks)) * size, length - size)
   read = (starts[:, None] + np.arange(size))[blocks]
   np.testing.assert_array_equal(np.sort(read), np.arange(length))

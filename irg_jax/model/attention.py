@@ -24,7 +24,7 @@ CAUSAL, FULL, NOISE = 0, 1, 2
 
 PADDING = -1  # the `sample` of a token that is not there
 
-_DENSE_SCORES = 256 * 1024  # scores a head up to which the dense form is taken
+_DENSE_SCORES = 64 * 1024  # scores a head up to which the dense form is taken
 
 
 @jax.tree_util.register_dataclass

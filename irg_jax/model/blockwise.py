@@ -217,9 +217,10 @@ def equal_size(length: int, most: int) -> int:
 
 
 def key_size(length: int, most: int) -> int:
-  """The size of blocks of at most `most` keys: equal ones, but for the lanes of a TPU."""
-  lanes = math.gcd(most, 128)
-  return min(length, -(-equal_size(length, most) // lanes) * lanes)
+  """The size of blocks of at most `most` keys that share least, in whole lanes of a TPU."""
+  if length <= most:
+    return length
+  return min(range(most, most // 2, -math.gcd(most, 128)), key=lambda size: -length % size)
 
 
 def pad_to_multiple(x, size: int, axis: int):
