@@ -150,7 +150,7 @@ def chunks(queries: int, on: str) -> tuple[int, int]:
   caches of a CPU are small, and smaller blocks skip more of a long row.
   """
   if on == "cpu":
-    return 288 if queries <= 288 else 144, 288
+    return 288 if queries <= 288 else 256, 288
   return 1024, 512 * max(1, 16 // max(1, queries))
 
 
