@@ -104,8 +104,7 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
 def blocks_read(tokens):
   """Share of the blocks of scores of rows [B, T] on a TPU in which anything is visible."""
   queries, keys = attention.chunks(tokens.sample.shape[1], "tpu")
-  size = blockwise.key_size(tokens.sample.shape[1], keys)
-  blocks = lambda query: blockwise.mask_in_blocks(attention.allowed(query, tokens), size)
+  blocks = lambda query: blockwise.mask_in_blocks(attention.allowed(query, tokens), keys)
   read = lambda query: jnp.mean(jnp.any(blocks(query), (0, 1, 3)))
   return jnp.mean(jax.lax.map(read, blockwise.cut(tokens, queries)))
 

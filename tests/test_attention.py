@@ -9,7 +9,7 @@ import pytest
 from conftest import relative_error
 
 from irg_jax.model.attention import (
-    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, visible_pairs)
+    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, chunks, visible_pairs)
 from irg_jax.model.blockwise import key_size, mask_in_blocks
 
 B, VIEWS, T, S, N, K, H = 2, 3, 50, 70, 4, 2, 8
@@ -136,12 +136,19 @@ def test_visible_pairs_are_those_of_the_mask(length):
   assert float(visible_pairs(rows)) == np.asarray(allowed(rows, rows)).sum()
 
 
+@pytest.mark.parametrize("queries, on", [(1, "cpu"), (1, "tpu"), (258, "cpu"), (4098, "tpu")])
+def test_blocks_of_keys_divide_every_cache(queries, on):
+  """Else a part of the cache would be read twice, in each layer of each pass."""
+  for slots in range(512, 20480, 512):
+    assert slots % key_size(slots, chunks(queries, on)[1]) == 0
+
+
 @pytest.mark.parametrize("length, most", [
     (5, 8), (8, 8), (9, 8), (1730, 288), (4098, 512), (36600, 512)])
 def test_blocks_have_every_key_once_and_no_more_than_may_be(length, most):
   """The last block begins within the one before where the size does not divide the length."""
   size = key_size(length, most)
-  blocks = np.asarray(mask_in_blocks(np.ones((1, 1, length), bool), size))[0, 0]
+  blocks = np.asarray(mask_in_blocks(np.ones((1, 1, length), bool), most))[0, 0]
   assert min(length, most // 2) <= size <= min(length, most)
   assert len(blocks) == -(-length // size)
   starts = np.minimum(np.arange(len(blocks)) * size, length - size)

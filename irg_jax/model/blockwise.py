@@ -78,10 +78,9 @@ def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
     values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v)
     return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
 
-  size = key_size(k.shape[2], key_chunk)
   empty = q.astype(jnp.float32) * 0  # made of q: on a mesh it varies over devices as q does
   state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
-  return _over_visible_blocks(mask(query, keys), k, v, size, step, state)
+  return _over_visible_blocks(mask(query, keys), k, v, key_chunk, step, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -108,8 +107,8 @@ def _forward(mask, query_chunk, key_chunk, q, k, v, query, keys):
 
 def _backward(mask, query_chunk, key_chunk, residuals, d_out):
   q, k, v, query, keys, out, lse = lax.optimization_barrier(residuals)
-  T, (_, K, S, H) = q.shape[1], k.shape
-  size, scale = key_size(S, key_chunk), H ** -0.5
+  T, (_, K, _, H) = q.shape[1], k.shape
+  scale = H ** -0.5
 
   def block(d_kv, args):
     q, out, d_out, query, lse = args
@@ -131,7 +130,7 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
       return d_q, d_k, d_v
 
     d_q = q.astype(jnp.float32) * 0
-    d_q, *d_kv = _over_visible_blocks(mask(query, keys), k, v, size, step, (d_q, *d_kv))
+    d_q, *d_kv = _over_visible_blocks(mask(query, keys), k, v, key_chunk, step, (d_q, *d_kv))
     return tuple(d_kv), ungrouped((d_q * scale).astype(q.dtype))
 
   # Gradients of keys and values are gathered as [B, K, H, S].
@@ -145,15 +144,15 @@ def _backward(mask, query_chunk, key_chunk, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _over_visible_blocks(visible, k, v, size, step, state):
+def _over_visible_blocks(visible, k, v, key_chunk, step, state):
   """`state = step(k, v, visible, start, state)` for the blocks in which any row sees something.
 
   Args:
     visible: the mask, bool [B, T, S]. It is made in front of the loop: within it, it would
       become part of the loops over scores, and so be made anew for each head.
   """
-  S = k.shape[2]
-  visible = mask_in_blocks(visible, size)
+  visible = mask_in_blocks(visible, key_chunk)
+  S, size = k.shape[2], visible.shape[-1]
   some = jnp.any(visible, (0, 1, 3))
   order, count = jnp.argsort(~some, stable=True), jnp.sum(some)
 
@@ -169,13 +168,14 @@ def _over_visible_blocks(visible, k, v, size, step, state):
   return lax.while_loop(more, body, (count * 0, state))[1]
 
 
-def mask_in_blocks(visible, size: int):
-  """[B, T, S] -> [B, T, blocks, size]. The last block ends with the keys.
+def mask_in_blocks(visible, most: int):
+  """[B, T, S] -> [B, T, blocks, `key_size(S, most)`]. The last block ends with the keys.
 
   So it may begin within the one before, and keys need no padding, which would copy them; what
   both have is hidden in the last one.
   """
   B, T, S = visible.shape
+  size = key_size(S, most)
   own = -(-S // size) * size - size  # keys in front of the last block's own
   hidden = jnp.zeros((B, T, own + size - S), bool)
   parts = visible[..., :own], hidden, visible[..., own:]
