@@ -3,10 +3,10 @@
   python benchmarks/data.py
   python benchmarks/data.py --rows 32 --tokenizer weights/bagel-7b
 
-Three parts, on made-up data shaped like IRGL-300K: thoughts of 100 to 1500 tokens, pictures of
+Three parts, on made-up data shaped like IRGL-300K: thoughts of 100 to 1500 tokens, images of
 1024 x 1024 pixels, the mixtures and buffers of `configs/irgl.py`.
 1. Packing: the share of a row's FLOPs that is spent on tokens, with the real packer on lengths.
-2. Rate: samples and pictures a second of one core through the whole pipeline, with JPEG pictures
+2. Rate: samples and images a second of one core through the whole pipeline, with JPEG images
    that are decoded, resized and cut into patches; with precomputed moments and without.
    Seconds are those of the processor, so that a busy machine does not matter.
 3. What one TPU v5p chip eats at 459 TFLOP/s times an assumed utilisation, against that rate;
@@ -30,14 +30,16 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from irg_jax import text
 from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.streams import exceeded_limit
-from irg_jax.model import attention, blockwise
+from irg_jax.model import attention
+from irg_jax.model.kernels import blockwise
 from irg_jax.plan.topology import CHIPS
 from irg_jax.train import flops, settings as settings_lib
+from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
+from irg_jax.tokens import allowed
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIDE = 1024  # pixels
@@ -104,7 +106,7 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
 def blocks_read(tokens):
   """Share of the blocks of scores of rows [B, T] on a TPU in which anything is visible."""
   queries, keys = attention.chunks(tokens.sample.shape[1], "tpu")
-  blocks = lambda query: blockwise.mask_in_blocks(attention.allowed(query, tokens), keys)
+  blocks = lambda query: blockwise.mask_in_blocks(allowed(query, tokens), keys)
   read = lambda query: jnp.mean(jnp.any(blocks(query), (0, 1, 3)))
   return jnp.mean(jax.lax.map(read, blockwise.cut(tokens, queries)))
 
@@ -132,7 +134,7 @@ def sample_lengths(mode, settings, rng) -> dict[str, int]:
 
 
 class MadeUp:
-  """Records of one mode; pictures and moments are the same few over and over."""
+  """Records of one mode; images and moments are the same few over and over."""
 
   def __init__(self, mode, settings, moments, length=10000):
     self._mode, self._length = mode, length
@@ -153,7 +155,7 @@ class MadeUp:
       else:
         flags = [name in part.split() for name in ("loss", "vae", "vit")]
         moments = self._moments if flags[0] or flags[1] else None
-        parts.append(PicturePart(self._files[i % len(self._files)], *flags, moments))
+        parts.append(ImagePart(self._files[i % len(self._files)], *flags, moments))
     return Record(self._mode, int(i), tuple(parts))
 
 
@@ -163,7 +165,7 @@ def words(rng, length):
 
 
 def jpeg(rng):
-  """A picture that compresses like a photograph: smooth, with some grain."""
+  """An image that compresses like a photograph: smooth, with some grain."""
   coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize((SIDE, SIDE))
   levels = np.asarray(coarse, np.float32) + rng.normal(0, 6, (SIDE, SIDE, 3))
   file = io.BytesIO()
@@ -176,27 +178,27 @@ def open_rows(settings, stage, moments, bins: int, tokenizer=None):
   data = dataclasses.replace(settings.data, streams=1, rows=1, workers=0, bins=bins)
   with tempfile.TemporaryDirectory() as folder:
     if not tokenizer:
-      text.write_byte_tokenizer(folder)
-    tokenizer = text.load_tokenizer(tokenizer or folder, settings.model.llm.vocab_size)
+      write_byte_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer or folder, settings.model.llm.vocab_size)
   sources = {mode: MadeUp(mode, settings, moments) for mode in stage.mixture}
   return pipeline.open_batches(
       data, sources, tokenizer, settings.model, mixture=stage.mixture, sizes=stage.sizes, seed=0,
-      encode=lambda batch, pictures: batch)  # the VAE runs on the accelerator
+      encode=lambda batch, images: batch)  # the VAE runs on the accelerator
 
 
 def rate(settings, stage, used, moments, args):
-  """Prints samples and pictures a second of a core, and what a chip needs."""
+  """Prints samples and images a second of a core, and what a chip needs."""
   batches = open_rows(settings, stage, moments, args.rows, args.tokenizer)
   start, wall = time.process_time(), time.time()
   rows = [next(batches) for _ in range(args.rows)]
   seconds, wall = time.process_time() - start, time.time() - wall
   samples = sum(int((row.sample_mode >= 0).sum()) for row in rows)
   seen = sum(len(np.unique(numbers[numbers >= 0])) for row in rows
-             for numbers in (row.vit_picture, row.latent_picture))
+             for numbers in (row.vit_image, row.latent_image))
   per_core = samples / seconds
   print(f"  {'with' if moments else 'without'} moments: {per_core:.1f} samples and "
-        f"{seen / seconds:.1f} pictures a second of a core ({samples} samples, "
-        f"{seen} pictures, {seconds:.1f} s of processor, {wall:.1f} s)")
+        f"{seen / seconds:.1f} images a second of a core ({samples} samples, "
+        f"{seen} images, {seconds:.1f} s of processor, {wall:.1f} s)")
   read = float(np.mean([blocks_read(row.tokens) for row in rows]))
   # The ViT's blocks count as read: they are few.
   step = flops.row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)

@@ -166,7 +166,7 @@ def report(batch, seconds, rate, flops):
     needed = batch * sum(flops.get(p, 0.0) for p in parts)
     print(f"{name:10} {spent:8.2f} {needed / 1e9:8.1f} {needed / spent / rate:15.2f}")
   total = sum(seconds.values())
-  print(f"a picture pair: {total / batch:.2f} s, or {total / batch * rate / 1e9:.0f} GFLOP of "
+  print(f"an image pair: {total / batch:.2f} s, or {total / batch * rate / 1e9:.0f} GFLOP of "
         "matmul time")
 
 

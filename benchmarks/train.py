@@ -4,7 +4,7 @@
   python benchmarks/train.py --rows 4 --repeat 10
 
 Random weights of `configs/bench.py`, float32. The batch is two improving_full samples (texts of
-60, 150 and 200 tokens, a picture of 256 pixels as VAE latents and 252 as ViT patches, a target
+60, 150 and 200 tokens, an image of 256 pixels as VAE latents and 252 as ViT patches, a target
 of 256) and two initial_full samples (60 and 150, a target of 256): 3460 tokens without padding.
 Prints the best step, the rate of a 2048-cubed matrix product timed between the steps, and
 what the step's own products need as a share of that rate.
@@ -24,9 +24,9 @@ from irg_jax import sharding
 from irg_jax.config import SpecialTokens
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.model import attention
+from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.tokens import allowed
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.optimizer import make_optimizer
 from irg_jax.train.settings import Switches
@@ -79,11 +79,11 @@ def make_batch(config, layout):
                           image_end=vocab - 1)
   rng = np.random.default_rng(0)
   text = lambda n, **kw: TextSplit(rng.integers(0, vocab - 4, n).tolist(), **kw)
-  def picture(**roles):
+  def image(**roles):
     vit = rng.uniform(-1, 1, (18, 18, config.vit.patch_size**2 * 3)).astype(np.float32)
-    return PictureSplit(rng.standard_normal((16, 16, config.latent_dim), np.float32), vit, **roles)
-  target = lambda: picture(need_loss=True)
-  improving = lambda: [text(60), text(150), picture(need_vae=True, need_vit=True),
+    return ImageSplit(rng.standard_normal((16, 16, config.latent_dim), np.float32), vit, **roles)
+  target = lambda: image(need_loss=True)
+  improving = lambda: [text(60), text(150), image(need_vae=True, need_vit=True),
                        text(200, need_loss=True), target()]
   initial = lambda: [text(60), text(150, need_loss=True), target()]
   samples = [sample_features(splits(), config, special, mode=MODES.index(mode))
@@ -100,8 +100,8 @@ def needed_flops(config, batch):
   """GFLOP of a step by part, backward pass included: tokens as they are, visible keys alone."""
   llm, vit = config.llm, config.vit
   width, kv = llm.hidden_size, llm.num_kv_heads * llm.head_dim
-  pairs = int(attention.allowed(batch.tokens, batch.tokens).sum())
-  patches = int((batch.vit_picture >= 0).sum())
+  pairs = int(allowed(batch.tokens, batch.tokens).sum())
+  patches = int((batch.vit_image >= 0).sum())
   predicted = int((batch.text_weight > 0).sum())
   layer = 2 * (2 * width**2 + 2 * width * kv + 3 * width * llm.mlp_size)
   vit_layer = 2 * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.mlp_size)

@@ -26,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
   config.top_k = 0  # 0: no limit
   config.top_p = 1.0
 
-  # The first picture: guided by text alone, for the noisy part of the schedule.
+  # The first image: guided by text alone, for the noisy part of the schedule.
   config.first = config_dict.ConfigDict()
   config.first.text_scale = 4.0
   config.first.image_scale = 1.0
@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
   config.first.renorm = "global"
   config.first.renorm_min = 0.0
 
-  # Every later one: guided by text and by the picture before, throughout.
+  # Every later one: guided by text and by the image before, throughout.
   config.later = config_dict.ConfigDict()
   config.later.text_scale = 4.0  # the paper's text says 2.0
   config.later.image_scale = 2.0
@@ -46,7 +46,7 @@ def get_config() -> config_dict.ConfigDict:
   config.max_prompt_tokens = 512
   config.cache_size = config_dict.placeholder(int)
 
-  # Sizes at which a picture is looked at: long side at most, short side at least, multiple of.
+  # Sizes at which an image is looked at: long side at most, short side at least, multiple of.
   config.vae_transform = config_dict.ConfigDict(dict(max_size=1024, min_size=512, stride=16))
   config.vit_transform = config_dict.ConfigDict(dict(max_size=980, min_size=224, stride=14))
   return config

@@ -1,4 +1,4 @@
-"""Settings that fit the model of `configs/tiny.py`: small pictures, short thoughts.
+"""Settings that fit the model of `configs/tiny.py`: small images, short thoughts.
 
 What is not set here is as in `configs/generate.py`.
 

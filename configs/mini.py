@@ -4,7 +4,7 @@
   irg train --config configs/mini.py --config.preset=base ...   one of its trainings alone
 
 The presets differ in their data and steps only: "base" makes the stand-in for BAGEL, "irgl"
-trains it in the two stages of the paper, and "quality" only on pictures better than its own
+trains it in the two stages of the paper, and "quality" only on images better than its own
 (the ablation of the paper). All are read by `irg train` like `configs/irgl.py`.
 """
 
@@ -59,7 +59,7 @@ def _world():
   config.generate = _group(
       rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
       temperature=0.3, max_prompt_tokens=64,
-      window=1,  # training shows one thought and picture before a reflection, never more
+      window=1,  # training shows one thought and image before a reflection, never more
       first=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global",
                    renorm_min=0.0),
       later=_group(text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="text_channel",

@@ -1,6 +1,6 @@
 """A model that initialises and runs in seconds on a CPU: tests, quick start, CI.
 
-The tree is that of `bagel_7b.py`; only the sizes differ. Pictures have at most 128 pixels
+The tree is that of `bagel_7b.py`; only the sizes differ. Images have at most 128 pixels
 a side (8 latent tokens of 16 pixels).
 
   irg init --config configs/tiny.py --out out/tiny

@@ -30,7 +30,7 @@ examples:
 """
 
 _GENERATE = """\
-Writes, for each prompt, a picture a round, trace.json and a trace.html to read, under --out.
+Writes, for each prompt, an image a round, trace.json and a trace.html to read, under --out.
 
 examples:
   irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
@@ -97,7 +97,8 @@ def _generate(args, overrides):
 def _convert(args, _):
   if not args.source.exists():
     raise ValueError(f"SRC {args.source}: no such folder")
-  from irg_jax import trace, weights
+  from irg_jax import weights
+  from irg_jax.reports import trace
   trace.check_output_folder(args.destination.parent)
   weights.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
   print(f"wrote {args.destination}")
@@ -110,7 +111,7 @@ def _init(args, overrides):
   if "model" not in config:
     raise ValueError(f"--config {args.config}: has no field 'model'")
   model = config_lib.from_dict(config.model.to_dict())
-  from irg_jax import trace
+  from irg_jax.reports import trace
   from irg_jax.weights import init
   trace.check_output_folder(args.out.parent)
   init.write_random_checkpoint(args.out, model, args.seed)
@@ -155,7 +156,7 @@ def _add_generate(parser):
            "the package)")
   add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
   add("--image", type=pathlib.Path, metavar="FILE",
-      help="edit this picture as the prompts say; the result has --size")
+      help="edit this image as the prompts say; the result has --size")
   add("--out", type=pathlib.Path, metavar="DIR", help="results (default out/DATE-TIME)")
   add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
   add("--system-prompt-file", type=pathlib.Path, metavar="FILE",

@@ -1,4 +1,4 @@
-"""Flow matching: from noise (t = 1) to picture (t = 0) along straight lines (spec 4 and 7)."""
+"""Flow matching: from noise (t = 1) to image (t = 0) along straight lines (spec 4 and 7)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ def schedule(steps: int, shift: float) -> np.ndarray:
 
 
 def interpolate(latents, noise, t):
-  """x_t between picture and noise; t broadcasts against [..., latent_dim]."""
+  """x_t between image and noise; t broadcasts against [..., latent_dim]."""
   return (1 - t) * latents + t * noise
 
 
@@ -29,7 +29,7 @@ def guide(velocities, text_scale, image_scale, renorm: str, renorm_min):
       float32 [B, P, latent_dim] each.
     text_scale, image_scale: scalars.
     renorm: "global" scales the guided velocity down to the norm of the full one over the
-      whole picture (never over the batch), "channel" token by token, "text_channel" token by
+      whole image (never over the batch), "channel" token by token, "text_channel" token by
       token and before the image guidance is applied.
     renorm_min: lowest factor of that scaling.
 

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# The published transform also caps the area, before it caps the long side. Only pictures
+# The published transform also caps the area, before it caps the long side. Only images
 # more stretched than about 7 to 1 notice, and only through the rounding in between.
 _MAX_PIXELS = 14 * 14 * 9 * 1024
 
@@ -17,9 +17,9 @@ _MAX_READ_PIXELS = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-  """How a picture is brought to size: long side <= max_size, short side >= min_size.
+  """How an image is brought to size: long side <= max_size, short side >= min_size.
 
-  Both sides become multiples of `stride`. The long side wins where a stretched picture
+  Both sides become multiples of `stride`. The long side wins where a stretched image
   cannot have both.
   """
 
@@ -34,12 +34,12 @@ class ImageTransform:
       raise ValueError(f"{self}: max_size and min_size must be multiples of the stride")
 
   def size(self, width: int, height: int) -> tuple[int, int]:
-    """Width and height of a `width` x `height` picture after the transform."""
+    """Width and height of a `width` x `height` image after the transform."""
     return resize_size(width, height, **dataclasses.asdict(self))
 
-  def __call__(self, picture: np.ndarray) -> np.ndarray:
-    """The picture, uint8 [H, W, 3], at its new size."""
-    return resize(picture, **dataclasses.asdict(self))
+  def __call__(self, image: np.ndarray) -> np.ndarray:
+    """The image, uint8 [H, W, 3], at its new size."""
+    return resize(image, **dataclasses.asdict(self))
 
 
 # At inference (spec sections 5 and 7). IRG trains with a ViT minimum of 378.
@@ -55,7 +55,7 @@ def resize_size(
 
   Never enlarges but to reach `min_size`. Each step rounds to whole pixels and then to
   multiples of the stride (half to even both times), never below one stride, and the next
-  step starts from the rounded sides: the order decides the result for stretched pictures.
+  step starts from the rounded sides: the order decides the result for stretched images.
 
   Worked examples, with max 1024, min 512, stride 16:
     640 x 480: the short side grows to 512, the long one to 683, rounded to 688.
@@ -66,12 +66,12 @@ def resize_size(
     ValueError: a side below 1.
   """
   if width < 1 or height < 1:
-    raise ValueError(f"a picture of {width} x {height} pixels cannot be resized")
+    raise ValueError(f"an image of {width} x {height} pixels cannot be resized")
   scale = max(min(max_size / max(width, height), 1.0), min_size / min(width, height))
   size = _scaled(width, height, scale, stride)
   area = size[0] * size[1]
   if area > _MAX_PIXELS:
-    # The factor is not square-rooted: the published models saw pictures made this way.
+    # The factor is not square-rooted: the published models saw images made this way.
     size = _scaled(*size, _MAX_PIXELS / area, stride)
   if max(size) > max_size:
     size = _scaled(*size, max_size / max(size), stride)
@@ -79,30 +79,30 @@ def resize_size(
 
 
 def resize(
-    picture: np.ndarray, max_size: int, min_size: int, stride: int
+    image: np.ndarray, max_size: int, min_size: int, stride: int
 ) -> np.ndarray:
   """Resizes uint8 [H, W, 3] by the resize rule; see `resize_size` and `resize_to`."""
-  height, width, _ = picture.shape
+  height, width, _ = image.shape
   return resize_to(
-      picture, *resize_size(width, height, max_size=max_size, min_size=min_size, stride=stride)
+      image, *resize_size(width, height, max_size=max_size, min_size=min_size, stride=stride)
   )
 
 
-def resize_to(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
   """Bicubic resize with antialias, uint8 [H, W, 3] -> uint8 [height, width, 3].
 
   Pillow's 8-bit arithmetic, which rounds between the two passes: a float resize differs by
   a level here and there from what the models were trained on.
   """
-  if picture.shape[:2] == (height, width):
-    return picture
-  return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+  if image.shape[:2] == (height, width):
+    return image
+  return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def to_pixels(picture: np.ndarray) -> np.ndarray:
+def to_pixels(image: np.ndarray) -> np.ndarray:
   """8-bit levels to float32 in [-1, 1], same shape."""
   half = np.float32(0.5)
-  return (picture.astype(np.float32) / np.float32(255) - half) / half
+  return (image.astype(np.float32) / np.float32(255) - half) / half
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
   """
   height, width, channels = pixels.shape
   if height % patch or width % patch:
-    raise ValueError(f"a picture of {width} x {height} pixels does not divide into patches "
+    raise ValueError(f"an image of {width} x {height} pixels does not divide into patches "
                      f"of {patch}")
   grid = pixels.reshape(height // patch, patch, width // patch, patch, channels)
   return grid.transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
@@ -128,22 +128,22 @@ def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
     ValueError: the block is larger than the table.
   """
   if rows > grid or columns > grid:
-    raise ValueError(f"a picture of {columns} x {rows} patches exceeds the {grid} x {grid} "
+    raise ValueError(f"an image of {columns} x {rows} patches exceeds the {grid} x {grid} "
                      "positions of the model; make it smaller")
   return (np.arange(rows)[:, None] * grid + np.arange(columns)).astype(np.int32).reshape(-1)
 
 
-def read_picture(path) -> np.ndarray:
-  """Reads a picture file as `decode_picture` does; the error names the file."""
+def read_image(path) -> np.ndarray:
+  """Reads an image file as `decode_image` does; the error names the file."""
   try:
     data = pathlib.Path(path).read_bytes()
   except OSError as e:
-    raise ValueError(f"{path}: cannot read the picture: {e.strerror or e}") from e
-  return decode_picture(data, str(path))
+    raise ValueError(f"{path}: cannot read the image: {e.strerror or e}") from e
+  return decode_image(data, str(path))
 
 
-def decode_picture(data: bytes, name: str) -> np.ndarray:
-  """An encoded picture as RGB, uint8 [H, W, 3].
+def decode_image(data: bytes, name: str) -> np.ndarray:
+  """An encoded image as RGB, uint8 [H, W, 3].
 
   Turned upright as its EXIF data says, transparency laid on white, 16-bit grey reduced to
   8 bits, the first frame of an animation.
@@ -153,9 +153,9 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     name: what to call it in errors.
 
   Raises:
-    ValueError: not a picture, truncated, or larger than 67 million pixels.
+    ValueError: not an image, truncated, or larger than 67 million pixels.
   """
-  too_large = f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the picture smaller first"
+  too_large = f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller first"
   try:
     with Image.open(io.BytesIO(data)) as image:
       if image.width * image.height > _MAX_READ_PIXELS:
@@ -164,9 +164,9 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise ValueError(too_large) from e
   except UnidentifiedImageError as e:
-    raise ValueError(f"{name}: not a picture that can be decoded: unknown format") from e
+    raise ValueError(f"{name}: not an image that can be decoded: unknown format") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-    raise ValueError(f"{name}: not a picture that can be decoded: {e}") from e
+    raise ValueError(f"{name}: not an image that can be decoded: {e}") from e
 
 
 def _scaled(width, height, scale, stride):

@@ -9,8 +9,8 @@ LABELS = {
     "prompt": "reading the prompt",
     "think": "thinking, round {n}",
     "draw": "drawing, round {n}",
-    "decode": "decoding the picture, round {n}",
-    "encode": "looking at the picture, round {n}",
+    "decode": "decoding the image, round {n}",
+    "encode": "looking at the image, round {n}",
 }
 UNITS = {"read": "tensor", "think": "token", "draw": "step"}
 

@@ -12,8 +12,8 @@ from PIL import Image
 MODE = "improving_full_learning"
 
 
-def picture(kind="PNG", seed=0, size=(24, 20)) -> bytes:
-  """An encoded picture of noise."""
+def image(kind="PNG", seed=0, size=(24, 20)) -> bytes:
+  """An encoded image of noise."""
   pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, kind)
@@ -28,7 +28,7 @@ def text(content="a thought", **flags) -> dict:
   return {"type": "text", "content": content, **flags}
 
 
-def image(data: bytes = picture(), **flags) -> dict:
+def image_part(data: bytes = image(), **flags) -> dict:
   return {"type": "image", "content": encoded(data), **flags}
 
 
@@ -38,14 +38,14 @@ def turns(*parts, prompt="a fox") -> list:
 
 def good(number: int) -> list:
   """A conversation of all kinds of parts, different for each number."""
-  data = picture(("PNG", "JPEG", "WEBP")[number % 3], seed=number)
+  data = image(("PNG", "JPEG", "WEBP")[number % 3], seed=number)
   return turns(text(f"thought {number}", need_loss=False),
-               image(data, need_vae=True, need_vit=True), text("ü" * (1 + number)),
-               image(picture(seed=100 + number), need_loss=True), prompt=f"prompt {number}")
+               image_part(data, need_vae=True, need_vit=True), text("ü" * (1 + number)),
+               image_part(image(seed=100 + number), need_loss=True), prompt=f"prompt {number}")
 
 
-_HALF = picture()[: len(picture()) // 2]
-_TARGET = image(need_loss=True)
+_HALF = image()[: len(image()) // 2]
+_TARGET = image_part(need_loss=True)
 
 # name -> (row, the reason it must be rejected for, part of the detail)
 BAD = {
@@ -72,23 +72,23 @@ BAD = {
     "blank text": (turns(_TARGET, text(" \n")), "empty_text", "turn 1, part 1"),
     "empty prompt": (turns(_TARGET, prompt=""), "empty_text", "turn 0"),
     "lone surrogate": (turns(_TARGET, text("ab\ud800")), "bad_text", "character 2"),
-    "flag is a number": (turns(image(need_loss=1)), "bad_flag", "need_loss is 1"),
+    "flag is a number": (turns(image_part(need_loss=1)), "bad_flag", "need_loss is 1"),
     "flag is a string": (turns(text(need_loss="true")), "bad_flag", "'true'"),
     "flag is null": (turns(_TARGET, text(need_loss=None)), "bad_flag", "None"),
     "flag of a user": ([{"role": "user", "content": "x", "need_loss": 0}, *turns(_TARGET)],
                        "bad_flag", "turn 0"),
-    "misspelt flag": (turns(image(need_loss=True, need_vitt=True)), "bad_flag", "need_vitt"),
+    "misspelt flag": (turns(image_part(need_loss=True, need_vitt=True)), "bad_flag", "need_vitt"),
     "text for the VAE": (turns(_TARGET, text(need_vae=True)), "bad_flag", "a text"),
     "picture without content": (turns({"type": "image", "need_loss": True}), "bad_content",
                                 "missing"),
-    "picture without use": (turns(text(), image()), "unused_picture", "turn 1, part 1"),
-    "no base64": (turns(image(need_loss=True) | {"content": "@@@"}), "bad_base64", "part 0"),
-    "base64 of a wrong length": (turns(image(need_loss=True) | {"content": "abcde"}),
+    "picture without use": (turns(text(), image_part()), "unused_picture", "turn 1, part 1"),
+    "no base64": (turns(image_part(need_loss=True) | {"content": "@@@"}), "bad_base64", "part 0"),
+    "base64 of a wrong length": (turns(image_part(need_loss=True) | {"content": "abcde"}),
                                  "bad_base64", "part 0"),
-    "empty picture": (turns(image(b"", need_loss=True)), "bad_picture", "unknown format"),
-    "no picture": (turns(image(b"hello", need_loss=True)), "bad_picture", "unknown format"),
-    "truncated picture": (turns(image(_HALF, need_loss=True)), "bad_picture", "part 0"),
-    "nothing to learn": (turns(text(need_loss=False), image(need_vit=True)), "no_target",
+    "empty picture": (turns(image_part(b"", need_loss=True)), "bad_picture", "unknown format"),
+    "no picture": (turns(image_part(b"hello", need_loss=True)), "bad_picture", "unknown format"),
+    "truncated picture": (turns(image_part(_HALF, need_loss=True)), "bad_picture", "part 0"),
+    "nothing to learn": (turns(text(need_loss=False), image_part(need_vit=True)), "no_target",
                          "need_loss"),
     "assistant without parts": (turns(), "no_target", "need_loss"),
 }

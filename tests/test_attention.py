@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from irg_jax.model.attention import (
-    CAUSAL, FULL, NOISE, PADDING, KeyValues, Tokens, allowed, attend, chunks, visible_pairs)
-from irg_jax.model.blockwise import key_size, mask_in_blocks
+from irg_jax.model.attention import KeyValues, attend, chunks, visible_pairs
+from irg_jax.tokens import CAUSAL, FULL, NOISE, PADDING, Tokens, allowed
+from irg_jax.model.kernels.blockwise import key_size, mask_in_blocks
 
 B, VIEWS, T, S, N, K, H = 2, 3, 50, 70, 4, 2, 8
 R = B * VIEWS
@@ -25,7 +25,7 @@ def matrix(*rows):
   return np.array([[cell == "1" for cell in row.split()] for row in rows])
 
 
-def test_mask_of_text_pictures_and_noise_is_the_documented_one():
+def test_mask_of_text_images_and_noise_is_the_documented_one():
   C, F, X = CAUSAL, FULL, NOISE
   row = tokens([0] * 7, range(7), [0, 0, 1, 1, 2, 2, 3], [C, C, F, F, X, X, C])
   np.testing.assert_array_equal(allowed(row, row), matrix(

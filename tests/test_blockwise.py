@@ -10,7 +10,8 @@ from conftest import relative_error
 
 from irg_jax import sharding
 from irg_jax.model import attention
-from irg_jax.model.blockwise import blockwise
+from irg_jax.model.kernels.blockwise import blockwise
+from irg_jax.tokens import CAUSAL, PADDING, Tokens, allowed
 
 B, T, N, K, H = 4, 72, 4, 2, 16
 
@@ -21,8 +22,8 @@ def inputs():
   # Samples, padding among them, and splits of all kinds, in the order of the row.
   ordered = lambda low, high: jnp.asarray(np.sort(rng.integers(low, high, (B, T)), 1), jnp.int32)
   split = ordered(0, 6)
-  tokens = attention.Tokens(
-      sample=ordered(attention.PADDING, 3), split=split, kind=split % 3,
+  tokens = Tokens(
+      sample=ordered(PADDING, 3), split=split, kind=split % 3,
       index=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
   return (normal(B, T, N, H), normal(B, K, T, H), normal(B, K, T, H)), tokens, normal(B, T, N, H)
 
@@ -34,7 +35,7 @@ def value_and_gradients(attend):
 
 
 def in_blocks(q, k, v, tokens, queries=20, keys=16):
-  return blockwise(attention.allowed, queries, keys, q, k, v, tokens, tokens)
+  return blockwise(allowed, queries, keys, q, k, v, tokens, tokens)
 
 
 def dense(q, k, v, tokens):
@@ -78,9 +79,9 @@ def test_gradients_of_bfloat16_are_those_of_float32_but_for_rounding():
 
 def test_blocks_of_another_sample_are_never_read():
   """Forwards and backwards: what is not a number there does not show."""
-  tokens = attention.Tokens(
+  tokens = Tokens(
       sample=jnp.repeat(jnp.arange(2), 32)[None], index=jnp.tile(jnp.arange(32), 2)[None],
-      split=jnp.zeros((1, 64), jnp.int32), kind=jnp.full((1, 64), attention.CAUSAL))
+      split=jnp.zeros((1, 64), jnp.int32), kind=jnp.full((1, 64), CAUSAL))
   q, k, v = (x[:1, ..., :64, :] if x.shape[1] == K else x[:1, :64] for x in inputs()[0])
   second = jnp.arange(64) >= 32
 
@@ -97,14 +98,14 @@ def test_blocks_of_another_sample_are_never_read():
 
 def test_no_array_of_all_scores_exists_in_training():
   length, layers = 1024, 2
-  tokens = attention.Tokens(*(jnp.zeros((1, length), jnp.int32) for _ in range(4)))
+  tokens = Tokens(*(jnp.zeros((1, length), jnp.int32) for _ in range(4)))
   w = jnp.ones((layers, 8, 8))
 
   def loss(w, x, tokens):
     def layer(x, w):
       h = (x @ w)[:, :, None]
       kv = h.swapaxes(1, 2)
-      return x + blockwise(attention.allowed, 64, 64, h, kv, kv, tokens, tokens)[:, :, 0], None
+      return x + blockwise(allowed, 64, 64, h, kv, kv, tokens, tokens)[:, :, 0], None
     return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, w)[0])
 
   compiled = jax.jit(jax.grad(loss)).lower(w, jnp.ones((1, length, 8)), tokens).compile()

@@ -29,7 +29,7 @@ def _generate(checkpoint, out, *argv):
   return cli.main(["generate", "--checkpoint", checkpoint, "--out", str(out), *SHORT, *argv])
 
 
-def test_two_rounds_become_pictures_and_a_trace(checkpoint, tmp_path, capsys):
+def test_two_rounds_become_images_and_a_trace(checkpoint, tmp_path, capsys):
   assert _generate(checkpoint, tmp_path / "out", "a fox", "--seed", "3") == 0
   captured = capsys.readouterr()
   assert "trace.html" in captured.out
@@ -49,9 +49,9 @@ def test_prompts_in_batches_get_what_they_get_alone(checkpoint, tmp_path, capsys
   assert "index.html" in capsys.readouterr().out
   assert (tmp_path / "all" / "index.html").is_file()
   assert _generate(checkpoint, tmp_path / "one", "rain", *flags, "--seed", "10") == 0
-  pictures = [np.asarray(Image.open(folder / "round1.png"), int)
+  images = [np.asarray(Image.open(folder / "round1.png"), int)
               for folder in (tmp_path / "all" / "003", tmp_path / "one")]
-  assert np.abs(pictures[0] - pictures[1]).max() <= 1
+  assert np.abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -65,7 +65,7 @@ def test_prompts_in_batches_get_what_they_get_alone(checkpoint, tmp_path, capsys
     (["--mesh", "data=3"], "mesh {'data': 3} needs 3 devices"),
     (["--config.cache_size=100"], "cache_size 100 is too small"),
     (["--config.vae_transform.max_size=512", "--config.vae_transform.min_size=512"],
-     "vae_transform reads pictures back at"),
+     "vae_transform reads images back at"),
 ])
 def test_a_request_that_cannot_work_writes_nothing(checkpoint, tmp_path, capsys, argv, message):
   assert _generate(checkpoint, tmp_path / "out", "a fox", *argv) == 2
@@ -74,7 +74,7 @@ def test_a_request_that_cannot_work_writes_nothing(checkpoint, tmp_path, capsys,
   assert not (tmp_path / "out").exists()
 
 
-def test_an_unreadable_picture_is_named(checkpoint, tmp_path, capsys):
+def test_an_unreadable_image_is_named(checkpoint, tmp_path, capsys):
   path = tmp_path / "photo.png"
   path.write_bytes(b"not a picture")
   assert _generate(checkpoint, tmp_path / "out", "a fox", "--image", str(path)) == 2

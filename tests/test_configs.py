@@ -84,7 +84,7 @@ def test_sizes_that_make_no_model_are_named(override, message):
     _model("tiny", override)
 
 
-def test_bench_model_has_positions_for_its_pictures():
+def test_bench_model_has_positions_for_its_images():
   model = _model("bench")
   assert model.vit.grid_size * model.vit.patch_size >= 252
   assert model.max_latent_size * model.pixel_stride >= 256

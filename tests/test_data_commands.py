@@ -8,9 +8,10 @@ import irgl_rows
 import pytest
 from irgl_rows import BAD, MODE, write_mode
 
-from irg_jax import cli, text
+from irg_jax import cli
 from irg_jax.data import check, irgl
 from irg_jax.data.records import MODES, parse_conversation
+from irg_jax.tokenizer import write_byte_tokenizer
 
 
 @pytest.fixture
@@ -111,10 +112,10 @@ def test_samples_come_from_all_over_a_mode(tmp_path, good, samples, rows):
 
 
 def test_lengths_are_what_the_model_counts():
-  """Each split is framed by two tokens; a picture brings both sizes of the training transforms."""
+  """Each split is framed by two tokens; an image brings both sizes of the training transforms."""
   row = irgl_rows.turns(
       irgl_rows.text("abc"),
-      irgl_rows.image(irgl_rows.picture(size=(512, 640)), need_loss=True, need_vae=True,
+      irgl_rows.image(irgl_rows.image(size=(512, 640)), need_loss=True, need_vae=True,
                       need_vit=True), prompt="x")
   record = parse_conversation(irgl_rows.as_row(row), MODE, 0)
   lengths = check.sample_lengths(record, len)
@@ -124,7 +125,7 @@ def test_lengths_are_what_the_model_counts():
 
 
 def test_a_tokenizer_counts_tokens(folder, tmp_path):
-  text.write_byte_tokenizer(tmp_path)
+  write_byte_tokenizer(tmp_path)
   page = tmp_path / "a.html"
   assert _run("check", folder, "--mode", MODE, "--out", page, "--tokenizer", tmp_path) == 0
   assert "texts count in bytes" not in page.read_text()

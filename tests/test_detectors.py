@@ -27,7 +27,7 @@ def box(*values, score=0.9, **more):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
   pixels = np.zeros((20, 30, 3), np.uint8)
   pixels[5:10, 5:15] = (250, 0, 0)
   path = tmp_path / "00000.png"
@@ -35,94 +35,94 @@ def picture(tmp_path):
   return path
 
 
-def run(tmp_path, pictures, detect, classify=None, names="d"):
-  return list(detectors.records(pictures, CLASSES, detect, classify, tmp_path / "cache.jsonl",
+def run(tmp_path, images, detect, classify=None, names="d"):
+  return list(detectors.records(images, CLASSES, detect, classify, tmp_path / "cache.jsonl",
                                 names))
 
 
-def test_records_hold_what_the_verdict_needs(tmp_path, picture):
+def test_records_hold_what_the_verdict_needs(tmp_path, image):
   crops = []
   def classify(crop, name):
     crops.append((crop.size, name, np.asarray(crop).mean((0, 1)).tolist()))
     return "red"
   found = {"car": [box(5, 5, 15, 10), box(0, 0, 3, 3, score=0.2)], "dog": [box(1, 1, 9, 9)]}
-  (record,) = run(tmp_path, [(picture, "a/0.png", RED)], lambda image, classes: found, classify)
+  (record,) = run(tmp_path, [(image, "a/0.png", RED)], lambda _, classes: found, classify)
   assert crops == [((10, 5), "car", [250.0, 0.0, 0.0])]  # of the box that counts, and no other
   assert record["detections"]["car"][0] == box(5.0, 5.0, 15.0, 10.0) | {"color": "red"}
   assert len(record["detections"]["car"]) == 2 and "color" not in record["detections"]["dog"][0]
-  assert geneval.score_picture(json.loads(json.dumps(record)))["correct"]
+  assert geneval.score_image(json.loads(json.dumps(record)))["correct"]
 
 
-def test_no_colour_is_asked_for_where_the_prompt_names_none(tmp_path, picture):
+def test_no_colour_is_asked_for_where_the_prompt_names_none(tmp_path, image):
   classify = lambda crop, name: pytest.fail("asked for a colour")
-  (record,) = run(tmp_path, [(picture, "a", PLAIN)], lambda i, c: {"car": [box(1, 1, 5, 5)]},
+  (record,) = run(tmp_path, [(image, "a", PLAIN)], lambda i, c: {"car": [box(1, 1, 5, 5)]},
                   classify)
-  assert geneval.score_picture(record)["correct"]
+  assert geneval.score_image(record)["correct"]
 
 
 def test_the_crop_is_grey_outside_the_mask_and_rounds_the_box():
-  picture = Image.new("RGB", (10, 8), (1, 2, 3))
+  image = Image.new("RGB", (10, 8), (1, 2, 3))
   mask = np.zeros((8, 10), bool)
   mask[2:4, 2:4] = True
-  crop = np.asarray(detectors.object_crop(picture, (1.6, 1.4, 5.5, 6.5), mask))
+  crop = np.asarray(detectors.object_crop(image, (1.6, 1.4, 5.5, 6.5), mask))
   assert crop.shape == (5, 4, 3)  # Python rounds halves to even: 5.5 to 6, 6.5 to 6
   assert (crop[1:3, 0:2] == (1, 2, 3)).all() and (crop[3:] == 153).all()
   with pytest.raises(ValueError, match="mask"):
-    detectors.object_crop(picture, (0, 0, 5, 5), mask.T)
+    detectors.object_crop(image, (0, 0, 5, 5), mask.T)
   with pytest.raises(ValueError, match="no pixel"):
-    detectors.object_crop(picture, (3, 3, 3.2, 8))
+    detectors.object_crop(image, (3, 3, 3.2, 8))
 
 
-def test_masks_reach_the_classifier_and_not_the_record(tmp_path, picture):
+def test_masks_reach_the_classifier_and_not_the_record(tmp_path, image):
   mask = np.ones((20, 30), bool)
   mask[:, 10:] = False
   seen = []
   classify = lambda crop, name: seen.append(np.asarray(crop)) or "red"
-  (record,) = run(tmp_path, [(picture, "a", RED)],
+  (record,) = run(tmp_path, [(image, "a", RED)],
                   lambda i, c: {"car": [box(5, 5, 15, 10, mask=mask)]}, classify)
   assert (seen[0][:, 5:] == 153).all() and (seen[0][:, :5] == (250, 0, 0)).all()
   assert "mask" not in record["detections"]["car"][0]
 
 
-def test_an_upright_picture_is_shown_whatever_the_camera_wrote(tmp_path):
-  image = Image.new("RGB", (30, 20))
+def test_an_upright_image_is_shown_whatever_the_camera_wrote(tmp_path):
+  turned = Image.new("RGB", (30, 20))
   exif = Image.Exif()
   exif[0x0112] = 6  # turned by 90 degrees
-  image.save(tmp_path / "p.jpg", exif=exif)
+  turned.save(tmp_path / "p.jpg", exif=exif)
   sizes = []
   run(tmp_path, [(tmp_path / "p.jpg", "a", PLAIN)], lambda i, c: sizes.append(i.size) or {})
   assert sizes == [(20, 30)]
 
 
-def test_a_picture_is_looked_at_once_but_again_if_it_or_the_detector_changes(tmp_path, picture):
+def test_a_image_is_looked_at_once_but_again_if_it_or_the_detector_changes(tmp_path, image):
   calls = []
-  detect = lambda image, classes: calls.append(1) or {"car": [box(1, 1, 5, 5)]}
-  one = [(picture, "a", PLAIN)]
+  detect = lambda _, classes: calls.append(1) or {"car": [box(1, 1, 5, 5)]}
+  one = [(image, "a", PLAIN)]
   first = run(tmp_path, one, detect)
   assert run(tmp_path, one, detect) == first and len(calls) == 1
   run(tmp_path, one, detect, names="other")
   assert len(calls) == 2
-  Image.new("RGB", (9, 9)).save(picture)
+  Image.new("RGB", (9, 9)).save(image)
   run(tmp_path, one, detect)
   assert len(calls) == 3
-  run(tmp_path, [(picture, "a", RED)], detect, lambda crop, name: "red")  # now with colours
+  run(tmp_path, [(image, "a", RED)], detect, lambda crop, name: "red")  # now with colours
   assert len(calls) == 4
 
 
-def test_what_cannot_be_detected_is_reported_and_the_rest_goes_on(tmp_path, picture):
+def test_what_cannot_be_detected_is_reported_and_the_rest_goes_on(tmp_path, image):
   torn = tmp_path / "torn.png"
-  torn.write_bytes(picture.read_bytes()[:40])
+  torn.write_bytes(image.read_bytes()[:40])
   kinds = iter([{"cat": []}, {"car": [box(1, 2, 3)]}, {"car": [box(1, 2, 3, float("nan"))]}, None,
                 {}])
-  def detect(image, classes):
+  def detect(_, classes):
     return next(kinds)
   others = []
   for i in range(5):
     path = tmp_path / f"{i}.png"
     Image.new("RGB", (4 + i, 4)).save(path)
     others.append((path, f"f{i}", PLAIN))
-  pictures = [(tmp_path / "none.png", "none", PLAIN), (torn, "torn", PLAIN), *others]
-  records = run(tmp_path, pictures, detect)
+  images = [(tmp_path / "none.png", "none", PLAIN), (torn, "torn", PLAIN), *others]
+  records = run(tmp_path, images, detect)
   assert [r["filename"] for r in records] == ["none", "torn", "f0", "f1", "f2", "f3", "f4"]
   reasons = [r.get("error", "").partition(":")[0] for r in records]
   assert reasons == ["picture", "picture", "detector", "detector", "detector", "detector", ""]
@@ -132,17 +132,17 @@ def test_what_cannot_be_detected_is_reported_and_the_rest_goes_on(tmp_path, pict
 def test_a_detector_that_always_fails_ends_the_run(tmp_path):
   for i in range(25):
     Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
-  def detect(image, classes):
+  def detect(_, classes):
     raise RuntimeError("no weights")
-  with pytest.raises(ValueError, match="20 pictures in a row.*no weights"):
+  with pytest.raises(ValueError, match="20 images in a row.*no weights"):
     run(tmp_path, [(tmp_path / f"{i}.png", str(i), PLAIN) for i in range(25)], detect)
 
 
-def test_colours_need_a_classifier_that_says_one_of_them(tmp_path, picture):
-  detect = lambda image, classes: {"car": [box(1, 1, 5, 5)]}
-  (record,) = run(tmp_path, [(picture, "a", RED)], detect)
+def test_colours_need_a_classifier_that_says_one_of_them(tmp_path, image):
+  detect = lambda _, classes: {"car": [box(1, 1, 5, 5)]}
+  (record,) = run(tmp_path, [(image, "a", RED)], detect)
   assert "name a classifier" in record["error"]
-  (record,) = run(tmp_path, [(picture, "a", RED)], detect, lambda crop, name: "crimson")
+  (record,) = run(tmp_path, [(image, "a", RED)], detect, lambda crop, name: "crimson")
   assert "'crimson'" in record["error"]
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_list_of_names_is_refused(tmp_path):
 
 
 def test_a_function_is_found_by_name_in_the_working_directory(tmp_path):
-  (tmp_path / "mine_for_test.py").write_text("def detect(picture, classes): return {}\nx = 3\n")
+  (tmp_path / "mine_for_test.py").write_text("def detect(image, classes): return {}\nx = 3\n")
   root = pathlib.Path(__file__).resolve().parents[1]
   code = ("from irg_jax.evaluate import plugins\n"
           "print(plugins.load('mine_for_test:detect', '--detector')(1, 2))")

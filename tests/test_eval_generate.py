@@ -1,6 +1,6 @@
 """`irg eval generate`: layout, seeds, resuming, sharding; at the end for real.
 
-All else runs on a stand-in for the engine, whose pictures follow from prompt and seed.
+All else runs on a stand-in for the engine, whose images follow from prompt and seed.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ class Engine:
   def _round(self, prompt, seed, number, settings):
     rng = np.random.default_rng([zlib.crc32(prompt.encode()), seed, number])
     latents = np.full((4, 8), np.nan if (seed, number) in self.fails else 0.0, np.float32)
-    picture = rng.integers(0, 256, (settings.height, settings.width, 3), np.uint8)
-    return irg.Round(irg.Thought(f"thought {seed} {number}", (1, 2)), latents, picture, {"draw": 1})
+    image = rng.integers(0, 256, (settings.height, settings.width, 3), np.uint8)
+    return irg.Round(irg.Thought(f"thought {seed} {number}", (1, 2)), latents, image, {"draw": 1})
 
 
 @pytest.fixture
@@ -125,22 +125,22 @@ def test_each_round_has_the_official_layout_to_itself(benchmark, engine, generat
                                                       files, capsys):
   assert generate(benchmark, tmp_path, "--limit", 2, "--batch-size", 3) == 0
   items = prompts.read(benchmark, files[benchmark])[:2]
-  pictures = [(item, p) for item in items for p in range(item.pictures)]
+  images = [(item, p) for item in items for p in range(item.images)]
   for number in (1, 2):
     root = tmp_path / f"round{number}"
     assert {f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file()} \
         == LAYOUTS[benchmark]
-  for item, p in pictures:
+  for item, p in images:
     record = runner.read_trace(tmp_path, item, p)
     seed = layout.seed(benchmark, item.id, p)
     assert (record["prompt"], record["seed"]) == (item.prompt, seed)
     assert [r["think"] for r in record["rounds"]] == [f"thought {seed} 0", f"thought {seed} 1"]
     for number, entry in enumerate(record["rounds"], 1):
-      assert entry["picture"] == layout.picture_path(benchmark, item, p, number).as_posix()
+      assert entry["picture"] == layout.image_path(benchmark, item, p, number).as_posix()
   assert not list(tmp_path.rglob(".aside"))
-  assert f"{len(pictures)} pictures drawn, 0 were there already" in capsys.readouterr().out
+  assert f"{len(images)} images drawn, 0 were there already" in capsys.readouterr().out
   assert {row for batch in engine.batches for row in batch} \
-      == {(i.prompt, layout.seed(benchmark, i.id, p)) for i, p in pictures}
+      == {(i.prompt, layout.seed(benchmark, i.id, p)) for i, p in images}
 
 
 def test_geneval_s_record_is_as_published(engine, generate, tmp_path):
@@ -149,7 +149,7 @@ def test_geneval_s_record_is_as_published(engine, generate, tmp_path):
   assert json.loads((tmp_path / "round2/00179/metadata.jsonl").read_text()) == json.loads(line)
 
 
-def test_oneig_s_grid_holds_the_four_pictures_and_black_for_one_that_failed(
+def test_oneig_s_grid_holds_the_four_images_and_black_for_one_that_failed(
     engine, generate, tmp_path, files, capsys):
   item = prompts.read("oneig", files["oneig"])[0]
   seeds = [layout.seed("oneig", item.id, p) for p in range(4)]
@@ -157,7 +157,7 @@ def test_oneig_s_grid_holds_the_four_pictures_and_black_for_one_that_failed(
   assert generate("oneig", tmp_path, "--limit", 1) == 0
   settings = dataclasses.replace(runner.Settings(), height=32, width=32)
   for number in (0, 1):
-    drawn = [engine._round(item.prompt, s, number, settings).picture for s in seeds]
+    drawn = [engine._round(item.prompt, s, number, settings).image for s in seeds]
     if number:
       drawn[2] = np.zeros_like(drawn[2])
     grid = np.array(Image.open(tmp_path / f"round{number + 1}/images/human/irg_jax/000.webp"))
@@ -165,13 +165,13 @@ def test_oneig_s_grid_holds_the_four_pictures_and_black_for_one_that_failed(
     cells = [grid[y:y + 32, x:x + 32] for y in (0, 32) for x in (0, 32)]  # row by row
     assert all(np.array_equal(cell, want) for cell, want in zip(cells, drawn))
   captured = capsys.readouterr()
-  assert "1 failed" in captured.out and f"{item.id}, picture 2, round 2" in captured.err
+  assert "1 failed" in captured.out and f"{item.id}, image 2, round 2" in captured.err
   assert not list((tmp_path / "cells").rglob("*.png"))
   assert generate("oneig", tmp_path, "--limit", 1) == 0  # is reported again, not drawn again
-  assert "0 pictures drawn, 4 were there already; 1 failed" in capsys.readouterr().out
+  assert "0 images drawn, 4 were there already; 1 failed" in capsys.readouterr().out
 
 
-def test_a_picture_that_failed_is_no_picture(engine, generate, tmp_path):
+def test_a_image_that_failed_is_no_image(engine, generate, tmp_path):
   engine.fails = {(layout.seed("wise", "1", 0), 0)}
   assert generate("wise", tmp_path) == 0
   assert not (tmp_path / "round1/1.png").exists() and (tmp_path / "round2/1.png").exists()
@@ -253,7 +253,7 @@ def test_a_kill_at_any_file_leaves_nothing_torn_and_is_made_good(
       draw(request)
     assert tree(out) == want
     traces = [p for p in made if "traces" in p.parts]
-    assert len(traces) == len(set(traces))  # no picture was finished twice
+    assert len(traces) == len(set(traces))  # no image was finished twice
     if left[0] > 0:  # it came to its end before it could be killed
       break
     shutil.rmtree(out)
@@ -372,7 +372,7 @@ sys.exit(here.cli.main({argv!r}))
 
 
 def start(checkpoint, out):
-  """A process that draws 28 pictures with the stand-in."""
+  """A process that draws 28 images with the stand-in."""
   argv = ["eval", "generate", "geneval", "--checkpoint", str(checkpoint), "--out", str(out), *TINY,
           "--limit", "7", "--batch-size", "2"]
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -402,7 +402,7 @@ def test_kill_9_and_resume_gives_the_bytes_of_a_run_that_was_not_stopped(
   assert tree(out) == want
 
 
-def test_for_real_a_picture_is_the_same_bytes_in_another_order(checkpoint, generate, tmp_path,
+def test_for_real_a_image_is_the_same_bytes_in_another_order(checkpoint, generate, tmp_path,
                                                               monkeypatch):
   shared = Progress(stream=io.StringIO())  # compiled code belongs to the display it reports to
   monkeypatch.setattr(runner, "Progress", lambda: shared)

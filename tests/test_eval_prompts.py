@@ -49,7 +49,7 @@ def test_the_prompts_of_geneval_come_with_the_package():
   items = read("geneval")
   check_counts(items)
   assert [i.id for i in items[:2]] == ["00000", "00001"] and items[-1].id == "00552"
-  assert {i.pictures for i in items} == {4}
+  assert {i.images for i in items} == {4}
   assert collections.Counter(t for i in items for t in tasks(i)) == prompts.GENEVAL_TASKS
   assert [i.extra for i in items] == [json.loads(line) for line in GENEVAL.open()]
   names = (prompts.GENEVAL_FILES / "object_names.txt").read_text().split("\n")[:-1]
@@ -84,7 +84,7 @@ def test_tiif_takes_short_and_long_for_two_items(tmp_path):
   check_counts(items)
   assert len(items) == 2 * 277 and len(known_tasks(items)) == 39
   style = [i for i in items if tasks(i) == ("style",)]
-  assert [(i.id, i.prompt, i.pictures) for i in style[:3]] == [
+  assert [(i.id, i.prompt, i.images) for i in style[:3]] == [
       ("style/short/0", "short 0", 1), ("style/long/0", "long 0", 1),
       ("style/short/1", "short 1", 1)]
   assert style[1].extra["length"] == "long" and style[1].extra["attribute"] == "style"
@@ -112,7 +112,7 @@ def test_oneig_ids_start_anew_in_each_category(tmp_path):
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel saves it
   items = read("oneig", tmp_path)
   check_counts(items)
-  assert len(items) == 1120 and {i.pictures for i in items} == {4}
+  assert len(items) == 1120 and {i.images for i in items} == {4}
   assert (items[0].id, items[-1].id) == ("anime/000", "reasoning/224")
   assert items[1].prompt == 'Anime_Stylization, "1",\nin two lines'
   with pytest.raises(ValueError, match="244 prompts of anime"):
@@ -224,7 +224,7 @@ def item(benchmark, name):
   return prompts.Item(benchmark, name, "p", 1, {})
 
 
-@pytest.mark.parametrize("benchmark, name, picture, path", [
+@pytest.mark.parametrize("benchmark, name, image, path", [
     ("geneval", "00007", 3, "round2/00007/samples/00003.png"),
     ("wise", "901", 0, "round2/901.png"),
     ("tiif", "color+2d/short/0", 0, "round2/color+2d/irg_jax/short_description/0.png"),
@@ -232,21 +232,21 @@ def item(benchmark, name):
     ("genai_bench", "00001", 0, "round2/irg_jax/00001.jpeg"),
     ("oneig", "anime/000", 3, "round2/images/anime/irg_jax/000.webp"),
 ])
-def test_pictures_are_where_the_official_scorer_looks(benchmark, name, picture, path):
-  found = layout.picture_path(benchmark, item(benchmark, name), picture, 2)
+def test_images_are_where_the_official_scorer_looks(benchmark, name, image, path):
+  found = layout.image_path(benchmark, item(benchmark, name), image, 2)
   assert found == pathlib.PurePath(path)
 
 
-def test_no_two_pictures_of_a_benchmark_share_seed_or_place():
+def test_no_two_images_of_a_benchmark_share_seed_or_place():
   items = read("geneval")
   all_of = [(i, p) for i in items for p in range(4)]
   assert len({layout.seed("geneval", i.id, p) for i, p in all_of}) == len(all_of)
-  paths = {layout.picture_path("geneval", i, p, r) for i, p in all_of for r in (1, 2)}
+  paths = {layout.image_path("geneval", i, p, r) for i, p in all_of for r in (1, 2)}
   assert len(paths) == 2 * len(all_of)
 
 
 def test_seeds_never_change():
-  # Of published pictures: whoever changes the rule can no longer draw them again.
+  # Of published images: whoever changes the rule can no longer draw them again.
   assert layout.seed("geneval", "00000", 0) == 3928742260
   assert layout.seed("geneval", "00000", 1) != layout.seed("geneval", "00000", 0)
   assert layout.seed("wise", "1", 0) != layout.seed("genai_bench", "1", 0)

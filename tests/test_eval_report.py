@@ -21,23 +21,23 @@ from irg_jax.evaluate import wise
 def draw(out, benchmark, items, rounds=(1, 2)):
   for item in items:
     for number in rounds:
-      for picture in range(item.pictures):
-        path = out / layout.picture_path(benchmark, item, picture, number)
+      for image in range(item.images):
+        path = out / layout.image_path(benchmark, item, image, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)).save(path)
 
 
 def geneval(root, right):
-  """A scored GenEval run of two prompts; `right(round, picture)` are found."""
+  """A scored GenEval run of two prompts; `right(round, image)` are found."""
   out, items = root / "geneval", prompts.read("geneval")[:2]
   draw(out, "geneval", items)
   lines = []
   for item in items:
     name = item.extra["include"][0]["class"]
     for number in (1, 2):
-      for picture in range(4):
-        score_of = 0.9 if right(number, picture) else 0.1
-        lines.append({"filename": str(layout.picture_path("geneval", item, picture, number)),
+      for image in range(4):
+        score_of = 0.9 if right(number, image) else 0.1
+        lines.append({"filename": str(layout.image_path("geneval", item, image, number)),
                       "detections": {name: [{"box": [0, 0, 4, 4], "score": score_of}]}})
   boxes = root / "boxes.jsonl"
   boxes.write_text("\n".join(map(json.dumps, lines)))
@@ -66,7 +66,7 @@ def genai(root):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   root = tmp_path_factory.mktemp("report")
-  outs = [genai(root), geneval(root, lambda number, picture: picture < number)]
+  outs = [genai(root), geneval(root, lambda number, image: image < number)]
   assert cli.main(["eval", "report", *map(str, outs), "--to", str(root / "report")]) == 0
   return root
 
@@ -126,7 +126,7 @@ def test_pages_of_a_longer_report_go_away(built):
 def test_scoring_again_gives_the_same_files(built):
   out = built / "geneval"
   before = [(out / n).read_bytes() for n in (score.SCORES, score.ITEMS)]
-  assert geneval(built, lambda number, picture: picture < number) == out
+  assert geneval(built, lambda number, image: image < number) == out
   assert [(out / n).read_bytes() for n in (score.SCORES, score.ITEMS)] == before
 
 

@@ -26,7 +26,7 @@ def box(score, left=0.0, top=0.0, size=10.0, **more):
   return {"box": [left, top, left + size, top + size], "score": score, **more}
 
 
-def picture(tag, include, detections, **metadata):
+def image(tag, include, detections, **metadata):
   return {"filename": "00000/samples/00000.png", "detections": detections,
           "metadata": {"tag": tag, "include": include, "prompt": "p", **metadata}}
 
@@ -41,19 +41,19 @@ def said(text):
 @pytest.mark.parametrize("tag, at", [("single_object", 0.3), ("counting", 0.9)])
 def test_a_box_counts_only_above_the_threshold_of_its_task(tag, at):
   above = float(np.nextafter(np.float32(at), np.float32(1)))
-  record = picture(tag, [{"class": "dog", "count": 1}], {"dog": [box(at)]})
-  assert geneval.score_picture(record)["reason"] == "expected dog>=1, found 0"
+  record = image(tag, [{"class": "dog", "count": 1}], {"dog": [box(at)]})
+  assert geneval.score_image(record)["reason"] == "expected dog>=1, found 0"
   record["detections"]["dog"] = [box(above)]
-  assert geneval.score_picture(record)["correct"]
+  assert geneval.score_image(record)["correct"]
 
 
 def test_only_the_surest_boxes_are_asked_for_their_colour():
   clause = [{"class": "cup", "count": 1, "color": "red"}]
   boxes = [box(0.5, color="blue"), box(0.8, color="red")]
-  assert geneval.score_picture(picture("colors", clause, {"cup": boxes}))["correct"]
+  assert geneval.score_image(image("colors", clause, {"cup": boxes}))["correct"]
   boxes[1]["color"] = "blue"
   boxes[0]["color"] = "red"
-  assert not geneval.score_picture(picture("colors", clause, {"cup": boxes}))["correct"]
+  assert not geneval.score_image(image("colors", clause, {"cup": boxes}))["correct"]
 
 
 def test_a_class_has_sixteen_boxes_at_most_and_overlaps_go_only_if_asked():
@@ -76,7 +76,7 @@ def test_relations_are_seen_from_the_second_box_with_y_downward(left, top, want)
 
 def test_a_position_is_not_looked_at_where_its_target_fails():
   include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["above", 0]}]
-  got = geneval.score_picture(picture("position", include, {"dog": [box(0.9)]}))
+  got = geneval.score_image(image("position", include, {"dog": [box(0.9)]}))
   assert got["reason"] == "expected cat>=1, found 0\nno target for dog to be above"
 
 
@@ -87,7 +87,7 @@ def test_a_position_is_not_looked_at_where_its_target_fails():
 def test_a_record_that_says_too_little_has_no_verdict(detections, reason):
   clause = [{"class": "dog", "count": 1, "color": "red"}]
   with pytest.raises(geneval.Unscorable) as caught:
-    geneval.score_picture(picture("colors", clause, detections))
+    geneval.score_image(image("colors", clause, detections))
   assert caught.value.reason == reason
 
 
@@ -96,7 +96,7 @@ def geneval_run(tmp_path, rounds=(1, 2)):
 
 
 def detected(item, number, sample, score=0.99):
-  path = layout.picture_path("geneval", item, sample, number)
+  path = layout.image_path("geneval", item, sample, number)
   return {"filename": str(path), "metadata": item.extra,
           "detections": {item.extra["include"][0]["class"]: [box(score)]}}
 
@@ -108,7 +108,7 @@ def score_lines(run, records, tmp_path, default_round=None):
                                 default_round)
 
 
-def test_a_picture_is_counted_once_in_its_round_and_what_is_missing_is_said(tmp_path):
+def test_a_image_is_counted_once_in_its_round_and_what_is_missing_is_said(tmp_path):
   run = geneval_run(tmp_path)
   first, second, third = run.items
   records = [detected(first, 1, 0), detected(first, 1, 1, score=0.1), detected(first, 2, 0),
@@ -128,7 +128,7 @@ def test_a_picture_is_counted_once_in_its_round_and_what_is_missing_is_said(tmp_
   assert lines[4]["why"] == "picture: gone"
 
 
-def test_a_picture_of_an_unknown_round_is_refused(tmp_path):
+def test_a_image_of_an_unknown_round_is_refused(tmp_path):
   run = geneval_run(tmp_path)
   record = detected(run.items[0], 1, 0)
   record["filename"] = record["filename"].removeprefix("round1/")
@@ -147,7 +147,7 @@ def peak(run, records):
   return tracemalloc.get_traced_memory()[1], tracemalloc.stop()
 
 
-def test_more_pictures_need_no_more_memory(tmp_path):
+def test_more_images_need_no_more_memory(tmp_path):
   items = tuple(Item("geneval", f"{i:05}", "p", 400, {
       "tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": f"p{i}"})
                 for i in range(4))

@@ -28,9 +28,9 @@ KILLS, AT_A_TIME, ASKS = 2, 2, 2
 
 def geneval(folder):
   lines(folder / "boxes.jsonl", [json.dumps(
-      {"filename": f"round{n}/00000/samples/{picture:05}.png",
-       "detections": {"bench": [{"box": [0, 0, 4, 4], "score": 0.2 * n}] * (picture > 0)}})
-      for n in (1, 2) for picture in range(4)])
+      {"filename": f"round{n}/00000/samples/{image:05}.png",
+       "detections": {"bench": [{"box": [0, 0, 4, 4], "score": 0.2 * n}] * (image > 0)}})
+      for n in (1, 2) for image in range(4)])
   return [], ["--limit", "1"], ["--detections", str(folder / "boxes.jsonl")]
 
 
@@ -78,7 +78,7 @@ def lines(path, texts):
 
 
 def answer(body):
-  """Follows from the picture's bytes, so that one other picture is another table.
+  """Follows from the picture's bytes, so that one other image is another table.
 
   Nothing can be made of what it says of the prompt or question with a 450 or "is it 1?" in it.
   """

@@ -1,4 +1,4 @@
-"""Records to splits: order and draws of pictures, and what dropout may drop."""
+"""Records to splits: order and draws of images, and what dropout may drop."""
 
 import dataclasses
 import io
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import text
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data.examples import record_features, record_splits
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
-from irg_jax.data.sequence import DroppedPicture, PictureSplit, TextSplit
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
+from irg_jax.data.sequence import DroppedImage, ImageSplit, TextSplit
 from irg_jax.images import ImageTransform
 from irg_jax.train.settings import DataSettings, Dropout
+from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 MODEL = ModelConfig(  # places and sizes of the model; nothing is computed with it
     llm=LlmConfig(vocab_size=260), vit=VitConfig(grid_size=8), vae=VaeConfig(), max_latent_size=8)
@@ -28,8 +28,8 @@ ALL = Dropout(text=1.0, vit=1.0, vae=1.0)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
-  text.write_byte_tokenizer(folder)
-  return text.load_tokenizer(folder, MODEL.llm.vocab_size)
+  write_byte_tokenizer(folder)
+  return load_tokenizer(folder, MODEL.llm.vocab_size)
 
 
 def png(width=64, height=48):
@@ -39,9 +39,9 @@ def png(width=64, height=48):
   return file.getvalue()
 
 
-def picture(moments=None, **roles):
+def image(moments=None, **roles):
   flags = dict.fromkeys(("need_loss", "need_vae", "need_vit"), False) | roles
-  return PicturePart(png(), **flags, moments=moments)
+  return ImagePart(png(), **flags, moments=moments)
 
 
 def splits(tokenizer, *parts, seed=0, **changes):
@@ -49,8 +49,8 @@ def splits(tokenizer, *parts, seed=0, **changes):
                        dataclasses.replace(DATA, **changes), np.random.default_rng(seed))
 
 
-def test_picture_comes_as_target_then_clean_then_for_the_vit(tokenizer):
-  target, clean, vit = splits(tokenizer, picture(need_loss=True, need_vae=True, need_vit=True))
+def test_image_comes_as_target_then_clean_then_for_the_vit(tokenizer):
+  target, clean, vit = splits(tokenizer, image(need_loss=True, need_vae=True, need_vit=True))
   assert target.need_loss and clean.need_vae and vit.need_vit
   np.testing.assert_array_equal(target.pixels, clean.pixels)
   assert np.abs(target.latents - clean.latents).max() > 0.1  # a draw for each role
@@ -58,7 +58,7 @@ def test_picture_comes_as_target_then_clean_then_for_the_vit(tokenizer):
 
 
 def test_a_target_is_noised_several_times_at_one_position_and_conditions_are_there_once(tokenizer):
-  parts = TextPart("a", True), picture(need_loss=True, need_vae=True, need_vit=True)
+  parts = TextPart("a", True), image(need_loss=True, need_vae=True, need_vit=True)
   once, thrice = (record_features(Record(MODES[5], 3, parts), tokenizer, MODEL,
                                   dataclasses.replace(DATA, noise_draws=n),
                                   np.random.default_rng(0)) for n in (1, 3))
@@ -72,21 +72,21 @@ def test_a_target_is_noised_several_times_at_one_position_and_conditions_are_the
 
 
 def test_everything_conditional_is_dropped_and_no_target(tokenizer):
-  parts = [TextPart("a", False), TextPart("b", True), picture(need_vae=True, need_vit=True),
-           picture(need_loss=True, need_vae=True)]
+  parts = [TextPart("a", False), TextPart("b", True), image(need_vae=True, need_vit=True),
+           image(need_loss=True, need_vae=True)]
   got = splits(tokenizer, *parts, dropout=ALL)
-  assert [type(s) for s in got] == [TextSplit, DroppedPicture, DroppedPicture, PictureSplit,
-                                    DroppedPicture]
+  assert [type(s) for s in got] == [TextSplit, DroppedImage, DroppedImage, ImageSplit,
+                                    DroppedImage]
   assert got[0].need_loss and got[3].need_loss
   features = record_features(Record(MODES[5], 3, tuple(parts)), tokenizer, MODEL,
                              dataclasses.replace(DATA, dropout=ALL), np.random.default_rng(0))
-  # The text starts at 0, two dropped pictures then advance by one each, the target stands there.
+  # The text starts at 0, two dropped images then advance by one each, the target stands there.
   assert features["und_position"].tolist() == [0, 1, 2, 5, 5]
 
 
 @pytest.mark.parametrize("kind", ["text", "vit", "vae"])
 def test_each_kind_is_dropped_with_its_own_probability(tokenizer, kind):
-  parts = [TextPart("a", False), picture(np.zeros((2, 4, 4, 16)), need_vae=True, need_vit=True)]
+  parts = [TextPart("a", False), image(np.zeros((2, 4, 4, 16)), need_vae=True, need_vit=True)]
   chance = Dropout(**(dict(text=0.0, vit=0.0, vae=0.0) | {kind: 0.3}))
   dropped = 0
   for seed in range(400):
@@ -100,7 +100,7 @@ def test_each_kind_is_dropped_with_its_own_probability(tokenizer, kind):
 
 
 def test_splits_are_a_function_of_record_and_seed(tokenizer):
-  parts = [TextPart("a", False), picture(need_loss=True), picture(need_vae=True, need_vit=True)]
+  parts = [TextPart("a", False), image(need_loss=True), image(need_vae=True, need_vit=True)]
   some = Dropout(text=0.5, vit=0.5, vae=0.5)
   shapes = set()
   for seed in range(8):
@@ -110,10 +110,10 @@ def test_splits_are_a_function_of_record_and_seed(tokenizer):
   assert len(shapes) > 2
 
 
-def test_moments_give_latents_and_no_picture_is_decoded(tokenizer):
+def test_moments_give_latents_and_no_image_is_decoded(tokenizer):
   rng = np.random.default_rng(1)
   moments = rng.standard_normal((2, 4, 6, 16)).astype(np.float32)
-  broken = PicturePart(b"not a picture", True, True, False, moments)
+  broken = ImagePart(b"not a picture", True, True, False, moments)
   target, clean = splits(tokenizer, broken, posterior="mean")
   assert target.pixels is None and target.latents.shape == (2, 3, MODEL.latent_dim)
   np.testing.assert_array_equal(target.latents, clean.latents)
@@ -123,9 +123,9 @@ def test_moments_give_latents_and_no_picture_is_decoded(tokenizer):
 
 
 @pytest.mark.parametrize("part,message", [
-    (PicturePart(b"not a picture", True, False, False), "picture in part 1.*decoded"),
-    (picture(np.zeros((2, 3, 4, 16)), need_vae=True), "3 x 4 latents does not divide"),
-    (picture(np.zeros((2, 40, 4, 16)), need_vae=True), "exceeds the 8 x 8 positions"),
+    (ImagePart(b"not a picture", True, False, False), "picture in part 1.*decoded"),
+    (image(np.zeros((2, 3, 4, 16)), need_vae=True), "3 x 4 latents does not divide"),
+    (image(np.zeros((2, 40, 4, 16)), need_vae=True), "exceeds the 8 x 8 positions"),
     (TextPart("\ud800", True), "surrogate"),
 ])
 def test_record_that_cannot_be_laid_out_is_named_with_the_reason(tokenizer, part, message):

@@ -40,7 +40,7 @@ def test_fifty_times_are_49_updates_of_which_the_interval_guides(guidance, guide
   assert np.sum((low < times) & (times <= high)) == guided
 
 
-def test_euler_steps_along_the_true_velocity_arrive_at_the_picture():
+def test_euler_steps_along_the_true_velocity_arrive_at_the_image():
   rng = np.random.default_rng(0)
   latents, noise = rng.standard_normal((2, 5, 3), np.float32)
   x, times = noise, flow.schedule(7, 3.0)
@@ -51,7 +51,7 @@ def test_euler_steps_along_the_true_velocity_arrive_at_the_picture():
 
 
 # Two tokens of one number each. Guided by text: 3 + 2 (3 - 3) = 3 and 0 + 2 (4 - 0) = 8, of norm
-# sqrt(73) where the full velocity has 5. Guided by the picture as well, before any renorm:
+# sqrt(73) where the full velocity has 5. Guided by the image as well, before any renorm:
 # 1 + 3 (3 - 1) = 7 and 2 + 3 (8 - 2) = 20, of norm sqrt(449).
 FULL_V, NO_TEXT_V, NO_IMAGE_V = ([[3.0], [4.0]], [[3.0], [0.0]], [[1.0], [2.0]])
 

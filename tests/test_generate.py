@@ -61,17 +61,17 @@ def batch_of_four():
 
 
 def assert_same(got, want):
-  """The same thoughts, latents within 1e-4, pictures but for a level here and there.
+  """The same thoughts, latents within 1e-4, images but for a level here and there.
 
-  Pictures are truncated to 8 bits, so rounding may move a value at a level's edge by a whole
-  level; a round that has read such a picture really has seen another one.
+  Images are truncated to 8 bits, so rounding may move a value at a level's edge by a whole
+  level; a round that has read such an image really has seen another one.
   """
   assert len(got.rounds) == len(want.rounds)
   tolerance = 1e-4
   for a, b in zip(got.rounds, want.rounds):
     assert a.thought == b.thought
     assert np.linalg.norm(a.latents - b.latents) < tolerance * np.linalg.norm(b.latents)
-    differs = np.abs(a.picture.astype(int) - b.picture)
+    differs = np.abs(a.image.astype(int) - b.image)
     assert differs.max() <= 1 and differs.mean() < 0.02
     tolerance = 1e-4 if not differs.any() else 1e-3
 
@@ -192,22 +192,22 @@ def test_a_cache_too_small_for_one_round_is_refused():
     generate(settings=dataclasses.replace(SETTINGS, cache_size=100))
 
 
-def test_editing_depends_on_picture_and_instruction():
-  pictures = [np.full((48, 32, 3), level, np.uint8) for level in (20, 200)]
-  edited = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, pictures=pictures)
-  swapped = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, pictures=pictures[::-1])
-  alone, = generate(PROMPTS[:1], SEEDS[:1], ONE_ROUND, pictures=pictures[:1])
+def test_editing_depends_on_image_and_instruction():
+  images = [np.full((48, 32, 3), level, np.uint8) for level in (20, 200)]
+  edited = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, images=images)
+  swapped = generate(PROMPTS[:2], SEEDS[:2], ONE_ROUND, images=images[::-1])
+  alone, = generate(PROMPTS[:1], SEEDS[:1], ONE_ROUND, images=images[:1])
   assert_same(edited[0], alone)
   assert np.abs(edited[0].rounds[0].latents - swapped[0].rounds[0].latents).max() > 1e-3
 
 
-def test_answers_about_pictures_and_chat():
+def test_answers_about_images_and_chat():
   tokenizer = IdTokenizer()
   ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS[:2], seeds=[0, 0],
                           settings=dataclasses.replace(SETTINGS, temperature=0.0))
   rng = np.random.default_rng(0)
-  picture = rng.integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
-  about = ask(pictures=list(picture))
+  image = rng.integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
+  about = ask(images=list(image))
   assert len(about) == 2 and all(len(a.ids) == 11 or not a.hit_limit for a in about)
   assert [a.ids for a in about] != [a.ids for a in ask()]
 
@@ -247,8 +247,8 @@ def test_progress_reports_every_step_of_every_phase():
     (dict(first=Guidance(interval=(0.4,))), "first.interval is"),
     (dict(first=Guidance(interval=(1.0, 0.4))), "first.interval is"),
     (dict(think_limit=20000), "think_limit is 20000, but must be at most"),
-    (dict(vae_transform=ImageTransform(512, 256, 16)), "vae_transform reads pictures back at 384"),
-    (dict(vit_transform=ImageTransform(140, 140, 14)), "vit_transform reads pictures back at"),
+    (dict(vae_transform=ImageTransform(512, 256, 16)), "vae_transform reads images back at 384"),
+    (dict(vit_transform=ImageTransform(140, 140, 14)), "vit_transform reads images back at"),
     (dict(vae_transform=ImageTransform(128, 32, 8)), "vae_transform.stride is 8"),
 ])
 def test_settings_that_make_no_sense_are_refused(change, message):
@@ -260,8 +260,8 @@ def test_settings_that_make_no_sense_are_refused(change, message):
     (dict(prompts=[(1,) * 61], seeds=[0]), "prompt 0 has 61 tokens.*raise max_prompt_tokens"),
     (dict(seeds=[1]), "4 prompts but 1 seeds"),
     (dict(seeds=[1, 2, 3, -4]), "seeds must be from 0"),
-    (dict(prompts=[(1,)], seeds=[0], pictures=[]), "1 prompts but 0 pictures"),
-    (dict(prompts=[(1,)], seeds=[0], pictures=[np.zeros((32, 32, 4), np.uint8)]), "must be uint8"),
+    (dict(prompts=[(1,)], seeds=[0], images=[]), "1 prompts but 0 pictures"),
+    (dict(prompts=[(1,)], seeds=[0], images=[np.zeros((32, 32, 4), np.uint8)]), "must be uint8"),
 ])
 def test_requests_that_cannot_work_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):

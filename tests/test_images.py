@@ -1,4 +1,4 @@
-"""Reading pictures, the resize rule's promises, patches."""
+"""Reading images, the resize rule's promises, patches."""
 
 import io
 
@@ -10,7 +10,7 @@ from irg_jax import images
 
 
 @pytest.fixture
-def picture():
+def image():
   return np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
 
@@ -21,7 +21,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def decoded(image, **options):
-  return images.decode_picture(encoded(image, **options), "p")
+  return images.decode_image(encoded(image, **options), "p")
 
 
 @pytest.mark.parametrize("transform", [images.VAE_TRANSFORM, images.VIT_TRANSFORM,
@@ -37,7 +37,7 @@ def test_sides_are_multiples_of_the_stride_within_the_long_limit(transform):
       assert min(size) >= transform.min_size
 
 
-def test_the_resize_rule_is_idempotent_for_pictures_it_made():
+def test_the_resize_rule_is_idempotent_for_images_it_made():
   assert images.VAE_TRANSFORM.size(1024, 512) == (1024, 512)
   assert images.VAE_TRANSFORM.size(688, 512) == (688, 512)
 
@@ -47,7 +47,7 @@ def test_worked_examples_of_the_resize_rule():
   assert images.VAE_TRANSFORM.size(1999, 201) == (1024, 96)
 
 
-def test_the_area_cap_decides_the_rounding_of_stretched_pictures(monkeypatch):
+def test_the_area_cap_decides_the_rounding_of_stretched_images(monkeypatch):
   assert images.VAE_TRANSFORM.size(246, 4630) == (64, 1024)
   monkeypatch.setattr(images, "_MAX_PIXELS", 2**40)
   assert images.VAE_TRANSFORM.size(246, 4630) == (48, 1024)
@@ -60,16 +60,16 @@ def test_a_transform_that_cannot_hold_its_promise_is_refused(sizes):
     images.ImageTransform(*sizes)
 
 
-def test_a_picture_without_pixels_is_refused():
+def test_a_image_without_pixels_is_refused():
   with pytest.raises(ValueError, match="0 x 5"):
     images.VAE_TRANSFORM.size(0, 5)
 
 
-def test_resizing_to_the_same_size_changes_nothing(picture):
-  np.testing.assert_array_equal(images.resize_to(picture, 60, 40), picture)
+def test_resizing_to_the_same_size_changes_nothing(image):
+  np.testing.assert_array_equal(images.resize_to(image, 60, 40), image)
   transform = images.ImageTransform(64, 32, 16)
-  assert transform(picture).shape == (32, 64, 3)  # 40 is 2.5 strides: half goes to even
-  np.testing.assert_array_equal(transform(picture), images.resize(picture, 64, 32, 16))
+  assert transform(image).shape == (32, 64, 3)  # 40 is 2.5 strides: half goes to even
+  np.testing.assert_array_equal(transform(image), images.resize(image, 64, 32, 16))
 
 
 def test_pixels_span_minus_one_to_one():
@@ -77,12 +77,12 @@ def test_pixels_span_minus_one_to_one():
   assert pixels.dtype == np.float32 and pixels.tolist() == [-1.0, 1.0]
 
 
-def test_patches_are_row_column_channel_in_row_major_order(picture):
-  patches = images.patchify(picture, 20)
+def test_patches_are_row_column_channel_in_row_major_order(image):
+  patches = images.patchify(image, 20)
   assert patches.shape == (6, 1200)
-  np.testing.assert_array_equal(patches[4], picture[20:40, 20:40].reshape(-1))
+  np.testing.assert_array_equal(patches[4], image[20:40, 20:40].reshape(-1))
   with pytest.raises(ValueError, match="60 x 40"):
-    images.patchify(picture, 16)
+    images.patchify(image, 16)
 
 
 def test_position_ids_index_the_models_grid():
@@ -91,11 +91,11 @@ def test_position_ids_index_the_models_grid():
     images.position_ids(2, 9, 8)
 
 
-def test_colour_pictures_come_back_exactly(picture, tmp_path):
-  Image.fromarray(picture).save(tmp_path / "a.png")
-  got = images.read_picture(tmp_path / "a.png")
+def test_colour_images_come_back_exactly(image, tmp_path):
+  Image.fromarray(image).save(tmp_path / "a.png")
+  got = images.read_image(tmp_path / "a.png")
   assert got.dtype == np.uint8
-  np.testing.assert_array_equal(got, picture)
+  np.testing.assert_array_equal(got, image)
 
 
 def test_transparency_lies_on_white():
@@ -124,35 +124,35 @@ def test_grey_black_and_white_and_16_bit():
   assert decoded(deep)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_exif_orientation_is_applied(picture):
+def test_exif_orientation_is_applied(image):
   exif = Image.Exif()
   exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees, clockwise
-  got = decoded(Image.fromarray(picture), exif=exif)
-  np.testing.assert_array_equal(got, np.rot90(picture, -1))
+  got = decoded(Image.fromarray(image), exif=exif)
+  np.testing.assert_array_equal(got, np.rot90(image, -1))
 
 
 def test_unreadable_files_are_named(tmp_path):
   for name in ("missing.png", "."):
     with pytest.raises(ValueError, match="cannot read the picture"):
-      images.read_picture(tmp_path / name)
+      images.read_image(tmp_path / name)
   for content in (b"", b"not a picture"):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match="a.png: not a picture that can be decoded"):
-      images.read_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: not an image that can be decoded"):
+      images.read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_truncated_pictures_are_refused(picture, kind):
-  data = encoded(Image.fromarray(picture), kind)
-  with pytest.raises(ValueError, match="half.img: not a picture that can be decoded"):
-    images.decode_picture(data[: len(data) // 2], "half.img")
+def test_truncated_images_are_refused(image, kind):
+  data = encoded(Image.fromarray(image), kind)
+  with pytest.raises(ValueError, match="half.img: not an image that can be decoded"):
+    images.decode_image(data[: len(data) // 2], "half.img")
 
 
 @pytest.mark.parametrize("limit", ["ours", "pillow's"])
-def test_huge_pictures_are_refused_before_they_are_decoded(picture, monkeypatch, limit):
+def test_huge_images_are_refused_before_they_are_decoded(image, monkeypatch, limit):
   if limit == "ours":
     monkeypatch.setattr(images, "_MAX_READ_PIXELS", 2399)
   else:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   with pytest.raises(ValueError, match="big.png: more than .* pixels; make"):
-    images.decode_picture(encoded(Image.fromarray(picture)), "big.png")
+    images.decode_image(encoded(Image.fromarray(image)), "big.png")

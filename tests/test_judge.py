@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from irg_jax.evaluate import judge_calls
-from irg_jax.evaluate import judge_pictures
+from irg_jax.evaluate import judge_images
 from irg_jax.evaluate.judge import Judge, Request, Settings
 
 pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
@@ -24,7 +24,7 @@ def key(monkeypatch):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
   path = tmp_path / "picture.png"
   Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(path)
   return path
@@ -35,18 +35,18 @@ def settings(server, **changes):
                      "concurrency": 4} | changes)
 
 
-def requests(picture, count, **fields):
-  return [Request(f"k{i}", (picture,), f"question {i}", **fields) for i in range(count)]
+def requests(image, count, **fields):
+  return [Request(f"k{i}", (image,), f"question {i}", **fields) for i in range(count)]
 
 
 def echo(body):
   return "answer to " + prompt_of(body)
 
 
-def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(tmp_path, picture):
+def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(tmp_path, image):
   with JudgeServer(echo, seconds=0.002) as server:
     with Judge(settings(server, temperature=0.5), tmp_path / "cache.jsonl") as judge:
-      asked = requests(picture, 40, system="be strict", max_tokens=77)
+      asked = requests(image, 40, system="be strict", max_tokens=77)
       answers = list(judge.ask(iter(asked)))
     assert [a.key for a in answers] == [r.key for r in asked]
     assert [a.text for a in answers] == [f"answer to question {i}" for i in range(40)]
@@ -55,14 +55,14 @@ def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(
   assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 77)
   assert body["messages"][0] == {"role": "system", "content": "be strict"}
   url = body["messages"][1]["content"][0]["image_url"]["url"]
-  assert url == judge_pictures.encode(picture).url
+  assert url == judge_images.encode(image).url
   assert server.most <= 4 and set(server.keys) == {f"Bearer {KEY}"}
 
 
-def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path, picture):
+def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path, image):
   taken = []
   def stream():
-    for request in requests(picture, 200):
+    for request in requests(image, 200):
       taken.append(request.key)
       yield request
   with JudgeServer(echo, seconds=0.001) as server:
@@ -73,10 +73,10 @@ def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path,
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_try_after_each_kind_of_failure_gives_the_answer(tmp_path, picture, fault):
+def test_one_try_after_each_kind_of_failure_gives_the_answer(tmp_path, image, fault):
   with JudgeServer(echo, lambda n, _: fault if n % 2 == 0 else None) as server:
     with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
-      answers = list(judge.ask(requests(picture, 3)))
+      answers = list(judge.ask(requests(image, 3)))
       account = judge.account
   assert [a.text for a in answers] == [f"answer to question {i}" for i in range(3)]
   assert account.answered == 3 and not account.failed
@@ -84,10 +84,10 @@ def test_one_try_after_each_kind_of_failure_gives_the_answer(tmp_path, picture, 
   assert account.faults.total() == account.calls - 3
 
 
-def test_all_failures_at_random_lose_and_double_nothing(tmp_path, picture):
+def test_all_failures_at_random_lose_and_double_nothing(tmp_path, image):
   dice = random.Random(3)
   plan = [dice.choice((*FAULTS, None, None)) for _ in range(4000)]
-  asked = requests(picture, 60)
+  asked = requests(image, 60)
   with JudgeServer(echo, lambda n, _: plan[n]) as server:
     with Judge(settings(server, tries=12, first_wait=0.001), tmp_path / "cache.jsonl") as judge:
       answers = list(judge.ask(asked))
@@ -101,12 +101,12 @@ def test_all_failures_at_random_lose_and_double_nothing(tmp_path, picture):
     assert all(n == 1 for n in server.told.values())  # none is paid for twice
 
 
-def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, picture):
+def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, image):
   always = {"question 1": "500", "question 3": "empty", "question 5": "malformed",
             "question 6": "drop", "question 7": "400", "question 8": "filtered"}
   with JudgeServer(echo, lambda _, body: always.get(prompt_of(body))) as server:
     with Judge(settings(server, tries=3), tmp_path / "cache.jsonl") as judge:
-      answers = {a.key: a for a in judge.ask(requests(picture, 10))}
+      answers = {a.key: a for a in judge.ask(requests(image, 10))}
       account = judge.account
     tries = collections.Counter(map(prompt_of, server.bodies))
   assert {k for k, a in answers.items() if a.error} == {"k1", "k3", "k5", "k6", "k7", "k8"}
@@ -116,38 +116,38 @@ def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, pic
   assert answers["k1"].text is None
 
 
-def test_failures_are_asked_again_by_the_next_run_and_answers_are_not(tmp_path, picture):
+def test_failures_are_asked_again_by_the_next_run_and_answers_are_not(tmp_path, image):
   broken = True
   with JudgeServer(echo, lambda _, b: "500" if broken and "1" in prompt_of(b) else None) as server:
     with Judge(settings(server, tries=1), tmp_path / "cache.jsonl") as judge:
-      assert sum(a.error is not None for a in judge.ask(requests(picture, 5))) == 1
+      assert sum(a.error is not None for a in judge.ask(requests(image, 5))) == 1
     broken, before = False, len(server.bodies)
     with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      again = list(judge.ask(requests(picture, 5)))
+      again = list(judge.ask(requests(image, 5)))
       assert (judge.account.cached, judge.account.answered) == (4, 1)
     assert len(server.bodies) == before + 1
   assert [a.text for a in again] == [f"answer to question {i}" for i in range(5)]
 
 
-def test_a_second_run_costs_nothing_and_gives_the_same_answers(tmp_path, picture):
+def test_a_second_run_costs_nothing_and_gives_the_same_answers(tmp_path, image):
   with JudgeServer(echo) as server:
     with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      first = [(a.key, a.text, a.model) for a in judge.ask(requests(picture, 30))]
+      first = [(a.key, a.text, a.model) for a in judge.ask(requests(image, 30))]
   unreachable = settings(server, url="http://127.0.0.1:9/v1")
   with Judge(unreachable, tmp_path / "cache.jsonl") as judge:
-    assert [(a.key, a.text, a.model) for a in judge.ask(requests(picture, 30))] == first
+    assert [(a.key, a.text, a.model) for a in judge.ask(requests(image, 30))] == first
     assert judge.account.cached == 30 and judge.account.calls == 0
 
 
-def test_the_cache_knows_pictures_by_content_and_tells_every_setting_apart(tmp_path, picture):
+def test_the_cache_knows_images_by_content_and_tells_every_setting_apart(tmp_path, image):
   copy = tmp_path / "copy.png"
-  copy.write_bytes(picture.read_bytes())
+  copy.write_bytes(image.read_bytes())
   other = tmp_path / "other.png"
   Image.new("RGB", (8, 8)).save(other)
-  base = Request("a", (picture,), "q")
-  changed = [Request("a", (other,), "q"), Request("a", (picture,), "r"),
-             Request("a", (picture,), "q", system="s"), Request("a", (picture,), "q", max_tokens=9),
-             Request("a", (picture, picture), "q")]
+  base = Request("a", (image,), "q")
+  changed = [Request("a", (other,), "q"), Request("a", (image,), "r"),
+             Request("a", (image,), "q", system="s"), Request("a", (image,), "q", max_tokens=9),
+             Request("a", (image, image), "q")]
   with JudgeServer(echo) as server:
     def calls(request, **changes):
       with Judge(settings(server, **changes), tmp_path / "cache.jsonl") as judge:
@@ -159,25 +159,25 @@ def test_the_cache_knows_pictures_by_content_and_tells_every_setting_apart(tmp_p
     assert calls(base, temperature=0.1) == calls(base, model="n") == 1
 
 
-def test_the_same_question_at_the_same_time_is_asked_once(tmp_path, picture):
+def test_the_same_question_at_the_same_time_is_asked_once(tmp_path, image):
   with JudgeServer(echo, seconds=0.03) as server:
     with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      answers = list(judge.ask(Request(f"k{i}", (picture,), "same") for i in range(12)))
+      answers = list(judge.ask(Request(f"k{i}", (image,), "same") for i in range(12)))
       assert (judge.account.answered, judge.account.cached) == (1, 11)
   assert len(server.bodies) == 1 and {a.text for a in answers} == {"answer to same"}
 
 
-def test_two_requests_of_one_key_are_refused(tmp_path, picture):
+def test_two_requests_of_one_key_are_refused(tmp_path, image):
   with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
     with pytest.raises(ValueError, match="two requests.*'k0'"):
-      list(judge.ask(requests(picture, 2) + requests(picture, 1)))
+      list(judge.ask(requests(image, 2) + requests(image, 1)))
 
 
 def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_reported_with_its_words(
-    tmp_path, picture):
+    tmp_path, image):
   texts = iter(["hm", "hm", "2", "hm", "hm", "hm"])
   fault = lambda text: None if text.isdigit() else "no digit"
-  ask = lambda judge: list(judge.ask(requests(picture, 2, fault=fault)))
+  ask = lambda judge: list(judge.ask(requests(image, 2, fault=fault)))
   with JudgeServer(lambda _: next(texts)) as server:
     one = settings(server, concurrency=1)
     with Judge(one, tmp_path / "cache.jsonl") as judge:
@@ -190,11 +190,11 @@ def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_reported_wi
   assert len(server.bodies) == 6
 
 
-def test_a_missing_or_torn_picture_is_reported_and_never_sent(tmp_path, picture):
+def test_a_missing_or_torn_image_is_reported_and_never_sent(tmp_path, image):
   torn = tmp_path / "torn.png"
-  torn.write_bytes(picture.read_bytes()[:-30])
+  torn.write_bytes(image.read_bytes()[:-30])
   asked = [Request("gone", (tmp_path / "gone.png",), "q"), Request("torn", (torn,), "q"),
-           Request("good", (picture,), "q")]
+           Request("good", (image,), "q")]
   with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
     gone, bad, good = judge.ask(asked)
     assert gone.error.startswith("picture: ") and "gone.png is missing" in gone.error
@@ -205,31 +205,31 @@ def test_a_missing_or_torn_picture_is_reported_and_never_sent(tmp_path, picture)
 @pytest.mark.parametrize("fault, words", [
     ("401", "refuses the key.*OPENAI_API_KEY"), ("403", "refuses the key"),
     ("404", "--judge-model"), ("quota", "quota is used up"), ("429 later", "wait 86400 s")])
-def test_what_asking_on_cannot_help_stops_the_run_at_once(tmp_path, picture, fault, words):
+def test_what_asking_on_cannot_help_stops_the_run_at_once(tmp_path, image, fault, words):
   with JudgeServer(echo, lambda n, _: fault if n >= 6 else None) as server:
     with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
       with pytest.raises(ValueError, match=words) as stop:
-        list(judge.ask(requests(picture, 200)))
+        list(judge.ask(requests(image, 200)))
     assert len(server.bodies) <= 6 + 2 * 2
     assert KEY not in str(stop.value)
     assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 6  # kept for next time
 
 
-def test_an_endpoint_that_only_fails_ends_the_run_with_the_reason(tmp_path, picture):
+def test_an_endpoint_that_only_fails_ends_the_run_with_the_reason(tmp_path, image):
   with JudgeServer(echo) as server:
     pass  # nobody listens any more
   with Judge(settings(server, tries=2), tmp_path / "cache.jsonl") as judge:
     with pytest.raises(judge_calls.Stop, match="20 requests in a row failed.*connection"):
-      list(judge.ask(requests(picture, 100)))
+      list(judge.ask(requests(image, 100)))
 
 
-def test_a_busy_endpoint_is_left_alone_for_as_long_as_it_says(tmp_path, picture, monkeypatch):
+def test_a_busy_endpoint_is_left_alone_for_as_long_as_it_says(tmp_path, image, monkeypatch):
   waits = []
   monkeypatch.setattr(judge_calls, "retry_after", lambda headers: waits.append(1) or 0.3)
   with JudgeServer(echo, lambda n, _: "429" if n == 0 else None) as server:
     with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
       begin = time.monotonic()
-      assert [a.error for a in judge.ask(requests(picture, 2))] == [None, None]
+      assert [a.error for a in judge.ask(requests(image, 2))] == [None, None]
       assert time.monotonic() - begin >= 0.3 and waits == [1]
 
 
@@ -241,14 +241,14 @@ def test_retry_after_is_read_as_seconds_or_as_a_date():
   assert read("soon") is None and read("nan") is None and judge_calls.retry_after({}) is None
 
 
-def test_an_answer_that_drips_is_cut_off_at_the_time_limit(tmp_path, picture):
+def test_an_answer_that_drips_is_cut_off_at_the_time_limit(tmp_path, image):
   with JudgeServer(echo, lambda n, _: "dribble" if n == 0 else None) as server:
     with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
-      (answer,) = judge.ask(requests(picture, 1))
+      (answer,) = judge.ask(requests(image, 1))
       assert answer.text == "answer to question 0" and judge.account.faults == {"timeout": 1}
 
 
-def test_an_answer_that_does_not_come_is_tried_again(tmp_path, picture):
+def test_an_answer_that_does_not_come_is_tried_again(tmp_path, image):
   calls = []
   def answer(body):
     calls.append(1)
@@ -257,17 +257,17 @@ def test_an_answer_that_does_not_come_is_tried_again(tmp_path, picture):
     return "fine"
   with JudgeServer(answer) as server:
     with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
-      (answer,) = judge.ask(requests(picture, 1))
+      (answer,) = judge.ask(requests(image, 1))
       assert answer.text == "fine" and judge.account.faults == {"timeout": 1}
 
 
-def test_the_key_is_in_no_file_or_message_even_if_the_endpoint_quotes_it(tmp_path, picture):
+def test_the_key_is_in_no_file_or_message_even_if_the_endpoint_quotes_it(tmp_path, image):
   """The worst endpoint: it puts the key into its answers and its errors."""
   quoting = lambda body: f"your key is Bearer {KEY}, {prompt_of(body)}"
   faults = {"question 2": "400", "question 4": "500"}
   with JudgeServer(quoting, lambda _, body: faults.get(prompt_of(body))) as server:
     with Judge(settings(server, tries=2), tmp_path / "cache.jsonl") as judge:
-      answers = list(judge.ask(requests(picture, 6)))
+      answers = list(judge.ask(requests(image, 6)))
     assert set(server.keys) == {f"Bearer {KEY}"}
   assert KEY not in repr(answers) + str(judge.account)
   assert "[OPENAI_API_KEY]" in answers[0].text and "[OPENAI_API_KEY]" in answers[2].error
@@ -299,7 +299,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name(field, value):
     Settings(**{"url": "http://host/v1", "model": "m", field: value})
 
 
-def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_path, picture):
+def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_path, image):
   def choice(*pairs):
     top = [{"token": t, "logprob": float(np.log(p))} for t, p in pairs]
     return {"message": {"content": top[0]["token"]}, "logprobs": {"content": [
@@ -310,9 +310,9 @@ def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_pat
           "question 3": choice(("No", 0.5), ("Maybe", 0.4)), "question 4": "Yes"}
   with JudgeServer(lambda body: said[prompt_of(body)]) as server:
     with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
-      first = list(judge.ask(requests(picture, 5, probability=True)))
+      first = list(judge.ask(requests(image, 5, probability=True)))
     with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
-      again = list(judge.ask(requests(picture, 5, probability=True)))
+      again = list(judge.ask(requests(image, 5, probability=True)))
     body = server.bodies[0]
   assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
   for answers in (first, again):
@@ -322,21 +322,21 @@ def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_pat
       assert answer.probability is None and answer.error.startswith("unparsable: ")
 
 
-def test_half_a_character_in_an_answer_is_replaced_so_that_it_can_be_written(tmp_path, picture):
+def test_half_a_character_in_an_answer_is_replaced_so_that_it_can_be_written(tmp_path, image):
   with JudgeServer(lambda _: "a \ud800 b") as server:
     with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      (answer,) = judge.ask(requests(picture, 1))
+      (answer,) = judge.ask(requests(image, 1))
   assert answer.text == "a ? b"
 
 
-def test_a_reader_that_leaves_early_leaves_no_request_waiting(tmp_path, picture):
+def test_a_reader_that_leaves_early_leaves_no_request_waiting(tmp_path, image):
   with JudgeServer(echo, seconds=0.01) as server:
     with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
-      answers = judge.ask(requests(picture, 100))
+      answers = judge.ask(requests(image, 100))
       next(answers)
       answers.close()
       time.sleep(0.1)
       assert len(server.bodies) < 12
     with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      assert len(list(judge.ask(requests(picture, 100)))) == 100
+      assert len(list(judge.ask(requests(image, 100)))) == 100
   assert all(n == 1 for n in server.told.values())

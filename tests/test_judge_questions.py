@@ -1,4 +1,4 @@
-"""What is asked about which picture, and how its answers come back by prompt."""
+"""What is asked about which image, and how its answers come back by prompt."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from irg_jax.evaluate import judge_pictures
+from irg_jax.evaluate import judge_images
 from irg_jax.evaluate import questions
 from irg_jax.evaluate import scorers
 from irg_jax.evaluate import templates
@@ -29,17 +29,17 @@ TEXTS = {"004": "['OPEN']"}
 
 def grid(path, black=()):
   """A 2 x 2 grid of 6 x 4 pixels a cell, each of one grey; one pixel is over at the right."""
-  picture = np.full((8, 13, 3), 255, np.uint8)
+  image = np.full((8, 13, 3), 255, np.uint8)
   for i in range(4):
     shade = 0 if i in black else 50 * (i + 1)
-    picture[i // 2 * 4 : i // 2 * 4 + 4, i % 2 * 6 : i % 2 * 6 + 6] = shade
-  Image.fromarray(picture).save(path)
+    image[i // 2 * 4 : i // 2 * 4 + 4, i % 2 * 6 : i % 2 * 6 + 6] = shade
+  Image.fromarray(image).save(path)
   return path
 
 
 def test_each_benchmarks_request_says_what_is_to_be_judged_and_in_which_form(tmp_path):
   (wise,) = questions.wise(WISE, tmp_path / "1.png", 2)
-  assert wise.key == "wise/901/p0/r2/scores" and wise.pictures == (tmp_path / "1.png",)
+  assert wise.key == "wise/901/p0/r2/scores" and wise.images == (tmp_path / "1.png",)
   assert "A candle" in wise.prompt and "it does not burn" in wise.prompt
   for name in ("Consistency", "Realism", "Aesthetic Quality"):
     assert re.search(rf"^{name}: 0, 1 or 2$", wise.prompt, re.MULTILINE)
@@ -65,8 +65,8 @@ def test_alignment_asks_each_question_of_each_cell_but_of_no_black_one(tmp_path)
   assert [r.key for r in asked] == [f"oneig/anime/003/p{c}/r1/alignment{n}"
                                     for c in (0, 1, 3) for n in (1, 2)]
   for request, level in zip(asked[::2], (50, 100, 200)):
-    (cell,) = request.pictures
-    encoded = judge_pictures.encode(cell)
+    (cell,) = request.images
+    encoded = judge_images.encode(cell)
     assert encoded.url.startswith("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(encoded.data)) as image:
       assert image.size == (6, 4) and abs(int(np.asarray(image).mean()) - level) < 3

@@ -1,4 +1,4 @@
-"""A judge's answers about a run's pictures become its scores, benchmark by benchmark."""
+"""A judge's answers about a run's images become its scores, benchmark by benchmark."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def make_run(out, benchmark):
   items, dice = ITEMS[benchmark], np.random.default_rng(0)
   for number in (1, 2):
     for item in items:
-      path = out / layout.picture_path(benchmark, item, 0, number)
+      path = out / layout.image_path(benchmark, item, 0, number)
       if (number, item) != (2, items[-1]):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(dice.integers(1, 255, (8, 8, 3), dtype=np.uint8)).save(path)
@@ -93,7 +93,7 @@ def test_a_faulty_judge_changes_no_score_and_each_prompt_counts_once(tmp_path, b
     got, account = score_with(server, run)
     again, free = score_with(server, run)
     assert free.calls == 0
-  want = json.loads(json.dumps(want).replace("/good/", "/bad/"))  # names a missing picture
+  want = json.loads(json.dumps(want).replace("/good/", "/bad/"))  # names a missing image
   assert got == want == again and account.faults.total() > 0
   first, second = got["rounds"]["1"], got["rounds"]["2"]
   assert first["complete"] and first["unscored"]["total"] == 0
@@ -126,7 +126,7 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_files_of_one_run(t
     score_with(server, whole)
   for name in (score.SCORES, score.ITEMS):
     texts = [(run.out / name).read_text() for run in (killed, whole)]
-    assert texts[0].replace("/killed/", "/whole/") == texts[1]  # a missing picture has its path
+    assert texts[0].replace("/killed/", "/whole/") == texts[1]  # a missing image has its path
 
 
 _KILLED = """
@@ -140,7 +140,7 @@ t.score_with(Server, run, concurrency=2)
 """
 
 
-def test_a_scoring_function_is_asked_once_a_picture_and_its_failures_are_reported(tmp_path):
+def test_a_scoring_function_is_asked_once_a_image_and_its_failures_are_reported(tmp_path):
   run, calls = make_run(tmp_path, "genai_bench"), []
   def function(path, prompt):
     calls.append(path)
@@ -217,10 +217,10 @@ def test_the_command_stops_at_a_wrong_key_and_accounts_for_every_question(
     assert cli.main(words) == 0
     done = capfd.readouterr()
     assert "judge: 24 questions: 0 from the cache, 23 answered, 1 without" in done.out
-    assert "(1 picture)" in done.out and "server (5xx)" in done.out
+    assert "(1 image)" in done.out and "server (5xx)" in done.out
     assert cli.main(words) == 0
   again = capfd.readouterr()
-  assert "23 from the cache, 0 answered, 1 without an answer (1 picture); 0 calls" in again.out
+  assert "23 from the cache, 0 answered, 1 without an answer (1 image); 0 calls" in again.out
   assert KEY not in "".join((refused.stdout, refused.stderr, *done, *again))
   for path in tmp_path.rglob("*"):
     assert not path.is_file() or KEY.encode() not in path.read_bytes(), path

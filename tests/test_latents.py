@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli, images, text, weights
+from irg_jax import cli, weights
+from irg_jax.images import ImageTransform, to_pixels
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import array_records, encode, pipeline
 from irg_jax.data.batch import BufferSizes
 from irg_jax.data.examples import draw_latents
 from irg_jax.data.latents import Encoder
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.sources import open_source
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents
 from irg_jax.train.settings import DataSettings, Dropout
+from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 MODEL = ModelConfig(
     llm=LlmConfig(vocab_size=260, hidden_size=32, mlp_size=32, num_layers=1, num_heads=2,
@@ -26,7 +28,7 @@ MODEL = ModelConfig(
                   grid_size=4),
     vae=VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2), max_latent_size=8,
     latent_patch_size=2)
-TRANSFORM = images.ImageTransform(16, 4, 4)
+TRANSFORM = ImageTransform(16, 4, 4)
 DATA = DataSettings(
     path="", streams=1, workers=0, rows=1, accumulate=1, bins=2, max_sample_tokens=200,
     vae_transform=TRANSFORM, vit_transform=TRANSFORM, dropout=Dropout(text=0.0, vit=0.0, vae=0.2),
@@ -36,7 +38,7 @@ MODE = MODES[5]
 
 
 class Source:
-  """Five records of mode improving_full with pictures of two sizes."""
+  """Five records of mode improving_full with images of two sizes."""
 
   mode, metadata = MODE, {"rows": 5}
 
@@ -45,16 +47,16 @@ class Source:
 
   def __getitem__(self, i):
     return Record(MODE, int(i), (
-        TextPart("draw", False), picture(i, need_vae=True, need_vit=True),
-        TextPart("look", True), picture(i + 10, need_loss=True)))
+        TextPart("draw", False), image(i, need_vae=True, need_vit=True),
+        TextPart("look", True), image(i + 10, need_loss=True)))
 
 
-def picture(seed, **roles):
+def image(seed, **roles):
   rng, file = np.random.default_rng(int(seed)), io.BytesIO()
   levels = rng.integers(0, 256, (8, 8 + 4 * (seed % 2), 3), np.uint8)
   Image.fromarray(levels).save(file, "png")
   flags = dict.fromkeys(("need_loss", "need_vae", "need_vit"), False) | roles
-  return PicturePart(file.getvalue(), **flags)
+  return ImagePart(file.getvalue(), **flags)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,8 @@ def encoder(params):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
-  text.write_byte_tokenizer(folder)
-  return text.load_tokenizer(folder, MODEL.llm.vocab_size)
+  write_byte_tokenizer(folder)
+  return load_tokenizer(folder, MODEL.llm.vocab_size)
 
 
 def batches(source, tokenizer, encoder=None, **changes):
@@ -83,23 +85,23 @@ def batches(source, tokenizer, encoder=None, **changes):
   return [next(opened) for _ in range(4)]
 
 
-def test_moments_are_those_of_each_picture_alone(encoder, params):
+def test_moments_are_those_of_each_image_alone(encoder, params):
   rng = np.random.default_rng(0)
-  pictures = [rng.integers(0, 256, (8, width, 3), np.uint8) for width in (8, 12, 8)]
+  images = [rng.integers(0, 256, (8, width, 3), np.uint8) for width in (8, 12, 8)]
   alone = jax.jit(lambda pixels: Vae(MODEL.vae).apply({"params": params}, pixels, method="encode"))
-  for levels, got in zip(pictures, encoder.moments(pictures), strict=True):
-    want = alone(images.to_pixels(levels)[None])
+  for levels, got in zip(images, encoder.moments(images), strict=True):
+    want = alone(to_pixels(levels)[None])
     np.testing.assert_allclose(got, np.concatenate(want), rtol=1e-4, atol=1e-5)
 
 
 def test_a_group_holds_only_what_fits_the_devices(encoder, monkeypatch):
-  monkeypatch.setattr("irg_jax.data.latents._GROUP_PIXELS", 64)  # one picture a device
-  pictures = [np.full((8, 8, 3), 50 * i, np.uint8) for i in range(5)]
+  monkeypatch.setattr("irg_jax.data.latents._GROUP_PIXELS", 64)  # one image a device
+  images = [np.full((8, 8, 3), 50 * i, np.uint8) for i in range(5)]
   sizes, group = [], encoder._group
   monkeypatch.setattr(encoder, "_group", lambda p: sizes.append(len(p)) or group(p))
-  got = encoder.moments(pictures)
+  got = encoder.moments(images)
   assert sizes == [2, 2, 1]
-  np.testing.assert_allclose(got[4], encoder.moments(pictures[4:])[0], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got[4], encoder.moments(images[4:])[0], rtol=1e-4, atol=1e-5)
   assert np.abs(got[4] - got[3]).max() > 1e-3
 
 
@@ -149,7 +151,7 @@ def test_processes_share_the_files_and_the_last_one_completes_them(tmp_path, enc
   source = open_source(tmp_path, MODE)
   assert [source[i] for i in range(5)] == [Source()[i] for i in range(5)]
   for record in (source[i] for i in range(5)):
-    assert [p.moments is not None for p in record.parts if isinstance(p, PicturePart)] == [True] * 2
+    assert [p.moments is not None for p in record.parts if isinstance(p, ImagePart)] == [True] * 2
   assert source.metadata["rows"] == 5
   assert source.metadata["vae_transform"] == dataclasses.asdict(TRANSFORM)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["irgl"]
@@ -181,14 +183,14 @@ def test_other_settings_do_not_mix_with_what_is_there(tmp_path, encoder, complet
       {MODE: Source()}, tmp_path, encoder, changes.pop("transform", TRANSFORM), shard_records=2,
       process_count=1 if complete else 2, **changes)
   run()
-  for changes in (dict(dtype="float16"), dict(transform=images.ImageTransform(12, 4, 4))):
+  for changes in (dict(dtype="float16"), dict(transform=ImageTransform(12, 4, 4))):
     with pytest.raises(ValueError, match="another VAE, vae_transform, dtype or source"):
       run(**changes)
 
 
 def test_moments_that_are_not_finite_name_the_record(tmp_path, encoder, monkeypatch):
-  monkeypatch.setattr(Encoder, "moments", lambda self, pictures: [
-      np.full((2, 4, 4, 2), np.nan, np.float32) for _ in pictures])
+  monkeypatch.setattr(Encoder, "moments", lambda self, images: [
+      np.full((2, 4, 4, 2), np.nan, np.float32) for _ in images])
   with pytest.raises(ValueError, match=rf"{MODE}, record 0: .*float16"):
     encode.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM, dtype="float16")
 

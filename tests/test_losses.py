@@ -11,7 +11,7 @@ from irg_jax import flow
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
+from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 
 VOCAB = 12
@@ -43,9 +43,9 @@ class StandIn:
 def batch():
   """Two rows: 2 text and 4 latent targets in the first, 4 text and none in the second."""
   rng = np.random.default_rng(0)
-  picture = PictureSplit(rng.standard_normal((2, 2, 3)), None, need_loss=True, need_vae=True)
-  rows = [[TextSplit([1, 2]), TextSplit([3], need_loss=True), picture],
-          [TextSplit([4, 5, 6], need_loss=True), dataclasses.replace(picture, need_loss=False)]]
+  image = ImageSplit(rng.standard_normal((2, 2, 3)), None, need_loss=True, need_vae=True)
+  rows = [[TextSplit([1, 2]), TextSplit([3], need_loss=True), image],
+          [TextSplit([4, 5, 6], need_loss=True), dataclasses.replace(image, need_loss=False)]]
   sizes = BufferSizes(und=13, gen=9, vit=0, text=6, samples=2)
   features = [sample_features(r, CONFIG, SPECIAL, mode=m) for m, r in zip((2, 5), rows)]
   return stack_rows([pack_row([f], sizes) for f in features])
@@ -75,7 +75,7 @@ def means(answer, batch, draws):
   return {name: float(got[name]) for name in ("ce", "mse")}
 
 
-def test_interpolation_goes_from_picture_to_noise_with_the_target_as_its_velocity():
+def test_interpolation_goes_from_image_to_noise_with_the_target_as_its_velocity():
   latents, noise = np.random.default_rng(0).standard_normal((2, 4, 3), np.float32)
   np.testing.assert_array_equal(flow.interpolate(latents, noise, 0.0), latents)
   np.testing.assert_array_equal(flow.interpolate(latents, noise, 1.0), noise)
@@ -94,7 +94,7 @@ def test_model_sees_targets_noised_and_conditions_clean(batch, draws):
   np.testing.assert_array_equal(model.timestep, t)
 
 
-def test_velocity_target_is_noise_minus_picture(batch, draws):
+def test_velocity_target_is_noise_minus_image(batch, draws):
   logits, _ = random_answer(batch)
   right = draws[1] - batch.latents
   _, error = losses((logits, right), batch, draws)

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from irg_jax import sharding, text, weights
+from irg_jax import sharding, weights
 from irg_jax.evaluate import mini, score
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import report_tables, tasks, thoughts, vae, verifier
+from irg_jax.tokenizer import load_tokenizer
 
 FOLDER = defaults.CHECKPOINT
 DEMO = {"prompt": "two red circles left of a blue star",
@@ -28,7 +29,7 @@ def one_device():
 def load(mesh):
   with jax.set_mesh(mesh):
     model, params = generate_run.load_model(FOLDER, mesh, None, lambda *args: None)
-  words = text.load_tokenizer(FOLDER, model.config.llm.vocab_size)
+  words = load_tokenizer(FOLDER, model.config.llm.vocab_size)
   return model, params, words
 
 
@@ -47,10 +48,10 @@ def alone(one_device):
 
 
 def assert_same(got, wanted):
-  """The same thoughts, and pictures equal but for a level of rounding here and there."""
+  """The same thoughts, and images equal but for a level of rounding here and there."""
   for a, b in zip(got.rounds, wanted.rounds, strict=True):
     assert a.thought.text == b.thought.text
-    apart = np.abs(a.picture.astype(int) - b.picture.astype(int))
+    apart = np.abs(a.image.astype(int) - b.image.astype(int))
     assert apart.max() <= 1 and (apart == 0).mean() >= 0.99
 
 
@@ -63,9 +64,9 @@ def test_it_is_small_and_its_card_holds_its_scores():
   assert report["test"]["prompts"] == 264 and set(report["arms"]["irg"]["rounds"]) == set("1234")
 
 
-def test_both_pictures_of_the_demo_s_prompt_are_right(alone):
+def test_both_images_of_the_demo_s_prompt_are_right(alone):
   for entry in alone.rounds:
-    verdict = verifier.score(entry.picture, DEMO | {"exclude": []})
+    verdict = verifier.score(entry.image, DEMO | {"exclude": []})
     assert verdict.correct, verdict.faults
     assert mini.seen_grid(verdict.seen) == thoughts.read_grid(entry.thought.text)
 
@@ -86,7 +87,7 @@ def test_eight_devices_draw_what_one_draws(alone):
   assert_same(draw(model, params, words, mesh, [DEMO["prompt"]], [0])[0], alone)
 
 
-def test_the_autoencoder_alone_keeps_a_picture_right():
+def test_the_autoencoder_alone_keeps_a_image_right():
   config, params = weights.load_checkpoint(FOLDER, part="vae", dtype="float32",
                                            compute_dtype="float32")
   rng = np.random.default_rng(9)

@@ -1,6 +1,6 @@
 """The mini world's test: the same prompts for ever, the runner's layout, scores, report.
 
-All but the last test work on painted pictures and written thoughts in place of a model's.
+All but the last test work on painted images and written thoughts in place of a model's.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def test_a_broken_record_is_named(tmp_path, changed, message):
     prompts.read("mini", tmp_path)
 
 
-# A hand-made arm: what each of its pictures is, round by round, right (1) or wrong (0).
+# A hand-made arm: what each of its images is, round by round, right (1) or wrong (0).
 
 PATTERNS = {(0, 0): (0, 1), (0, 1): (1, 1), (1, 0): (0, 0), (1, 1): (1, 0), (2, 0): (0, 1),
             (2, 1): (0, 1), (200, 0): (1, 1), (200, 1): (0, 1)}
@@ -69,21 +69,21 @@ def scored(folder):
 def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
   """Pictures, traces and scores as `evaluate.evaluate` leaves them."""
   items, rng = prompts.read("mini"), np.random.default_rng(0)
-  for (i, picture), rights in patterns.items():
+  for (i, image), rights in patterns.items():
     item, rounds, verdict = items[i], [], None
     for number, right in enumerate(rights, 1):
       scene = scene_of(item.extra, right, rng)
-      path = layout.picture_path("mini", item, picture, number)
+      path = layout.image_path("mini", item, image, number)
       (folder / path).parent.mkdir(parents=True, exist_ok=True)
       Image.fromarray(paint(scene)).save(folder / path)
       think = thoughts.plan(item.extra, scene)
       if verdict is not None:
-        said = dataclasses.replace(verdict, faults=say(verdict, (i, picture)))
+        said = dataclasses.replace(verdict, faults=say(verdict, (i, image)))
         think = thoughts.reflect(item.extra, said, scene, rounds[-1]["think"])
       verdict = verifier.score(paint(scene), item.extra)
       assert verdict.correct == right
       rounds.append({"think": think, "picture": str(path), "seconds": {"draw": 2.0, "think": 1.0}})
-    trace = folder / layout.trace_path(item, picture)
+    trace = folder / layout.trace_path(item, image)
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text(json.dumps({"prompt": item.prompt, "seed": 7, "rounds": rounds}))
   return scored(folder)
@@ -116,24 +116,24 @@ def test_scores_are_genevals_by_split_and_what_is_missing_is_counted(arm):
     assert ("missing" in line["words"]) == (line["scores"]["correct"] == 0)
 
 
-def test_a_file_that_is_no_picture_of_the_world_has_no_score(tmp_path):
+def test_a_file_that_is_no_image_of_the_world_has_no_score(tmp_path):
   write_arm(tmp_path, {(0, 0): (1,), (0, 1): (1,)})
   item = prompts.read("mini")[0]
-  Image.new("RGB", (32, 32)).save(tmp_path / layout.picture_path("mini", item, 0, 1))
+  Image.new("RGB", (32, 32)).save(tmp_path / layout.image_path("mini", item, 0, 1))
   (tmp_path / score.SCORES).unlink()
   got = scored(tmp_path)["rounds"]["1"]
-  assert got["unscored"]["by_reason"] == {"not a picture of the mini world": 1}
+  assert got["unscored"]["by_reason"] == {"not an image of the mini world": 1}
   assert got["pictures"] == 1
 
 
-def test_pictures_are_scored_anew_only_if_they_or_the_verifier_are_new(tmp_path, monkeypatch):
+def test_images_are_scored_anew_only_if_they_or_the_verifier_are_new(tmp_path, monkeypatch):
   write_arm(tmp_path, {(0, 0): (1,)})
   asked = []
   add = mini.Verified.add
   monkeypatch.setattr(mini.Verified, "add", lambda *a: asked.append(a[2].name) or add(*a))
   evaluate.score_new(tmp_path)
   assert asked == []
-  source = tmp_path / layout.picture_path("mini", prompts.read("mini")[0], 0, 1)
+  source = tmp_path / layout.image_path("mini", prompts.read("mini")[0], 0, 1)
   source.with_name("00001.png").write_bytes(source.read_bytes())
   evaluate.score_new(tmp_path)
   assert asked == ["00000.png", "00001.png"]
@@ -214,7 +214,7 @@ def test_report_markdown_and_page_say_the_same(run_folder):
     assert cell in page
   assert "| stage 2: round 2 less round 1 | 0.333 [" in text
   assert got["differences"]["stage 2, round 1, less base, thinking"]["all"]["value"] == 0
-  assert "| right pictures made wrong | 0.333 (1 of 3) |" in text
+  assert "| right images made wrong | 0.333 (1 of 3) |" in text
 
 
 def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
@@ -224,8 +224,8 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
   assert [kinds.count(kind) for kind, *_ in report_page.KINDS] == [4, 2, 1, 1]
   assert page.count('<div class="turn">') == 16 and "<b>What falls short: nothing.</b>" in page
   for name in ("scores.png", "tasks.png"):
-    with Image.open(run_folder / "report" / name) as picture:
-      assert picture.size[0] > 1000
+    with Image.open(run_folder / "report" / name) as image:
+      assert image.size[0] > 1000
 
 
 def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it(run_folder):
@@ -361,8 +361,8 @@ def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_
   assert request.from_args(args, []).settings == Settings()
 
 
-def test_a_model_s_pictures_are_drawn_once_and_scored(checkpoint, tmp_path):
-  size = evaluate.Size(seen=1, unseen=1, pictures=1, batch_size=2)
+def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):
+  size = evaluate.Size(seen=1, unseen=1, images=1, batch_size=2)
   arms = [evaluate.ARMS[0], dataclasses.replace(evaluate.FINAL, rounds=2)]
   evaluate.evaluate(tmp_path, size, arms, checkpoint[0])
   for arm_, rounds in zip(arms, (1, 2)):

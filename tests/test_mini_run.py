@@ -26,8 +26,8 @@ def tiny():
   return settings.load("configs/mini.py", TINY)
 
 
-def first_pictures(folder, tiny):
-  """Batches as the base model would leave them, here of painted pictures, half of them wrong."""
+def first_images(folder, tiny):
+  """Batches as the base model would leave them, here of painted images, half of them wrong."""
   folder.mkdir()
   rng = np.random.default_rng(0)
   records = [tasks.training_record(rng) for _ in range(8)]
@@ -35,7 +35,7 @@ def first_pictures(folder, tiny):
             for i, r in enumerate(records)]
   np.savez(folder / "000000.npz", records=json.dumps(records),
            thoughts=[thoughts.plan(r, s) for r, s in zip(records, scenes)],
-           pictures=np.stack([paint(s) for s in scenes]))
+           images=np.stack([paint(s) for s in scenes]))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
@@ -73,7 +73,7 @@ def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
 
 
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
-  first_pictures(tmp_path / "first", tiny)
+  first_images(tmp_path / "first", tiny)
   with pipeline.datasets.ParquetWriter(tmp_path / "rows") as writer:
     counts = pipeline.write_trajectories(tiny, tmp_path / "first", writer)
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
@@ -83,13 +83,13 @@ def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
       pipeline.datasets.TOLD: 8 * 3}  # with words alone that are replayed
 
 
-def test_pictures_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
+def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
   (tmp_path / "first_rounds").mkdir()
   rng = np.random.default_rng(0)
   records = [tasks.training_record(rng) for _ in range(tiny.trajectories)]
   red = np.zeros((len(records), 64, 64, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
   for start in (0, 8):
-    np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", pictures=red[start:start + 8],
+    np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", images=red[start:start + 8],
              records=json.dumps(records[start:start + 8]),
              thoughts=["?"] * len(red[start:start + 8]))
   with pytest.raises(ValueError, match="no known ground': 12"):
@@ -102,7 +102,7 @@ def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
   assert pipeline.run(tiny, tmp_path, until="base") == 0
   base = pipeline.base_weights(tmp_path)
   assert defaults.read(base) == (tiny.generate, thoughts.SYSTEM_PROMPT)
-  first_pictures(tmp_path / "first_rounds", tiny)
+  first_images(tmp_path / "first_rounds", tiny)
   np.savez(tmp_path / "first_rounds" / "000008.npz",
            **np.load(tmp_path / "first_rounds" / "000000.npz"))
   assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from irg_jax import config as config_lib
-from irg_jax import images, text
-from irg_jax.data.records import MODES, PicturePart, TextPart, parse_conversation
+from irg_jax.images import to_pixels
+from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
 from irg_jax.generate import defaults
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import (
     datasets, pipeline, settings, tasks, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.painter import paint
 from irg_jax.model.vae import Vae, sample_latents
+from irg_jax.tokenizer import load_tokenizer
 
 ROOT_CONFIG = "configs/mini.py"
 
@@ -44,7 +45,7 @@ def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   small = settings.load("configs/mini.py")
   size = small.model.llm.vocab_size
   tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), size)
-  words = text.load_tokenizer(tmp_path, size)
+  words = load_tokenizer(tmp_path, size)
   things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES]
   rng = np.random.default_rng(0)
   for _ in range(50):
@@ -57,7 +58,7 @@ def test_a_text_without_a_grid_reads_as_none():
   assert thoughts.read_faults("<think> a red circle </think>") is None
 
 
-def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_picture():
+def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_image():
   for record, scene, rng in cases(50, seed=1):
     wrong = tasks.sample_scene(tasks.training_record(rng), rng)
     verdict = verifier.judge(seen(wrong), record)
@@ -112,7 +113,7 @@ def test_reflections_in_words_alone_are_on_careful_and_on_careless_plans():
   assert 20 < sum(careless) < 120 and 60 < sum(right) < 140 and 10 < twice < 60
 
 
-def test_the_better_picture_is_right_and_keeps_what_was_right():
+def test_the_better_image_is_right_and_keeps_what_was_right():
   for record, scene, rng in cases(80, seed=2):
     worse = world.Scene(scene.background, scene.things[1:])  # one thing is missing
     verdict = verifier.judge(seen(worse), record)
@@ -121,7 +122,7 @@ def test_the_better_picture_is_right_and_keeps_what_was_right():
     assert set(worse.things) <= set(better.things)
 
 
-def test_a_right_picture_stays_as_it_is():
+def test_a_right_image_stays_as_it_is():
   for record, scene, rng in cases(20, seed=3):
     verdict = verifier.judge(seen(scene), record)
     assert thoughts.improve(record, verdict, rng).things == scene.things
@@ -200,11 +201,11 @@ def test_a_trajectory_is_six_modes_that_the_reader_accepts():
     assert len(targets) == (2 if "full" in mode else 1)
   full = parse_conversation(json.dumps(rows["improving_full_learning"]), MODES[-1], 0).parts
   assert [part.text for part in full if isinstance(part, TextPart)][2] == plan
-  first, last = (part for part in full if isinstance(part, PicturePart))
+  first, last = (part for part in full if isinstance(part, ImagePart))
   assert first.need_vae and first.need_vit and not first.need_loss and last.need_loss
 
 
-def test_a_picture_of_a_later_round_stands_after_a_reflection_that_ends_in_its_plan():
+def test_a_image_of_a_later_round_stands_after_a_reflection_that_ends_in_its_plan():
   told = []
   for record, scene, rng in cases(60, seed=5):
     plan, verdict = thoughts.plan(record, scene), verifier.judge(seen(scene), record)
@@ -227,16 +228,16 @@ def test_the_scene_of_a_plan_is_what_it_says_and_none_where_it_says_nothing():
   assert thoughts.read_scene("<think> a red circle </think>") is None
 
 
-def test_the_base_looks_at_pictures_that_are_not_as_planned_and_says_what_is_unclear():
+def test_the_base_looks_at_images_that_are_not_as_planned_and_says_what_is_unclear():
   rng, told = np.random.default_rng(0), []
   for _ in range(80):
     mode, row = datasets._looked_after_plan(rng)
     parts = parse_conversation(json.dumps(row), mode, 0).parts
     plan, answer = (part.text for part in parts if isinstance(part, TextPart) and
                     "Cells" in part.text)
-    data, = (part.data for part in parts if isinstance(part, PicturePart))
-    picture = np.asarray(Image.open(io.BytesIO(data)))
-    cells, shown = thoughts.read_grid(answer), verifier.look(picture)
+    data, = (part.data for part in parts if isinstance(part, ImagePart))
+    image = np.asarray(Image.open(io.BytesIO(data)))
+    cells, shown = thoughts.read_grid(answer), verifier.look(image)
     assert cells == thoughts.grid(shown.things, shown.unclear)
     told.append((cells == thoughts.read_grid(plan), thoughts.UNCLEAR in cells))
   as_planned, unclear = np.mean(told, 0)
@@ -254,7 +255,7 @@ def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
   rng = np.random.default_rng(0)
   texts = [t for _, row in datasets.base_rows(1500, rng) for t in datasets.texts(row)]
   tokenizer.write_tokenizer(tmp_path, texts, 512)
-  words = text.load_tokenizer(tmp_path, 512)
+  words = load_tokenizer(tmp_path, 512)
   for word in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS):
     assert len(words.encode(f" {word}")) == 1
   anything = "Ünknown wörds <|im_end|> 12"
@@ -264,9 +265,9 @@ def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
 def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
   config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
   params = jax.device_get(vae._init(config, jax.random.key(0)))
-  pictures = vae.paint_crowded(3, np.random.default_rng(0))
-  scaled = vae.normalise(config, params, pictures)
-  model, pixels = Vae(config), images.to_pixels(pictures)
+  images = vae.paint_crowded(3, np.random.default_rng(0))
+  scaled = vae.normalise(config, params, images)
+  model, pixels = Vae(config), to_pixels(images)
 
   def through(p):
     mean, logvar = model.apply({"params": p}, pixels, method="encode")
@@ -283,7 +284,7 @@ def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
 
 def test_the_autoencoder_goes_on_where_it_was_stopped(tmp_path):
   config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
-  options = dict(batch=1, learning_rate=1e-3, pictures=4, seed=0)
+  options = dict(batch=1, learning_rate=1e-3, images=4, seed=0)
   whole = vae.train(config, tmp_path / "whole", steps=4, **options)
   with pytest.raises(KeyboardInterrupt):
     vae.train(config, tmp_path / "cut", steps=4, save_every=1, progress=_stop_at(3), **options)

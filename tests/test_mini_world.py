@@ -1,4 +1,4 @@
-"""The mini world: what is painted, what training never shows, and the verifier of pictures."""
+"""The mini world: what is painted, what training never shows, and the verifier of images."""
 
 import ast
 import dataclasses
@@ -22,7 +22,7 @@ def _many():
 
 
 def _scenes(count, start=0):
-  """(record, scene, picture) of all tasks in turn, seen and unseen alike."""
+  """(record, scene, image) of all tasks in turn, seen and unseen alike."""
   return _many()[start:start + count]
 
 
@@ -38,12 +38,12 @@ def _share(values):
   return float(np.mean(values))
 
 
-def _picture(array):
+def _image(array):
   return np.clip(np.round(array), 0, 255).astype(np.uint8)
 
 
-def _blur(picture, sigma):
-  return ndimage.gaussian_filter(picture.astype(float), (sigma, sigma, 0))
+def _blur(image, sigma):
+  return ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0))
 
 
 def _bare(scene):
@@ -53,15 +53,15 @@ def _bare(scene):
 # --- the painter and the scenes ---
 
 
-def test_painting_the_same_scene_twice_gives_the_same_picture():
-  for _, scene, picture in _scenes(20):
-    np.testing.assert_array_equal(picture, painter.paint(scene))
-    assert picture.shape == (world.SIZE, world.SIZE, 3) and picture.dtype == np.uint8
+def test_painting_the_same_scene_twice_gives_the_same_image():
+  for _, scene, image in _scenes(20):
+    np.testing.assert_array_equal(image, painter.paint(scene))
+    assert image.shape == (world.SIZE, world.SIZE, 3) and image.dtype == np.uint8
 
 
 def test_things_stay_inside_and_apart():
-  for _, scene, picture in _scenes(420):
-    unlike = np.abs(picture.astype(int) - _bare(scene)).sum(-1) > 60
+  for _, scene, image in _scenes(420):
+    unlike = np.abs(image.astype(int) - _bare(scene)).sum(-1) > 60
     assert ndimage.label(unlike, np.ones((3, 3)))[1] == len(scene.things)
     reach = [(v, t.radius * (1.05 if t.shape == "diamond" else 1))
              for t in scene.things for v in (t.x, t.y)]
@@ -120,7 +120,7 @@ def test_prompts_name_every_clause():
       assert words in record["prompt"]
 
 
-# --- the verifier reads good pictures ---
+# --- the verifier reads good images ---
 
 
 @pytest.mark.parametrize("module", [verifier, outlines])
@@ -136,15 +136,15 @@ def test_the_verifier_knows_nothing_of_the_painter(module):
 
 
 def test_the_scenes_of_a_record_are_judged_correct():
-  verdicts = [(verifier.score(picture, record), scene)
-              for record, scene, picture in _scenes(2100)]
+  verdicts = [(verifier.score(image, record), scene)
+              for record, scene, image in _scenes(2100)]
   assert _share(v.correct for v, _ in verdicts) >= 0.995
   assert _share(_finds(scene, v.seen) for v, scene in verdicts) >= 0.995
 
 
 def test_places_and_radii_are_read_closely():
-  for _, scene, picture in _scenes(70):
-    things = {t.cell: t for t in verifier.look(picture).things}
+  for _, scene, image in _scenes(70):
+    things = {t.cell: t for t in verifier.look(image).things}
     for thing in scene.things:
       seen = things[thing.cell]
       assert max(abs(seen.x - thing.x), abs(seen.y - thing.y)) < 0.2
@@ -164,11 +164,11 @@ _HARMLESS = {
 @pytest.mark.parametrize("kind", _HARMLESS)
 def test_slight_changes_are_tolerated(kind):
   rng = np.random.default_rng(9)
-  assert _share(_finds(scene, verifier.look(_picture(_HARMLESS[kind](picture, rng))))
-                for _, scene, picture in _scenes(210, 420)) >= 0.995
+  assert _share(_finds(scene, verifier.look(_image(_HARMLESS[kind](image, rng))))
+                for _, scene, image in _scenes(210, 420)) >= 0.995
 
 
-# --- the verifier rejects damaged pictures ---
+# --- the verifier rejects damaged images ---
 
 
 def _offsets(thing):
@@ -180,37 +180,37 @@ def _around(thing):
   return np.maximum(*map(abs, _offsets(thing))) < thing.radius + 1
 
 
-def _without(picture, scene, mask):
-  return np.where(mask[..., None], _bare(scene), picture)
+def _without(image, scene, mask):
+  return np.where(mask[..., None], _bare(scene), image)
 
 
-def _cut_a_quarter(picture, scene, thing, rng):
+def _cut_a_quarter(image, scene, thing, rng):
   x, y = _offsets(thing)
   turned = (x, y, -x, -y)
   i = int(rng.integers(4))
-  return _without(picture, scene, _around(thing) & (turned[i] > 0) & (turned[i - 1] > 0))
+  return _without(image, scene, _around(thing) & (turned[i] > 0) & (turned[i - 1] > 0))
 
 
-def _cut_a_half(picture, scene, thing, rng):
+def _cut_a_half(image, scene, thing, rng):
   if thing.shape == "triangle":  # what is left of one may be a triangle
-    return _cut_a_quarter(picture, scene, thing, rng)
+    return _cut_a_quarter(image, scene, thing, rng)
   x, y = _offsets(thing)
   turn = rng.uniform(0, 2 * np.pi)
-  return _without(picture, scene, _around(thing) & (x * np.cos(turn) + y * np.sin(turn) > 0))
+  return _without(image, scene, _around(thing) & (x * np.cos(turn) + y * np.sin(turn) > 0))
 
 
-def _fade(picture, scene, thing, rng):
+def _fade(image, scene, thing, rng):
   """Half-transparent."""
   share = 0.5
   seen = share * np.array(world.COLORS[thing.color]) + (1 - share) * _bare(scene)[0, 0]
   near = min(np.linalg.norm(seen - c) for c in map(np.array, world.COLORS.values()))
   if near < 36:  # orange on black, half, is brown to any eye
-    return _cut_a_quarter(picture, scene, thing, rng)
+    return _cut_a_quarter(image, scene, thing, rng)
   return np.where(_around(thing)[..., None],
-                  share * picture + (1 - share) * _bare(scene), picture)
+                  share * image + (1 - share) * _bare(scene), image)
 
 
-def _grow_together(picture, scene, thing, rng):
+def _grow_together(image, scene, thing, rng):
   """Another thing, more than half of it behind one."""
   x = y = 0.0
   while not thing.radius < min(x, y) <= max(x, y) < world.SIZE - thing.radius:
@@ -222,48 +222,48 @@ def _grow_together(picture, scene, thing, rng):
   return painter.paint(dataclasses.replace(scene, things=(behind,) + scene.things))
 
 
-def _smear(picture, scene, thing, rng):
+def _smear(image, scene, thing, rng):
   sigmas = [(4, 0, 0), (0, 4, 0)][int(rng.integers(2))]
   return np.where(_around(thing)[..., None],
-                  ndimage.gaussian_filter(picture.astype(float), sigmas), picture)
+                  ndimage.gaussian_filter(image.astype(float), sigmas), image)
 
 
-def _drop_a_blob(picture, scene, thing, rng):
-  free = ndimage.binary_erosion((picture == _bare(scene)).all(-1), np.ones((7, 7)))
+def _drop_a_blob(image, scene, thing, rng):
+  free = ndimage.binary_erosion((image == _bare(scene)).all(-1), np.ones((7, 7)))
   row, column = rng.choice(np.argwhere(free))
   y, x = np.mgrid[:world.SIZE, :world.SIZE]
   blob = np.hypot(y - row, x - column) < rng.uniform(2.3, 4)
-  return np.where(blob[..., None], world.COLORS[str(rng.choice(list(world.COLORS)))], picture)
+  return np.where(blob[..., None], world.COLORS[str(rng.choice(list(world.COLORS)))], image)
 
 
-def _two_colors(picture, scene, thing, rng):
+def _two_colors(image, scene, thing, rng):
   color = str(rng.choice([c for c in world.COLORS if c != thing.color]))
   things = tuple(dataclasses.replace(t, color=color) if t is thing else t for t in scene.things)
   other = painter.paint(dataclasses.replace(scene, things=things))
-  return np.where((_offsets(thing)[0] > 0)[..., None], picture, other)
+  return np.where((_offsets(thing)[0] > 0)[..., None], image, other)
 
 
-def _mix_colors(picture, scene, thing, rng):
+def _mix_colors(image, scene, thing, rng):
   """Half-way between two colours; red with yellow is orange, and with green brown."""
   merged = {("red", "yellow"), ("red", "green")}
   other = str(rng.choice([c for c in world.COLORS if c != thing.color
                           and not merged & {(c, thing.color), (thing.color, c)}]))
   things = tuple(dataclasses.replace(t, color=other) if t is thing else t for t in scene.things)
-  return (picture.astype(float) + painter.paint(dataclasses.replace(scene, things=things))) / 2
+  return (image.astype(float) + painter.paint(dataclasses.replace(scene, things=things))) / 2
 
 
 _DAMAGE = {f.__name__.strip("_"): f for f in (
     _cut_a_quarter, _cut_a_half, _fade, _grow_together, _smear, _drop_a_blob, _two_colors,
-    _mix_colors)} | {"blur": lambda picture, scene, thing, rng: _blur(picture, 1.5)}
+    _mix_colors)} | {"blur": lambda image, scene, thing, rng: _blur(image, 1.5)}
 
 
 @pytest.mark.parametrize("kind", _DAMAGE)
 def test_damage_is_unclear(kind):
   rng = np.random.default_rng(11)
   seen = []
-  for _, scene, picture in _scenes(210, 840):
+  for _, scene, image in _scenes(210, 840):
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    seen.append(verifier.look(_picture(_DAMAGE[kind](picture, scene, thing, rng))))
+    seen.append(verifier.look(_image(_DAMAGE[kind](image, scene, thing, rng))))
   assert _share(bool(s.unclear) for s in seen) >= 0.99
 
 
@@ -307,15 +307,15 @@ def test_another_scene_is_not_what_was_asked_for(kind):
 
 
 def test_specks_are_passed_over():
-  for _, scene, picture in _scenes(50):
-    free = ndimage.binary_erosion((picture == _bare(scene)).all(-1), np.ones((7, 7)))
+  for _, scene, image in _scenes(50):
+    free = ndimage.binary_erosion((image == _bare(scene)).all(-1), np.ones((7, 7)))
     row, column = np.argwhere(free)[0]
-    speck = picture.copy()
+    speck = image.copy()
     speck[row:row + 2, column:column + 2] = world.COLORS["purple"]
     assert _finds(scene, verifier.look(speck))
 
 
-def test_pictures_of_no_scene():
+def test_images_of_no_scene():
   white = np.full((world.SIZE, world.SIZE, 3), 245, np.uint8)
   assert verifier.look(white) == verifier.Seen("white", (), ())
   red = np.broadcast_to(np.array(world.COLORS["red"], np.uint8), white.shape)

@@ -12,8 +12,8 @@ from conftest import relative_error
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.model.attention import NOISE, PADDING, Tokens
+from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
+from irg_jax.tokens import NOISE, PADDING, Tokens
 from irg_jax.model.layers import apply_rope, rope_table, sincos_2d, timestep_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.model.vae import Vae
@@ -37,17 +37,17 @@ def random_params():
   return jax.tree.map(draw, names.abstract_params(CONFIG, jnp.float32)["transformer"])
 
 
-def picture(seed, **roles):
+def image(seed, **roles):
   rng = np.random.default_rng(seed)
-  return PictureSplit(rng.standard_normal((2, 2, CONFIG.latent_dim), np.float32),
+  return ImageSplit(rng.standard_normal((2, 2, CONFIG.latent_dim), np.float32),
                       rng.standard_normal((2, 2, 12), np.float32), **roles)
 
 
 def samples():
-  """A picture that is target and condition between two texts; an edited picture."""
-  first = [TextSplit([1, 2, 3]), picture(0, need_loss=True, need_vae=True, need_vit=True),
+  """An image that is target and condition between two texts; an edited image."""
+  first = [TextSplit([1, 2, 3]), image(0, need_loss=True, need_vae=True, need_vit=True),
            TextSplit([4, 5], need_loss=True)]
-  second = [picture(1, need_vit=True), TextSplit([6], need_loss=True), picture(2, need_loss=True)]
+  second = [image(1, need_vit=True), TextSplit([6], need_loss=True), image(2, need_loss=True)]
   return [sample_features(s, CONFIG, SPECIAL) for s in (first, second)]
 
 
@@ -77,7 +77,7 @@ def outputs_of(sample, batch, latents=None):
           zip(outputs(random_params(), batch, latents), places)]
 
 
-def test_noised_picture_is_invisible_to_all_but_itself():
+def test_noised_image_is_invisible_to_all_but_itself():
   batch = one_row(samples())
   before = outputs(random_params(), batch, batch.latents)
   noised = batch.latents + batch.latent_weight[..., None]
@@ -101,7 +101,7 @@ def test_sample_does_not_depend_on_what_is_packed_beside_it():
 def test_contents_of_another_sample_and_of_padding_change_nothing():
   batch = one_row(samples())
   other_und, other_gen = np.split(batch.tokens.sample != 0, [U], axis=1)
-  other_vit = (batch.vit_picture != batch.vit_picture[0, 0])
+  other_vit = (batch.vit_image != batch.vit_image[0, 0])
   changed = dataclasses.replace(
       batch, text_ids=np.where(other_und, 7, batch.text_ids),
       vit_patches=np.where(other_vit[..., None], 9.0, batch.vit_patches))
@@ -111,7 +111,7 @@ def test_contents_of_another_sample_and_of_padding_change_nothing():
     np.testing.assert_array_equal(x, y)
 
 
-def test_rows_of_words_alone_need_no_room_for_pictures():
+def test_rows_of_words_alone_need_no_room_for_images():
   sample = sample_features([TextSplit([1, 2, 3]), TextSplit([4, 5], need_loss=True)], CONFIG, SPECIAL)
 
   def logits_and_gradient(gen, vit):
@@ -153,7 +153,7 @@ def loss_and_gradients(remat, part):
   model = UnifiedTransformer(dataclasses.replace(CONFIG, remat=remat))
   batch = one_row(samples())
   inputs = {
-      "vit": (batch.vit_patches, batch.vit_position, batch.vit_picture),
+      "vit": (batch.vit_patches, batch.vit_position, batch.vit_image),
       "decode": ({"und": jnp.ones((1, U, CONFIG.llm.hidden_size)),
                   "gen": jnp.ones((1, G, CONFIG.llm.hidden_size))}, batch.tokens, batch.position)}
   def loss(params):
@@ -185,7 +185,7 @@ def test_rematerialisation_recomputes_what_its_policy_says(part):
 def abstract_init(config):
   """Shapes of the parameters that `init` makes, without making any."""
   shape = jax.ShapeDtypeStruct
-  row = sample_features([picture(0, need_vae=True, need_vit=True)], CONFIG, SPECIAL)
+  row = sample_features([image(0, need_vae=True, need_vit=True)], CONFIG, SPECIAL)
   batch = stack_rows([pack_row([row], BufferSizes(und=8, gen=4, vit=4, text=1, samples=1))])
   batch = dataclasses.replace(
       batch, vit_patches=shape((1, 4, config.vit.patch_size**2 * 3), jnp.float32))

@@ -13,6 +13,7 @@ from irg_jax.data.batch import BufferSizes
 from irg_jax.model import attention
 from irg_jax.plan import cost, programs
 from irg_jax.train import flops
+from irg_jax.tokens import Tokens, allowed
 
 BENCHMARK = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "data.py"
 
@@ -24,7 +25,7 @@ def benchmark():
 
 @pytest.mark.parametrize("stage,least", [("stage1", 0.93), ("stage2", 0.92)])
 def test_flops_of_a_row_are_spent_on_tokens(benchmark, stage, least):
-  """Thoughts of 100 to 1500 tokens, pictures of 1024 pixels, all modes by their weights."""
+  """Thoughts of 100 to 1500 tokens, images of 1024 pixels, all modes by their weights."""
   settings = benchmark["load_settings"]()
   use, used = benchmark["packing_use"](settings, getattr(settings, stage), blocks=6)
   assert use >= least
@@ -87,7 +88,7 @@ def test_blocks_read_are_those_in_which_anything_is_visible(benchmark):
   sample = np.repeat(np.arange(4), (700, 900, 300, 148))[None]
   index = np.arange(2048)[None]
   zeros = np.zeros_like(index)
-  tokens = attention.Tokens(sample=sample, index=index, split=zeros, kind=zeros)
+  tokens = Tokens(sample=sample, index=index, split=zeros, kind=zeros)
   queries, keys = attention.chunks(2048, "tpu")
-  blocks = np.asarray(attention.allowed(tokens, tokens)).reshape(-1, queries, 2048 // keys, keys)
+  blocks = np.asarray(allowed(tokens, tokens)).reshape(-1, queries, 2048 // keys, keys)
   assert float(benchmark["blocks_read"](tokens)) == blocks.any((1, 3)).mean()

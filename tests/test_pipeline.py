@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import text
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import pipeline
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.examples import record_features
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.images import ImageTransform
-from irg_jax.model.attention import PADDING
+from irg_jax.tokens import PADDING
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.loss import token_losses
 from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.weights import names
+from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 MODEL = ModelConfig(
     llm=LlmConfig(vocab_size=260, hidden_size=32, mlp_size=32, num_layers=1, num_heads=2,
@@ -54,25 +54,25 @@ class Source:
     self.read[int(i)] += 1
     parts = [TextPart(f"prompt {i}", False), TextPart(self._thought(i), True)]
     if self.mode in (MODES[4], MODES[5]):
-      parts.insert(1, self._picture(i, need_vae=True, need_vit=True))
+      parts.insert(1, self._image(i, need_vae=True, need_vit=True))
     if self.mode == MODES[5]:
-      parts.append(self._picture(i + 50, need_loss=True))
+      parts.append(self._image(i + 50, need_loss=True))
     return Record(self.mode, int(i), tuple(parts))
 
-  def _picture(self, seed, **roles):
+  def _image(self, seed, **roles):
     rng = np.random.default_rng(int(seed))
     file, levels = io.BytesIO(), rng.integers(0, 256, (8, 8 + 4 * (seed % 3), 3), np.uint8)
     Image.fromarray(levels).save(file, "png")
     moments = rng.standard_normal((2, 4, levels.shape[1] // 2, 2), np.float32)
     flags = dict.fromkeys(("need_loss", "need_vae", "need_vit"), False) | roles
-    return PicturePart(file.getvalue(), **flags, moments=moments if self._moments else None)
+    return ImagePart(file.getvalue(), **flags, moments=moments if self._moments else None)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
-  text.write_byte_tokenizer(folder)
-  return text.load_tokenizer(folder, MODEL.llm.vocab_size)
+  write_byte_tokenizer(folder)
+  return load_tokenizer(folder, MODEL.llm.vocab_size)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_rows_hold_the_samples_whole_and_nothing_else(open_batches, tokenizer):
         assert any(all(np.array_equal(sample[k], want[k]) for k in want) for want in lone)
     used = (batch.sample_mode >= 0).sum(1)
     assert (batch.tokens.sample.max(1) == used - 1).all()
-    assert (batch.vit_picture[batch.vit_picture != PADDING] >= 0).all()
+    assert (batch.vit_image[batch.vit_image != PADDING] >= 0).all()
 
 
 def two_packings(open_batches):
@@ -312,7 +312,7 @@ def test_mode_that_never_fits_stops_with_its_limit(open_batches):
     next(open_batches(sources, mixture={MODES[1]: 1.0}, streams=1))
 
 
-def test_pictures_without_moments_need_an_encoder(open_batches):
+def test_images_without_moments_need_an_encoder(open_batches):
   sources = {mode: Source(mode, moments=False) for mode in MODES}
   with pytest.raises(ValueError, match="encode-latents"):
     next(open_batches(sources))

@@ -5,9 +5,9 @@ import pickle
 
 import irgl_rows
 import pytest
-from irgl_rows import MODE, encoded, image, picture, text, turns
+from irgl_rows import MODE, encoded, image_part, image, text, turns
 
-from irg_jax.data.records import MODES, PicturePart, Record, Rejected, TextPart, parse_conversation
+from irg_jax.data.records import MODES, ImagePart, Record, Rejected, TextPart, parse_conversation
 
 
 def parse(value, **options):
@@ -15,12 +15,12 @@ def parse(value, **options):
 
 
 def test_a_conversation_becomes_its_parts_in_order():
-  data = picture("JPEG")
-  row = turns(text("plan"), image(data, need_vae=True, need_vit=True), text("better"),
-              image(need_loss=True))
+  data = image("JPEG")
+  row = turns(text("plan"), image_part(data, need_vae=True, need_vit=True), text("better"),
+              image_part(need_loss=True))
   assert parse(row) == Record(MODE, 7, (
-      TextPart("a fox", False), TextPart("plan", True), PicturePart(data, False, True, True),
-      TextPart("better", True), PicturePart(picture(), True, False, False)))
+      TextPart("a fox", False), TextPart("plan", True), ImagePart(data, False, True, True),
+      TextPart("better", True), ImagePart(image(), True, False, False)))
   assert parse(json.dumps(row).encode()) == parse(row)
 
 
@@ -36,9 +36,9 @@ def test_texts_are_kept_to_the_character():
 
 
 def test_line_breaks_in_base64_mean_nothing():
-  broken = encoded(picture()).replace("A", "A\r\n")
-  assert parse(turns(image(need_loss=True) | {"content": broken})) == parse(
-      turns(image(need_loss=True)))
+  broken = encoded(image()).replace("A", "A\r\n")
+  assert parse(turns(image_part(need_loss=True) | {"content": broken})) == parse(
+      turns(image_part(need_loss=True)))
 
 
 @pytest.mark.parametrize("name", irgl_rows.BAD)
@@ -51,7 +51,7 @@ def test_one_unusable_part_rejects_the_row(name):
   assert str(e.value) == f"{reason}: {e.value.detail}"
 
 
-def test_pictures_of_checked_rows_need_not_be_decoded_again():
+def test_images_of_checked_rows_need_not_be_decoded_again():
   row = irgl_rows.BAD["truncated picture"][0]
   assert len(parse(row, decode=False).parts) == 2
 

@@ -8,9 +8,9 @@ import pytest
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import DroppedPicture, PictureSplit, TextSplit, sample_features
+from irg_jax.data.sequence import DroppedImage, ImageSplit, TextSplit, sample_features
 from irg_jax.images import to_pixels
-from irg_jax.model.attention import CAUSAL, FULL, NOISE, PADDING, allowed
+from irg_jax.tokens import CAUSAL, FULL, NOISE, PADDING, allowed
 
 CONFIG = ModelConfig(
     llm=LlmConfig(vocab_size=100), vit=VitConfig(patch_size=1, grid_size=5),
@@ -21,11 +21,11 @@ C, F, X = CAUSAL, FULL, NOISE
 GRID = {"latents": (2, 1), "vit_patches": (1, 3)}  # rows, columns
 
 
-def picture(first=0, **roles):
-  """A picture of 2 x 1 latent tokens and 1 x 3 patches, numbered from `first`."""
+def image(first=0, **roles):
+  """An image of 2 x 1 latent tokens and 1 x 3 patches, numbered from `first`."""
   latents = np.arange(first, first + 2, dtype=np.float32).reshape(*GRID["latents"], 1)
   patches = np.arange(first, first + 9, dtype=np.float32).reshape(*GRID["vit_patches"], 3)
-  return PictureSplit(latents, patches, **roles)
+  return ImageSplit(latents, patches, **roles)
 
 
 def features(*splits):
@@ -47,7 +47,7 @@ def test_text_is_causal_and_predicts_the_next_token():
 
 
 def test_predicted_text_is_found_behind_other_splits():
-  check(features(TextSplit([1]), picture(need_vae=True), TextSplit([2, 3], need_loss=True)),
+  check(features(TextSplit([1]), image(need_vae=True), TextSplit([2, 3], need_loss=True)),
         text_place=[5, 6, 7], text_target=[2, 3, END])  # latents are not in the und buffer
 
 
@@ -67,8 +67,8 @@ def test_empty_text_is_its_two_control_tokens():
         text_target=[END], und_position=[0, 1])
 
 
-def test_clean_picture_shares_one_position_and_advances_by_one():
-  check(features(TextSplit([1]), picture(need_vae=True), TextSplit([2])),
+def test_clean_image_shares_one_position_and_advances_by_one():
+  check(features(TextSplit([1]), image(need_vae=True), TextSplit([2])),
         und_ids=[START, 1, END, OPEN, CLOSE, START, 2, END],
         und_position=[0, 1, 2, 3, 3, 4, 5, 6],
         und_index=[0, 1, 2, 3, 6, 7, 8, 9],  # the latents stand between the boundaries
@@ -77,14 +77,14 @@ def test_clean_picture_shares_one_position_and_advances_by_one():
         gen_weight=[0, 0], gen_latents=[[0], [1]])
 
 
-def test_noised_picture_does_not_advance_the_position():
-  check(features(TextSplit([1]), picture(need_loss=True), TextSplit([2])),
+def test_noised_image_does_not_advance_the_position():
+  check(features(TextSplit([1]), image(need_loss=True), TextSplit([2])),
         und_position=[0, 1, 2, 3, 3, 3, 4, 5], und_kind=[C, C, C, X, X, C, C, C],
         text_place=[], gen_position=[3, 3], gen_kind=[X, X], gen_weight=[1, 1])
 
 
-def test_picture_in_all_roles_is_noised_then_clean_then_vit():
-  check(features(TextSplit([]), picture(need_loss=True, need_vae=True, need_vit=True),
+def test_image_in_all_roles_is_noised_then_clean_then_vit():
+  check(features(TextSplit([]), image(need_loss=True, need_vae=True, need_vit=True),
                  TextSplit([])),
         # text, noised boundaries, clean boundaries, ViT with its boundaries, text
         und_ids=[START, END, OPEN, CLOSE, OPEN, CLOSE, OPEN, 0, 0, 0, CLOSE, START, END],
@@ -96,39 +96,39 @@ def test_picture_in_all_roles_is_noised_then_clean_then_vit():
         gen_position=[2, 2, 2, 2], gen_index=[3, 4, 7, 8], gen_split=[1, 1, 2, 2],
         gen_kind=[X, X, F, F], gen_weight=[1, 1, 0, 0], gen_latents=[[0], [1], [0], [1]],
         vit_patches=np.arange(9).reshape(3, 3))
-  assert len(set(features(picture(need_loss=True, need_vae=True))["gen_picture"])) == 2
+  assert len(set(features(image(need_loss=True, need_vae=True))["gen_picture"])) == 2
 
 
-def test_dropped_picture_leaves_a_gap_in_the_positions_and_nothing_else():
-  kept = features(TextSplit([1]), picture(need_vae=True), TextSplit([2]))
-  got = features(TextSplit([1]), DroppedPicture(), TextSplit([2]))
+def test_dropped_image_leaves_a_gap_in_the_positions_and_nothing_else():
+  kept = features(TextSplit([1]), image(need_vae=True), TextSplit([2]))
+  got = features(TextSplit([1]), DroppedImage(), TextSplit([2]))
   check(got, und_ids=[START, 1, END, START, 2, END], und_position=[0, 1, 2, 4, 5, 6],
         und_index=range(6), gen_place=[])
   assert got["und_position"][-1] == kept["und_position"][-1]
 
 
-def test_pictures_to_be_encoded_come_with_the_place_of_their_tokens():
+def test_images_to_be_encoded_come_with_the_place_of_their_tokens():
   raw = [np.full((2, 1, 3), i, np.uint8) for i in range(2)]
   draw = np.zeros((2, 1, 1))
-  got = features(PictureSplit(draw, None, need_vae=True, pixels=raw[0]), picture(need_vae=True),
-                 PictureSplit(draw, None, need_loss=True, pixels=raw[1]))
+  got = features(ImageSplit(draw, None, need_vae=True, pixels=raw[0]), image(need_vae=True),
+                 ImageSplit(draw, None, need_loss=True, pixels=raw[1]))
   assert [start for start, _ in got["pictures"]] == [0, 4]
   assert all(a is b for (_, a), b in zip(got["pictures"], raw))
 
 
 def test_places_go_row_by_row_in_the_grids_of_the_model():
-  square = PictureSplit(np.zeros((2, 2, 1)), np.zeros((2, 3, 3)), need_vae=True, need_vit=True)
+  square = ImageSplit(np.zeros((2, 2, 1)), np.zeros((2, 3, 3)), need_vae=True, need_vit=True)
   check(features(square), gen_place=[0, 1, 4, 5], vit_position=[0, 1, 2, 5, 6, 7])
 
 
-def test_patches_of_a_second_picture_come_after_the_first():
-  got = features(picture(need_vit=True), picture(20, need_vit=True))
+def test_patches_of_a_second_image_come_after_the_first():
+  got = features(image(need_vit=True), image(20, need_vit=True))
   check(got, und_vit=[-1, 0, 1, 2, -1, -1, 3, 4, 5, -1], und_position=[0] * 5 + [1] * 5)
   assert got["vit_patches"][3, 0] == 20
   assert got["vit_picture"].tolist()[:3] != got["vit_picture"].tolist()[3:]
 
 
-def test_sample_without_pictures_has_empty_arrays_of_the_right_kind():
+def test_sample_without_images_has_empty_arrays_of_the_right_kind():
   got = features(TextSplit([1]))
   assert got["gen_latents"].shape == (0, CONFIG.latent_dim)
   assert got["vit_patches"].shape == (0, 3)
@@ -140,8 +140,8 @@ def test_sample_without_pictures_has_empty_arrays_of_the_right_kind():
 
 def two_samples():
   roles = dict(need_loss=True, need_vae=True, need_vit=True)
-  return [features(TextSplit([1, 2]), picture(**roles)),
-          features(picture(50, **roles), TextSplit([3], need_loss=True))]
+  return [features(TextSplit([1, 2]), image(**roles)),
+          features(image(50, **roles), TextSplit([3], need_loss=True))]
 
 
 def sizes(samples, spare=0):
@@ -165,7 +165,7 @@ def test_samples_of_a_row_stay_apart():
 
 
 def test_predictions_and_samples_of_a_row_are_found_again():
-  samples = [sample_features([TextSplit([i, i + 1], need_loss=i > 0), picture(need_vit=True),
+  samples = [sample_features([TextSplit([i, i + 1], need_loss=i > 0), image(need_vit=True),
                               TextSplit([i], need_loss=True)], CONFIG, SPECIAL, mode=i, index=9 - i)
              for i in range(3)]
   row = pack_row(samples, sizes(samples, spare=2))
@@ -182,22 +182,22 @@ def test_predictions_and_samples_of_a_row_are_found_again():
 
 def test_eight_bit_patches_become_pixels_and_are_never_mixed_with_floats():
   levels = np.arange(9, dtype=np.uint8).reshape(1, 3, 3)
-  samples = [features(TextSplit([1])), features(PictureSplit(None, levels, need_vit=True))]
+  samples = [features(TextSplit([1])), features(ImageSplit(None, levels, need_vit=True))]
   row = pack_row(samples, sizes(samples))
   np.testing.assert_array_equal(row.vit_patches, to_pixels(levels[0]))
   with pytest.raises(ValueError, match="dtype of vit_patches"):
     pack_row(samples + two_samples(), sizes(samples + two_samples()))
   with pytest.raises(ValueError, match="all 8-bit levels or all float"):
-    features(PictureSplit(None, levels, need_vit=True), picture(need_vit=True))
+    features(ImageSplit(None, levels, need_vit=True), image(need_vit=True))
 
 
-def test_every_picture_of_a_row_has_a_number_of_its_own():
+def test_every_image_of_a_row_has_a_number_of_its_own():
   """One flow time is drawn for each number, and ViT attention stays within one."""
   samples = two_samples() + [features(TextSplit([4]))] + two_samples()
   row = pack_row(samples, sizes(samples))
-  numbers = [*row.latent_picture[::2], *row.vit_picture[::3]]
-  np.testing.assert_array_equal(row.latent_picture, np.repeat(row.latent_picture[::2], 2))
-  np.testing.assert_array_equal(row.vit_picture, np.repeat(row.vit_picture[::3], 3))
+  numbers = [*row.latent_image[::2], *row.vit_image[::3]]
+  np.testing.assert_array_equal(row.latent_image, np.repeat(row.latent_image[::2], 2))
+  np.testing.assert_array_equal(row.vit_image, np.repeat(row.vit_image[::3], 3))
   assert len(set(numbers)) == len(numbers) == 12
 
 
@@ -213,8 +213,8 @@ def test_padding_is_inert():
   assert not row.text_weight[text:].any() and not row.latent_weight[gen:].any()
   assert not row.text_place[text:].any() and (row.text_sample[text:] == PADDING).all()
   assert (row.sample_mode[number:] == -1).all() and (row.sample_index[number:] == -1).all()
-  assert (row.vit_index[und:] == -1).all() and (row.latent_picture[gen:] == PADDING).all()
-  assert (row.vit_picture[vit:] == PADDING).all()
+  assert (row.vit_index[und:] == -1).all() and (row.latent_image[gen:] == PADDING).all()
+  assert (row.vit_image[vit:] == PADDING).all()
 
 
 @pytest.mark.parametrize("name", LENGTH_FEATURES)
@@ -243,10 +243,10 @@ def test_rows_of_equal_sizes_stack_to_a_batch():
 
 
 @pytest.mark.parametrize("split,message", [
-    (PictureSplit(np.zeros((1, 99, CONFIG.latent_dim)), None, need_vae=True), "exceeds the"),
-    (PictureSplit(None, None, need_vae=True), "latents must be"),
-    (PictureSplit(np.zeros((1, 2, 9)), None, need_loss=True), "latents must be"),
-    (PictureSplit(None, np.zeros((2, 2, 5)), need_vit=True), "vit_patches must be"),
+    (ImageSplit(np.zeros((1, 99, CONFIG.latent_dim)), None, need_vae=True), "exceeds the"),
+    (ImageSplit(None, None, need_vae=True), "latents must be"),
+    (ImageSplit(np.zeros((1, 2, 9)), None, need_loss=True), "latents must be"),
+    (ImageSplit(None, np.zeros((2, 2, 5)), need_vit=True), "vit_patches must be"),
     (TextSplit([CONFIG.llm.vocab_size]), "do not fit the vocabulary"),
 ])
 def test_splits_that_the_model_cannot_place_are_refused(split, message):

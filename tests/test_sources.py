@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from irgl_rows import BAD, MODE, write_mode
 
 from irg_jax.data import array_records, irgl, published, sources
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOOD = 8
@@ -174,9 +174,9 @@ def test_tensorflow_and_jax_are_not_needed(clean, tmp_path):
 
 def test_moments_are_kept_to_the_bit(tmp_path):
   moments = np.random.default_rng(0).standard_normal((2, 3, 4, 16)).astype(np.float16)
-  picture = PicturePart(irgl_rows.picture() + b"\0", True, False, False)  # a NUL at the end stays
+  image = ImagePart(irgl_rows.image() + b"\0", True, False, False)  # a NUL at the end stays
   records = [
-      Record(MODE, i, (TextPart("x", True), dataclasses.replace(picture, moments=m), picture))
+      Record(MODE, i, (TextPart("x", True), dataclasses.replace(image, moments=m), image))
       for i, m in enumerate([moments, moments.astype(np.float32)])]
   place = array_records.mode_folder(tmp_path, MODE)
   place.mkdir(parents=True)

@@ -15,8 +15,7 @@ from irg_jax import sharding
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.model import attention
+from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import optimizer as optimizer_lib
 from irg_jax.train import settings as settings_lib
@@ -25,6 +24,7 @@ from irg_jax.train.settings import Switches
 from irg_jax.train.state import init_state, state_shardings
 from irg_jax.weights import names
 from irg_jax.weights.init import random_params
+from irg_jax.tokens import allowed
 
 IRGL = pathlib.Path(__file__).resolve().parents[1] / "configs" / "irgl.py"
 CONFIG = ModelConfig(
@@ -87,16 +87,16 @@ def optimizer():
 
 @functools.cache
 def batch(rows=8):
-  """Two samples a row: an edited picture, a drawn one; longer texts in later rows."""
+  """Two samples a row: an edited image, a drawn one; longer texts in later rows."""
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(0, 28, n).tolist()
-  def picture(**roles):
-    return PictureSplit(rng.standard_normal((2, 2, CONFIG.latent_dim), np.float32),
+  def image(**roles):
+    return ImageSplit(rng.standard_normal((2, 2, CONFIG.latent_dim), np.float32),
                         rng.uniform(-1, 1, (3, 2, 12)).astype(np.float32), **roles)
   def row(r):
-    edit = [TextSplit(ids(2)), picture(need_vae=True, need_vit=True),
-            TextSplit(ids(1 + r // 2), need_loss=True), picture(need_loss=True)]
-    drawn = [TextSplit(ids(3)), TextSplit(ids(r // 3), need_loss=True), picture(need_loss=True)]
+    edit = [TextSplit(ids(2)), image(need_vae=True, need_vit=True),
+            TextSplit(ids(1 + r // 2), need_loss=True), image(need_loss=True)]
+    drawn = [TextSplit(ids(3)), TextSplit(ids(r // 3), need_loss=True), image(need_loss=True)]
     return pack_row([sample_features(s, CONFIG, SPECIAL, mode=mode, index=r)
                      for s, mode in ((edit, 5), (drawn, 2))], SIZES)
   return stack_rows([row(r) for r in range(rows)])
@@ -280,12 +280,12 @@ def test_the_learning_rate_falls_to_nothing_over_the_last_steps():
   np.testing.assert_allclose(got, [0, 0.05, 0.1, 0.1, 0.075, 0.025, 0], atol=1e-7)
 
 
-def test_each_picture_has_one_time_and_conditions_have_none():
+def test_each_image_has_one_time_and_conditions_have_none():
   t, noise = map(np.asarray, step_lib.draw(batch(), KEY, 4.0))
-  weight, picture = batch().latent_weight, batch().latent_picture
+  weight, image = batch().latent_weight, batch().latent_image
   assert not t[weight == 0].any() and noise.shape == batch().latents.shape
-  times = [np.unique(t[(picture == p) & (weight > 0) & (np.arange(8)[:, None] == r)])
-           for r in range(8) for p in np.unique(picture[r][weight[r] > 0])]
+  times = [np.unique(t[(image == p) & (weight > 0) & (np.arange(8)[:, None] == r)])
+           for r in range(8) for p in np.unique(image[r][weight[r] > 0])]
   assert len(times) == 16 and all(len(x) == 1 and 0 < x[0] < 1 for x in times)
   assert len(set(np.concatenate(times).tolist())) == 16
   other, _ = step_lib.draw(batch(), jax.random.key(4), 4.0)
@@ -296,7 +296,7 @@ def test_times_are_warped_sigmoids_of_normal_draws():
   """Back through shift and sigmoid they are standard normal."""
   many = 4096
   targets = dataclasses.replace(
-      batch(1), latent_picture=np.arange(many)[None], latent_weight=np.ones((1, many), np.float32),
+      batch(1), latent_image=np.arange(many)[None], latent_weight=np.ones((1, many), np.float32),
       latents=np.zeros((1, many, 8), np.float32))
   t, noise = (np.asarray(x, np.float64) for x in step_lib.draw(targets, KEY, 4.0))
   u = t / (4 - 3 * t)
@@ -323,9 +323,9 @@ def test_metrics_count_tokens_targets_and_the_use_of_the_buffers():
   vit = 6 * 8
   und = int((rows.tokens.sample[:, :SIZES.und] >= 0).sum())
   predicted = int((rows.text_weight > 0).sum())
-  pairs = int(attention.allowed(rows.tokens, rows.tokens).sum())
-  patch_pairs = int((rows.vit_picture[:, :, None] == rows.vit_picture[:, None])[
-      rows.vit_picture >= 0].sum())
+  pairs = int(allowed(rows.tokens, rows.tokens).sum())
+  patch_pairs = int((rows.vit_image[:, :, None] == rows.vit_image[:, None])[
+      rows.vit_image >= 0].sum())
   want = {"tokens/text": und - vit, "tokens/vit": vit, "tokens/latent": 12 * 8,
           "tokens/predicted": predicted, "packing/und": und / (8 * 48), "packing/gen": 12 / 16,
           "packing/vit": 6 / 16, "packing/text": predicted / (8 * 16),

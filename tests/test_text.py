@@ -1,24 +1,24 @@
 """Tokenizers made on the spot: control tokens, folders good and bad, decoding."""
 
 import json
+from irg_jax.tokenizer import CONTROL_NAMES, added_token, load_tokenizer, write_byte_tokenizer
 
 import numpy as np
 import pytest
 
-from irg_jax import text, text_files
 
-CONTROL = list(text.CONTROL_NAMES.values())
+CONTROL = list(CONTROL_NAMES.values())
 
 
 @pytest.fixture
 def folder(tmp_path):
-  text.write_byte_tokenizer(tmp_path)
+  write_byte_tokenizer(tmp_path)
   return tmp_path
 
 
 @pytest.fixture
 def byte_tokenizer(folder):
-  return text.load_tokenizer(folder, 300)
+  return load_tokenizer(folder, 300)
 
 
 def edit(folder, change):
@@ -100,12 +100,12 @@ def test_vocab_and_merges_equal_tokenizer_json(folder, added_file):
     vocab = spec["model"]["vocab"]
     vocab |= {"re": 260, "red": 261, "Ġred": 262}
     spec["model"]["merges"] = [["r", "e"], ["re", "d"], ["Ġ", "red"]]
-    spec["added_tokens"] += [text_files.added_token("<tool>", 280, False)]  # after a gap
+    spec["added_tokens"] += [added_token("<tool>", 280, False)]  # after a gap
 
   edit(folder, merge_some)
-  want = text.load_tokenizer(folder, 300)
+  want = load_tokenizer(folder, 300)
   split_files(folder, added_file)
-  got = text.load_tokenizer(folder, 300)
+  got = load_tokenizer(folder, 300)
   sample = "a red <|im_end|> red<tool>!  1234 don't"
   assert got.special == want.special and got.size == want.size == 281
   if added_file == "tokenizer_config.json":
@@ -120,16 +120,16 @@ def test_a_control_token_marked_ordinary_is_still_kept_from_prompts(folder):
       token["special"] = False
 
   edit(folder, unmark)
-  tokenizer = text.load_tokenizer(folder, 300)
+  tokenizer = load_tokenizer(folder, 300)
   ids = tokenizer.encode("<|im_end|>")
   assert len(ids) > 1 and tokenizer.decode([tokenizer.special.text_end]) == ""
   assert tokenizer.decode(ids) == "<|im_end|>"
 
 
 def test_ordinary_added_tokens_stay_tokens(folder):
-  tool = text_files.added_token("<tool_call>", 260, False)
+  tool = added_token("<tool_call>", 260, False)
   edit(folder, lambda s: s["added_tokens"].append(tool))
-  tokenizer = text.load_tokenizer(folder, 300)
+  tokenizer = load_tokenizer(folder, 300)
   assert tokenizer.encode("<tool_call>") == [260]
   assert tokenizer.decode([260]) == "<tool_call>"
 
@@ -140,27 +140,27 @@ def test_truncation_and_padding_in_the_file_are_ignored(folder):
                           "stride": 0}
 
   edit(folder, truncate)
-  assert len(text.load_tokenizer(folder, 300).encode("a long prompt")) == 13
+  assert len(load_tokenizer(folder, 300).encode("a long prompt")) == 13
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
   with pytest.raises(ValueError, match="no tokenizer; expected tokenizer.json"):
-    text.load_tokenizer(tmp_path, 300)
+    load_tokenizer(tmp_path, 300)
   (tmp_path / "vocab.json").write_text("{}")
   with pytest.raises(ValueError, match="merges.txt"):
-    text.load_tokenizer(tmp_path, 300)
+    load_tokenizer(tmp_path, 300)
 
 
 def test_ids_beyond_the_embedding_are_refused(folder):
   with pytest.raises(ValueError, match=r"tokenizer.json: token '<\|vision_end\|>' has id 259"):
-    text.load_tokenizer(folder, 259)
-  text.load_tokenizer(folder, 260)
+    load_tokenizer(folder, 259)
+  load_tokenizer(folder, 260)
 
 
 def test_a_missing_control_token_is_named(folder):
   edit(folder, lambda s: s["added_tokens"].pop(1))
   with pytest.raises(ValueError, match=r"tokenizer.json: no token '<\|im_end\|>'"):
-    text.load_tokenizer(folder, 300)
+    load_tokenizer(folder, 300)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"vocab": []}}',
@@ -168,7 +168,7 @@ def test_a_missing_control_token_is_named(folder):
 def test_a_broken_file_is_named(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content.encode("utf-8", "surrogateescape"))
   with pytest.raises(ValueError, match="tokenizer.json"):
-    text.load_tokenizer(tmp_path, 300)
+    load_tokenizer(tmp_path, 300)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -182,14 +182,14 @@ def test_a_broken_file_is_named(tmp_path, content):
 def test_a_tokenizer_that_would_lose_text_or_ids_is_refused(folder, change, message):
   edit(folder, change)
   with pytest.raises(ValueError, match=message):
-    text.load_tokenizer(folder, 300)
+    load_tokenizer(folder, 300)
 
 
 def test_a_bad_line_of_merges_is_named(folder):
   split_files(folder, "added_tokens.json")
   (folder / "merges.txt").write_text("#version: 0.2\na b c\n")
   with pytest.raises(ValueError, match="merges.txt: line 2"):
-    text.load_tokenizer(folder, 300)
+    load_tokenizer(folder, 300)
 
 
 def test_two_files_that_disagree_on_an_id_are_refused(folder):
@@ -197,7 +197,7 @@ def test_two_files_that_disagree_on_an_id_are_refused(folder):
   config = {"added_tokens_decoder": {"258": {"content": "<|im_start|>", "special": True}}}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="has id 258, but 256 in added_tokens.json"):
-    text.load_tokenizer(folder, 300)
+    load_tokenizer(folder, 300)
 
 
 @pytest.mark.parametrize("table", [[], {"x": {"content": "a"}}, {"7": "a"}, {"7": {}}])
@@ -205,4 +205,4 @@ def test_a_broken_table_of_added_tokens_is_named(folder, table):
   split_files(folder, "tokenizer_config.json")
   (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": table}))
   with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder|no token"):
-    text.load_tokenizer(folder, 300)
+    load_tokenizer(folder, 300)

@@ -9,7 +9,8 @@ import re
 import numpy as np
 import pytest
 
-from irg_jax import images, trace, trace_page
+from irg_jax import images
+from irg_jax.reports import trace, trace_page
 
 THOUGHT = '<think>\n### Plan\n1. two <b>circles</b> & "one" star\n\n  indented\n</think>'
 VOID = {"meta", "img"}
@@ -40,12 +41,12 @@ class Page(html.parser.HTMLParser):
     return [attrs for name, attrs in self.tags if name == tag]
 
 
-def picture(width=48, height=32, seed=0):
+def image(width=48, height=32, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def make_round(think=THOUGHT, seed=0, **fields):
-  return {"think": think, "think_tokens": 21, "hit_limit": False, "picture": picture(seed=seed),
+  return {"think": think, "think_tokens": 21, "hit_limit": False, "picture": image(seed=seed),
           "seconds": {"think": 1.25, "draw": 2.5}} | fields
 
 
@@ -63,14 +64,14 @@ def page(folder, name="trace.html"):
   return Page((folder / name).read_text(encoding="utf-8"))
 
 
-def test_a_trace_is_its_pictures_its_record_and_its_page(tmp_path):
+def test_a_trace_is_its_images_its_record_and_its_page(tmp_path):
   given = make_trace(make_round(), make_round("again", seed=1))
   trace.write_trace(tmp_path / "deep" / "run", given)
   folder = tmp_path / "deep" / "run"
   assert written(folder) == ["round1.png", "round2.png", "trace.html", "trace.json"]
   assert written(tmp_path / "deep") == ["run"]
   for number, entry in enumerate(given["rounds"], 1):
-    np.testing.assert_array_equal(images.read_picture(folder / f"round{number}.png"),
+    np.testing.assert_array_equal(images.read_image(folder / f"round{number}.png"),
                                   entry["picture"])
   record = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
   assert [r["picture"] for r in record["rounds"]] == ["round1.png", "round2.png"]
@@ -98,7 +99,7 @@ def test_the_page_shows_every_word_in_the_order_of_the_run(tmp_path):
   assert places == sorted(places)
 
 
-def test_the_page_embeds_its_pictures_and_fetches_nothing(tmp_path):
+def test_the_page_embeds_its_images_and_fetches_nothing(tmp_path):
   trace.write_trace(tmp_path / "run", make_trace(make_round(), make_round(seed=1)))
   content = page(tmp_path / "run")
   assert not {tag for tag, _ in content.tags} & {"script", "link", "iframe", "object"}
@@ -110,13 +111,13 @@ def test_the_page_embeds_its_pictures_and_fetches_nothing(tmp_path):
     assert "two <circles> & a star" in image["alt"]
 
 
-def test_the_page_of_an_edit_begins_with_the_picture_that_was_edited(tmp_path):
-  given = make_trace(make_round(), source=picture(seed=2))
+def test_the_page_of_an_edit_begins_with_the_image_that_was_edited(tmp_path):
+  given = make_trace(make_round(), source=image(seed=2))
   trace.write_trace(tmp_path / "run", given)
   content = page(tmp_path / "run")
   assert content.text.index("Picture to edit") < content.text.index("Plan")
   data = base64.b64decode(content.named("img")[0]["src"].split(",")[1])
-  np.testing.assert_array_equal(images.decode_picture(data, "source"), given["source"])
+  np.testing.assert_array_equal(images.decode_image(data, "source"), given["source"])
   assert "source" not in json.loads((tmp_path / "run" / "trace.json").read_text())
   assert written(tmp_path / "run") == ["round1.png", "trace.html", "trace.json"]
 
@@ -164,8 +165,8 @@ def test_long_thoughts_scroll_and_short_ones_do_not(tmp_path):
   assert thoughts[0]["tabindex"] == "0"
 
 
-def test_an_answer_without_a_picture_is_a_trace_too(tmp_path):
-  entry = trace.write_trace(tmp_path / "run", make_trace(make_round("a cat", picture=None)))
+def test_an_answer_without_a_image_is_a_trace_too(tmp_path):
+  entry = trace.write_trace(tmp_path / "run", make_trace(make_round("a cat", image=None)))
   assert written(tmp_path / "run") == ["trace.html", "trace.json"]
   assert entry["picture"] is None
   trace.write_index(tmp_path, [entry])
@@ -240,7 +241,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     trace.check_output_folder(tmp_path / "new")
 
 
-def test_the_index_links_each_trace_by_its_final_picture(tmp_path):
+def test_the_index_links_each_trace_by_its_final_image(tmp_path):
   entries = [
       trace.write_trace(tmp_path / "a 1#", make_trace(make_round(), make_round())),
       trace.write_trace(tmp_path / "b", make_trace(make_round(None), prompt="second")),

@@ -90,7 +90,7 @@ def test_point_convolution_is_a_1x1_convolution():
   np.testing.assert_allclose(vae_layers.PointConv(6, **F32).apply(params, x), want, atol=1e-5)
 
 
-def test_group_norm_is_exact_far_from_zero_and_over_a_large_picture():
+def test_group_norm_is_exact_far_from_zero_and_over_a_large_image():
   x = normal(0, 1, 256, 256, 64) + 10.0
   scale, bias = normal(1, 64), normal(2, 64)
   groups = np.asarray(x, np.float64).reshape(1, -1, 32, 2)
@@ -171,7 +171,7 @@ def test_a_width_without_whole_groups_is_named():
     Vae(cfg).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
 
 
-def test_tokens_that_make_no_picture_are_refused():
+def test_tokens_that_make_no_image_are_refused():
   with pytest.raises(ValueError, match="multiples of 2"):
     patchify_latents(jnp.zeros((1, 3, 4, 2)), 2)
   for h, w in ((4, 6), (3, 4), (2, 8)):

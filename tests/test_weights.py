@@ -10,9 +10,10 @@ import pytest
 import safetensors.numpy
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, text, weights
+from irg_jax import sharding, weights
 from irg_jax.weights import init, names, orbax, published, tensors
 from irg_jax.weights.tables import sincos_table
+from irg_jax.tokenizer import load_tokenizer
 
 CONFIG = config_lib.ModelConfig(
     llm=config_lib.LlmConfig(vocab_size=264, hidden_size=32, mlp_size=48, num_layers=3,
@@ -196,7 +197,7 @@ def test_folders_carry_their_tokenizer_and_further_fields(folder, tmp_path):
   published.save(tmp_path / "b", published.load(folder), CONFIG, source=folder)
   weights.convert(folder, tmp_path / "c", to="orbax")
   for where in (folder, tmp_path / "b", tmp_path / "c"):
-    tokenizer = text.load_tokenizer(where, CONFIG.llm.vocab_size)
+    tokenizer = load_tokenizer(where, CONFIG.llm.vocab_size)
     assert tokenizer.decode(tokenizer.encode("déjà vu")) == "déjà vu"
   path = tmp_path / "b" / "llm_config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 77}))

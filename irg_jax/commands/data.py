@@ -16,7 +16,7 @@ examples:
 
 _BUILD = """\
 Reads the published parquet files (SRC/MODE/*.parquet) and writes ArrayRecord files, the dataset
-`irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (a picture that
+`irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (an image that
 cannot be decoded, an unknown type, ...) is left out and counted by reason. If a mode loses too
 large a share of its rows, nothing is written.
 
@@ -37,7 +37,7 @@ examples:
 
 _ENCODE = """\
 Writes the data again, as OUT/irgl/MODE, with the VAE's moments (mean and log-variance) of every
-picture that the VAE sees, so that training does not encode them anew each epoch. Posterior
+image that the VAE sees, so that training does not encode them anew each epoch. Posterior
 draws stay possible. Stopped runs go on with the same command; several hosts share the work
 through a common OUT, each with its own --process-id. Training finds the same latents as without.
 
@@ -109,7 +109,8 @@ def _add_reading(parser):
 
 def _build(args, _):
   modes = _modes(args.mode, _folder("SRC", args.source))
-  from irg_jax import progress, trace
+  from irg_jax import progress
+  from irg_jax.reports import trace
   trace.check_output_folder(args.out)
   from irg_jax.data import irgl, published
   with progress.Progress() as bar:
@@ -126,12 +127,13 @@ def _check(args, _):
   modes = _modes(args.mode, _folder("PATH", args.path))
   if args.out.is_dir():
     raise ValueError(f"--out {args.out}: is a folder; name a file")
-  from irg_jax import progress, trace
+  from irg_jax import progress
+  from irg_jax.reports import trace
   trace.check_output_folder(args.out.parent)
   count_text = None
   if args.tokenizer:
-    from irg_jax import text
-    tokenizer = text.load_tokenizer(_folder("--tokenizer", args.tokenizer), 2**31)
+    from irg_jax.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(_folder("--tokenizer", args.tokenizer), 2**31)
     count_text = lambda words: len(tokenizer.encode(words))
   from irg_jax.data import check, published
   with progress.Progress() as bar:
@@ -150,7 +152,8 @@ def _encode(args, _):
   flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")
-  from irg_jax import images, progress, trace
+  from irg_jax import images, progress
+  from irg_jax.reports import trace
   low, high, stride = args.size
   transform = images.ImageTransform(max_size=high, min_size=low, stride=stride)
   trace.check_output_folder(args.out)

@@ -6,8 +6,8 @@ from irg_jax.commands import eval_score
 
 _EVAL = """\
 GenEval, WISE, TIIF-Bench, GenAI-Bench and OneIG-Bench (English), by their official protocols:
-draws the pictures, scores them, and puts the figures into the paper's table. Both rounds of the
-pictures, each apart. The mini world's own test ("mini") goes the same way.
+draws the images, scores them, and puts the figures into the paper's table. Both rounds of the
+images, each apart. The mini world's own test ("mini") goes the same way.
 
 examples:
   irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval

@@ -1,4 +1,4 @@
-"""`irg eval generate`: the pictures of a benchmark."""
+"""`irg eval generate`: the images of a benchmark."""
 
 import pathlib
 import sys
@@ -8,7 +8,7 @@ from irg_jax.commands import flags
 _GENERATE = """\
 Draws every prompt of a benchmark, in the layout of its official scorer, each round under a root
 of its own: OUT/round1, OUT/round2, ... Thoughts are in OUT/traces. Kill it at any time: the same
-command goes on, and nothing is done twice. What a picture gets as seed depends on the benchmark,
+command goes on, and nothing is done twice. What an image gets as seed depends on the benchmark,
 the prompt's id and the picture's number alone.
 
 the paper's setting (what is not given below is the default; --batch-size is yours to choose):
@@ -38,7 +38,7 @@ more examples:
 """
 
 _GENERATE_END = """\
-pictures of a prompt: 4 for geneval and mini, 4 for oneig (pasted into one grid), 1 for the others;
+images of a prompt: 4 for geneval and mini, 4 for oneig (pasted into one grid), 1 for the others;
 TIIF's short and long description of a prompt count as two.
 
 several hosts: each draws every N-th prompt into the common --out. Without a common folder, give
@@ -134,7 +134,7 @@ def _report(request, result):
   if len(result.failed) > 20:
     print(f"... {len(result.failed)} in all", file=sys.stderr)
   share = "" if request.num_processes == 1 else f" of process {request.process_id}"
-  print(f"{request.benchmark}: {result.drawn} pictures drawn, {result.kept} were there already"
+  print(f"{request.benchmark}: {result.drawn} images drawn, {result.kept} were there already"
         f"{share}; {len(result.failed)} failed")
   roots = ", ".join(str(request.out / f"round{n + 1}") for n in range(request.settings.rounds))
   print(f"for the official scorer: {roots}; thoughts: {request.out / 'traces'}")

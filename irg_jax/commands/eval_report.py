@@ -5,8 +5,8 @@ import pathlib
 _REPORT = """\
 Puts scored runs, one of each benchmark at most, into the paper's table: all benchmarks, by
 category, each round, with the settings, and BAGEL's and IRG's published rows beside it. Writes
-TO/report.md, TO/report.json and TO/report.html with pages of every prompt's pictures, round
-beside round, and the judge's words. The pages link the pictures where they are.
+TO/report.md, TO/report.json and TO/report.html with pages of every prompt's images, round
+beside round, and the judge's words. The pages link the images where they are.
 
 the paper's table:
   irg eval report out/geneval out/wise out/tiif out/genai_bench out/oneig --to out/report
@@ -25,7 +25,7 @@ def add(verbs, new_parser) -> None:
 
 
 def _run(args, _):
-  from irg_jax import trace
+  from irg_jax.reports import trace
   from irg_jax.evaluate import report
   runs = report.load(args.runs)
   trace.check_output_folder(args.to)

@@ -1,4 +1,4 @@
-"""`irg eval score`: a benchmark's official protocol over the pictures of a run."""
+"""`irg eval score`: a benchmark's official protocol over the images of a run."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from irg_jax.commands import judge_flags
 from irg_jax.progress import counting
 
 _SCORE = """\
-Scores the pictures of irg eval generate by the benchmark's official protocol, each round apart.
+Scores the images of irg eval generate by the benchmark's official protocol, each round apart.
 Writes OUT/scores.json (the figures), and OUT/items.jsonl (each prompt's, with the judge's words).
 What cannot be scored is counted by reason and never becomes a number.
 
@@ -25,7 +25,7 @@ the paper's setting:
       --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\
       --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct
 
-the mini world's, whose verifier reads the pictures:
+the mini world's, whose verifier reads the images:
   irg eval score mini --out out/mini-test
 
 more examples:
@@ -58,7 +58,7 @@ def add(verbs, new_parser) -> None:
   add = parser.add_argument
   add("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
   add("--out", type=pathlib.Path, required=True, metavar="DIR",
-      help="folder of the pictures, as irg eval generate wrote it")
+      help="folder of the images, as irg eval generate wrote it")
   add("--prompts", type=pathlib.Path, metavar="PATH",
       help="the official prompt file or folder; geneval's and mini's come with this package")
   add("--questions", type=pathlib.Path, metavar="DIR",
@@ -70,7 +70,7 @@ def add(verbs, new_parser) -> None:
       help="figures of other models than a judge; see irg_jax/evaluate/measurements.py")
   add("--scorer", metavar="MODULE:FUNCTION",
       help="genai_bench: (path, prompt) -> score from 0 to 1")
-  add("--grid", default="2,2", metavar="C,R", help="oneig: columns and rows of its pictures (2,2)")
+  add("--grid", default="2,2", metavar="C,R", help="oneig: columns and rows of its images (2,2)")
   _add_geneval(parser.add_argument_group("geneval"))
   judge_flags.add(parser)
 
@@ -81,7 +81,7 @@ def _add_geneval(group):
       help="records of boxes, a JSON line a picture")
   add("--round", type=flags.count, metavar="N",
       help="of the records whose file name does not say it")
-  add("--detector", metavar="MODULE:FUNCTION", help="(picture, classes) -> boxes by class")
+  add("--detector", metavar="MODULE:FUNCTION", help="(image, classes) -> boxes by class")
   add("--classifier", metavar="MODULE:FUNCTION", help="(crop, class) -> colour")
   add("--object-names", type=pathlib.Path, metavar="FILE",
       help="the 80 classes (default: those that come with this package)")
@@ -137,21 +137,21 @@ def _geneval(args, run):
     with counting("scoring", None) as count:
       records = count(score.read_detections(args.detections))
       return score.score_detections(run, records, options, protocol, args.round)
-  with counting("detecting", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
+  with counting("detecting", sum(i.images for i in run.items) * len(run.rounds)) as count:
     records = count(_detected(args, run))
     return score.score_detections(run, records, options, protocol)
 
 
 def _detected(args, run):
-  """(where, record) of every picture that is there, by the functions of the flags."""
+  """(where, record) of every image that is there, by the functions of the flags."""
   from irg_jax.evaluate import detectors, layout, plugins, prompts, score
   detect = plugins.load(args.detector, "--detector")
   classify = plugins.load(args.classifier, "--classifier") if args.classifier else None
   names = args.object_names or prompts.GENEVAL_FILES / "object_names.txt"
-  paths = ((item, layout.picture_path("geneval", item, picture, number))
-           for item, number, picture in score.pictures_there(run))
-  pictures = ((run.out / path, str(path), item.extra) for item, path in paths)
-  found = detectors.records(pictures, detectors.class_names(names), detect, classify,
+  paths = ((item, layout.image_path("geneval", item, image, number))
+           for item, number, image in score.images_there(run))
+  images = ((run.out / path, str(path), item.extra) for item, path in paths)
+  found = detectors.records(images, detectors.class_names(names), detect, classify,
                             run.out / detectors.CACHE, f"{args.detector} {args.classifier}")
   return ((record["filename"], record) for record in found)
 
@@ -211,8 +211,8 @@ def _oneig(args, run):
 
 def _mini(_, run):
   from irg_jax.evaluate import mini, score
-  with counting("scoring", sum(i.pictures for i in run.items) * len(run.rounds)) as count:
-    return score.score_pictures(run, mini.Verified, count(score.pictures_there(run)),
+  with counting("scoring", sum(i.images for i in run.items) * len(run.rounds)) as count:
+    return score.score_images(run, mini.Verified, count(score.images_there(run)),
                                 {"protocol": mini.protocol()})
 
 

@@ -73,7 +73,7 @@ def add_shorthands(group, think_limit: int = 1000) -> None:
   add("--steps", type=int, metavar="N", help="times of the schedule; N - 1 updates (50)")
   add("--text-scale", type=float, metavar="X", help="text guidance, every round (4.0)")
   add("--image-scale", type=float, metavar="X",
-      help="picture guidance, rounds that have seen a picture (2.0)")
+      help="picture guidance, rounds that have seen an image (2.0)")
   add("--think-limit", type=int, metavar="N", help=f"tokens of a thought ({think_limit})")
   add("--temperature", type=float, metavar="X", help="of the thoughts (0.3)")
   add("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; 0: all (0)")

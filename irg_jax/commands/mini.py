@@ -5,7 +5,7 @@ import pathlib
 _MINI = "The paper in miniature: from nothing to a trained model and its table, on two cores."
 
 _RUN = """\
-Makes everything in order: the autoencoder, the base model, its own first pictures, what the
+Makes everything in order: the autoencoder, the base model, its own first images, what the
 verifier says of them, the trajectories, both stages of training, and the report. Stop it at any
 time: the same command goes on where it was.
 

@@ -21,7 +21,7 @@ examples:
 
 _PLAN_END = """\
 topologies are CHIP:SIDExSIDE with chips v4, v5e, v5p, v6e. programs are "train" (the step of
---stage), "generate" (all of the generation steps), or steps by name: read_text, read_picture,
+--stage), "generate" (all of the generation steps), or steps by name: read_text, read_image,
 think, draw, decode_pixels, encode_pixels.
 
 exit status:
@@ -50,7 +50,7 @@ def add(verbs, new_parser) -> None:
   add("--cache", type=flags.count, default=16384, metavar="N",
       help="slots of a row's cache (16384)")
   add("--size", type=flags.count, default=1024, metavar="S",
-      help="pixels of generated pictures (1024)")
+      help="pixels of generated images (1024)")
   add("--headroom", type=_share, default=0.1, metavar="X",
       help="share of a chip's memory that must stay free (0.1)")
 

@@ -1,6 +1,6 @@
 """Records as ArrayRecord files, in the form of the `tensorflow-datasets` builder `irgl`.
 
-A folder of one mode is `PATH/irgl/MODE/VERSION`. It may hold the moments of the pictures that
+A folder of one mode is `PATH/irgl/MODE/VERSION`. It may hold the moments of the images that
 the VAE encodes, or not yet; nothing else differs.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from irg_jax.data.records import PicturePart, Record, TextPart
-from irg_jax.files import whole_file
+from irg_jax.data.records import ImagePart, Record, TextPart
+from irg_jax.storage import atomic_file
 
 NAME = "irgl"
 VERSION = "1.0.0"
 SPLIT = "train"
 
-# One record a group, so that reading one record reads no other. Pictures and moments do not
+# One record a group, so that reading one record reads no other. Images and moments do not
 # compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -30,8 +30,8 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 def features() -> tfds.features.FeaturesDict:
   """Features of an example: plain numbers and bytes, which need no TensorFlow.
 
-  A part with an empty `picture` is a text. `moments` is empty, or the array of
-  `PicturePart.moments` in numpy's own file format.
+  A part with an empty `image` is a text. `moments` is empty, or the array of
+  `ImagePart.moments` in numpy's own file format.
   """
   binary = tfds.features.Tensor(shape=(), dtype=np.object_)
   flag = tfds.features.Scalar(np.bool_)
@@ -86,7 +86,7 @@ def write_shard(path, records) -> tuple[int, int]:
     OSError: the file cannot be written, for example because the disk is full.
   """
   path = pathlib.Path(path)
-  with whole_file(path) as aside:
+  with atomic_file(path) as aside:
     count, size = _write(aside, records)
     if not count:
       raise ValueError(f"{path}: no record to write")
@@ -157,8 +157,8 @@ def _from_part(part):
           "need_vae": part.need_vae, "need_vit": part.need_vit, "moments": moments.getvalue()}
 
 
-def _to_part(text, picture, need_loss, need_vae, need_vit, moments):
-  if not picture:
+def _to_part(text, image, need_loss, need_vae, need_vit, moments):
+  if not image:
     return TextPart(text.decode("utf-8"), bool(need_loss))
   array = np.load(io.BytesIO(moments), allow_pickle=False) if moments else None
-  return PicturePart(picture, bool(need_loss), bool(need_vae), bool(need_vit), array)
+  return ImagePart(image, bool(need_loss), bool(need_vae), bool(need_vit), array)

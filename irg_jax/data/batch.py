@@ -2,7 +2,7 @@
 
 A row holds the flat arrays of its samples (`sequence.sample_features`) one after the other.
 Grain's packer concatenates them for training, `pack_row` for everything else; what depends on
-the neighbours in the row (offsets, numbers of samples and pictures) is added by `finish_row`
+the neighbours in the row (offsets, numbers of samples and images) is added by `finish_row`
 in both cases.
 """
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from irg_jax.images import to_pixels
-from irg_jax.model.attention import PADDING, Tokens
+from irg_jax.tokens import PADDING, Tokens
 
 # The feature that stands for its buffer: the number of its values is the buffer's fill.
 LENGTH_FEATURES = {"und": "und_ids", "gen": "gen_place", "vit": "vit_position",
@@ -63,9 +63,9 @@ class Batch:
     text_sample: int32 [B, L], as `tokens.sample`; PADDING on padding.
     latents: float32 [B, G, latent_dim], clean latents.
     latent_position: int32 [B, G], `row * max_latent_size + column`.
-    latent_picture: int32 [B, G], number of the picture in the row (one flow time for each).
+    latent_image: int32 [B, G], number of the image in the row (one flow time for each).
     latent_weight: float32 [B, G], 1 on noised tokens (targets), else 0.
-    vit_patches, vit_position, vit_picture: see `model.vit.Vit`, [B, P, ...].
+    vit_patches, vit_position, vit_image: see `model.vit.Vit`, [B, P, ...].
     sample_mode, sample_index: int32 [B, M], mode id and record number of each sample; -1 on
       padding.
   """
@@ -80,11 +80,11 @@ class Batch:
   text_sample: jax.Array
   latents: jax.Array
   latent_position: jax.Array
-  latent_picture: jax.Array
+  latent_image: jax.Array
   latent_weight: jax.Array
   vit_patches: jax.Array
   vit_position: jax.Array
-  vit_picture: jax.Array
+  vit_image: jax.Array
   sample_mode: jax.Array
   sample_index: jax.Array
 
@@ -117,16 +117,16 @@ def finish_row(row, segments) -> Batch:
   before = lambda counts: np.concatenate([[0], np.cumsum(counts)])  # by segment; [0] is padding
   lengths = lambda segment: np.bincount(segment, minlength=len(samples) + 1)[1:]
   und_offset, vit_offset = before([0, *lengths(und)]), before([0, *lengths(vit)])
-  # Pictures are numbered through the row: the same number must not mean two pictures.
-  pictures = np.zeros(len(samples) + 1, np.int64)
+  # Images are numbered through the row: the same number must not mean two images.
+  images = np.zeros(len(samples) + 1, np.int64)
   for name, segment in (("gen_picture", gen), ("vit_picture", vit)):
-    np.maximum.at(pictures, segment, np.where(segment > 0, row[name] + 1, 0))
-  picture_offset = before(pictures)
+    np.maximum.at(images, segment, np.where(segment > 0, row[name] + 1, 0))
+  image_offset = before(images)
 
   number = lambda values, segment, offset, padding: np.where(
       segment > 0, values + offset[segment], padding).astype(np.int32)
   both = lambda name: np.concatenate([row[f"und_{name}"], row[f"gen_{name}"]]).astype(np.int32)
-  none = np.zeros_like(picture_offset)
+  none = np.zeros_like(image_offset)
   is_vit = np.where(row["und_vit"] >= 0, und, 0)
   return Batch(
       tokens=Tokens(sample=np.concatenate([und, gen]).astype(np.int32) - 1,
@@ -137,10 +137,10 @@ def finish_row(row, segments) -> Batch:
       text_target=row["text_target"], text_weight=row["text_weight"],
       text_sample=text.astype(np.int32) - 1, latents=row["gen_latents"],
       latent_position=row["gen_place"],
-      latent_picture=number(row["gen_picture"], gen, picture_offset, PADDING),
+      latent_image=number(row["gen_picture"], gen, image_offset, PADDING),
       latent_weight=row["gen_weight"], vit_patches=_to_pixels(row["vit_patches"]),
       vit_position=row["vit_position"],
-      vit_picture=number(row["vit_picture"], vit, picture_offset, PADDING),
+      vit_image=number(row["vit_picture"], vit, image_offset, PADDING),
       sample_mode=number(row["sample_mode"], samples, none, -1),
       sample_index=number(row["sample_index"], samples, none, -1))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from irg_jax import images
 from irg_jax.data import array_records, check_page, published, sources
 from irg_jax.data.records import MODES, Record, TextPart
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 
 # What a sample's length is made of, as the model counts it (spec sections 2 and 3).
 KINDS = ("text", "latent", "ViT", "total")
@@ -66,7 +66,7 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
         ("ViT", part.need_vit, images.VIT_TRAIN_TRANSFORM, _VIT_PIXELS)):
       width, height = transform.size(*_size(part))
       lengths[kind] += times * (width * height // pixels**2)
-      lengths["text"] += times * 2  # the start and end of a picture are tokens like a text's
+      lengths["text"] += times * 2  # the start and end of an image are tokens like a text's
   lengths["total"] = sum(lengths.values())
   return lengths
 
@@ -80,7 +80,7 @@ def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
     reports: from `check`.
     unit: what a text was counted in, "tokens" or "bytes".
   """
-  with whole_file(out) as aside:
+  with atomic_file(out) as aside:
     aside.write_text(check_page.check_html(str(path), reports, unit), encoding="utf-8")
 
 

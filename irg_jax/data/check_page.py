@@ -8,7 +8,7 @@ from PIL import Image
 
 from irg_jax import images
 from irg_jax.data.records import TextPart
-from irg_jax.pages import escape, page, short
+from irg_jax.reports.pages import escape, page, short
 
 _BINS = 40
 _THUMBNAIL = 384  # pixels
@@ -108,7 +108,7 @@ def _samples(report):
 
 
 def _sample(record):
-  parts = "".join(_text(p) if isinstance(p, TextPart) else _picture(p) for p in record.parts)
+  parts = "".join(_text(p) if isinstance(p, TextPart) else _image(p) for p in record.parts)
   return f'<li><div class="label">row {record.index}</div>{parts}</li>'
 
 
@@ -116,15 +116,15 @@ def _text(part):
   return f'<p dir="auto">{_tags(learnt=part.need_loss)}{escape(part.text)}</p>'
 
 
-def _picture(part):
-  picture = Image.fromarray(images.decode_picture(part.data, "a sample's picture"))
-  width, height = picture.size
-  picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+def _image(part):
+  image = Image.fromarray(images.decode_image(part.data, "a sample's picture"))
+  width, height = image.size
+  image.thumbnail((_THUMBNAIL, _THUMBNAIL))
   buffer = io.BytesIO()
-  picture.save(buffer, "JPEG", quality=88)
+  image.save(buffer, "JPEG", quality=88)
   encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
   tags = _tags(learnt=part.need_loss, VAE=part.need_vae, ViT=part.need_vit)
-  return (f'<figure><img alt="a picture of the sample" src="data:image/jpeg;base64,{encoded}">'
+  return (f'<figure><img alt="an image of the sample" src="data:image/jpeg;base64,{encoded}">'
           f"<figcaption>{tags}{width} × {height}</figcaption></figure>")
 
 

@@ -1,4 +1,4 @@
-"""`irg data encode-latents`: the records again, with the VAE moments of their pictures.
+"""`irg data encode-latents`: the records again, with the VAE moments of their images.
 
 The files of a mode grow aside, in OUT/.encoding, and move to OUT/irgl/MODE when all are there.
 """
@@ -16,17 +16,17 @@ import numpy as np
 from irg_jax import images
 from irg_jax.data import array_records, irgl
 from irg_jax.data.latents import Encoder
-from irg_jax.data.records import PicturePart
-from irg_jax.files import partial_name, whole_file
+from irg_jax.data.records import ImagePart
+from irg_jax.storage import partial_name, atomic_file
 
 _ASIDE, _PLAN = ".encoding", "encoding.json"
-_WINDOW = 64  # records whose pictures are grouped together
+_WINDOW = 64  # records whose images are grouped together
 
 
 def encode_dataset(sources, out, encoder: Encoder, transform: images.ImageTransform, *,
                    dtype: str = "float32", process_index: int = 0, process_count: int = 1,
                    shard_records: int = 256, progress=None) -> dict[str, str]:
-  """Writes the records of `sources` again, with the moments of the pictures that the VAE sees.
+  """Writes the records of `sources` again, with the moments of the images that the VAE sees.
 
   Every process writes each `process_count`-th file; the one that finds all files there makes
   them the dataset OUT/irgl/MODE. What a killed run has finished is kept: the same call goes
@@ -34,7 +34,7 @@ def encode_dataset(sources, out, encoder: Encoder, transform: images.ImageTransf
 
   Args:
     sources: {mode: source}, see `sources.open_sources`.
-    transform: brings pictures to the size at which they are encoded.
+    transform: brings images to the size at which they are encoded.
     dtype: of the stored moments, "float32" or "float16".
     shard_records: records of a file.
     progress: see `irg_jax.progress.Progress`.
@@ -82,7 +82,7 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
 def _write_plan(path, plan):
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
       aside.write_text(plan)
 
 
@@ -94,12 +94,12 @@ def _check_same(path, plan):
 
 
 def _with_moments(records, encoder, transform, dtype):
-  """The records, window by window, each with moments in its pictures for the VAE."""
+  """The records, window by window, each with moments in its images for the VAE."""
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     while window := list(itertools.islice(records, _WINDOW)):
       wanted = [(r, p) for r, record in enumerate(window) for p, part in enumerate(record.parts)
-                if isinstance(part, PicturePart) and (part.need_loss or part.need_vae)]
-      read = lambda where: transform(images.decode_picture(
+                if isinstance(part, ImagePart) and (part.need_loss or part.need_vae)]
+      read = lambda where: transform(images.decode_image(
           window[where[0]].parts[where[1]].data,
           f"{window[where[0]].mode}, record {window[where[0]].index}"))
       moments = dict(zip(wanted, encoder.moments(list(pool.map(read, wanted)))))

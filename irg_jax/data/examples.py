@@ -1,11 +1,11 @@
-"""A record as a training sample: tokens, pictures at their size, draws, dropout (spec 3 and 5)."""
+"""A record as a training sample: tokens, images at their size, draws, dropout (spec 3 and 5)."""
 
 import numpy as np
 
 from irg_jax import images
 from irg_jax.config import ModelConfig
-from irg_jax.data.records import MODES, PicturePart, Record, TextPart
-from irg_jax.data.sequence import DroppedPicture, PictureSplit, TextSplit, sample_features
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
+from irg_jax.data.sequence import DroppedImage, ImageSplit, TextSplit, sample_features
 
 
 def record_features(record: Record, tokenizer, model: ModelConfig, data, rng) -> dict:
@@ -26,17 +26,17 @@ def record_features(record: Record, tokenizer, model: ModelConfig, data, rng) ->
 def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> list:
   """The splits of a record.
 
-  Each role of a picture is a split of its own, with its own draw of the VAE's posterior.
+  Each role of an image is a split of its own, with its own draw of the VAE's posterior.
 
   Args:
-    record: what to lay out. A picture without moments comes back with its `pixels`.
-    tokenizer: `text.Tokenizer`.
+    record: what to lay out. An image without moments comes back with its `pixels`.
+    tokenizer: `tokenizer.Tokenizer`.
     model: sizes.
     data: `train.settings.DataSettings`: transforms, dropout, posterior.
     rng: numpy Generator of all draws; the splits are a function of it and of the record.
 
   Raises:
-    ValueError: text or a picture that cannot be used.
+    ValueError: text or an image that cannot be used.
   """
   splits = []
   for number, part in enumerate(record.parts):
@@ -45,27 +45,27 @@ def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> l
       if part.need_loss or not _drop(data.dropout.text, rng):
         splits.append(TextSplit(tokenizer.encode(part.text), part.need_loss))
     else:
-      splits += _picture(part, f"picture in part {number}", model, data, rng)
+      splits += _image(part, f"picture in part {number}", model, data, rng)
   return splits
 
 
-def _picture(part: PicturePart, name, model, data, rng):
-  """Splits of a picture in the order noised, clean, ViT."""
+def _image(part: ImagePart, name, model, data, rng):
+  """Splits of an image in the order noised, clean, ViT."""
   keep_vae = part.need_vae and not _drop(data.dropout.vae, rng)
   keep_vit = part.need_vit and not _drop(data.dropout.vit, rng)
   to_encode = part.moments is None and (part.need_loss or keep_vae)
-  picture = images.decode_picture(part.data, name) if to_encode or keep_vit else None
-  pixels = data.vae_transform(picture) if to_encode else None
+  image = images.decode_image(part.data, name) if to_encode or keep_vit else None
+  pixels = data.vae_transform(image) if to_encode else None
   splits = []
   if part.need_loss:
     splits += [_latents(part.moments, pixels, model, data, rng, need_loss=True)
                for _ in range(data.noise_draws)]
   if part.need_vae:
     splits.append(_latents(part.moments, pixels, model, data, rng, need_vae=True) if keep_vae
-                  else DroppedPicture())
+                  else DroppedImage())
   if part.need_vit:
-    splits.append(_vit(data.vit_transform(picture), model.vit.patch_size) if keep_vit
-                  else DroppedPicture())
+    splits.append(_vit(data.vit_transform(image), model.vit.patch_size) if keep_vit
+                  else DroppedImage())
   return splits
 
 
@@ -74,7 +74,7 @@ def _latents(moments, pixels, model, data, rng, **role):
   height, width = np.shape(moments)[1:3] if pixels is None else pixels.shape[:2]
   unit = patch if pixels is None else stride
   if height % unit or width % unit:
-    raise ValueError(f"a picture of {height} x {width} {'latents' if pixels is None else 'pixels'}"
+    raise ValueError(f"an image of {height} x {width} {'latents' if pixels is None else 'pixels'}"
                      f" does not divide into latent tokens of {unit} a side; check vae_transform")
   shape = (height // unit, width // unit, model.latent_dim)
   if data.posterior == "sample":
@@ -82,14 +82,14 @@ def _latents(moments, pixels, model, data, rng, **role):
   else:
     draw = np.zeros(shape, np.float32)
   if pixels is not None:
-    return PictureSplit(draw, None, pixels=pixels, **role)
-  return PictureSplit(draw_latents(moments, draw, model), None, **role)
+    return ImageSplit(draw, None, pixels=pixels, **role)
+  return ImageSplit(draw_latents(moments, draw, model), None, **role)
 
 
 def draw_latents(moments, draw, model: ModelConfig) -> np.ndarray:
   """Latent tokens of a posterior, as `model.vae.sample_latents` makes them.
 
-  In numpy, so that worker processes need no device; for pictures with and without
+  In numpy, so that worker processes need no device; for images with and without
   precomputed moments alike, so that both give the same latents.
 
   Args:
@@ -105,10 +105,10 @@ def draw_latents(moments, draw, model: ModelConfig) -> np.ndarray:
   return scale * (mean + np.exp(np.float32(0.5) * logvar) * draw - shift)
 
 
-def _vit(picture, patch):
-  height, width, _ = picture.shape
-  patches = images.patchify(picture, patch)
-  return PictureSplit(None, patches.reshape(height // patch, width // patch, -1), need_vit=True)
+def _vit(image, patch):
+  height, width, _ = image.shape
+  patches = images.patchify(image, patch)
+  return ImageSplit(None, patches.reshape(height // patch, width // patch, -1), need_vit=True)
 
 
 def _drop(probability, rng):

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from irg_jax.data import array_records, published
 from irg_jax.data.records import MODES
-from irg_jax.files import partial_name
+from irg_jax.storage import partial_name
 
 SHARD_BYTES = 512 * 2**20
 
@@ -51,7 +51,7 @@ class Irgl(tfds.core.GeneratorBasedBuilder):
   def _info(self):
     return tfds.core.DatasetInfo(
         builder=self, features=array_records.features(), disable_shuffling=True,
-        description="Interleaved thoughts and pictures: learning to plan, draw, and improve.",
+        description="Interleaved thoughts and images: learning to plan, draw, and improve.",
         metadata=tfds.core.MetadataDict())
 
   def _split_generators(self, dl_manager):

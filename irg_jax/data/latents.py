@@ -1,7 +1,7 @@
 """Pictures to VAE moments, on a process's own devices: during training or once beforehand.
 
-Pictures are encoded in groups of equal size. A group is filled up with copies to one of few
-counts, so that few programs are compiled; a picture itself is never padded (spec section 8).
+Images are encoded in groups of equal size. A group is filled up with copies to one of few
+counts, so that few programs are compiled; an image itself is never padded (spec section 8).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _GROUP_PIXELS = 1024 * 1024
 
 
 class Encoder:
-  """Encodes pictures with a frozen VAE.
+  """Encodes images with a frozen VAE.
 
   Args:
     model: sizes, and the dtype of the arithmetic.
@@ -38,45 +38,45 @@ class Encoder:
     self._devices, self._rows = mesh.size, place("data")
     self._params = jax.device_put(params, place())
 
-  def moments(self, pictures) -> list[np.ndarray]:
-    """Posteriors of pictures.
+  def moments(self, images) -> list[np.ndarray]:
+    """Posteriors of images.
 
     Args:
-      pictures: list of uint8 [H, W, 3], of any sizes that the VAE can halve.
+      images: list of uint8 [H, W, 3], of any sizes that the VAE can halve.
 
     Returns:
       float32 [2, h, w, z] each: mean and log-variance, unscaled.
     """
-    groups, found = {}, [None] * len(pictures)
-    for i, picture in enumerate(pictures):
-      groups.setdefault(picture.shape, []).append(i)
+    groups, found = {}, [None] * len(images)
+    for i, image in enumerate(images):
+      groups.setdefault(image.shape, []).append(i)
     for (height, width, _), members in sorted(groups.items()):
       most = max(_GROUP_PIXELS // (height * width), 1) * self._devices
       for start in range(0, len(members), most):
         some = members[start:start + most]
-        for i, one in zip(some, self._group([pictures[i] for i in some])):
+        for i, one in zip(some, self._group([images[i] for i in some])):
           found[i] = one
     return found
 
-  def _group(self, pictures):
+  def _group(self, images):
     count = self._devices  # then twice that, and so on
-    while count < len(pictures):
+    while count < len(images):
       count *= 2
-    filled = pictures + pictures[-1:] * (count - len(pictures))
+    filled = images + images[-1:] * (count - len(images))
     levels = jax.device_put(np.stack(filled), self._rows)
-    return np.asarray(_moments(self._model, self._params, levels))[:len(pictures)]
+    return np.asarray(_moments(self._model, self._params, levels))[:len(images)]
 
-  def __call__(self, batch, pictures):
+  def __call__(self, batch, images):
     """Completes a batch: replaces posterior draws in `batch.latents` by latents.
 
     Args:
       batch: `data.batch.Batch` of numpy arrays [B, ...].
-      pictures: list of (row, first token in gen, uint8 [H, W, 3]).
+      images: list of (row, first token in gen, uint8 [H, W, 3]).
     """
     latents = batch.latents.copy()
     stride, dim = self._model.pixel_stride, self._model.latent_dim
-    found = self.moments([pixels for _, _, pixels in pictures])
-    for (row, first, pixels), moments in zip(pictures, found):
+    found = self.moments([pixels for _, _, pixels in images])
+    for (row, first, pixels), moments in zip(images, found):
       rows, columns = pixels.shape[0] // stride, pixels.shape[1] // stride
       here = latents[row, first:first + rows * columns]
       draw = here.reshape(rows, columns, dim)

@@ -32,7 +32,7 @@ def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict,
   Args:
     data: `train.settings.DataSettings`.
     sources: random access to records by mode (`sources.open_sources`).
-    tokenizer: `text.Tokenizer`.
+    tokenizer: `tokenizer.Tokenizer`.
     model: sizes.
     mixture: weight of each mode by name, by samples; those of weight 0 are left out.
     sizes: the buffers of a row.
@@ -93,12 +93,12 @@ class Batches:
     rows = [row for stream in self._own for row in rows[stream]]
     self._count(rows)
     batch = stack_rows([_finish(row) for row in rows])
-    pictures = [(i, start, pixels) for i, row in enumerate(rows)
-                for start, pixels in _pictures(row)]
-    if pictures and self._encode is None:
-      raise ValueError("there are pictures without latents: run irg data encode-latents first, "
+    images = [(i, start, pixels) for i, row in enumerate(rows)
+                for start, pixels in _images(row)]
+    if images and self._encode is None:
+      raise ValueError("there are images without latents: run irg data encode-latents first, "
                        "or give a checkpoint with a VAE")
-    return self._encode(batch, pictures) if pictures else batch
+    return self._encode(batch, images) if images else batch
 
   def get_state(self) -> dict[int, dict]:
     """What to hand to `set_state` to get the batches that follow; by stream, JSON types."""
@@ -168,12 +168,12 @@ def _finish(row):
   return finish_row(row, segments)
 
 
-def _pictures(row):
-  """(first token in gen, pixels) of a row's pictures that are to be encoded."""
+def _images(row):
+  """(first token in gen, pixels) of a row's images that are to be encoded."""
   lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["pictures"]) + 1)[1:]
   starts = np.cumsum(lengths) - lengths
-  return [(int(start) + first, pixels) for start, pictures in zip(starts, row["pictures"])
-          for first, pixels in pictures]
+  return [(int(start) + first, pixels) for start, images in zip(starts, row["pictures"])
+          for first, pixels in images]
 
 
 def _start_worker(index, count):

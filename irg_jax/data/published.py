@@ -118,7 +118,7 @@ def iterate_texts(file, group: int | None = None):
   """Yields the rows of a file, or of one row group, as bytes (None for a null), lazily.
 
   One page of the file is in memory at a time. Common writers make a page of each row group of
-  up to a thousand rows, so groups of tens of rows are best for pictures.
+  up to a thousand rows, so groups of tens of rows are best for images.
 
   Raises:
     ValueError: the file is damaged.
@@ -136,7 +136,7 @@ def iterate_texts(file, group: int | None = None):
 def read_good(files, tally: Tally, *, workers: int | None = None, progress=None):
   """Yields (Row, Record) of every usable row in order; the others go to `tally`.
 
-  Pictures are decoded by a few threads (Pillow lets them run side by side); a few rows for
+  Images are decoded by a few threads (Pillow lets them run side by side); a few rows for
   each of them are in memory at a time.
 
   Args:

@@ -1,7 +1,7 @@
 """A row of IRGL: its JSON text, strictly read into typed parts (spec section 5).
 
 A row is a list of turns. A user turn's content is a string; an assistant turn's is a list of
-parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`, pictures
+parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`, images
 in base64. Flags may be missing: need_loss is then true for the assistant's texts and false
 elsewhere, the others are false. One unusable part makes the whole row unusable: training on
 the rest would teach answers to a context that is not there.
@@ -39,11 +39,11 @@ class TextPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class PicturePart:
-  """A picture in at least one role.
+class ImagePart:
+  """An image in at least one role.
 
   Attributes:
-    data: the encoded picture file.
+    data: the encoded image file.
     need_loss: it is a target.
     need_vae, need_vit: it is seen, through the VAE, through the ViT.
     moments: float16 or float32 [2, h, w, z], mean and log-variance of the VAE posterior,
@@ -64,7 +64,7 @@ class Record:
 
   mode: str
   index: int
-  parts: tuple[TextPart | PicturePart, ...]
+  parts: tuple[TextPart | ImagePart, ...]
 
 
 class Rejected(ValueError):
@@ -89,12 +89,12 @@ def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> R
   Args:
     text: the JSON, str or UTF-8 bytes; None for a null row.
     mode, index: for the Record.
-    decode: also decode each picture; false only for rows known to be good.
+    decode: also decode each image; false only for rows known to be good.
 
   Raises:
     Rejected: with one of the reasons bad_json, bad_turn, unknown_role, no_assistant,
-      unknown_part, bad_content, bad_flag, empty_text, bad_text, bad_base64, bad_picture,
-      unused_picture, no_target.
+      unknown_part, bad_content, bad_flag, empty_text, bad_text, bad_base64, bad_image,
+      unused_image, no_target.
   """
   parts, roles = [], set()
   for number, turn in enumerate(_turns(text)):
@@ -149,14 +149,14 @@ def _part(part, where, decode):
   if is_text:
     return _text_part(content, flags, where)
   if not any(flags.values()):
-    raise Rejected("unused_picture", f"{where}: the picture has none of {', '.join(_FLAGS)}")
-  data = _picture_bytes(content, where)
+    raise Rejected("unused_picture", f"{where}: the image has none of {', '.join(_FLAGS)}")
+  data = _image_bytes(content, where)
   if decode:
     try:
-      images.decode_picture(data, where)
+      images.decode_image(data, where)
     except ValueError as e:
       raise Rejected("bad_picture", str(e)) from e
-  return PicturePart(data, **flags)
+  return ImagePart(data, **flags)
 
 
 def _flags(part, where, need_loss):
@@ -187,7 +187,7 @@ def _text_part(content, flags, where):
   return TextPart(content, flags["need_loss"])
 
 
-def _picture_bytes(content, where):
+def _image_bytes(content, where):
   if not isinstance(content, str):
     raise Rejected("bad_content", f"{where}: a picture's content is {_type(content)}, "
                    "not a base64 string")

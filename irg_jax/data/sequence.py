@@ -6,7 +6,7 @@ import numpy as np
 
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.images import position_ids
-from irg_jax.model.attention import CAUSAL, FULL, NOISE
+from irg_jax.tokens import CAUSAL, FULL, NOISE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class TextSplit:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSplit:
-  """One picture in up to three roles; each role that it has becomes a split of its own.
+class ImageSplit:
+  """One image in up to three roles; each role that it has becomes a split of its own.
 
   Attributes:
     latents: float [h, w, latent_dim], clean latent tokens; None if only the ViT sees it.
@@ -27,8 +27,8 @@ class PictureSplit:
       [-1, 1]; None if the ViT does not see it.
     need_loss: it is a target (noised split).
     need_vae, need_vit: it is a condition (clean VAE split, ViT split).
-    pixels: uint8 [H, W, 3] of a picture that is not encoded yet. `latents` are then the
-      standard normal draw of its posterior, see `latents.encode_pictures`.
+    pixels: uint8 [H, W, 3] of an image that is not encoded yet. `latents` are then the
+      standard normal draw of its posterior, see `latents.encode_images`.
   """
 
   latents: np.ndarray | None
@@ -40,8 +40,8 @@ class PictureSplit:
 
 
 @dataclasses.dataclass(frozen=True)
-class DroppedPicture:
-  """A condition picture that conditioning dropout took away: its position stays used."""
+class DroppedImage:
+  """A condition image that conditioning dropout took away: its position stays used."""
 
 
 def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode: int = 0,
@@ -49,7 +49,7 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
   """Lays a sample out as flat arrays, ready to be concatenated with other samples.
 
   Args:
-    splits: list of TextSplit, PictureSplit and DroppedPicture.
+    splits: list of TextSplit, ImageSplit and DroppedImage.
     mode, index: what the sample is known by: mode id and record number.
     ce_loss_reweighting: weighs each predicted token by 1 / sqrt(predicted tokens of its
       split) instead of 1 (spec section 4).
@@ -60,24 +60,24 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
       und_ids, und_vit [U] (`und_vit` indexes the patches, -1: a text token);
       und_position, und_index, und_split, und_kind [U], gen_* [G]: rotary positions and
         `attention.Tokens` fields;
-      gen_latents float32 [G, latent_dim], gen_place, gen_picture [G], gen_weight float32 [G]
+      gen_latents float32 [G, latent_dim], gen_place, gen_image [G], gen_weight float32 [G]
         (1 on noised tokens, the targets);
       vit_patches [P, patch * patch * 3] (uint8 or float32, as given), vit_position,
-        vit_picture [P];
+        vit_image [P];
       text_place [L] (index in und of the token that predicts), text_target [L] (the token
         that it predicts), text_weight float32 [L];
       sample_mode, sample_index [1];
-    and `pictures`, a list of (first token in gen, uint8 [H, W, 3]): those to be encoded yet.
+    and `images`, a list of (first token in gen, uint8 [H, W, 3]): those to be encoded yet.
 
   Raises:
-    ValueError: ids beyond the vocabulary; a picture without the arrays that its roles need, or
+    ValueError: ids beyond the vocabulary; an image without the arrays that its roles need, or
       with more latent tokens or patches a side than the model has positions for.
   """
   layout = _Layout(config, special, ce_loss_reweighting)
   for split in splits:
     if isinstance(split, TextSplit):
       layout.text(split)
-    elif isinstance(split, DroppedPicture):
+    elif isinstance(split, DroppedImage):
       layout.dropped()
     else:
       if split.need_loss:
@@ -88,7 +88,7 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
         layout.vit(split.vit_patches)
   return layout.arrays() | {"sample_mode": np.array([mode], np.int32),
                             "sample_index": np.array([index], np.int32),
-                            "pictures": layout.pictures}
+                            "pictures": layout.images}
 
 
 class _Layout:
@@ -99,8 +99,8 @@ class _Layout:
     # Lists of dicts of equally long columns, and how many values each holds.
     self._columns = {"und": [], "gen": [], "vit": [], "text": []}
     self._sizes = dict.fromkeys(self._columns, 0)
-    self._index = self._split = self._position = self._picture = 0
-    self.pictures = []
+    self._index = self._split = self._position = self._image = 0
+    self.images = []
 
   def text(self, split: TextSplit):
     vocab_size = self._config.llm.vocab_size
@@ -116,17 +116,17 @@ class _Layout:
     self._position += n + 1
     self._split += 1
 
-  def latents(self, split: PictureSplit, kind):
+  def latents(self, split: ImageSplit, kind):
     rows, columns, dim = _check_grid(split.latents, "latents", self._config.latent_dim)
     place = position_ids(rows, columns, self._config.max_latent_size)
     if split.pixels is not None:
-      self.pictures.append((self._sizes["gen"], split.pixels))
+      self.images.append((self._sizes["gen"], split.pixels))
     self._boundary(self._special.image_start, kind)
     self._tokens(
         "gen", rows * columns, kind, self._position, latents=split.latents.reshape(-1, dim),
-        place=place, picture=self._picture, weight=float(kind == NOISE))
+        place=place, image=self._image, weight=float(kind == NOISE))
     self._boundary(self._special.image_end, kind)
-    self._end_picture(advance=kind != NOISE)
+    self._end_image(advance=kind != NOISE)
 
   def vit(self, patches):
     rows, columns, dim = _check_grid(patches, "vit_patches", self._config.vit.patch_size**2 * 3)
@@ -138,8 +138,8 @@ class _Layout:
     self._tokens("und", n, FULL, self._position, ids=0, vit=self._sizes["vit"] + np.arange(n))
     self._boundary(self._special.image_end, FULL)
     self._append("vit", n, patches=patches.reshape(-1, dim), position=place,
-                 picture=self._picture)
-    self._end_picture(advance=True)
+                 image=self._image)
+    self._end_image(advance=True)
 
   def dropped(self):
     self._position += 1
@@ -147,9 +147,9 @@ class _Layout:
   def _boundary(self, token, kind):
     self._tokens("und", 1, kind, self._position, ids=token, vit=-1)
 
-  def _end_picture(self, advance):
+  def _end_image(self, advance):
     self._position += advance
-    self._picture += 1
+    self._image += 1
     self._split += 1
 
   def _tokens(self, buffer, n, kind, position, **columns):
@@ -167,8 +167,8 @@ class _Layout:
     tokens = dict(position=(0,), index=(0,), split=(0,), kind=(0,))
     empty = {
         "und": dict(ids=(0,), vit=(0,), **tokens),
-        "gen": dict(latents=(0, c.latent_dim), place=(0,), picture=(0,), weight=(0,), **tokens),
-        "vit": dict(patches=(0, c.vit.patch_size**2 * 3), position=(0,), picture=(0,)),
+        "gen": dict(latents=(0, c.latent_dim), place=(0,), image=(0,), weight=(0,), **tokens),
+        "vit": dict(patches=(0, c.vit.patch_size**2 * 3), position=(0,), image=(0,)),
         "text": dict(place=(0,), target=(0,), weight=(0,)),
     }
     out = {}

@@ -2,7 +2,7 @@
 
 Two forms are found under a path, the first one wins:
   PATH/irgl/MODE      ArrayRecord, written by `irg data build`: any record in one read.
-  PATH/MODE/*.parquet the published form. Every picture of the mode is decoded once when it is
+  PATH/MODE/*.parquet the published form. Every image of the mode is decoded once when it is
                       opened, to know the usable rows, and a read decompresses part of a row
                       group. Right for small sets; build large ones, and those of many hosts.
 """

@@ -43,7 +43,7 @@ def _packed_rows(stream, streams, data, sources, tokenizer, model, mixture, size
     key = (seed, stream, MODES.index(mode))
     example = _Example(tokenizer, model, data, key, len(records))
     samples = records.shuffle(seed=_number(key)).repeat().map_with_index(example)
-    # Without Grain's threads: they would hold hundreds of decoded pictures for each mode.
+    # Without Grain's threads: they would hold hundreds of decoded images for each mode.
     samples = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     modes.append(_SkipOversized(samples, mode, sizes, data.max_sample_tokens, len(records)))
   mixed = grain.IterDataset.mix(modes, list(mixture.values()))
@@ -95,7 +95,7 @@ class _SkipOversizedIterator(grain.DatasetIterator):
       skipped.append((self._mode, limit))
     limits = dict(collections.Counter(limit for _, limit in skipped))
     raise ValueError(f"mode {self._mode}: not one of {self._records} samples fits a row; limits "
-                     f"that they exceed: {limits}; enlarge the buffers or make pictures smaller")
+                     f"that they exceed: {limits}; enlarge the buffers or make images smaller")
 
   def get_state(self):
     return self._parent.get_state()

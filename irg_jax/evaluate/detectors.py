@@ -1,9 +1,9 @@
 """GenEval's boxes, from any detector and colour classifier that are given as functions.
 
-  detect(picture, classes)  ->  {class: [{"box": [x1, y1, x2, y2], "score": s, "mask": m}, ...]}
+  detect(image, classes)  ->  {class: [{"box": [x1, y1, x2, y2], "score": s, "mask": m}, ...]}
   classify(crop, name)      ->  one of geneval.COLORS
 
-`picture` is an RGB `PIL.Image`, upright; `classes` are the 80 names that GenEval uses. Boxes are in
+`image` is an RGB `PIL.Image`, upright; `classes` are the 80 names that GenEval uses. Boxes are in
 pixels; every box that the detector has should come, whatever its score. `mask`, if there is one,
 is a boolean array [height, width] of the object's pixels. `crop` shows one object `name`: the box,
 and grey where the mask says that the object is not.
@@ -32,27 +32,27 @@ from irg_jax.evaluate.record_log import RecordLog
 CACHE = "detections_cache.jsonl"  # the usual name
 
 _GREY = 153
-_GIVE_UP_AFTER = 20  # pictures in a row: then it is the detector, not the pictures
+_GIVE_UP_AFTER = 20  # images in a row: then it is the detector, not the images
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
               "a photo of a {color} object")
 
 
-def records(pictures, classes, detect, classify, cache_path, names: str):
-  """Yields one record a picture, in order. A picture is looked at once, whatever kills the run.
+def records(images, classes, detect, classify, cache_path, names: str):
+  """Yields one record an image, in order. An image is looked at once, whatever kills the run.
 
   Args:
-    pictures: iterable of (path, filename, metadata): the file, and what its record shall hold.
+    images: iterable of (path, filename, metadata): the file, and what its record shall hold.
     classes: the 80 names.
     detect, classify: see the top of this file; `classify` may be None where no colours are asked.
     cache_path: keeps the finished records, by the pictures' content.
     names: of the two functions; boxes of others are not taken from the cache.
 
   Raises:
-    ValueError: one picture after another failed.
+    ValueError: one image after another failed.
   """
   failures = 0
   with RecordLog(cache_path, "digest") as log:
-    for path, filename, metadata in pictures:
+    for path, filename, metadata in images:
       record = {"filename": filename, "metadata": metadata}
       try:
         record["detections"] = _cached(pathlib.Path(path), metadata, tuple(classes), detect,
@@ -61,7 +61,7 @@ def records(pictures, classes, detect, classify, cache_path, names: str):
         record["error"] = str(e)
       failures = failures + 1 if record.get("error", "").startswith("detector") else 0
       if failures >= _GIVE_UP_AFTER:
-        raise ValueError(f"the detector failed at {failures} pictures in a row, lastly at {path}: "
+        raise ValueError(f"the detector failed at {failures} images in a row, lastly at {path}: "
                          f"{record['error']}")
       yield record
 
@@ -99,26 +99,26 @@ def clip_classifier(encode_image, encode_text):
   return classify
 
 
-def object_crop(picture: Image.Image, box, mask=None) -> Image.Image:
+def object_crop(image: Image.Image, box, mask=None) -> Image.Image:
   """What the colour classifier sees of a box: grey outside the mask, cut at the rounded box.
 
   Raises:
     ValueError: the mask is not of the picture's size, or the box holds no pixel.
   """
   if mask is not None:
-    pixels, mask = np.array(picture), np.asarray(mask, bool)
+    pixels, mask = np.array(image), np.asarray(mask, bool)
     if mask.shape != pixels.shape[:2]:
-      raise ValueError(f"a mask {mask.shape} for a picture {pixels.shape[:2]} (height, width)")
+      raise ValueError(f"a mask {mask.shape} for an image {pixels.shape[:2]} (height, width)")
     pixels[~mask] = _GREY
-    picture = Image.fromarray(pixels)
-  crop = picture.crop(tuple(float(v) for v in box))
+    image = Image.fromarray(pixels)
+  crop = image.crop(tuple(float(v) for v in box))
   if not crop.width or not crop.height:
     raise ValueError(f"the box {list(box)} holds no pixel")
   return crop
 
 
 class _Failed(Exception):
-  """Why a picture has no boxes, as "reason: detail"."""
+  """Why an image has no boxes, as "reason: detail"."""
 
 
 def _cached(path, metadata, classes, detect, classify, log, names):
@@ -132,14 +132,14 @@ def _cached(path, metadata, classes, detect, classify, log, names):
   if (kept := log.get(digest)) is not None:
     return kept["detections"]
   try:
-    with Image.open(io.BytesIO(data)) as image:
-      picture = ImageOps.exif_transpose(image).convert("RGB")
+    with Image.open(io.BytesIO(data)) as opened:
+      image = ImageOps.exif_transpose(opened).convert("RGB")
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
     raise _Failed(f"picture: {path} cannot be read ({e})") from e
   try:
-    found = _checked(detect(picture, classes), classes)
-    _add_colors(picture, found, metadata, colored, classify)
-  except Exception as e:  # a foreign function: one picture that it cannot do is not the end
+    found = _checked(detect(image, classes), classes)
+    _add_colors(image, found, metadata, colored, classify)
+  except Exception as e:  # a foreign function: one image that it cannot do is not the end
     raise _Failed(f"detector: {type(e).__name__}: {e}") from e
   for entry in (e for entries in found.values() for e in entries):
     entry.pop("mask", None)
@@ -162,7 +162,7 @@ def _checked(found, classes):
   return result
 
 
-def _add_colors(picture, found, metadata, colored, classify):
+def _add_colors(image, found, metadata, colored, classify):
   """Asks for the colours of the boxes that count, of classes whose colour is asked for."""
   for name in colored:
     numbered = [entry | {"color": i} for i, entry in enumerate(found.get(name, ()))]
@@ -170,7 +170,7 @@ def _add_colors(picture, found, metadata, colored, classify):
     for entry in (found[name][box.color] for box in kept):
       if classify is None:
         raise ValueError("colours are asked for: name a classifier")
-      entry["color"] = classify(object_crop(picture, entry["box"], entry["mask"]), name)
+      entry["color"] = classify(object_crop(image, entry["box"], entry["mask"]), name)
       if entry["color"] not in geneval.COLORS:
         raise ValueError(f"the classifier says {entry['color']!r}, which is none of the colours")
 

@@ -1,4 +1,4 @@
-"""GenEval: from detected boxes to a verdict on each picture, and the benchmark's summary.
+"""GenEval: from detected boxes to a verdict on each image, and the benchmark's summary.
 
 Pure functions of plain records; the detector and the colour classifier are elsewhere. A record of
 detections is
@@ -50,7 +50,7 @@ class Box:
   color: str | None
 
 
-def score_picture(record: dict, options: Options = Options(), details: bool = True) -> dict:
+def score_image(record: dict, options: Options = Options(), details: bool = True) -> dict:
   """The line of the official results.jsonl for one record of detections.
 
   Args:
@@ -103,7 +103,7 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
 
 def verdict(metadata: dict, objects: dict[str, list[Box]],
             options: Options = Options()) -> list[str]:
-  """Why the picture is wrong, a line a failure in the official words; empty: it is right."""
+  """Why the image is wrong, a line a failure in the official words; empty: it is right."""
   reasons, groups = [], []
   for clause in metadata.get("include", ()):
     found = objects.get(clause["class"], [])[: clause["count"]]
@@ -146,13 +146,13 @@ class Summary:
   def __init__(self, tasks=TASKS):
     self._expected = tasks
     self._tasks = {}  # tag: Mean
-    self._prompts = {}  # digest of the metadata: any picture right
-    self._pictures = tally.Mean()
+    self._prompts = {}  # digest of the metadata: any image right
+    self._images = tally.Mean()
 
   def add(self, result: dict) -> None:
     """Takes a line of results.jsonl."""
     correct = bool(result["correct"])
-    self._pictures.add(correct)
+    self._images.add(correct)
     self._tasks.setdefault(result["tag"], tally.Mean()).add(correct)
     key = hashlib.blake2b(result["metadata"].encode(), digest_size=8).digest()
     self._prompts[key] = self._prompts.get(key, False) or correct
@@ -165,9 +165,9 @@ class Summary:
         "overall": tally.mean(task["score"] for task in tasks.values()),
         "tasks": tasks,
         "missing_tasks": [tag for tag in self._expected if tag not in tasks],
-        "pictures": self._pictures.count,
+        "pictures": self._images.count,
         "prompts": len(self._prompts),
-        "correct_pictures": self._pictures.value(),
+        "correct_pictures": self._images.value(),
         "correct_prompts": tally.mean(self._prompts.values()),
     }
 

@@ -1,4 +1,4 @@
-"""Asks a judge, any endpoint in OpenAI's form, about pictures; an answer is paid for once.
+"""Asks a judge, any endpoint in OpenAI's form, about images; an answer is paid for once.
 
   requests -> Judge.ask -> answers, one for each request, in the order of the requests
 
@@ -20,7 +20,7 @@ import threading
 import time
 
 from irg_jax.evaluate import judge_calls
-from irg_jax.evaluate import judge_pictures
+from irg_jax.evaluate import judge_images
 from irg_jax.evaluate.judge_types import Account, Answer, Request, Settings
 from irg_jax.evaluate.record_log import RecordLog
 
@@ -55,7 +55,7 @@ class Judge:
     self._endpoint = judge_calls.Endpoint(settings)
     self._log = RecordLog(cache_path, "digest")
     self.lost = self._log.lost
-    self._encode = functools.lru_cache(settings.concurrency + 4)(judge_pictures.encode)
+    self._encode = functools.lru_cache(settings.concurrency + 4)(judge_images.encode)
     self._jobs = queue.SimpleQueue()
     self._state = threading.Condition()  # guards what follows, and the account
     self._under_way = set()  # digests
@@ -138,16 +138,16 @@ class Judge:
 
   def _answer(self, request):
     try:
-      pictures = [self._encode(p) for p in request.pictures]
-    except judge_pictures.Unusable as e:
+      images = [self._encode(p) for p in request.images]
+    except judge_images.Unusable as e:
       return Answer(request.key, error=f"picture: {e}")
-    digest = _digest(self.settings, request, pictures)
+    digest = _digest(self.settings, request, images)
     with self._claim(digest):
       record = self._log.get(digest) or {"asks": 0}
       answer = _read(request, record, cached=True) if record["asks"] else None
       while (answer is None or answer.error) and record["asks"] < self.settings.asks:
         try:
-          reply = self._call(request, pictures)
+          reply = self._call(request, images)
         except judge_calls.Fault as e:
           return Answer(request.key, text=record.get("text"), error=str(e))
         record = {"digest": digest, "key": request.key, "text": reply.text,
@@ -170,14 +170,14 @@ class Judge:
         self._under_way.remove(digest)
         self._state.notify_all()
 
-  def _call(self, request, pictures):
+  def _call(self, request, images):
     """One reply, after as many tries as it takes; raises the last Fault, or Stop."""
     for attempt in range(1, self.settings.tries + 1):
       self._wait_for_turn()
       try:
         with self._state:
           self.account.calls += 1
-        return self._endpoint.call(request, pictures)
+        return self._endpoint.call(request, images)
       except judge_calls.Stop as e:
         self._stop_all(e)
       except judge_calls.Fault as e:
@@ -212,10 +212,10 @@ class Judge:
     raise stop from None
 
 
-def _digest(settings, request, pictures):
+def _digest(settings, request, images):
   """What decides an answer, and nothing else: not the key, nor the endpoint's address."""
   asked = [settings.model, float(settings.temperature), request.system, request.prompt,
-           request.max_tokens, request.probability, [p.digest for p in pictures]]
+           request.max_tokens, request.probability, [p.digest for p in images]]
   return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

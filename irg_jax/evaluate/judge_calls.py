@@ -86,8 +86,8 @@ class Endpoint:
   def close(self) -> None:
     self._client.close()
 
-  def call(self, request, pictures) -> Reply:
-    """Sends a `judge.Request` with its encoded pictures.
+  def call(self, request, images) -> Reply:
+    """Sends a `judge.Request` with its encoded images.
 
     Raises:
       Fault: no answer came; may pass.
@@ -97,7 +97,7 @@ class Endpoint:
     deadline = time.monotonic() + self._settings.timeout
     try:
       with self._client.chat.completions.with_streaming_response.create(
-          **self._arguments(request, pictures)) as response:
+          **self._arguments(request, images)) as response:
         body = _read_body(response, deadline)
     except openai.APITimeoutError:
       raise self._late() from None
@@ -109,8 +109,8 @@ class Endpoint:
       raise Fault("client", f"{type(e).__name__}: {e}") from None
     return _parse(body, request.probability)
 
-  def _arguments(self, request, pictures):
-    parts = [{"type": "image_url", "image_url": {"url": p.url}} for p in pictures]
+  def _arguments(self, request, images):
+    parts = [{"type": "image_url", "image_url": {"url": p.url}} for p in images]
     parts.append({"type": "text", "text": request.prompt})
     messages = [{"role": "user", "content": parts}]
     if request.system:

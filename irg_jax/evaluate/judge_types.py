@@ -47,12 +47,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One question about some pictures.
+  """One question about some images.
 
   Attributes:
     key: names the question; no other request has it.
-    pictures: paths, or `judge_pictures.Cell`s.
-    prompt: the text after the pictures.
+    images: paths, or `judge_images.Cell`s.
+    prompt: the text after the images.
     system: the text of the system role; none where empty.
     max_tokens: of the answer.
     fault: tells of a text why it is no answer, or None where it is one.
@@ -60,7 +60,7 @@ class Request:
   """
 
   key: str
-  pictures: tuple
+  images: tuple
   prompt: str
   system: str = ""
   max_tokens: int = 2000

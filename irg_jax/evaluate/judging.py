@@ -1,4 +1,4 @@
-"""From a folder of pictures to answers, for `score.score_answers`: the judge, or a function.
+"""From a folder of images to answers, for `score.score_answers`: the judge, or a function.
 
 Both yield (item, round, {(cell, question): Answer}), every item of every round once.
 """
@@ -20,7 +20,7 @@ _GIVE_UP_AFTER = 20
 
 
 def judged(run, judge, references=None, wording=None, grid=(2, 2)):
-  """The judge's answers about the pictures of a `score.Run`, round by round.
+  """The judge's answers about the images of a `score.Run`, round by round.
 
   Args:
     judge: an open `judge.Judge`.
@@ -50,7 +50,7 @@ def measured(run, function, name: str, cache_path):
   said is kept by the picture's content, so that a run that was stopped goes on.
 
   Raises:
-    ValueError: picture after picture failed.
+    ValueError: image after image failed.
   """
   failures = 0
   with RecordLog(cache_path, "digest") as log:
@@ -60,27 +60,27 @@ def measured(run, function, name: str, cache_path):
         failed = answer.error and not answer.error.startswith("picture")
         failures = failures + 1 if failed else 0
         if failures >= _GIVE_UP_AFTER:
-          raise ValueError(f"{name} failed at {failures} pictures in a row: {answer.error}")
+          raise ValueError(f"{name} failed at {failures} images in a row: {answer.error}")
         yield item, round, {(0, scorers.VQA): answer}
 
 
 def _path(run, item, round):
-  return pathlib.Path(run.out / layout.picture_path(run.benchmark, item, 0, round))
+  return pathlib.Path(run.out / layout.image_path(run.benchmark, item, 0, round))
 
 
 def _measure(item, round, path, function, name, log):
   answer = lambda **fields: Answer(questions.key("genai_bench", item.id, 0, round, scorers.VQA),
                                    model=name, **fields)
   try:
-    picture = hashlib.sha256(path.read_bytes()).hexdigest()
+    image = hashlib.sha256(path.read_bytes()).hexdigest()
   except OSError as e:
     return answer(error=f"picture: {path}: {e.strerror or e}")
-  digest = hashlib.sha256(repr((name, item.prompt, picture)).encode()).hexdigest()
+  digest = hashlib.sha256(repr((name, item.prompt, image)).encode()).hexdigest()
   if (kept := log.get(digest)) is not None:
     return answer(probability=kept["score"], cached=True)
   try:
     score = float(function(path, item.prompt))
-  except Exception as e:  # a foreign function: one picture that it cannot do is not the end
+  except Exception as e:  # a foreign function: one image that it cannot do is not the end
     return answer(error=f"scorer: {type(e).__name__}: {e}")
   if not 0 <= score <= 1 or math.isnan(score):
     return answer(error=f"scorer: {score} is not from 0 to 1")

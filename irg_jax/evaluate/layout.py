@@ -1,15 +1,15 @@
-"""Where the official scorers expect each picture. Every round has a root of its own.
+"""Where the official scorers expect each image. Every round has a root of its own.
 
   OUT/round1/...      what the benchmark's own code is pointed at; OUT/round2/... likewise
-  OUT/traces/...      thoughts and seeds, a JSON file a picture; the scorers never look here
-  OUT/cells/...       OneIG's single pictures until their grid is complete
+  OUT/traces/...      thoughts and seeds, a JSON file an image; the scorers never look here
+  OUT/cells/...       OneIG's single images until their grid is complete
 
 GenEval      roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 mini         as GenEval
 WISE         roundN/901.png
 TIIF         roundN/color+2d/irg_jax/short_description/0.png
 GenAI-Bench  roundN/irg_jax/00001.jpeg
-OneIG        roundN/images/anime/irg_jax/000.webp, four pictures in a 2 x 2 grid
+OneIG        roundN/images/anime/irg_jax/000.webp, four images in a 2 x 2 grid
 """
 
 import hashlib
@@ -21,12 +21,12 @@ import numpy as np
 from irg_jax.evaluate.prompts import Item
 
 MODEL = "irg_jax"  # the model's name where a layout has one
-SAMPLES = ("geneval", "mini")  # a folder a prompt: pictures that are scored one by one, its record
+SAMPLES = ("geneval", "mini")  # a folder a prompt: images that are scored one by one, its record
 
 
-def seed(benchmark: str, item_id: str, picture: int) -> int:
-  """Seed of a picture, 0 to 2**32 - 1; nothing but the three arguments takes part."""
-  digest = hashlib.sha256(json.dumps([benchmark, item_id, picture]).encode()).digest()
+def seed(benchmark: str, item_id: str, image: int) -> int:
+  """Seed of an image, 0 to 2**32 - 1; nothing but the three arguments takes part."""
+  digest = hashlib.sha256(json.dumps([benchmark, item_id, image]).encode()).digest()
   return int.from_bytes(digest[:4], "big")
 
 
@@ -35,16 +35,16 @@ def round_root(round: int) -> pathlib.PurePath:
   return pathlib.PurePath(f"round{round}")
 
 
-def picture_path(benchmark: str, item: Item, picture: int, round: int) -> pathlib.PurePath:
-  """Where a picture is, under --out; OneIG's four of a prompt share one file.
+def image_path(benchmark: str, item: Item, image: int, round: int) -> pathlib.PurePath:
+  """Where an image is, under --out; OneIG's four of a prompt share one file.
 
   Args:
-    picture: from 0.
+    image: from 0.
     round: from 1.
   """
   root, parts = round_root(round), item.id.split("/")
   if benchmark in SAMPLES:
-    return root / item.id / "samples" / f"{picture:05}.png"
+    return root / item.id / "samples" / f"{image:05}.png"
   if benchmark == "wise":
     return root / f"{item.id}.png"
   if benchmark == "tiif":
@@ -61,20 +61,20 @@ def metadata_path(item: Item, round: int) -> pathlib.PurePath:
   return round_root(round) / item.id / "metadata.jsonl"
 
 
-def cell_path(item: Item, picture: int, round: int) -> pathlib.PurePath:
-  """Where OneIG's picture waits for the others of its grid."""
-  return pathlib.PurePath("cells", f"round{round}", item.id, f"{picture}.png")
+def cell_path(item: Item, image: int, round: int) -> pathlib.PurePath:
+  """Where OneIG's image waits for the others of its grid."""
+  return pathlib.PurePath("cells", f"round{round}", item.id, f"{image}.png")
 
 
-def trace_path(item: Item, picture: int) -> pathlib.PurePath:
-  """The trace of a picture; where it is, all files of the picture are."""
-  return pathlib.PurePath("traces", item.id, f"{picture}.json")
+def trace_path(item: Item, image: int) -> pathlib.PurePath:
+  """The trace of an image; where it is, all files of the image are."""
+  return pathlib.PurePath("traces", item.id, f"{image}.json")
 
 
 def grid(cells: list[np.ndarray | None], height: int, width: int) -> np.ndarray:
-  """Four pictures [height, width, 3] as one of two rows and two columns, row by row.
+  """Four images [height, width, 3] as one of two rows and two columns, row by row.
 
-  None is a picture that failed: a black cell, which the official code leaves out.
+  None is an image that failed: a black cell, which the official code leaves out.
   """
   black = np.zeros((height, width, 3), np.uint8)
   a, b, c, d = (black if cell is None else cell for cell in cells)

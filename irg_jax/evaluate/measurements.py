@@ -7,7 +7,7 @@
 
 The official models are clip-flant5-xxl (vqascore), LLM2CLIP-Openai-L-14-336 (reasoning), CSD and
 OneIG-StyleEncoder (style: the largest similarity to the references of the style) and DreamSim
-(diversity). Black cells have no value; a grid with fewer than two pictures has an empty list of
+(diversity). Black cells have no value; a grid with fewer than two images has an empty list of
 pairs.
 """
 

@@ -15,7 +15,7 @@ from irg_jax.mini import thoughts
 from irg_jax.mini import verifier
 from irg_jax.mini import world
 
-RIGHT = "correct"  # the words of a picture without a fault
+RIGHT = "correct"  # the words of an image without a fault
 
 
 def protocol() -> dict:
@@ -27,7 +27,7 @@ def protocol() -> dict:
 
 
 class Verified:
-  """Adds up a round's pictures, as `score.score_pictures` wants it.
+  """Adds up a round's images, as `score.score_images` wants it.
 
   A picture's line of items.jsonl gets "grid" too: what the verifier sees in each cell, or None
   where two things stand in one.
@@ -39,12 +39,12 @@ class Verified:
     self._unscored = tally.Unscored()
 
   def add(self, item, path) -> dict:
-    """Judges the picture at `path`; returns its scores and the faults in words."""
+    """Judges the image at `path`; returns its scores and the faults in words."""
     try:
-      with Image.open(path) as picture:
-        verdict = verifier.score(np.asarray(picture.convert("RGB")), item.extra)
+      with Image.open(path) as image:
+        verdict = verifier.score(np.asarray(image.convert("RGB")), item.extra)
     except (OSError, ValueError) as e:
-      self._unscored.add(str(path), "not a picture of the mini world", str(e))
+      self._unscored.add(str(path), "not an image of the mini world", str(e))
       return {"scores": {}, "why": str(e), "words": None, "grid": None}
     result = {"correct": verdict.correct, "tag": item.extra["tag"], "metadata": item.id}
     self._all.add(result)

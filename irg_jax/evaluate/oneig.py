@@ -1,8 +1,8 @@
 """OneIG-Bench, English: five parts, each from what a model says of the cells of 2 x 2 grids.
 
 alignment: a VLM's yes/no to questions that depend on each other; text: a VLM's transcription
-against the words asked for; reasoning: similarity of picture and answer; style: similarity to
-pictures of the style; diversity: distance between the cells. The overall is their plain mean.
+against the words asked for; reasoning: similarity of image and answer; style: similarity to
+images of the style; diversity: distance between the cells. The overall is their plain mean.
 Each part has its own pure functions and `Summary`.
 """
 
@@ -27,13 +27,13 @@ _NOT_KEPT = re.compile(rf"[^{_LETTERS}\s]")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
-def split_grid(picture: np.ndarray, columns: int = 2, rows: int = 2) -> list[np.ndarray]:
-  """The cells of a grid [H, W, 3], row by row; black cells, failed pictures, are left out.
+def split_grid(image: np.ndarray, columns: int = 2, rows: int = 2) -> list[np.ndarray]:
+  """The cells of a grid [H, W, 3], row by row; black cells, failed images, are left out.
 
   Sizes are floored, so pixels that are over at the right and the bottom belong to no cell.
   """
-  height, width = picture.shape[0] // rows, picture.shape[1] // columns
-  cells = [picture[r * height : (r + 1) * height, c * width : (c + 1) * width]
+  height, width = image.shape[0] // rows, image.shape[1] // columns
+  cells = [image[r * height : (r + 1) * height, c * width : (c + 1) * width]
            for r in range(rows) for c in range(columns)]
   return [cell for cell in cells if cell.any()]
 

@@ -51,7 +51,7 @@ class Item:
       TIIF "color+2d/short/0" (type/length/line from 0), GenAI-Bench "00001" (its key),
       OneIG "anime/000" (folder/id).
     prompt: what to draw.
-    pictures: how many are drawn of it.
+    images: how many are drawn of it.
     extra: the official record; TIIF's with "attribute", "length" ("short", "long") and "line"
       added, GenAI-Bench's with "tags" where `genai_skills.json` lies beside.
   """
@@ -59,7 +59,7 @@ class Item:
   benchmark: str
   id: str
   prompt: str
-  pictures: int
+  images: int
   extra: dict
 
 

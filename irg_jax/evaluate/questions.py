@@ -1,11 +1,11 @@
-"""What a judge is asked about which picture, for each benchmark that has a judge.
+"""What a judge is asked about which image, for each benchmark that has a judge.
 
-A function a benchmark: one prompt's picture (or grid) of one round in, `judge.Request`s out.
+A function a benchmark: one prompt's image (or grid) of one round in, `judge.Request`s out.
 `answers` strings them together and hands the judge's answers back by prompt. A request's key is
 
   BENCHMARK/ITEM ID/pCELL/rROUND/QUESTION        such as oneig/anime/000/p2/r1/alignment7
 
-CELL is a number from 0, ROUND one from 1; a picture that is no grid is cell 0.
+CELL is a number from 0, ROUND one from 1; an image that is no grid is cell 0.
 """
 
 import collections
@@ -14,7 +14,7 @@ import dataclasses
 import pathlib
 import re
 
-from irg_jax.evaluate import judge_pictures
+from irg_jax.evaluate import judge_images
 from irg_jax.evaluate import oneig as oneig_scores
 from irg_jax.evaluate import prompt_files
 from irg_jax.evaluate import scorers
@@ -45,7 +45,7 @@ OFFICIAL = {
 
 
 def key(benchmark: str, item_id: str, cell: int, round: int, question: str) -> str:
-  """The key of a question about a cell of a picture."""
+  """The key of a question about a cell of an image."""
   return f"{benchmark}/{item_id}/p{cell}/r{round}/{question}"
 
 
@@ -113,7 +113,7 @@ def genai_bench(item, path, round: int, template=templates.GENAI_BENCH):
 
 def oneig(item, path, round: int, questions: dict, texts: dict, grid=(2, 2),
           alignment=templates.ONEIG_ALIGNMENT, text=templates.ONEIG_TEXT):
-  """A request for each cell with a picture and question, or with a text to transcribe.
+  """A request for each cell with an image and question, or with a text to transcribe.
 
   Args:
     questions: {folder: what `oneig.read_questions` gave}.
@@ -128,7 +128,7 @@ def oneig(item, path, round: int, questions: dict, texts: dict, grid=(2, 2),
                                 _yes_or_no_fault)
   elif folder == "text" and number in texts:
     asked[scorers.TEXT] = text.fill(), oneig_scores.transcription_limit(texts[number]), None
-  for cell in judge_pictures.cells(path, *grid) if asked else ():
+  for cell in judge_images.cells(path, *grid) if asked else ():
     for name, ((user, system), max_tokens, fault) in asked.items():
       yield Request(key("oneig", item.id, cell.index, round, name), (cell,), user, system,
                     max_tokens, fault)

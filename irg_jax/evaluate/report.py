@@ -1,4 +1,4 @@
-"""The paper's table of runs that have been scored: Markdown, JSON, and pages with the pictures."""
+"""The paper's table of runs that have been scored: Markdown, JSON, and pages with the images."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ from irg_jax.evaluate import published
 from irg_jax.evaluate import score
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 
 TITLES = {"geneval": "GenEval", "wise": "WISE", "tiif": "TIIF-Bench", "genai_bench": "GenAI-Bench",
           "oneig": "OneIG-Bench, English", "mini": "Mini world"}
-SEEDS = ("the seed of a picture is the first four bytes of the SHA-256 of "
+SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
          '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
 
 
@@ -235,7 +235,7 @@ def _notes(runs):
                  "not of one model.")
   for run in runs:
     if not (run.scores.get("run") or {}):
-      notes.append(f"{TITLES[run.benchmark]}: the folder has no run.json, so how its pictures were "
+      notes.append(f"{TITLES[run.benchmark]}: the folder has no run.json, so how its images were "
                    "made is unknown.")
   return notes
 
@@ -255,5 +255,5 @@ def _cell(value):
 
 def write_text(path, text: str) -> None:
   """Writes a file whole."""
-  with whole_file(path) as aside:
+  with atomic_file(path) as aside:
     aside.write_text(text, encoding="utf-8", errors="replace")

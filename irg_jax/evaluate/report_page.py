@@ -1,6 +1,6 @@
-"""The report's HTML: the tables, and pages with each prompt's pictures, round beside round.
+"""The report's HTML: the tables, and pages with each prompt's images, round beside round.
 
-Pictures are linked, not copied: a page shows them as long as the runs' folders stay in place.
+Images are linked, not copied: a page shows them as long as the runs' folders stay in place.
 """
 
 import json
@@ -9,11 +9,11 @@ import pathlib
 import re
 import urllib.parse
 
-from irg_jax import pages
+from irg_jax.reports import pages
 from irg_jax.evaluate import layout
 from irg_jax.evaluate import report as report_lib
 from irg_jax.evaluate import score
-from irg_jax.pages import escape
+from irg_jax.reports.pages import escape
 
 _PROMPTS_A_PAGE = 50
 _CSS = """
@@ -73,15 +73,15 @@ def write_pages(run, folder) -> list[str]:
 
 
 def _article(run, folder, lines):
-  """One prompt: for each picture of it, the rounds side by side."""
+  """One prompt: for each image of it, the rounds side by side."""
   first = lines[0]
   parts = [f'<p class="label">{escape(first["id"])} · {escape(", ".join(first["tasks"]))}</p>'
            f'<p dir="auto">{escape(first["prompt"])}</p>']
-  for picture in sorted({entry["picture"] for entry in lines}):
-    found = {entry["round"]: entry for entry in lines if entry["picture"] == picture}
-    # A file may hold several pictures: OneIG's grids.
-    seeds = [layout.seed(run.benchmark, first["id"], picture + i) for i in range(first["in_file"])]
-    parts.append(f'<p class="aside">picture {picture + 1} · seed {", ".join(map(str, seeds))}</p>'
+  for image in sorted({entry["picture"] for entry in lines}):
+    found = {entry["round"]: entry for entry in lines if entry["picture"] == image}
+    # A file may hold several images: OneIG's grids.
+    seeds = [layout.seed(run.benchmark, first["id"], image + i) for i in range(first["in_file"])]
+    parts.append(f'<p class="aside">image {image + 1} · seed {", ".join(map(str, seeds))}</p>'
                  '<div class="pair">'
                  + "".join(_round(run, folder, n, found.get(n)) for n in run.rounds) + "</div>")
   return f"<article>{''.join(parts)}</article>"
@@ -154,7 +154,7 @@ def _paragraphs(texts):
 
 def _page_links(names):
   links = " ".join(f'<a href="pages/{name}">{i}</a>' for i, name in enumerate(names, 1))
-  return f'<nav class="aside">pictures and the judge\'s words, page {links}</nav>' if links else ""
+  return f'<nav class="aside">images and the judge\'s words, page {links}</nav>' if links else ""
 
 
 def _table(head, rows):

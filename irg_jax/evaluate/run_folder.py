@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import uuid
 
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 
 SCORES = "scores.json"
 _RUN, _ASIDE = "run.json", ".aside"
@@ -127,7 +127,7 @@ def new_text(path):
     with contextlib.suppress(OSError), open(left, encoding="utf-8") as file:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       left.unlink()
-  with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
+  with atomic_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
     with contextlib.suppress(OSError):  # a file system without locks
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield file

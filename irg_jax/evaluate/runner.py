@@ -1,7 +1,7 @@
-"""One `irg eval generate`: draws what is missing of a benchmark's pictures.
+"""One `irg eval generate`: draws what is missing of a benchmark's images.
 
-The unit of work is a picture, of all its rounds. Its files come first and its trace last, so
-a picture with a trace is done, and a start after a kill at any time draws only the others.
+The unit of work is an image, of all its rounds. Its files come first and its trace last, so
+an image with a trace is done, and a start after a kill at any time draws only the others.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from irg_jax import sharding, text, trace, weights
+from irg_jax import sharding, weights
+from irg_jax.reports import trace
 from irg_jax.evaluate import layout, run_folder
 from irg_jax.evaluate.prompts import Item
 from irg_jax.generate import irg
@@ -24,6 +25,7 @@ from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
 from irg_jax.generate.slots import plan_cache
 from irg_jax.progress import Progress
+from irg_jax.tokenizer import load_tokenizer
 
 # Losses of the pictures' own format would be judged as the model's.
 _FORMATS = {".png": {"format": "PNG"}, ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -39,7 +41,7 @@ class Request:
     selected: those of them to draw.
     out: folder of the run, new or gone on with.
     checkpoint, settings, system_prompt, dtype: as in `irg_jax.generate.request.Request`.
-    batch_size: pictures drawn side by side.
+    batch_size: images drawn side by side.
     mesh: mesh sizes by axis name, or None for all devices on one axis.
     process_id, num_processes: this process draws every num_processes-th prompt.
   """
@@ -66,8 +68,8 @@ class Result:
   """What a run came to, of this process's share.
 
   Attributes:
-    drawn, kept: pictures drawn now, and there already.
-    failed: "ITEM, picture N, round N" of every picture that could not be drawn.
+    drawn, kept: images drawn now, and there already.
+    failed: "ITEM, image N, round N" of every image that could not be drawn.
   """
 
   drawn: int
@@ -76,7 +78,7 @@ class Result:
 
 
 def run_generate(request: Request) -> Result:
-  """Draws the pictures that are not there yet.
+  """Draws the images that are not there yet.
 
   Raises:
     ValueError, OSError: with a message for the user; before the weights are read wherever
@@ -84,7 +86,7 @@ def run_generate(request: Request) -> Result:
   """
   config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
-  tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
+  tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
   plan_cache(config, request.settings, len(tokenizer.encode(request.system_prompt)))
   trace.check_output_folder(request.out)
@@ -105,7 +107,7 @@ def run_generate(request: Request) -> Result:
 
 def identity(request: Request) -> dict:
   """What decides every file of a run: not how many devices, processes or rows work on it."""
-  lines = "".join(json.dumps([i.id, i.prompt, i.pictures]) + "\n" for i in request.items)
+  lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
   settings = dataclasses.asdict(request.settings)
   return json.loads(json.dumps({
       "benchmark": request.benchmark,
@@ -118,15 +120,15 @@ def identity(request: Request) -> dict:
   }))
 
 
-def read_trace(out, item: Item, picture: int) -> dict | None:
-  """The trace of a picture, or None where it is not done.
+def read_trace(out, item: Item, image: int) -> dict | None:
+  """The trace of an image, or None where it is not done.
 
   {"benchmark", "id", "picture", "prompt", "seed", "rounds": [{"think": str or None,
   "think_tokens", "hit_limit", "tokens_cut", "picture": path under `out`, or None if it
   failed, "seconds": of the whole batch by phase}]}
   """
   try:
-    return json.loads((pathlib.Path(out) / layout.trace_path(item, picture)).read_text("utf-8"))
+    return json.loads((pathlib.Path(out) / layout.trace_path(item, image)).read_text("utf-8"))
   except FileNotFoundError:
     return None
 
@@ -152,44 +154,44 @@ def _share(request):
 
 
 def _open_batches(request, folder):
-  """The batches in which a picture is missing.
+  """The batches in which an image is missing.
 
   A batch's rows stay together whatever is missing: so a run that was stopped gives the very
   bytes of one that was not, although a row's last bits may depend on the size of its batch.
   """
-  rows = [(item, picture) for item in _share(request) for picture in range(item.pictures)]
+  rows = [(item, image) for item in _share(request) for image in range(item.images)]
   size = request.batch_size
   batches = [rows[i:i + size] for i in range(0, len(rows), size)]
   return [batch for batch in batches if not all(_is_done(request, folder, *row) for row in batch)]
 
 
 def _count_done(request, folder):
-  return sum(_is_done(request, folder, item, picture)
-             for item in _share(request) for picture in range(item.pictures))
+  return sum(_is_done(request, folder, item, image)
+             for item in _share(request) for image in range(item.images))
 
 
-def _is_done(request, folder, item, picture):
-  record = read_trace(folder.out, item, picture)
+def _is_done(request, folder, item, image):
+  record = read_trace(folder.out, item, image)
   return record is not None and all(
       entry["picture"] is None or folder.exists(entry["picture"])
-      or request.benchmark == "oneig" and folder.exists(layout.cell_path(item, picture, number))
+      or request.benchmark == "oneig" and folder.exists(layout.cell_path(item, image, number))
       for number, entry in enumerate(record["rounds"], 1))
 
 
 def _draw_batches(request, folder, model, params, tokenizer, batches, progress):
   total, drawn, ends = sum(map(len, batches)), 0, []
-  size = min(request.batch_size, sum(item.pictures for item in _share(request)))
+  size = min(request.batch_size, sum(item.images for item in _share(request)))
   for batch in batches:
-    progress.prefix = f"{drawn} of {total} pictures{_left(ends, len(batches))}: "
+    progress.prefix = f"{drawn} of {total} images{_left(ends, len(batches))}: "
     # A batch that is not full repeats its last row: another size would compile anew.
     padded = [*batch, *[batch[-1]] * (size - len(batch))]
     trajectories = irg.generate(
         model, params, tokenizer, [item.prompt for item, _ in padded],
-        seeds=[layout.seed(item.benchmark, item.id, picture) for item, picture in padded],
+        seeds=[layout.seed(item.benchmark, item.id, image) for item, image in padded],
         settings=request.settings, system_prompt=request.system_prompt, on_progress=progress)
-    for (item, picture), trajectory in zip(batch, trajectories):
-      if not _is_done(request, folder, item, picture):
-        _write(request, folder, item, picture, trajectory)
+    for (item, image), trajectory in zip(batch, trajectories):
+      if not _is_done(request, folder, item, image):
+        _write(request, folder, item, image, trajectory)
       _paste(request, folder, item)
     drawn += len(batch)
     ends.append(time.monotonic())
@@ -203,25 +205,25 @@ def _left(ends, batches):
   return f", {minutes / 60:.1f} h left" if minutes >= 90 else f", {minutes:.0f} min left"
 
 
-def _write(request, folder, item, picture, trajectory):
-  """The files of a picture, its trace last."""
+def _write(request, folder, item, image, trajectory):
+  """The files of an image, its trace last."""
   thinks, rounds = request.settings.think, []
   for number, r in enumerate(trajectory.rounds, 1):
-    path = layout.picture_path(item.benchmark, item, picture, number)
+    path = layout.image_path(item.benchmark, item, image, number)
     if item.benchmark in layout.SAMPLES and not folder.exists(layout.metadata_path(item, number)):
       folder.write(layout.metadata_path(item, number), json.dumps(item.extra).encode())
     fails = not np.isfinite(r.latents).all()
     if not fails:
       grids = item.benchmark == "oneig"
-      place = layout.cell_path(item, picture, number) if grids else path
-      folder.write(place, _encoded(r.picture, place.suffix))
+      place = layout.cell_path(item, image, number) if grids else path
+      folder.write(place, _encoded(r.image, place.suffix))
     rounds.append({
         "think": r.thought.text if thinks else None, "think_tokens": len(r.thought.ids),
         "hit_limit": r.thought.hit_limit, "tokens_cut": r.thought.cut,
         "picture": None if fails else path.as_posix(), "seconds": r.seconds})
-  record = {"benchmark": item.benchmark, "id": item.id, "picture": picture, "prompt": item.prompt,
-            "seed": layout.seed(item.benchmark, item.id, picture), "rounds": rounds}
-  folder.write(layout.trace_path(item, picture),
+  record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
+            "seed": layout.seed(item.benchmark, item.id, image), "rounds": rounds}
+  folder.write(layout.trace_path(item, image),
                (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
@@ -229,34 +231,34 @@ def _paste(request, folder, item):
   """Makes the grids of one of OneIG's prompts once all its cells are there, then drops those."""
   if item.benchmark != "oneig":
     return
-  records = [read_trace(folder.out, item, picture) for picture in range(item.pictures)]
+  records = [read_trace(folder.out, item, image) for image in range(item.images)]
   if not all(records):
     return
-  cells = [[layout.cell_path(item, picture, number) for picture in range(item.pictures)]
+  cells = [[layout.cell_path(item, image, number) for image in range(item.images)]
            for number in range(1, request.settings.rounds + 1)]
   for number, paths in enumerate(cells, 1):
     fails = [record["rounds"][number - 1]["picture"] is None for record in records]
-    place = layout.picture_path("oneig", item, 0, number)
+    place = layout.image_path("oneig", item, 0, number)
     if folder.exists(place) or not all(f or folder.exists(p) for f, p in zip(fails, paths)):
       continue
-    pictures = [None if f else np.array(Image.open(folder.out / p)) for f, p in zip(fails, paths)]
-    whole = layout.grid(pictures, request.settings.height, request.settings.width)
+    images = [None if f else np.array(Image.open(folder.out / p)) for f, p in zip(fails, paths)]
+    whole = layout.grid(images, request.settings.height, request.settings.width)
     folder.write(place, _encoded(whole, place.suffix))
-  if all(folder.exists(layout.picture_path("oneig", item, 0, n + 1)) for n in range(len(cells))):
+  if all(folder.exists(layout.image_path("oneig", item, 0, n + 1)) for n in range(len(cells))):
     for paths in cells:
       shutil.rmtree((folder.out / paths[0]).parent, ignore_errors=True)
 
 
 def _failures(request, folder):
   for item in _share(request):
-    for picture in range(item.pictures):
-      record = read_trace(folder.out, item, picture) or {"rounds": ()}
+    for image in range(item.images):
+      record = read_trace(folder.out, item, image) or {"rounds": ()}
       for number, entry in enumerate(record["rounds"], 1):
         if entry["picture"] is None:
-          yield f"{item.id}, picture {picture}, round {number}"
+          yield f"{item.id}, image {image}, round {number}"
 
 
-def _encoded(picture, suffix):
+def _encoded(image, suffix):
   data = io.BytesIO()
-  Image.fromarray(picture).save(data, **_FORMATS[suffix])
+  Image.fromarray(image).save(data, **_FORMATS[suffix])
   return data.getvalue()

@@ -1,7 +1,7 @@
 """One `irg eval score`: every picture's score, streamed, and a summary of each round.
 
   OUT/scores.json   summaries by round, with the run's settings and the judge's
-  OUT/items.jsonl   a line a prompt and round (GenEval, mini: a picture): scores, or why there is
+  OUT/items.jsonl   a line a prompt and round (GenEval, mini: an image): scores, or why there is
                     none, and the judge's words
 
 Both are written aside and appear whole. A score that cannot be had is a reason, never a number.
@@ -26,15 +26,15 @@ _GENEVAL_FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A folder of pictures to score.
+  """A folder of images to score.
 
   Attributes:
     out: folder of `irg eval generate`, or one in its layout.
     benchmark: whose.
-    items: the prompts to score: of GenEval and mini all, else those with a picture in any round.
+    items: the prompts to score: of GenEval and mini all, else those with an image in any round.
     rounds: numbers of the rounds that are there, from 1.
     record: what run.json says, or {} where there is none.
-    absent: prompts of the file without any picture; they are counted, not asked about.
+    absent: prompts of the file without any image; they are counted, not asked about.
     whole: the file has as many prompts as published.
   """
 
@@ -60,7 +60,7 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
   if (out / "run.json").is_file():
     record = run_folder.read_run(out)
     if (found := record["settings"].get("benchmark", benchmark)) != benchmark:
-      raise ValueError(f"--out {out}: holds pictures of {found}, not of {benchmark}")
+      raise ValueError(f"--out {out}: holds images of {found}, not of {benchmark}")
   rounds = sorted(int(m[1]) for p in out.iterdir() if (m := _ROUND.fullmatch(p.name)))
   if not rounds:
     raise ValueError(f"--out {out}: has no round1, round2, ...; it is what irg eval generate wrote")
@@ -80,8 +80,8 @@ def _is_whole(items):
 
 
 def _drawn(out, item, rounds):
-  return any((out / layout.picture_path(item.benchmark, item, p, r)).is_file()
-             for r in rounds for p in range(item.pictures))
+  return any((out / layout.image_path(item.benchmark, item, p, r)).is_file()
+             for r in rounds for p in range(item.images))
 
 
 def _check_same_prompts(record, items, out):
@@ -114,42 +114,42 @@ def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
         raise ValueError(f"{item.id}, round {number}: answers came twice")
       done[number].add(item.id)
       result = rounds[number].add(item, answers)
-      write(_line(item, number, 0, item.pictures) | result)
+      write(_line(item, number, 0, item.images) | result)
   return _finish(run, {n: scorer.value() for n, scorer in rounds.items()},
                  {n: run.absent + len(run.items) - len(ids) for n, ids in done.items()}, extra)
 
 
-def score_pictures(run: Run, make_scorer, pictures, extra: dict) -> dict:
-  """Scores a stream of pictures, each by itself, and writes both files.
+def score_images(run: Run, make_scorer, images, extra: dict) -> dict:
+  """Scores a stream of images, each by itself, and writes both files.
 
   Args:
     make_scorer: () -> an object with `add(item, path)` and `value()`, like those of `scorers`.
-    pictures: iterable of (item, round, picture); each comes once.
+    images: iterable of (item, round, image); each comes once.
     extra: more entries for scores.json.
   """
   rounds = {number: make_scorer() for number in run.rounds}
-  missing = dict.fromkeys(run.rounds, sum(item.pictures for item in run.items))
+  missing = dict.fromkeys(run.rounds, sum(item.images for item in run.items))
   with _writing(run.out / ITEMS) as write:
-    for item, number, picture in pictures:
+    for item, number, image in images:
       missing[number] -= 1
-      line = _line(item, number, picture, 1)
+      line = _line(item, number, image, 1)
       write(line | rounds[number].add(item, run.out / line["file"]))
   return _finish(run, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
 
 
-def pictures_there(run: Run):
-  """(item, round, picture) of every picture of the prompts to score that is there."""
+def images_there(run: Run):
+  """(item, round, image) of every image of the prompts to score that is there."""
   for number in run.rounds:
     for item in run.items:
-      for picture in range(item.pictures):
-        if (run.out / layout.picture_path(run.benchmark, item, picture, number)).is_file():
-          yield item, number, picture
+      for image in range(item.images):
+        if (run.out / layout.image_path(run.benchmark, item, image, number)).is_file():
+          yield item, number, image
 
 
-def _line(item, number, picture, in_file):
+def _line(item, number, image, in_file):
   """The beginning of a line of items.jsonl."""
-  path = layout.picture_path(item.benchmark, item, picture, number)
-  return {"id": item.id, "round": number, "picture": picture, "in_file": in_file,
+  path = layout.image_path(item.benchmark, item, image, number)
+  return {"id": item.id, "round": number, "picture": image, "in_file": in_file,
           "prompt": item.prompt, "tasks": list(prompts.tasks(item)), "file": str(path)}
 
 
@@ -164,8 +164,8 @@ def score_detections(run: Run, records, options: geneval.Options, extra: dict,
                      default_round: int | None = None) -> dict:
   """GenEval: scores a stream of (where, record of detections; see `geneval`), each once.
 
-  A picture is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
-  `default_round`. A picture that comes a second time is counted as such, and not again.
+  An image is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
+  `default_round`. An image that comes a second time is counted as such, and not again.
 
   Raises:
     ValueError: a name without a round, and no `default_round`.
@@ -174,22 +174,22 @@ def score_detections(run: Run, records, options: geneval.Options, extra: dict,
   rounds = {number: _GenEvalRound() for number in run.rounds}
   with _writing(run.out / ITEMS) as write:
     for where, record in records:
-      _add_picture(rounds, by_id, record, where, options, default_round, write)
-  expected = sum(item.pictures for item in run.items)
+      _add_image(rounds, by_id, record, where, options, default_round, write)
+  expected = sum(item.images for item in run.items)
   summaries = {n: r.value() for n, r in rounds.items()}
   missing = {n: expected - r.seen_count() for n, r in rounds.items()}
   return _finish(run, summaries, missing, extra)
 
 
 class _GenEvalRound:
-  """A round's summary, what has no verdict, and which pictures came: a bit each."""
+  """A round's summary, what has no verdict, and which images came: a bit each."""
 
   def __init__(self):
     self.summary, self.unscored = geneval.Summary(), tally.Unscored()
     self._seen = {}
 
-  def is_new(self, item_id, picture):
-    bit, seen = 1 << picture, self._seen.get(item_id, 0)
+  def is_new(self, item_id, image):
+    bit, seen = 1 << image, self._seen.get(item_id, 0)
     self._seen[item_id] = seen | bit
     return not seen & bit
 
@@ -200,7 +200,7 @@ class _GenEvalRound:
     return self.summary.value() | {"unscored": self.unscored.summary()}
 
 
-def _add_picture(rounds, by_id, record, where, options, default_round, write):
+def _add_image(rounds, by_id, record, where, options, default_round, write):
   name = str(record.get("filename", "")) if record else ""
   match = _GENEVAL_FILE.search(name)
   number = int(match[1]) if match and match[1] else default_round or min(rounds)
@@ -211,13 +211,13 @@ def _add_picture(rounds, by_id, record, where, options, default_round, write):
     raise ValueError(f"{where}: {name} is of round {number}, which the run does not have")
   target = rounds[number]
   item = by_id.get(match[2]) if match else None
-  picture = int(match[3]) if match else 0
-  if record is None or item is None or picture >= item.pictures:
+  image = int(match[3]) if match else 0
+  if record is None or item is None or image >= item.images:
     return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
-  if not target.is_new(item.id, picture):
+  if not target.is_new(item.id, image):
     return target.unscored.add(name, "came twice")
   result = _verdict(target, item, record, name, options)
-  write(_line(item, number, picture, 1) | result)
+  write(_line(item, number, image, 1) | result)
 
 
 def _verdict(target, item, record, name, options):
@@ -227,7 +227,7 @@ def _verdict(target, item, record, name, options):
     if error := record.get("error"):
       reason, _, detail = str(error).partition(": ")
       raise geneval.Unscorable(reason, detail)
-    result = geneval.score_picture(record | {"metadata": item.extra}, options, details=False)
+    result = geneval.score_image(record | {"metadata": item.extra}, options, details=False)
   except geneval.Unscorable as e:
     target.unscored.add(name, e.reason, e.detail)
     return {"scores": {}, "why": str(e), "words": None}

@@ -1,4 +1,4 @@
-"""From a judge's answers about one prompt's pictures to scores, benchmark by benchmark.
+"""From a judge's answers about one prompt's images to scores, benchmark by benchmark.
 
 A scorer takes one prompt of one round at a time, `add(item, answers)`, and keeps sums only. What
 it returns is that prompt's line of items.jsonl:
@@ -6,7 +6,7 @@ it returns is that prompt's line of items.jsonl:
   {"scores": {name: number}, "why": reason for no score or None, "words": what the judge said}
 
 `answers` maps (cell, question) to an Answer-like value with `text`, `error` and `probability`;
-the pictures of most prompts are one, cell 0. An answer that is absent, has an error or cannot be
+the images of most prompts are one, cell 0. An answer that is absent, has an error or cannot be
 parsed gives no score: it is counted by reason in the summary, and never becomes a number.
 """
 
@@ -16,12 +16,12 @@ from irg_jax.evaluate import tally
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
 
-# The names of the questions, where a picture is asked about once.
+# The names of the questions, where an image is asked about once.
 WISE, TIIF, VQA, TEXT = "scores", "answers", "vqascore", "text"
 
 
 class Wise:
-  """Three scores a picture; see `wise.Summary`."""
+  """Three scores an image; see `wise.Summary`."""
 
   def __init__(self):
     self._summary = wise.Summary()
@@ -83,7 +83,7 @@ class Tiif:
 
 
 class GenAIBench:
-  """One number a picture: VQAScore, how likely the judge's "yes" is, from 0 to 1."""
+  """One number an image: VQAScore, how likely the judge's "yes" is, from 0 to 1."""
 
   def __init__(self, skills: dict):
     self._skills, self._scores = skills, {}
@@ -183,7 +183,7 @@ class OneIG:
         continue
       values = answers.get((name, "values"))
       if name == "diversity" and values == []:
-        continue  # fewer than two pictures: no pair, and upstream passes over it
+        continue  # fewer than two images: no pair, and upstream passes over it
       if values is None:
         self._parts[name].unscored.add(f"{folder}_{number}", "no measurement")
         scores[name] = None

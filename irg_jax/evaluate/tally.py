@@ -1,4 +1,4 @@
-"""Small sums that every protocol needs: constant memory, whatever the number of pictures."""
+"""Small sums that every protocol needs: constant memory, whatever the number of images."""
 
 import json
 import math

@@ -221,7 +221,7 @@ def _add_file(summary, path, folder):
 
 
 def _ocr_texts(lines):
-  # A picture without any text counts as one empty word, as upstream.
+  # An image without any text counts as one empty word, as upstream.
   return [line[1][0] for line in lines] if lines else [""]
 
 

@@ -7,7 +7,7 @@ position (where its next token stands), and forking a view copies just these.
     view       what it stands for                   sees
     FULL       the conversation                     everything but private slots
     NO_TEXT    ... without the newest text          a fork of FULL, taken before that text
-    NO_IMAGE   ... without any picture              texts; those after a picture are read a
+    NO_IMAGE   ... without any image              texts; those after an image are read a
                                                     second time, into private slots
 
 Rows have lengths of their own. A slot in use is invisible to a view rather than absent, so
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.attention import CAUSAL, PADDING, KeyValues, Tokens
+from irg_jax.model.attention import KeyValues
+from irg_jax.tokens import CAUSAL, PADDING, Tokens
 from irg_jax.sharding import constrain
 
 FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)

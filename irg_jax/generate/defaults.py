@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from irg_jax import config as config_lib
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 from irg_jax.generate.prompts import SYSTEM_PROMPT
 from irg_jax.generate.settings import Settings
 
@@ -25,7 +25,7 @@ def write(folder, settings: Settings, system_prompt: str, words=(), note: str = 
   """
   content = {"system_prompt": system_prompt, "settings": dataclasses.asdict(settings),
              "words": sorted(words), "note": note, "dtype": dtype}
-  with whole_file(pathlib.Path(folder) / NAME) as path:
+  with atomic_file(pathlib.Path(folder) / NAME) as path:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

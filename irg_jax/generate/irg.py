@@ -1,12 +1,12 @@
-"""Interleaved generation, from a batch of prompts to thoughts and pictures.
+"""Interleaved generation, from a batch of prompts to thoughts and images.
 
 One prompt's way, top to bottom:
 
-    begin      system prompt, [picture to edit], prompt        -> context
+    begin      system prompt, [image to edit], prompt        -> context
     then every round:
     think      a thought is written, then read as a text       -> context
-    draw       noise is denoised under the guidance views      -> latents -> 8-bit picture
-    look       the 8-bit picture is read back, VAE then ViT    -> context
+    draw       noise is denoised under the guidance views      -> latents -> 8-bit image
+    look       the 8-bit image is read back, VAE then ViT    -> context
 
 The rows of a batch go through the same phases side by side, each with its own lengths, its
 own seed and its own end of thought. What a row gives does not depend on its neighbours.
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from irg_jax import flow, images
+from irg_jax import flow
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context, rung
 from irg_jax.generate.settings import Settings
 from irg_jax.generate.slots import plan_cache
+from irg_jax.images import patchify, to_pixels
 from irg_jax.model.unified import UnifiedTransformer
 
 
@@ -52,13 +53,13 @@ class Round:
   Attributes:
     thought: empty without thinking.
     latents: float32 [P, latent_dim], the clean latent tokens that flow ended in.
-    picture: uint8 [height, width, 3], decoded from them.
+    image: uint8 [height, width, 3], decoded from them.
     seconds: wall time of the whole batch by phase: think, draw, decode, encode.
   """
 
   thought: Thought
   latents: np.ndarray
-  picture: np.ndarray
+  image: np.ndarray
   seconds: dict[str, float]
 
 
@@ -74,7 +75,7 @@ class Run:
 
   Attributes:
     system_ids, prompt_ids: token ids without `<|im_start|>` and `<|im_end|>`.
-    pictures: None, or uint8 [B, H, W, 3] that the prompts are about.
+    images: None, or uint8 [B, H, W, 3] that the prompts are about.
     draws: function (kind, round, shape) -> float32, kind "noise" or "posterior".
   """
 
@@ -85,36 +86,36 @@ class Run:
   seeds: list[int]
   system_ids: list[int]
   prompt_ids: list[list[int]]
-  pictures: np.ndarray | None
+  images: np.ndarray | None
   draws: Callable
   on_progress: Callable | None
 
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
-             settings: Settings = Settings(), system_prompt="", pictures=None, draws=None,
+             settings: Settings = Settings(), system_prompt="", images=None, draws=None,
              on_progress=None) -> list[Trajectory]:
   """Thinks and draws, `settings.rounds` times, for every prompt (spec section 7).
 
   Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`;
-  editing is `pictures`.
+  editing is `images`.
 
   Args:
     params: {"transformer": ..., "vae": ...}.
-    tokenizer: `text.Tokenizer` (`encode`, `decode`, `special`).
+    tokenizer: `tokenizer.Tokenizer` (`encode`, `decode`, `special`).
     prompts: B strings.
     seeds: B integers. What a row gives depends on its seed alone.
     system_prompt: read before every prompt; may be empty.
-    pictures: None, or B pictures to edit, uint8 [H, W, 3] of one size; the prompts are then
+    images: None, or B images to edit, uint8 [H, W, 3] of one size; the prompts are then
       instructions, and `settings.later` guides every round.
     draws: see `Run`; replaces the draws that are made from the seeds.
     on_progress: function (kind, round, step, total) called on the host as work goes on; give
       the same function every time, since compiled code holds on to it.
 
   Raises:
-    ValueError: settings, prompts or pictures that cannot work; before anything is computed.
+    ValueError: settings, prompts or images that cannot work; before anything is computed.
   """
   settings.validate(model.config)
-  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images,
                  draws, on_progress)
   size, window = _plan(run)
   ctx, history, results = _begin(run, size), [], []
@@ -142,9 +143,9 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 
 
 def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
-           settings: Settings = Settings(), system_prompt="", pictures=None,
+           settings: Settings = Settings(), system_prompt="", images=None,
            on_progress=None) -> list[Thought]:
-  """Text out: chat, or with `pictures` a question about each picture (ViT alone).
+  """Text out: chat, or with `images` a question about each image (ViT alone).
 
   Arguments as in `generate`; `settings.think_limit` limits the answer.
 
@@ -152,29 +153,29 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     ValueError: as `generate`.
   """
   settings.validate_texts()
-  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures,
+  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images,
                  None, on_progress)
   size, _ = _plan(run, understand=True)
   ctx = _begin(run, size, understand=True)
   return _think(run, ctx, 0)
 
 
-def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, pictures, draws,
+def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images, draws,
              on_progress):
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
   if not all(0 <= seed < 2**32 for seed in seeds):
     raise ValueError(f"seeds must be from 0 to 2**32 - 1: {list(seeds)}")
-  if pictures is not None:
-    if len(pictures) != len(prompts):
-      raise ValueError(f"{len(prompts)} prompts but {len(pictures)} pictures")
-    sizes = {p.shape for p in pictures}
-    if any(p.dtype != np.uint8 or p.ndim != 3 or p.shape[-1] != 3 for p in pictures):
+  if images is not None:
+    if len(images) != len(prompts):
+      raise ValueError(f"{len(prompts)} prompts but {len(images)} pictures")
+    sizes = {p.shape for p in images}
+    if any(p.dtype != np.uint8 or p.ndim != 3 or p.shape[-1] != 3 for p in images):
       raise ValueError(f"pictures must be uint8 [height, width, 3], but have shapes {sizes} and "
-                       f"dtypes {sorted({p.dtype.name for p in pictures})}")
+                       f"dtypes {sorted({p.dtype.name for p in images})}")
     if len(sizes) > 1:
-      raise ValueError(f"the pictures of a batch must have one size, but these have {sizes}")
-    pictures = np.stack([settings.vae_transform(p) for p in pictures])
+      raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
+    images = np.stack([settings.vae_transform(p) for p in images])
   prompt_ids = [tokenizer.encode(p) for p in prompts]
   for number, ids in enumerate(prompt_ids):
     if len(ids) > settings.max_prompt_tokens:
@@ -182,12 +183,12 @@ def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, 
           f"prompt {number} has {len(ids)} tokens, but the cache is made for "
           f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
   return Run(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-             prompt_ids, pictures, draws or seeded_draws(seeds), on_progress)
+             prompt_ids, images, draws or seeded_draws(seeds), on_progress)
 
 
 def _plan(run, understand=False):
-  picture = None if run.pictures is None else run.pictures.shape[1:3]
-  return plan_cache(run.model.config, run.settings, len(run.system_ids), picture, understand)
+  image = None if run.images is None else run.images.shape[1:3]
+  return plan_cache(run.model.config, run.settings, len(run.system_ids), image, understand)
 
 
 def seeded_draws(seeds) -> Callable:
@@ -207,15 +208,15 @@ def _keys(seeds, number, kind):
 
 
 def _begin(run, size, understand=False):
-  """A context that has read the system prompt, the pictures if any, and the prompts."""
+  """A context that has read the system prompt, the images if any, and the prompts."""
   B = len(run.prompt_ids)
   _announce(run, "prompt", 0)
   ctx = new_context(run.model.config, B, size)
   if run.system_ids:
     ctx = _read(run, ctx, [run.system_ids] * B, VIEWS)
-  if run.pictures is None:
+  if run.images is None:
     return _read(run, ctx, run.prompt_ids, (FULL, NO_IMAGE))
-  ctx = _look(run, ctx, _encode(run, run.pictures, 0, vae=not understand))
+  ctx = _look(run, ctx, _encode(run, run.images, 0, vae=not understand))
   ctx = fork(ctx, FULL, NO_TEXT)
   ctx = _read(run, ctx, run.prompt_ids, (FULL,))
   return ctx if understand else _read(run, ctx, run.prompt_ids, (NO_IMAGE,))
@@ -224,9 +225,9 @@ def _begin(run, size, understand=False):
 def _replay(run, size, history):
   """The context as if the conversation had only the rounds of `history`."""
   ctx = _begin(run, size)
-  for number, (thoughts, picture) in enumerate(history):
+  for number, (thoughts, image) in enumerate(history):
     ctx = _read_thoughts(run, ctx, thoughts, apart=number > 0)
-    ctx = _look(run, ctx, picture)
+    ctx = _look(run, ctx, image)
   return ctx
 
 
@@ -238,7 +239,7 @@ def _read(run, ctx, texts, views):
   for row, ids in zip(padded, rows):
     row[:len(ids)] = ids
   count = np.array([len(ids) for ids in rows], np.int32)
-  return steps.read_text(run.model, run.params["transformer"], ctx, padded, count, views)
+  return steps.append_text(run.model, run.params["transformer"], ctx, padded, count, views)
 
 
 def _think(run, ctx, number):
@@ -258,9 +259,9 @@ def _think(run, ctx, number):
 
 
 def _read_thoughts(run, ctx, thoughts, apart):
-  """Appends thoughts; `apart` once the view without pictures has parted from the full one."""
+  """Appends thoughts; `apart` once the view without images has parted from the full one."""
   texts = [t.ids for t in thoughts]
-  if not apart and run.pictures is None:
+  if not apart and run.images is None:
     return _read(run, ctx, texts, (FULL, NO_IMAGE))
   ctx = _read(run, ctx, texts, (FULL,))
   guided = NO_IMAGE in steps.guidance_views(run.settings.later)
@@ -269,29 +270,29 @@ def _read_thoughts(run, ctx, thoughts, apart):
 
 def _draw(run, ctx, number):
   s = run.settings
-  first = number == 0 and run.pictures is None
+  first = number == 0 and run.images is None
   guidance, grid = s.first if first else s.later, _grid(run)
   views = steps.guidance_views(guidance)
   _announce(run, "draw", number, s.steps - 1)
   shape = (len(run.seeds), grid[0] * grid[1], run.model.config.latent_dim)
-  return steps.draw(
+  return steps.denoise(
       run.model, run.params["transformer"], ctx, run.draws("noise", number, shape),
       flow.schedule(s.steps, s.timestep_shift), guidance if len(views) > 1 else None, grid=grid,
       special=run.tokenizer.special, views=views,
       on_progress=run.on_progress, round_number=number)
 
 
-def _encode(run, pictures, number, vae=True):
-  """8-bit pictures [B, H, W, 3] -> keyword arguments of `steps.read_picture`."""
+def _encode(run, images, number, vae=True):
+  """8-bit images [B, H, W, 3] -> keyword arguments of `steps.append_image`."""
   config, s = run.model.config, run.settings
-  resized = np.stack([s.vae_transform(p) for p in pictures])
+  resized = np.stack([s.vae_transform(p) for p in images])
   B, height, width, _ = resized.shape
-  seen = [images.to_pixels(s.vit_transform(p)) for p in resized]
-  patches = np.stack([images.patchify(p, config.vit.patch_size) for p in seen])
+  seen = [to_pixels(s.vit_transform(p)) for p in resized]
+  patches = np.stack([patchify(p, config.vit.patch_size) for p in seen])
   down = config.vae.downsample
   noise_shape = (B, height // down, width // down, config.vae.z_channels)
   latents = steps.encode_pixels(
-      config, run.params["vae"], images.to_pixels(resized),
+      config, run.params["vae"], to_pixels(resized),
       run.draws("posterior", number, noise_shape)) if vae else None
   return dict(
       latents=latents, patches=patches,
@@ -300,7 +301,7 @@ def _encode(run, pictures, number, vae=True):
 
 
 def _look(run, ctx, encoded):
-  return steps.read_picture(run.model, run.params["transformer"], ctx,
+  return steps.append_image(run.model, run.params["transformer"], ctx,
                             special=run.tokenizer.special, **encoded)
 
 

@@ -35,8 +35,8 @@ class Request:
 
   Attributes:
     checkpoint: folder of the weights.
-    prompts: one picture each; prompt number i takes the seed `seed + i`.
-    image: picture that every prompt edits, or None.
+    prompts: one image each; prompt number i takes the seed `seed + i`.
+    image: image that every prompt edits, or None.
     out: folder of the results; it may not exist yet.
     settings: how to generate.
     system_prompt: read before every prompt; may be empty.

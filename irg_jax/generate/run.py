@@ -7,12 +7,15 @@ import sys
 
 import jax
 
-from irg_jax import images, sharding, text, trace, weights
+from irg_jax import sharding, weights
+from irg_jax.reports import trace
 from irg_jax.generate import defaults, irg
 from irg_jax.generate.request import Request
 from irg_jax.generate.slots import plan_cache
+from irg_jax.images import read_image
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
+from irg_jax.tokenizer import load_tokenizer
 
 
 def run_generate(request: Request) -> None:
@@ -27,21 +30,21 @@ def run_generate(request: Request) -> None:
     trace.check_trace_folder(folder)
   config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
-  tokenizer = text.load_tokenizer(request.checkpoint, config.llm.vocab_size)
+  tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
   for prompt in request.prompts:
     if note := defaults.outside(request.checkpoint, prompt):
       print(f'note on "{prompt}": {note}', file=sys.stderr)
-  picture = None if request.image is None else images.read_picture(request.image)
-  _check_cache(request, config, tokenizer, picture)
+  image = None if request.image is None else read_image(request.image)
+  _check_cache(request, config, tokenizer, image)
   mesh = sharding.make_mesh(request.mesh)
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(request.checkpoint, mesh, request.dtype, progress)
     entries = []
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
-      drawn = _generate(request, model, params, tokenizer, rows, picture, progress)
-      entries += [trace.write_trace(folders[i], _trace(request, i, t, model.config.dtype, picture))
+      drawn = _generate(request, model, params, tokenizer, rows, image, progress)
+      entries += [trace.write_trace(folders[i], _trace(request, i, t, model.config.dtype, image))
                   for i, t in zip(rows, drawn)]
   if len(folders) > 1:
     trace.write_index(request.out, entries)
@@ -87,14 +90,14 @@ def _check_prompts(request, tokenizer):
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
 
 
-def _check_cache(request, config, tokenizer, picture):
+def _check_cache(request, config, tokenizer, image):
   size, s = None, request.settings
-  if picture is not None:
-    size = s.vae_transform.size(picture.shape[1], picture.shape[0])[::-1]
+  if image is not None:
+    size = s.vae_transform.size(image.shape[1], image.shape[0])[::-1]
   plan_cache(config, s, len(tokenizer.encode(request.system_prompt)), size)
 
 
-def _generate(request, model, params, tokenizer, rows, picture, progress):
+def _generate(request, model, params, tokenizer, rows, image, progress):
   # A last batch that is not full repeats its last row: another batch size would compile anew,
   # and no row's result depends on its neighbours.
   size = min(request.batch_size, len(request.prompts))
@@ -103,7 +106,7 @@ def _generate(request, model, params, tokenizer, rows, picture, progress):
       model, params, tokenizer, [request.prompts[i] for i in padded],
       seeds=[request.seed + i for i in padded], settings=request.settings,
       system_prompt=request.system_prompt,
-      pictures=None if picture is None else [picture] * size, on_progress=progress)[:len(rows)]
+      images=None if image is None else [image] * size, on_progress=progress)[:len(rows)]
 
 
 def _weights_dtype(params):
@@ -117,7 +120,7 @@ def _prefix(rows, count):
   return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
 
 
-def _trace(request, number, trajectory, dtype, picture) -> dict:
+def _trace(request, number, trajectory, dtype, image) -> dict:
   """The record of one prompt, as `trace.write_trace` wants it."""
   thinks = request.settings.think
   return {
@@ -127,13 +130,13 @@ def _trace(request, number, trajectory, dtype, picture) -> dict:
       "checkpoint": str(request.checkpoint),
       "settings": dataclasses.asdict(request.settings) | _run_settings(request, dtype),
       "versions": versions(),
-      "source": None if picture is None else request.settings.vae_transform(picture),
+      "source": None if image is None else request.settings.vae_transform(image),
       "rounds": [{
           "think": r.thought.text if thinks else None,
           "think_tokens": len(r.thought.ids),
           "hit_limit": r.thought.hit_limit,
           "tokens_cut": r.thought.cut,
-          "picture": r.picture,
+          "picture": r.image,
           "seconds": r.seconds,
       } for r in trajectory.rounds],
   }
@@ -159,7 +162,7 @@ def versions() -> dict[str, str]:
 
 def _print_results(out, folders):
   for folder in folders:
-    pictures = ", ".join(p.name for p in sorted(folder.glob("round*.png")))
-    print(f"{folder}: {pictures}, trace.json")
+    images = ", ".join(p.name for p in sorted(folder.glob("round*.png")))
+    print(f"{folder}: {images}, trace.json")
   page = out / ("trace.html" if len(folders) == 1 else "index.html")
-  print(f"open {page} to read thoughts and pictures side by side")
+  print(f"open {page} to read thoughts and images side by side")

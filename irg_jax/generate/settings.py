@@ -21,7 +21,7 @@ class Guidance:
 
   Attributes:
     text_scale: weight of the full context against `no_text`; <= 1 switches guidance off.
-    image_scale: weight against `no_image`; <= 1 leaves the picture out of guidance.
+    image_scale: weight against `no_image`; <= 1 leaves the image out of guidance.
     interval: guidance is on while interval[0] < t <= interval[1], t the shifted flow time.
     renorm, renorm_min: see `flow.guide`.
   """
@@ -53,11 +53,11 @@ class Settings:
   """One run of interleaved generation.
 
   Attributes:
-    rounds: pictures drawn for each prompt.
-    height, width: pixels of the pictures.
+    rounds: images drawn for each prompt.
+    height, width: pixels of the images.
     steps: points of the flow schedule; `steps - 1` Euler updates.
     timestep_shift: see `flow.shift_time`.
-    think: whether a thought is written before each picture.
+    think: whether a thought is written before each image.
     think_limit: tokens of a thought, its start token counted (so at most one less is text).
     temperature, top_k, top_p: how thoughts and answers are drawn, see `Sampling`.
     first, later: guidance of the first and of all further rounds.
@@ -65,7 +65,7 @@ class Settings:
     max_prompt_tokens: longest prompt; decides the cache's size together with the above.
     cache_size: slots of the key-value cache for each row; None takes what is needed. If not
       all rounds fit, the window of rounds is shortened.
-    vae_transform, vit_transform: sizes at which a picture is encoded back.
+    vae_transform, vit_transform: sizes at which an image is encoded back.
   """
 
   rounds: int = 2

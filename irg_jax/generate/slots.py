@@ -6,7 +6,7 @@ from irg_jax.generate.settings import Settings
 from irg_jax.generate.steps import guidance_views
 
 
-def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, picture=None,
+def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, image=None,
                understand=False) -> tuple[int, int]:
   """Slots of the cache for each row, and how many earlier rounds fit into it.
 
@@ -15,23 +15,23 @@ def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, pict
 
   Args:
     system_tokens: length of the system prompt.
-    picture: (height, width) of the pictures that the prompts are about, None without.
+    image: (height, width) of the images that the prompts are about, None without.
     understand: text is all that comes out, see `answer`.
 
   Raises:
-    ValueError: a picture of more pixels than the model has positions for, a system prompt
+    ValueError: an image of more pixels than the model has positions for, a system prompt
       that is too long, a `cache_size` that does not hold even one earlier round.
   """
   s = settings
   thought = rung(s.think_limit + 1)
   prompt = rung(s.max_prompt_tokens + 2)
   base = rung(system_tokens + 2, "a system prompt") + prompt + thought
-  if picture is not None:
-    base += _picture_slots(config, s, *picture, vae=not understand)
+  if image is not None:
+    base += _image_slots(config, s, *image, vae=not understand)
     base += 0 if understand else prompt + thought  # texts after it are read a second time
   earlier = 0 if understand else s.rounds - 1
-  reads = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after a picture
-  one_round = reads * thought + _picture_slots(config, s, s.height, s.width) if earlier else 0
+  reads = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after an image
+  one_round = reads * thought + _image_slots(config, s, s.height, s.width) if earlier else 0
   window = min(earlier, s.window or s.rounds)
   if s.cache_size is not None:
     window = min(window, (s.cache_size - base) // max(one_round, 1))
@@ -42,8 +42,8 @@ def plan_cache(config: ModelConfig, settings: Settings, system_tokens: int, pict
   return s.cache_size or base + one_round * window, window
 
 
-def _picture_slots(config, settings, height, width, vae=True):
-  """Slots that a picture takes once it is read back, each split with its ends."""
+def _image_slots(config, settings, height, width, vae=True):
+  """Slots that an image takes once it is read back, each split with its ends."""
   size = settings.vae_transform.size(width, height)
   slots = 0
   if vae:
@@ -55,12 +55,12 @@ def _picture_slots(config, settings, height, width, vae=True):
 
 
 def _tokens(name, settings, size, stride, grid):
-  """Tokens of a picture of `size`, which the transform `name` makes."""
+  """Tokens of an image of `size`, which the transform `name` makes."""
   if getattr(settings, name).stride % stride:
     raise ValueError(f"{name}.stride is {getattr(settings, name).stride}, but must be a multiple "
                      f"of {stride} pixels, one token of this model")
   if max(size) > stride * grid:
-    raise ValueError(f"{name} reads pictures back at {size[0]} x {size[1]} pixels, but this model "
+    raise ValueError(f"{name} reads images back at {size[0]} x {size[1]} pixels, but this model "
                      f"has positions for {stride * grid} a side: lower {name}.max_size and "
                      f"{name}.min_size (with --config.{name}.min_size=N and so on)")
   return (size[0] // stride) * (size[1] // stride)

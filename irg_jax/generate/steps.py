@@ -1,8 +1,8 @@
 """The jitted steps that generation is made of, each a pure function of a Context.
 
-    read_text     append a text                    think    write a text
-    read_picture  append a picture                 draw     denoise a picture
-    decode_pixels latents -> 8-bit picture         encode_pixels  8-bit picture -> latents
+    append_text    append a text                   think    write a text
+    append_image   append an image                 denoise  noise -> latents
+    decode_pixels latents -> 8-bit image         encode_pixels  8-bit image -> latents
 
 Steps that return a Context consume the one that they are given (its memory is reused): go
 on with what they return. Where `model` is asked for, a `UnifiedTransformer`, and `params`
@@ -23,8 +23,9 @@ from irg_jax.generate.context import (
 from irg_jax.generate.sampling import next_token
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
-from irg_jax.model import attention
-from irg_jax.model.attention import CAUSAL, NOISE, PADDING, KeyValues, Tokens
+from irg_jax import tokens as tokens_lib
+from irg_jax.model.attention import KeyValues
+from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens
 from irg_jax.model.decoder import unstack, unstack_layers
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents, to_uint8, unpatchify_latents
 from irg_jax.sharding import constrain
@@ -33,7 +34,7 @@ VIEW_NAMES = {FULL: "full", NO_TEXT: "no_text", NO_IMAGE: "no_image"}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "views"), donate_argnames=("ctx",))
-def read_text(model, params, ctx: Context, ids, count, views) -> Context:
+def append_text(model, params, ctx: Context, ids, count, views) -> Context:
   """Appends one text split to each row.
 
   Args:
@@ -54,19 +55,19 @@ def read_text(model, params, ctx: Context, ids, count, views) -> Context:
 @functools.partial(
     jax.jit, static_argnames=("model", "views", "latent_grid", "vit_grid", "special"),
     donate_argnames=("ctx",))
-def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, vit_grid,
+def append_image(model, params, ctx: Context, latents, patches, *, latent_grid, vit_grid,
                  special: SpecialTokens, views=(FULL,)) -> Context:
-  """Appends one picture to each row: clean VAE split, then ViT split; either may be None.
+  """Appends one image to each row: clean VAE split, then ViT split; either may be None.
 
   Args:
     latents: [B, P, latent_dim] clean latent tokens, or None.
     patches: [B, Q, patch * patch * 3] pixels in [-1, 1], or None.
     latent_grid, vit_grid: (rows, columns) of the tokens, static.
-    views: as in `read_text`.
+    views: as in `append_text`.
   """
   apply = functools.partial(model.apply, {"params": params})
   B = ctx.length.shape[0]
-  ends = _picture_ends(apply, special, B)
+  ends = _image_ends(apply, special, B)
   und, gen, und_tokens, gen_tokens = [], [], [], []  # tokens: (index, split), index in order
   start = split = 0
   if latents is not None:
@@ -88,7 +89,7 @@ def read_picture(model, params, ctx: Context, latents, patches, *, latent_grid, 
   splits = jnp.concatenate([jnp.full(i.shape, s) for i, s in und_tokens + gen_tokens])
   rows = lambda x: jnp.broadcast_to(x, (B, len(index)))
   tokens = Tokens(sample=rows(jnp.zeros_like(index)), index=rows(index), split=rows(splits),
-                  kind=rows(jnp.full_like(index, attention.FULL)))
+                  kind=rows(jnp.full_like(index, tokens_lib.FULL)))
   position = ctx.position[:, views[0], None] + rows(splits)
   buffers = {"und": jnp.concatenate(und, 1)} | ({"gen": gen[0]} if gen else {})
   _, kv = _decode(model, params, buffers, tokens, position, cached(ctx, views[:1]))
@@ -145,9 +146,9 @@ def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
 
 
 @functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views", "on_progress"))
-def draw(model, params, ctx: Context, noise, times, guidance: Guidance | None, *, grid,
+def denoise(model, params, ctx: Context, noise, times, guidance: Guidance | None, *, grid,
          special: SpecialTokens, views, on_progress=None, round_number=0):
-  """Denoises one picture for each row: Euler steps along the flow.
+  """Denoises one image for each row: Euler steps along the flow.
 
   Args:
     noise: float32 [B, P, latent_dim].
@@ -186,7 +187,7 @@ def draw(model, params, ctx: Context, noise, times, guidance: Guidance | None, *
 
 
 def guidance_views(guidance: Guidance) -> tuple[int, ...]:
-  """The views that `draw` needs for a guidance: without text guidance there is none at all."""
+  """The views that `denoise` needs for a guidance: without text guidance there is none at all."""
   if guidance.text_scale <= 1:
     return (FULL,)
   return (FULL, NO_TEXT, NO_IMAGE) if guidance.image_scale > 1 else (FULL, NO_TEXT)
@@ -204,7 +205,7 @@ def _velocities(model, params, ctx, x, t, grid, special, views):
   B, P, _ = x.shape
   rows = lambda a: jnp.repeat(a, len(views), axis=0)
   gen = rows(apply(x, t, position_ids(*grid, model.config.max_latent_size), method="embed_latents"))
-  und = _picture_ends(apply, special, B * len(views))
+  und = _image_ends(apply, special, B * len(views))
   index = jnp.concatenate([jnp.array([0, P + 1]), 1 + jnp.arange(P)])
   index = jnp.broadcast_to(index, (B * len(views), P + 2))
   zero = jnp.zeros_like(index)
@@ -218,7 +219,7 @@ def _velocities(model, params, ctx, x, t, grid, special, views):
 
 @functools.partial(jax.jit, static_argnames=("config", "grid"))
 def decode_pixels(config: ModelConfig, params, latents, grid):
-  """Latent tokens [B, P, latent_dim] -> 8-bit pictures, uint8 [B, height, width, 3].
+  """Latent tokens [B, P, latent_dim] -> 8-bit images, uint8 [B, height, width, 3].
 
   Args:
     params: the VAE's parameters.
@@ -246,7 +247,7 @@ def _decode(model, params, buffers, tokens, position, *caches):
   return model.apply({"params": params}, buffers, tokens, position, caches, method="decode")
 
 
-def _picture_ends(apply, special, rows):
+def _image_ends(apply, special, rows):
   """Embeddings of <start of image> and <end of image>, [rows, 2, D]."""
   ids = jnp.array([special.image_start, special.image_end])
   ends = apply(ids, method="embed_text")

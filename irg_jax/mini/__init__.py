@@ -1,1 +1,1 @@
-"""The paper in miniature: a world of coloured shapes, from its first picture to a results table."""
+"""The paper in miniature: a world of coloured shapes, from its first image to a results table."""

@@ -6,9 +6,9 @@ _CARD = """\
 # irg-mini
 
 The default model of irg_jax: Interleaving Reasoning Generation in a world of coloured shapes. It
-answers a prompt with a plan, a picture of {size} x {size} pixels, a reflection on that picture,
-and a better picture. It is small enough for two cores and is there to show the method, to try the
-code, and to compare changes with; it is of no use for pictures of anything else.
+answers a prompt with a plan, an image of {size} x {size} pixels, a reflection on that image,
+and a better image. It is small enough for two cores and is there to show the method, to try the
+code, and to compare changes with; it is of no use for images of anything else.
 
 ## What it knows
 
@@ -17,9 +17,9 @@ GenEval's six kinds: one object, two objects, counting, colours, position, colou
 
 ## How it was made
 
-By `irg mini run`, with seed {seed}; the programs that painted its pictures and wrote the texts are
+By `irg mini run`, with seed {seed}; the programs that painted its images and wrote the texts are
 part of irg_jax, and no other data was used. {autoencoder}, then a base model on {base_rows} rows,
-first in words alone and then with pictures, then that model's own plans and first pictures of
+first in words alone and then with images, then that model's own plans and first images of
 {trajectories} prompts, judged by a program, put into words and improved, as trajectories in six
 modes for the two stages of training. Held out of all of it:
 one colour of each shape, ten relations of two shapes, and the prompts of the test. Weights:
@@ -27,7 +27,7 @@ float32 in training, bfloat16 here, computed in float32.
 
 ## How well it does
 
-{prompts} prompts, {test_pictures} pictures of each. A picture is right if a program that reads it
+{prompts} prompts, {test_pictures} images of each. An image is right if a program that reads it
 sees exactly what was asked for. `irg mini report` makes the same tables (`scores.json` has every
 figure).
 

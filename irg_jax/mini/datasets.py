@@ -18,14 +18,14 @@ from irg_jax.mini.painter import paint
 
 ROWS_PER_GROUP = 64
 TOLD = "initial_thinking_generation_learning"  # the mode of rows of words alone
-LATER_ROUNDS = 0.25  # of the trajectories; before their picture stands a reflection, not a plan
+LATER_ROUNDS = 0.25  # of the trajectories; before their image stands a reflection, not a plan
 
 
 def base_rows(count: int, rng):
   """What a unified model is to know before it learns to reflect, as (mode, conversation).
 
   Drawing after a plan, from a prompt alone and from nothing (what guidance starts from), drawing
-  what is described, and saying what a picture shows, also where it is not what was planned. What
+  what is described, and saying what an image shows, also where it is not what was planned. What
   is described or looked at may be crowded, with something in more of its cells. None of it shows
   an unseen pair.
 
@@ -43,35 +43,35 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
 
   Args:
     record: what was asked for.
-    plan, first: the base model's own thought and its own picture, uint8 [64, 64, 3]. A share of
+    plan, first: the base model's own thought and its own image, uint8 [64, 64, 3]. A share of
       `LATER_ROUNDS` of the plans is told as a reflection, which is what a third round sees.
-    verdict: the verifier's on that picture.
-    better: the Scene of the improved picture.
-    rng: of that, and of another scene for the initial modes, whose plan must match its picture.
+    verdict: the verifier's on that image.
+    better: the Scene of the improved image.
+    rng: of that, and of another scene for the initial modes, whose plan must match its image.
   """
   scene = tasks.sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
   before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
   improved, reflection = paint(better), thoughts.reflect(record, verdict, better, before)
-  # Where the plan is not shown, its places are those of the better picture, which is.
+  # Where the plan is not shown, its places are those of the better image, which is.
   shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
-  told = [_text(before, need_loss=False), _picture(first, need_vae=True, need_vit=True)]
+  told = [_text(before, need_loss=False), _image(first, need_vae=True, need_vit=True)]
   modes = {
-      "initial_thinking_understanding_learning": [_picture(target, need_vit=True),
+      "initial_thinking_understanding_learning": [_image(target, need_vit=True),
                                                   _text(first_plan)],
       "initial_thinking_generation_learning": [_text(first_plan)],
-      "initial_full_learning": [_text(first_plan), _picture(target, need_loss=True)],
+      "initial_full_learning": [_text(first_plan), _image(target, need_loss=True)],
       "improving_thinking_understanding_learning": [
-          _picture(first, need_vit=True), _picture(improved, need_vit=True), _text(shown)],
+          _image(first, need_vit=True), _image(improved, need_vit=True), _text(shown)],
       "improving_thinking_generation_learning": [*told, _text(reflection)],
-      "improving_full_learning": [*told, _text(reflection), _picture(improved, need_loss=True)],
+      "improving_full_learning": [*told, _text(reflection), _image(improved, need_loss=True)],
   }
   for mode, parts in modes.items():
     yield mode, [*_asked(record), _assistant(parts)]
 
 
 def _retold(record, plan, rng):
-  """A reflection on a picture that was never painted, which ends in what `plan` plans."""
+  """A reflection on an image that was never painted, which ends in what `plan` plans."""
   scene = thoughts.read_scene(plan)
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
@@ -134,7 +134,7 @@ def _drawn(system=False, prompt=False, planned=False):
     asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
     thought = [_text(thoughts.plan(record, scene))] if planned else []
     return "initial_full_learning", [
-        *asked, _assistant([*thought, _picture(paint(scene), need_loss=True)])]
+        *asked, _assistant([*thought, _image(paint(scene), need_loss=True)])]
 
   return row
 
@@ -150,10 +150,10 @@ def _asked(record):
 
 
 def _reflected(rng):
-  """A reflection, in words alone, on a picture that was never painted.
+  """A reflection, in words alone, on an image that was never painted.
 
   It shows what the plan before it says, or not. A third of the plans are careless, as those of a
-  model are: the picture shows their cells, which do not follow from their places.
+  model are: the image shows their cells, which do not follow from their places.
   """
   while True:
     record = tasks.training_record(rng)
@@ -191,7 +191,7 @@ def _confused(scene, rng):
 
 
 def _imagined(record, scene, rng):
-  """The verdict on a picture of a scene that was never painted; a thing may be unclear."""
+  """The verdict on an image of a scene that was never painted; a thing may be unclear."""
   things = tuple(sorted(scene.things, key=lambda t: t.cell))
   blurred = int(rng.random() < 0.1)
   seen = verifier.Seen(scene.background, things[blurred:],
@@ -258,7 +258,7 @@ def _any_words(rng):
 def _described(rng):
   scene = tasks.crowded_scene(rng)
   told = _text(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
-  return "initial_full_learning", [_assistant([told, _picture(paint(scene), need_loss=True)])]
+  return "initial_full_learning", [_assistant([told, _image(paint(scene), need_loss=True)])]
 
 
 def _looked(crowded, vae):
@@ -270,7 +270,7 @@ def _looked(crowded, vae):
 
 
 def _looked_after_plan(rng):
-  """A picture that is not always what the plan before it says, or half that and half another.
+  """An image that is not always what the plan before it says, or half that and half another.
 
   So a bad drawing looks: what is two things at once is unclear.
   """
@@ -288,8 +288,8 @@ def _looked_after_plan(rng):
 
 
 def _shown(pixels, seen, vae, *before):
-  """A picture, after what the same turn says before it, and what it shows."""
-  return [_assistant([*before, _picture(pixels, need_vit=True, need_vae=vae)]),
+  """An image, after what the same turn says before it, and what it shows."""
+  return [_assistant([*before, _image(pixels, need_vit=True, need_vae=vae)]),
           _user(thoughts.QUESTION), _assistant([_text(thoughts.describe(seen))])]
 
 
@@ -312,7 +312,7 @@ def _text(text, need_loss=True):
   return {"type": "text", "content": text, "need_loss": need_loss}
 
 
-def _picture(pixels, need_loss=False, need_vae=False, need_vit=False):
+def _image(pixels, need_loss=False, need_vae=False, need_vit=False):
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, format="PNG")
   return {"type": "image", "content": base64.b64encode(file.getvalue()).decode(),

@@ -2,7 +2,7 @@
 
   OUT/evaluation/ARM/...         as `irg eval generate mini` and `irg eval score mini` leave it
   OUT/evaluation/ARM/cost.json   the memory that it took
-  OUT/evaluation/autoencoder.json   painted pictures of the test that its round trip keeps right
+  OUT/evaluation/autoencoder.json   painted images of the test that its round trip keeps right
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from irg_jax import weights
 from irg_jax.evaluate import mini, prompts, runner, score
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults
 from irg_jax.mini import vae
 from irg_jax.progress import counting
@@ -30,8 +30,8 @@ class Arm:
 
   Attributes:
     weights: the checkpoint's folder in that of the run.
-    rounds: pictures of a prompt, each after a thought of its own.
-    think: if not, the picture follows the prompt at once, without a system prompt.
+    rounds: images of a prompt, each after a thought of its own.
+    think: if not, the image follows the prompt at once, without a system prompt.
   """
 
   name: str
@@ -44,7 +44,7 @@ class Arm:
 ARMS = (
     Arm("base_direct", "base, no thinking", "base/stage2/weights", 1, think=False),
     Arm("base", "base, thinking", "base/stage2/weights", 1),
-    Arm("quality", "better pictures only", "quality/stage2/weights", 1),
+    Arm("quality", "better images only", "quality/stage2/weights", 1),
     Arm("stage1", "stage 1", "irgl/stage1/weights", 2),
     Arm("irg", "stage 2", "checkpoint", 4),
 )
@@ -53,18 +53,18 @@ FINAL = ARMS[-1]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """How much of the test is drawn: prompts of each split, pictures of a prompt, side by side."""
+  """How much of the test is drawn: prompts of each split, images of a prompt, side by side."""
 
   seen: int = prompts.MINI_SPLITS["seen"]
   unseen: int = prompts.MINI_SPLITS["unseen"]
-  pictures: int = 4
+  images: int = 4
   batch_size: int = 64
 
   def select(self, items) -> list[prompts.Item]:
     """The first prompts of each split, in the order of the file."""
     split = lambda name: [item for item in items if item.extra["split"] == name]
     chosen = split("seen")[:self.seen] + split("unseen")[:self.unseen]
-    return [dataclasses.replace(item, pictures=min(self.pictures, item.pictures))
+    return [dataclasses.replace(item, images=min(self.images, item.images))
             for item in chosen]
 
 
@@ -97,7 +97,7 @@ def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
 
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
-  """Draws the pictures of an arm that are not there yet, with the checkpoint's own settings."""
+  """Draws the images of an arm that are not there yet, with the checkpoint's own settings."""
   settings, system_prompt = defaults.read(checkpoint)
   items = prompts.read("mini")
   result = runner.run_generate(runner.Request(
@@ -106,14 +106,14 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
       system_prompt=system_prompt if arm.think else "", batch_size=size.batch_size))
   if result.drawn:
     cost = {"peak_bytes": _peak_bytes(), "batch_size": size.batch_size}
-    with whole_file(folder / COST) as aside:
+    with atomic_file(folder / COST) as aside:
       aside.write_text(json.dumps(cost))
 
 
 def score_new(folder) -> None:
-  """Lets the verifier judge an arm's pictures, unless this very verifier has judged all of them."""
+  """Lets the verifier judge an arm's images, unless this very verifier has judged all of them."""
   run = score.open_run("mini", folder)
-  there, path = list(score.pictures_there(run)), run.out / score.SCORES
+  there, path = list(score.images_there(run)), run.out / score.SCORES
   if path.is_file():
     before = json.loads(path.read_text(encoding="utf-8"))
     judged = sum(r["pictures"] + r["unscored"]["total"] for r in before["rounds"].values())
@@ -124,7 +124,7 @@ def score_new(folder) -> None:
 
 def _score(run, there):
   with counting("scoring", len(there)) as count:
-    score.score_pictures(run, mini.Verified, count(there), {"protocol": mini.protocol()})
+    score.score_images(run, mini.Verified, count(there), {"protocol": mini.protocol()})
 
 
 def measure_autoencoder(checkpoint, folder: pathlib.Path, size: Size) -> None:
@@ -135,7 +135,7 @@ def measure_autoencoder(checkpoint, folder: pathlib.Path, size: Size) -> None:
                                            compute_dtype="float32")
   records = [item.extra for item in size.select(prompts.read("mini")) for _ in range(_SCENES)]
   right = vae.round_trip(config.vae, params["vae"], records, np.random.default_rng(0))
-  with whole_file(folder / AUTOENCODER) as aside:
+  with atomic_file(folder / AUTOENCODER) as aside:
     aside.write_text(json.dumps({"right": int(right.sum()), "pictures": len(right)}))
 
 

@@ -1,4 +1,4 @@
-"""What the pictures and thoughts of an arm come to: scores, intervals, changes, reflections."""
+"""What the images and thoughts of an arm come to: scores, intervals, changes, reflections."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ class Drawn:
   Attributes:
     folder: of the arm.
     items: all prompts of the test.
-    right: float [rounds, prompts, pictures]: 1 right, 0 wrong, NaN where there is no picture.
-    lines: items.jsonl by (prompt, picture, round); prompts and pictures from 0, rounds from 1.
-    traces: by (prompt, picture).
+    right: float [rounds, prompts, images]: 1 right, 0 wrong, NaN where there is no image.
+    lines: items.jsonl by (prompt, image, round); prompts and images from 0, rounds from 1.
+    traces: by (prompt, image).
     cost: what cost.json says, or {}.
   """
 
@@ -46,13 +46,13 @@ def read(folder) -> Drawn:
            for _, line in tally.read_lines(folder / score.ITEMS)}
   traces = {}
   for i, item in enumerate(items):
-    for picture in range(item.pictures):
-      if trace := runner.read_trace(folder, item, picture):
-        traces[i, picture] = trace
+    for image in range(item.images):
+      if trace := runner.read_trace(folder, item, image):
+        traces[i, image] = trace
   rounds = max((number for _, _, number in lines), default=1)
-  right = np.full((rounds, len(items), max(item.pictures for item in items)), np.nan)
-  for (i, picture, number), line in lines.items():
-    right[number - 1, i, picture] = line["scores"].get("correct", np.nan)
+  right = np.full((rounds, len(items), max(item.images for item in items)), np.nan)
+  for (i, image, number), line in lines.items():
+    right[number - 1, i, image] = line["scores"].get("correct", np.nan)
   cost = folder / evaluate.COST
   return Drawn(folder, items, right, lines, traces,
                json.loads(cost.read_text()) if cost.is_file() else {})
@@ -75,7 +75,7 @@ def arm_figures(drawn: Drawn) -> dict:
 
 
 def by_prompt(right: np.ndarray) -> np.ndarray:
-  """The share of right pictures of each prompt, [prompts, pictures] to [prompts]; NaN: none."""
+  """The share of right images of each prompt, [prompts, images] to [prompts]; NaN: none."""
   there = ~np.isnan(right)
   count = there.sum(-1)
   return np.where(count > 0, np.where(there, right, 0).sum(-1) / np.maximum(count, 1), np.nan)
@@ -85,7 +85,7 @@ def round_scores(values: np.ndarray, items) -> dict:
   """Scores with intervals by split and task, and the values themselves.
 
   Args:
-    values: float [prompts], NaN where there is no picture.
+    values: float [prompts], NaN where there is no image.
 
   Returns:
     {"scores": {split: {"tasks": {task: interval}, "overall": interval}},
@@ -134,7 +134,7 @@ def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> dict:
-  """How often a right picture became wrong, and a wrong one right; arrays as `Drawn.right`'s."""
+  """How often a right image became wrong, and a wrong one right; arrays as `Drawn.right`'s."""
   both = ~np.isnan(before) & ~np.isnan(after)
   before, after = before[both] == 1, after[both] == 1
   return {"right_to_wrong": share((before & ~after).sum(), before.sum()),
@@ -142,17 +142,17 @@ def changes(before: np.ndarray, after: np.ndarray) -> dict:
 
 
 def reflections(drawn: Drawn, number: int) -> dict:
-  """What the thoughts before round `number` say of the picture before, against the verifier.
+  """What the thoughts before round `number` say of the image before, against the verifier.
 
   Returns:
-    shares: "readable" of all; "faults_named": exactly the actual faults, of all (a right picture
-    has none); "wrong_faults_named": so of the wrong pictures; "wrong_noticed": something falls
-    short, of the wrong pictures; "right_doubted": so of the right ones; "seen_rightly": what the
+    shares: "readable" of all; "faults_named": exactly the actual faults, of all (a right image
+    has none); "wrong_faults_named": so of the wrong images; "wrong_noticed": something falls
+    short, of the wrong images; "right_doubted": so of the right ones; "seen_rightly": what the
     thought sees in each cell is there, of all.
   """
   rows = []
-  for (i, picture), trace in drawn.traces.items():
-    line = drawn.lines.get((i, picture, number - 1))
+  for (i, image), trace in drawn.traces.items():
+    line = drawn.lines.get((i, image, number - 1))
     if line is None or not line["scores"] or len(trace["rounds"]) < number:
       continue
     said = thoughts.read_faults(trace["rounds"][number - 1]["think"] or "")
@@ -171,10 +171,10 @@ def reflections(drawn: Drawn, number: int) -> dict:
 
 
 def plan_drawn(drawn: Drawn, number: int) -> dict | None:
-  """How often the picture has in each cell what its thought planned; None without thoughts."""
+  """How often the image has in each cell what its thought planned; None without thoughts."""
   found = []
-  for (i, picture), trace in drawn.traces.items():
-    line = drawn.lines.get((i, picture, number))
+  for (i, image), trace in drawn.traces.items():
+    line = drawn.lines.get((i, image, number))
     if line is not None and (thought := trace["rounds"][number - 1]["think"]) is not None:
       found.append(line["grid"] is not None and thoughts.read_grid(thought) == line["grid"])
   return share(sum(found), len(found)) if found else None

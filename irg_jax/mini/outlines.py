@@ -86,7 +86,7 @@ def draw(x, y, radius, window):
 
   Args:
     x, y, radius: [7], in pixels.
-    window: slices of the picture, [rows, columns].
+    window: slices of the image, [rows, columns].
 
   Returns:
     float [7, rows, columns].

@@ -10,16 +10,16 @@ _SAMPLES = 4  # a side of each pixel, for soft edges
 
 
 def paint(scene: world.Scene) -> np.ndarray:
-  """The picture of a scene, uint8 [64, 64, 3]."""
+  """The image of a scene, uint8 [64, 64, 3]."""
   base = np.add(world.BACKGROUNDS[scene.background], scene.tone)
-  picture = np.empty((world.SIZE, world.SIZE, 3))
-  picture[:] = base
+  image = np.empty((world.SIZE, world.SIZE, 3))
+  image[:] = base
   for thing in scene.things:
-    _paint_thing(picture, thing)
-  return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+    _paint_thing(image, thing)
+  return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-def _paint_thing(picture, thing):
+def _paint_thing(image, thing):
   """Blends a thing into float [64, 64, 3]; only the pixels around it are looked at."""
   top, left = (max(0, int(v - thing.radius - 2)) for v in (thing.y, thing.x))
   bottom, right = (min(world.SIZE, int(v + thing.radius + 3)) for v in (thing.y, thing.x))
@@ -28,7 +28,7 @@ def _paint_thing(picture, thing):
           for start, stop, middle in ((left, right, thing.x), (top, bottom, thing.y)))
   inside = _INSIDE[thing.shape](x[None, :], y[:, None])
   cover = inside.reshape(bottom - top, _SAMPLES, right - left, _SAMPLES).mean((1, 3))[..., None]
-  window = picture[top:bottom, left:right]
+  window = image[top:bottom, left:right]
   window += cover * (np.asarray(world.COLORS[thing.color]) - window)
 
 

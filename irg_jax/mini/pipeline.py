@@ -1,10 +1,10 @@
 """One `irg mini run`, from nothing to a trained model: the story of the paper, top to bottom.
 
-    autoencoder      painted pictures                              -> start
-    base             words alone, then prompts, plans, pictures    -> base/stage2/weights
-    trajectories     the base model's own thoughts and pictures,
-                     what the verifier says, the better picture    -> trajectories
-    quality          the base model on better pictures alone       -> quality/stage2/weights
+    autoencoder      painted images                              -> start
+    base             words alone, then prompts, plans, images    -> base/stage2/weights
+    trajectories     the base model's own thoughts and images,
+                     what the verifier says, the better image    -> trajectories
+    quality          the base model on better images alone       -> quality/stage2/weights
     irgl             the base model in the paper's two stages      -> irgl/stage2/weights
     checkpoint       that in half the bytes, as it is shipped      -> checkpoint
     evaluate         all of them draw the test                     -> evaluation, report
@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, text, weights
+from irg_jax import sharding, weights
 from irg_jax.data import encode, irgl, latents, sources
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import (
@@ -36,6 +36,7 @@ from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
 from irg_jax.weights.folders import new_folder
+from irg_jax.tokenizer import load_tokenizer
 
 _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
@@ -85,7 +86,7 @@ def _trained_vae(settings, out):
     return vae.train(
         settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
         batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
-        pictures=settings.vae_pictures, seed=settings.seed, progress=progress)
+        images=settings.vae_pictures, seed=settings.seed, progress=progress)
 
 
 def _given_vae(settings):
@@ -114,7 +115,7 @@ def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
 
 
 def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
-  """What the base model draws of its own plans, judged, and the better pictures, as IRGL."""
+  """What the base model draws of its own plans, judged, and the better images, as IRGL."""
   if not (out / "trajectories").exists():
     sample_first_rounds(settings, base_weights(out), out / "first_rounds")
     _write_judged(settings, out)
@@ -128,13 +129,13 @@ def _write_judged(settings, out):
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
                        "the autoencoder and the base longer")
-  with whole_file(out / "trajectories.json") as aside:
+  with atomic_file(out / "trajectories.json") as aside:
     aside.write_text(json.dumps(counts, indent=1))
   print(f"irg mini: first pictures of the base model: {counts}")
 
 
 def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -> None:
-  """Thoughts and first pictures of training prompts: `out`/NNNN.npz, one a batch."""
+  """Thoughts and first images of training prompts: `out`/NNNN.npz, one a batch."""
   out.mkdir(exist_ok=True)
   rng = _rng(settings, "trajectories")
   records = [tasks.training_record(rng) for _ in range(settings.trajectories)]
@@ -142,7 +143,7 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
   mesh = sharding.make_mesh(None)
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = generate_run.load_model(checkpoint, mesh, None, progress)
-    words = text.load_tokenizer(checkpoint, settings.model.llm.vocab_size)
+    words = load_tokenizer(checkpoint, settings.model.llm.vocab_size)
     for start in range(0, len(records), size):
       path = out / f"{start:06}.npz"
       if path.exists():
@@ -154,14 +155,14 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
           seeds=range(start, start + size), settings=settings.first,
           system_prompt=thoughts.SYSTEM_PROMPT)
       firsts = [trajectory.rounds[0] for trajectory in drawn]
-      with whole_file(path) as aside, aside.open("wb") as file:
+      with atomic_file(path) as aside, aside.open("wb") as file:
         np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
-                 pictures=np.stack([r.picture for r in firsts]))
+                 images=np.stack([r.image for r in firsts]))
       progress("drawing first pictures", 0, start + size, len(records))
 
 
 def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]:
-  """Writes the rows of every usable first picture; returns counts, by reason where none.
+  """Writes the rows of every usable first image; returns counts, by reason where none.
 
   The six modes, and words alone that are replayed.
   """
@@ -169,11 +170,11 @@ def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]
   for path in sorted(folder.glob("*.npz")):
     batch = np.load(path)
     rows = zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
-    for record, plan, picture in list(rows)[:left]:
+    for record, plan, image in list(rows)[:left]:
       try:
-        verdict = verifier.score(picture, record)
+        verdict = verifier.score(image, record)
         better = thoughts.improve(record, verdict, rng)
-        modes = list(datasets.trajectory_rows(record, str(plan), picture, verdict, better, rng))
+        modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
       except thoughts.Inexpressible as e:
         counts[str(e)] = counts.get(str(e), 0) + 1
         continue
@@ -185,7 +186,7 @@ def write_trajectories(settings: MiniSettings, folder, writer) -> dict[str, int]
 
 
 def train_quality(settings: MiniSettings, out: pathlib.Path) -> int:
-  """The ablation: better pictures and their plans, nothing interleaved."""
+  """The ablation: better images and their plans, nothing interleaved."""
   return _train(settings, "quality", out / "irgl_data", base_weights(out), out / "quality")
 
 
@@ -250,7 +251,7 @@ def _check_same(path, settings):
       raise ValueError(f"{path.parent} was begun with other settings ({', '.join(changed)}); "
                        "give the same, or another --out")
   path.parent.mkdir(parents=True, exist_ok=True)
-  with whole_file(path) as aside:
+  with atomic_file(path) as aside:
     aside.write_text(json.dumps(now, indent=1))
 
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from irg_jax.evaluate import prompts, score
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults
 from irg_jax.mini import card, evaluate, figures, plots, report_page, report_tables, tasks
 
@@ -20,7 +20,7 @@ _DIFFERENCES = (
     ("stage 2: round 2 less round 1", ("irg", "2"), ("irg", "1")),
     ("stage 2, round 2, less base, thinking", ("irg", "2"), ("base", "1")),
     ("stage 2, round 1, less base, thinking", ("irg", "1"), ("base", "1")),
-    ("stage 2, round 2, less better pictures only", ("irg", "2"), ("quality", "1")),
+    ("stage 2, round 2, less better images only", ("irg", "2"), ("quality", "1")),
     ("stage 2, round 2, less stage 1, round 2", ("irg", "2"), ("stage1", "2")),
 )
 
@@ -28,7 +28,7 @@ _DIFFERENCES = (
 def run(out) -> pathlib.Path:
   """Makes the report of a finished run, or else of the checkpoint that comes with the package.
 
-  What is missing of the test's pictures is drawn first.
+  What is missing of the test's images is drawn first.
 
   Returns:
     the path of the page.
@@ -85,18 +85,18 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   if (alone := out / evaluate.FOLDER / evaluate.AUTOENCODER).is_file():
     report["autoencoder"] = json.loads(alone.read_text())
   folder.mkdir(parents=True, exist_ok=True)
-  pictures = charts(report)
+  images = charts(report)
   examples = report_page.choose(drawn[evaluate.FINAL.name]) if evaluate.FINAL.name in drawn else []
   figures_json = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
   files = {folder / name: content for name, content in {
-      "report.json": figures_json, "report.md": report_tables.markdown(report), **pictures,
-      "index.html": report_page.page_html(report, pictures, examples)}.items()}
+      "report.json": figures_json, "report.md": report_tables.markdown(report), **images,
+      "index.html": report_page.page_html(report, images, examples)}.items()}
   if settings:
     checkpoint = out / evaluate.FINAL.weights
     files |= {checkpoint / score.SCORES: figures_json,
               checkpoint / "README.md": card.write(report, settings)}
   for path, content in files.items():
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
       aside.write_bytes(content if isinstance(content, bytes) else content.encode())
   return folder / "index.html"
 
@@ -135,7 +135,7 @@ def charts(report: dict) -> dict[str, bytes]:
   rows = list(report_tables.rows_of(report))
   overall = lambda split: [entry["scores"][split]["overall"] for _, entry in rows]
   found = {"scores.png": plots.bar_chart(
-      "Whole pictures right, mean over tasks, with 95 % intervals",
+      "Whole images right, mean over tasks, with 95 % intervals",
       [name.replace(", ", "\n") for name, _ in rows],
       [(f"{split} combinations", overall(split)) for split in ("seen", "unseen")])}
   wanted = ("base", "1"), (evaluate.FINAL.name, "1"), (evaluate.FINAL.name, "2")

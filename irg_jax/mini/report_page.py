@@ -4,10 +4,10 @@ import base64
 
 import numpy as np
 
-from irg_jax import pages
+from irg_jax.reports import pages
 from irg_jax.evaluate import mini
 from irg_jax.mini import report_tables
-from irg_jax.pages import escape
+from irg_jax.reports.pages import escape
 
 # (title, right before, right after, how many are shown)
 KINDS = (("wrong, then right", False, True, 4), ("right both times", True, True, 2),
@@ -40,24 +40,24 @@ def choose(drawn) -> list[dict]:
   for kind, before, after, count in KINDS:
     fits = (right[0] == before) & (right[1] == after)
     groups = {}
-    for i, picture in np.argwhere(fits).tolist():
+    for i, image in np.argwhere(fits).tolist():
       extra = drawn.items[i].extra
-      groups.setdefault((extra["tag"], extra["split"]), []).append((i, picture))
-    in_turn = sorted((place, i, picture) for group in groups.values()
-                     for place, (i, picture) in enumerate(group))
-    chosen += [_example(drawn, kind, i, picture) for _, i, picture in in_turn[:count]]
+      groups.setdefault((extra["tag"], extra["split"]), []).append((i, image))
+    in_turn = sorted((place, i, image) for group in groups.values()
+                     for place, (i, image) in enumerate(group))
+    chosen += [_example(drawn, kind, i, image) for _, i, image in in_turn[:count]]
   return chosen
 
 
-def _example(drawn, kind, i, picture):
-  trace, turns = drawn.traces[i, picture], []
+def _example(drawn, kind, i, image):
+  trace, turns = drawn.traces[i, image], []
   for number in (1, 2):
-    line = drawn.lines[i, picture, number]
+    line = drawn.lines[i, image, number]
     turns.append({"thought": trace["rounds"][number - 1]["think"],
                   "picture": (drawn.folder / line["file"]).read_bytes(),
                   "faults": mini.faults(line["words"])})
   return {"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
-          "tasks": drawn.lines[i, picture, 1]["tasks"], "turns": turns}
+          "tasks": drawn.lines[i, image, 1]["tasks"], "turns": turns}
 
 
 def page_html(report: dict, plots: dict[str, bytes], examples: list[dict]) -> str:

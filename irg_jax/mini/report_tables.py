@@ -6,12 +6,12 @@ HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
 _TEXTS = {
     "readable": "reflections that can be read",
     "faults_named": "reflections that name exactly the actual faults (none, if there is none)",
-    "wrong_faults_named": "wrong pictures, all faults named exactly",
-    "wrong_noticed": "wrong pictures of which the reflection says that something falls short",
-    "right_doubted": "right pictures of which it says so",
+    "wrong_faults_named": "wrong images, all faults named exactly",
+    "wrong_noticed": "wrong images of which the reflection says that something falls short",
+    "right_doubted": "right images of which it says so",
     "seen_rightly": "reflections that see in each cell what is there",
-    "right_to_wrong": "right pictures made wrong",
-    "wrong_to_right": "wrong pictures made right",
+    "right_to_wrong": "right images made wrong",
+    "wrong_to_right": "wrong images made right",
 }
 
 
@@ -38,13 +38,13 @@ def notes(report: dict) -> list[str]:
   """What has to be known of the figures."""
   found = [f"Intervals: {report['intervals']}; where all prompts of a task came out alike, it has "
            "no width.",
-           "A picture is right if the verifier sees exactly what was asked for in it. \"Unseen\" "
+           "An image is right if the verifier sees exactly what was asked for in it. \"Unseen\" "
            "are prompts with a shape in a colour, or a relation of two shapes, that no training "
            "picture or prompt has; single_object, two_object and counting cannot be unseen.",
            "Seconds are those of a whole batch; memory is the process's peak up to the end of "
            "that arm, so what ran before in the same process counts."]
   if alone := report.get("autoencoder"):
-    found.append(f"The autoencoder alone: of {alone['pictures']} painted pictures of the test's "
+    found.append(f"The autoencoder alone: of {alone['pictures']} painted images of the test's "
                  f"prompts its round trip keeps {alone['right']} right "
                  f"({alone['right'] / alone['pictures']:.3f}).")
   there = [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]
@@ -106,7 +106,7 @@ def _talk_table(report):
   pairs = [(name, entry) for name, entry in rows_of(report) if "changes" in entry]
   rows = [[text, *(_share((entry["reflections"] | entry["changes"])[key]) for _, entry in pairs)]
           for key, text in _TEXTS.items()]
-  return "From the picture before to this round", ["", *(name for name, _ in pairs)], rows
+  return "From the image before to this round", ["", *(name for name, _ in pairs)], rows
 
 
 def _cost_table(report):

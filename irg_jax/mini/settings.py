@@ -21,12 +21,12 @@ class MiniSettings:
     base_rows: rows that the base model learns from.
     trajectories: prompts that the base model draws for the data of the two stages.
     first_temperature: of the thoughts of those: higher than `generate` says, so that more of its
-      pictures can be improved.
+      images can be improved.
     sample_batch: prompts drawn side by side.
     train: further overrides of every training, "field=value".
     test_seen, test_unseen: prompts of the test, of combinations seen in training and not.
-    test_pictures: pictures of a prompt of the test.
-    generate: how all pictures are drawn.
+    test_pictures: images of a prompt of the test.
+    generate: how all images are drawn.
   """
 
   config: str
@@ -49,7 +49,7 @@ class MiniSettings:
 
   @property
   def first(self) -> Settings:
-    """How the base model draws the first pictures of the trajectories."""
+    """How the base model draws the first images of the trajectories."""
     return dataclasses.replace(self.generate, rounds=1, temperature=self.first_temperature)
 
 

@@ -2,7 +2,7 @@
 
 A record is GenEval's: {"tag", "include": [{"class", "count", "color", "position"}], "exclude",
 "prompt"}; here class is a shape. A clause is meant exactly: "two red circles" are two, no more,
-and a picture holds nothing that was not asked for.
+and an image holds nothing that was not asked for.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 RELATIONS = ("left of", "right of", "above", "below")
 _INVERSE = {"right of": "left of", "below": "above"}
 
-# Never in training: one colour of each shape, in any picture or prompt, ...
+# Never in training: one colour of each shape, in any image or prompt, ...
 UNSEEN_PAIRS = frozenset({
     ("circle", "green"), ("square", "pink"), ("triangle", "blue"), ("diamond", "red"),
     ("star", "purple"), ("cross", "yellow"), ("ring", "orange"),

@@ -1,12 +1,12 @@
-"""The texts of the mini world: plans, descriptions, reflections, and the better picture.
+"""The texts of the mini world: plans, descriptions, reflections, and the better image.
 
-The cells of a picture have letters, A to D in the first row and M to P in the last. A plan first
-chooses a place for each thing, then goes through the picture cell by cell. The places are
+The cells of an image have letters, A to D in the first row and M to P in the last. A plan first
+chooses a place for each thing, then goes through the image cell by cell. The places are
 choices that a low temperature makes as well as any other; the cells follow from them, and give
-each picture token its own words. A cell is a letter and two words, so that a model finds what it
+each image token its own words. A cell is a letter and two words, so that a model finds what it
 looks for by a letter that it has read before, and by a distance that is always the same.
 
-  <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
+  <think> The image shows two red circles left of one blue star. The ground is grey. Places:
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
 A reflection has the four parts of IRGL's: what falls short (after what is seen), the
@@ -39,7 +39,7 @@ _LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
 
 
 class Inexpressible(ValueError):
-  """The picture cannot be put into words cell by cell, or not into words of the training."""
+  """The image cannot be put into words cell by cell, or not into words of the training."""
 
 
 def request(record: dict) -> str:
@@ -54,7 +54,7 @@ def request(record: dict) -> str:
 
 
 def plan(record: dict, scene: world.Scene, cells=None) -> str:
-  """The thought before the first picture.
+  """The thought before the first image.
 
   Args:
     cells: where they do not follow from the places, as in a careless plan.
@@ -64,16 +64,16 @@ def plan(record: dict, scene: world.Scene, cells=None) -> str:
 
 
 def describe(seen) -> str:
-  """What a picture shows; `seen` has background, things and unclear (a Scene has no unclear)."""
+  """What an image shows; `seen` has background, things and unclear (a Scene has no unclear)."""
   return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
 
 
 def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
-  """The thought after a picture: what falls short and how it becomes `better`.
+  """The thought after an image: what falls short and how it becomes `better`.
 
   Args:
-    record, verdict: what was asked for, and the verifier's on the picture.
-    before: the thought that the picture was drawn after.
+    record, verdict: what was asked for, and the verifier's on the image.
+    before: the thought that the image was drawn after.
 
   Raises:
     Inexpressible: as `read_places` of `before`.
@@ -202,12 +202,12 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 
 def improve(record: dict, verdict, rng) -> world.Scene:
-  """The better picture: what was asked for, with as much of the seen picture as may stay.
+  """The better image: what was asked for, with as much of the seen image as may stay.
 
   Its things stand in the order of the prompt.
 
   Raises:
-    Inexpressible: the seen picture shows what training must not, or no arrangement was found.
+    Inexpressible: the seen image shows what training must not, or no arrangement was found.
   """
   seen = verdict.seen
   check_showable(seen)
@@ -224,7 +224,7 @@ def improve(record: dict, verdict, rng) -> world.Scene:
 
 
 def check_showable(seen) -> None:
-  """Refuses what was seen in a picture that training must not show.
+  """Refuses what was seen in an image that training must not show.
 
   Raises:
     Inexpressible: an unseen pair, or no known ground.

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import optax.contrib
 
-from irg_jax import images
+from irg_jax.images import to_pixels
 from irg_jax.config import VaeConfig
-from irg_jax.files import whole_file
+from irg_jax.storage import atomic_file
 from irg_jax.mini import tasks, verifier, world
 from irg_jax.mini.painter import paint
 from irg_jax.model.vae import Vae, sample_latents, to_uint8
@@ -21,14 +21,14 @@ KL_WEIGHT = 1e-6
 
 
 def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: float,
-          pictures: int, seed: int, save_every: int = 50, progress=None) -> dict:
+          images: int, seed: int, save_every: int = 50, progress=None) -> dict:
   """Trains on painted scenes; what a killed run did is in `path` and is gone on with.
 
   Args:
     path: file of the state.
-    steps, batch: updates, and pictures of each.
+    steps, batch: updates, and images of each.
     learning_rate: at its peak; it falls along a cosine, and along a lower one once more.
-    pictures: different pictures that the batches are drawn from.
+    images: different images that the batches are drawn from.
     seed: of everything.
     save_every: updates between two writes of the state.
     progress: see `irg_jax.progress.Progress`.
@@ -36,7 +36,7 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   Returns:
     parameters of `Vae`, see `normalise`.
   """
-  painted = paint_both(pictures, np.random.default_rng(seed))
+  painted = paint_both(images, np.random.default_rng(seed))
   optimizer = _optimizer(steps, learning_rate)
   params = _init(config, jax.random.key(seed))
   state = (0, params, optimizer.init(params))
@@ -46,19 +46,19 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   start, params, opt_state = state
   step = _make_step(config, optimizer)
   for i in range(start, steps):
-    rows = np.random.default_rng([seed, i]).integers(0, pictures, batch)
+    rows = np.random.default_rng([seed, i]).integers(0, images, batch)
     key = jax.random.fold_in(jax.random.key(seed + 1), i)
-    params, opt_state, error = step(params, opt_state, images.to_pixels(painted[rows]), key)
+    params, opt_state, error = step(params, opt_state, to_pixels(painted[rows]), key)
     if progress:
       progress("training the autoencoder", 0, i + 1, steps)
     if (i + 1) % save_every == 0 or i + 1 == steps:
-      with whole_file(path) as aside:
+      with atomic_file(path) as aside:
         aside.write_bytes(flax.serialization.to_bytes((i + 1, params, opt_state)))
   return normalise(config, params, painted[-256:])
 
 
 def paint_both(count: int, rng) -> np.ndarray:
-  """Half of the pictures crowded, half scenes of the training, uint8 [count, 64, 64, 3]."""
+  """Half of the images crowded, half scenes of the training, uint8 [count, 64, 64, 3]."""
   scenes = (tasks.training_scene(rng) for _ in range(count // 2))
   return np.concatenate([paint_crowded(count - count // 2, rng), *([paint(s)] for s in scenes)])
 
@@ -66,7 +66,7 @@ def paint_both(count: int, rng) -> np.ndarray:
 def paint_crowded(count: int, rng) -> np.ndarray:
   """Pictures with things in most cells, uint8 [count, 64, 64, 3].
 
-  An autoencoder learns what things look like from pictures that are not mostly ground.
+  An autoencoder learns what things look like from images that are not mostly ground.
   """
   return np.stack([paint(tasks.crowded_scene(rng)) for _ in range(count)])
 
@@ -95,19 +95,19 @@ def loss_fn(params, config: VaeConfig, pixels, key):
   return loss, absolute
 
 
-def normalise(config: VaeConfig, params: dict, pictures: np.ndarray) -> dict:
+def normalise(config: VaeConfig, params: dict, images: np.ndarray) -> dict:
   """The same autoencoder with latents whose root mean square is 1 in every channel.
 
   The change goes into the encoder's last and the decoder's first convolution, so that the
   published scale stays. It is a factor alone: a shift would not agree with the zeros that the
-  decoder's first convolution sees around the picture.
+  decoder's first convolution sees around the image.
 
   Args:
-    pictures: uint8 [B, height, width, 3] to measure on.
+    images: uint8 [B, height, width, 3] to measure on.
   """
   encode = jax.jit(lambda p, x: Vae(config).apply({"params": p}, x, method="encode")[0])
-  mean = np.concatenate([encode(params, images.to_pixels(pictures[i:i + 32]))
-                         for i in range(0, len(pictures), 32)])
+  mean = np.concatenate([encode(params, to_pixels(images[i:i + 32]))
+                         for i in range(0, len(images), 32)])
   ratio = 1.0 / (np.sqrt((mean**2).mean((0, 1, 2))) * config.scale_factor)
   last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
   one, zero = np.ones_like(ratio), np.zeros_like(ratio)
@@ -120,7 +120,7 @@ def normalise(config: VaeConfig, params: dict, pictures: np.ndarray) -> dict:
 
 
 def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
-  """Whether painted pictures of `records` are still right once encoded and decoded.
+  """Whether painted images of `records` are still right once encoded and decoded.
 
   Args:
     records: see `tasks`; a new scene of each is painted.
@@ -138,9 +138,9 @@ def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
     return to_uint8(vae.apply({"params": params}, latents, method="decode"))
 
   scenes = [tasks.sample_scene(record, rng) for record in records]
-  pictures = [np.asarray(there_and_back(params, images.to_pixels(paint(scene)[None])))[0]
+  images = [np.asarray(there_and_back(params, to_pixels(paint(scene)[None])))[0]
               for scene in scenes]
-  return np.array([verifier.score(*pair).correct for pair in zip(pictures, records)])
+  return np.array([verifier.score(*pair).correct for pair in zip(images, records)])
 
 
 def _init(config, key):

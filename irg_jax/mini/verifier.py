@@ -1,9 +1,9 @@
-"""Reads a picture alone, says what stands where, and scores it against a record.
+"""Reads an image alone, says what stands where, and scores it against a record.
 
-Nothing here knows how a picture was painted: the shapes are drawn anew from their corners, and
-only their names, the palette and the size of the picture come from the world's description.
+Nothing here knows how an image was painted: the shapes are drawn anew from their corners, and
+only their names, the palette and the size of the image come from the world's description.
 
-A picture is read in three steps. What is clearly unlike the background falls into blobs. Each
+An image is read in three steps. What is clearly unlike the background falls into blobs. Each
 blob's area and middle say how large and where each shape would have to be; all are drawn so, and
 the one that explains the blob's pixels names it, if it does so well and well before the second.
 Last, what the shapes found leave unexplained makes them, or the place it stands at, unclear.
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from irg_jax.mini import outlines, tasks, world
 
-# Levels are distances between colours, of 0 to 442. The limits lie between what painted pictures
+# Levels are distances between colours, of 0 to 442. The limits lie between what painted images
 # show after slight blur, noise and shifts of colour, and what damaged ones show.
 _UNLIKE = 26.0  # levels from the background that make a pixel part of a blob, ...
 _BESIDE = 0.3  # ... and the share of the strongest pixel nearby, so that soft edges do not join
@@ -37,7 +37,7 @@ _STRAIGHT = 0.5  # ... and the share of the whole way
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What a picture shows.
+  """What an image shows.
 
   Attributes:
     background: its name, or None if it is none of the world's.
@@ -52,37 +52,37 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Whether a picture is what was asked for, and each fault in words."""
+  """Whether an image is what was asked for, and each fault in words."""
 
   correct: bool
   faults: tuple[str, ...]
   seen: Seen
 
 
-def score(picture, record: dict) -> Verdict:
-  """Reads a picture, uint8 [64, 64, 3], and judges it against a record of the tasks."""
-  return judge(look(picture), record)
+def score(image, record: dict) -> Verdict:
+  """Reads an image, uint8 [64, 64, 3], and judges it against a record of the tasks."""
+  return judge(look(image), record)
 
 
-def look(picture) -> Seen:
-  """What a picture shows.
+def look(image) -> Seen:
+  """What an image shows.
 
   Args:
-    picture: uint8 [64, 64, 3].
+    image: uint8 [64, 64, 3].
 
   Raises:
     ValueError: for another size or type.
   """
-  picture = np.asarray(picture)
-  if picture.shape != (world.SIZE, world.SIZE, 3) or picture.dtype != np.uint8:
-    raise ValueError(f"a picture of the mini world is uint8 [{world.SIZE}, {world.SIZE}, 3], "
-                     f"not {picture.dtype} {list(picture.shape)}")
-  picture = picture.astype(np.float32)
-  ground, noise = _ground(picture)
-  blobs, count = _blobs(picture - ground)
-  fits = [_fit(picture - ground, blobs, i + 1, box, noise)
+  image = np.asarray(image)
+  if image.shape != (world.SIZE, world.SIZE, 3) or image.dtype != np.uint8:
+    raise ValueError(f"an image of the mini world is uint8 [{world.SIZE}, {world.SIZE}, 3], "
+                     f"not {image.dtype} {list(image.shape)}")
+  image = image.astype(np.float32)
+  ground, noise = _ground(image)
+  blobs, count = _blobs(image - ground)
+  fits = [_fit(image - ground, blobs, i + 1, box, noise)
           for i, box in enumerate(ndimage.find_objects(blobs, count))]
-  things, unclear = _explained(picture - ground, blobs, fits, ground)
+  things, unclear = _explained(image - ground, blobs, fits, ground)
   name = _nearest(ground, world.BACKGROUNDS, _BACKGROUND)
   return Seen(name, tuple(sorted(things, key=lambda t: (t.cell, t.x))), tuple(sorted(unclear)))
 
@@ -155,15 +155,15 @@ def _sentence(count, shape, color, fault):
   return f"{noun} {'is' if count == 1 else 'are'} {fault}"
 
 
-def _ground(picture):
+def _ground(image):
   """The background's colour [3] and the noise around it, in levels squared a pixel."""
-  ground = np.median(picture[::2, ::2].reshape(-1, 3), axis=0)
+  ground = np.median(image[::2, ::2].reshape(-1, 3), axis=0)
   for _ in range(2):
-    square = _square(picture - ground)
+    square = _square(image - ground)
     near = (square < _UNLIKE**2).astype(np.float32)
     if not near.any():
       return ground, 0.0
-    ground = np.einsum("hw,hwc->c", near, picture) / near.sum()
+    ground = np.einsum("hw,hwc->c", near, image) / near.sum()
   return ground, min(float((square * near).sum() / near.sum()), _NOISE)
 
 
@@ -176,7 +176,7 @@ def _blobs(offset):
   """Labels [64, 64] of what is unlike the background, and how many blobs there are.
 
   Args:
-    offset: the picture less its background, float32 [64, 64, 3].
+    offset: the image less its background, float32 [64, 64, 3].
   """
   level = np.sqrt(_square(offset))
   strongest = ndimage.maximum_filter(level, 5)
@@ -207,7 +207,7 @@ def _fit(offset, blobs, label, box, noise) -> _Fit | None:
   """The shape that explains a blob best; None if it is too large to be a thing.
 
   Args:
-    offset: the picture less its background, float32 [64, 64, 3].
+    offset: the image less its background, float32 [64, 64, 3].
     blobs: labels [64, 64].
     label: the blob's.
     box: the slices around it.

@@ -1,6 +1,6 @@
 """What there is in the mini world: shapes, colours, scenes, and where things stand.
 
-A picture is 64 pixels a side and is spoken of as four rows of four cells. A thing stands
+An image is 64 pixels a side and is spoken of as four rows of four cells. A thing stands
 freely around the middle of a cell and may reach into the next one.
 """
 
@@ -39,7 +39,7 @@ MAX_THINGS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """A shape in a picture.
+  """A shape in an image.
 
   Attributes:
     shape, color: names.
@@ -61,7 +61,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A picture before it is painted; `tone` is added to the background's three levels."""
+  """An image before it is painted; `tone` is added to the background's three levels."""
 
   background: str
   things: tuple[Thing, ...]

@@ -15,68 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from irg_jax.model.blockwise import (
+from irg_jax.model.kernels.blockwise import (
     MASKED, MAX_INIT, blockwise, cut, grouped, join, product, softmax_state, ungrouped)
 from irg_jax.sharding import platform
-
-# Kinds of split.
-CAUSAL, FULL, NOISE = 0, 1, 2
-
-PADDING = -1  # the `sample` of a token that is not there
+from irg_jax.tokens import Tokens, allowed
 
 _DENSE_SCORES = 64 * 1024  # scores a head up to which the dense form is taken
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-  """What the mask needs to know of each token; int32 arrays of one shape [..., T].
-
-  Attributes:
-    sample: tokens see each other only within a sample; PADDING sees and is seen by nothing.
-    index: order within the sample. "Causal" goes by index, never by rotary position.
-    split: number of the split (one text, one picture) within the sample.
-    kind: CAUSAL, FULL or NOISE, the same for all tokens of a split.
-  """
-
-  sample: jax.Array
-  index: jax.Array
-  split: jax.Array
-  kind: jax.Array
-
-
-def allowed(query: Tokens, key: Tokens):
-  """The mask: bool [..., Tq, Tk], true where the query may look at the key.
-
-  allowed = same sample and (key is not later, or both are in one FULL or NOISE split)
-            and not (key is in a NOISE split that is not the query's)
-
-  Worked example, one sample: text `a b` (CAUSAL), a condition picture `p q` (FULL), a noised
-  picture `x y` (NOISE), text `c` (CAUSAL). Rows are queries:
-
-        a b p q x y c
-      a 1 . . . . . .     text is causal
-      b 1 1 . . . . .
-      p 1 1 1 1 . . .     a picture sees all of itself and everything before it
-      q 1 1 1 1 . . .
-      x 1 1 1 1 1 1 .     so does a noised picture
-      y 1 1 1 1 1 1 .
-      c 1 1 1 1 . . 1     but nobody else sees a noised picture
-
-  Second example, two samples `a b` and `c` and a padding token `_` in one row:
-
-        a b c _
-      a 1 . . .
-      b 1 1 . .
-      c . . 1 .           samples never see each other
-      _ . . . .           padding sees nothing and is seen by nothing
-  """
-  q = jax.tree.map(lambda x: x[..., :, None], query)
-  k = jax.tree.map(lambda x: x[..., None, :], key)
-  same_sample = (q.sample == k.sample) & (k.sample != PADDING)
-  same_split = q.split == k.split
-  visible = (k.index <= q.index) | (same_split & (k.kind != CAUSAL))
-  return same_sample & visible & (same_split | (k.kind != NOISE))
 
 
 def visible_pairs(tokens: Tokens):

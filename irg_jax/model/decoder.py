@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.attention import KeyValues, Tokens, attend
+from irg_jax.model.attention import KeyValues, attend
+from irg_jax.tokens import Tokens
 from irg_jax.model.layers import RMSNorm, apply_rope, dense, rope_table, scan_layers
 from irg_jax.sharding import constrain, on_lone_cpu
 

@@ -66,7 +66,7 @@ def rope_table(position, head_dim: int, theta: float):
   """Cosines and sines of the rotary embedding, ready for `apply_rope`.
 
   Args:
-    position: int [..., T]; positions may repeat (all tokens of a picture share one).
+    position: int [..., T]; positions may repeat (all tokens of an image share one).
     head_dim: even.
 
   Returns:

@@ -57,7 +57,7 @@ class UnifiedTransformer(nn.Module):
 
     Args:
       latents: float [..., P, latent_dim].
-      timestep: float, broadcastable to [..., P]; 0 for clean pictures.
+      timestep: float, broadcastable to [..., P]; 0 for clean images.
       position: int, broadcastable to [..., P]; `row * max_latent_size + column`.
     """
     width = self.config.llm.hidden_size
@@ -65,14 +65,14 @@ class UnifiedTransformer(nn.Module):
     place = sincos_2d(position, self.config.max_latent_size, width).astype(self.config.dtype)
     return self.latent_embed(latents) + time + place
 
-  def encode_vit(self, patches, position, picture):
+  def encode_vit(self, patches, position, image):
     """ViT hidden states, [R, P, vit width]; arguments as in `Vit`."""
-    return self.vit(patches, position, picture)
+    return self.vit(patches, position, image)
 
-  def embed_vit(self, patches, position, picture):
+  def embed_vit(self, patches, position, image):
     """ViT tokens as the decoder sees them, [R, P, D]; arguments as in `Vit`."""
     place = sincos_2d(position, self.config.vit.grid_size, self.config.llm.hidden_size)
-    return self.connector(self.vit(patches, position, picture)) + place.astype(self.config.dtype)
+    return self.connector(self.vit(patches, position, image)) + place.astype(self.config.dtype)
 
   def decode(self, buffers, tokens, position, caches=()):
     """See `decoder.Decoder`."""
@@ -100,7 +100,7 @@ class UnifiedTransformer(nn.Module):
     """
     und = self.embed_text(batch.text_ids)
     if batch.vit_patches.shape[1]:
-      vit = self.embed_vit(batch.vit_patches, batch.vit_position, batch.vit_picture)
+      vit = self.embed_vit(batch.vit_patches, batch.vit_position, batch.vit_image)
       picked = pick(vit, jnp.maximum(batch.vit_index, 0))
       und = jnp.where((batch.vit_index >= 0)[..., None], picked, und)
     gen = self.embed_latents(latents, timestep, batch.latent_position)

@@ -1,8 +1,8 @@
 """The FLUX.1 autoencoder: pixels to latents and back (spec section 2). Frozen in training.
 
 Everything is NHWC: pixels [B, height, width, 3] in [-1, 1], latents [B, h, w, z] with
-h = height / config.downsample. GroupNorm and the middle attention see the whole picture, so
-pictures of different sizes must never be padded into one batch: group them by size.
+h = height / config.downsample. GroupNorm and the middle attention see the whole image, so
+images of different sizes must never be padded into one batch: group them by size.
 """
 
 import flax.linen as nn
@@ -186,7 +186,7 @@ def unpatchify_latents(tokens, h: int, w: int, patch: int):
   """The inverse of `patchify_latents`; h and w count latents, not tokens.
 
   Raises:
-    ValueError: the tokens do not make an h x w picture.
+    ValueError: the tokens do not make an h x w image.
   """
   b, length, dim = tokens.shape
   if h % patch or w % patch or length * patch * patch != h * w or dim % (patch * patch):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 GROUPS = 32
 NORM_EPS = 1e-6
-# Queries of the middle attention that are scored at once: 64 MiB a picture at 1024 pixels,
+# Queries of the middle attention that are scored at once: 64 MiB an image at 1024 pixels,
 # where all 16384 together would take 1 GiB.
 QUERY_CHUNK = 1024
 
@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """x + one-head attention over all positions of the picture."""
+  """x + one-head attention over all positions of the image."""
 
   dtype: str
   param_dtype: str
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation of [B, h, w, C] over picture and group, float32 statistics."""
+  """Group normalisation of [B, h, w, C] over image and group, float32 statistics."""
 
   param_dtype: str
 
@@ -166,7 +166,7 @@ def conv3x3(features: int, **kwargs):
 
 
 def _group_mean(x):
-  """Mean of [B, h, w, C] over the picture and the channels of each group, [B, 1, 1, C]."""
+  """Mean of [B, h, w, C] over the image and the channels of each group, [B, 1, 1, C]."""
   # Columns, then rows: short sums keep float32 exact enough at a million pixels.
   channel = x.mean(axis=2).mean(axis=1)
   group = channel.reshape(channel.shape[0], GROUPS, -1).mean(axis=-1)

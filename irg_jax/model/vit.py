@@ -1,10 +1,11 @@
-"""SigLIP NaViT: patches of any number of pictures packed in a row (spec section 2)."""
+"""SigLIP NaViT: patches of any number of images packed in a row (spec section 2)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.attention import FULL, KeyValues, Tokens, attend
+from irg_jax.model.attention import KeyValues, attend
+from irg_jax.tokens import FULL, Tokens
 from irg_jax.model.layers import scan_layers
 from irg_jax.sharding import constrain, lookup
 
@@ -40,14 +41,14 @@ class Vit(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, patches_RPC, position_RP, picture_RP):
-    """Encodes patches; attention stays inside each picture.
+  def __call__(self, patches_RPC, position_RP, image_RP):
+    """Encodes patches; attention stays inside each image.
 
     Args:
       patches_RPC: float [R, P, patch * patch * 3], pixels in [-1, 1], flattened
         (row, column, channel).
-      position_RP: int [R, P], `row * grid_size + column` of the patch in its picture.
-      picture_RP: int [R, P], number of the picture within the row, `attention.PADDING` where
+      position_RP: int [R, P], `row * grid_size + column` of the patch in its image.
+      image_RP: int [R, P], number of the image within the row, `attention.PADDING` where
         there is no patch.
 
     Returns:
@@ -59,17 +60,17 @@ class Vit(nn.Module):
     place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
                      name="position_embed")
     x += lookup(place.embedding, position_RP).astype(c.dtype)
-    tokens = patch_tokens(picture_RP)
+    tokens = patch_tokens(image_RP)
     layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),
                          config=c, attention=self.attention)
     x, _ = layers(constrain(x, "batch", "length", "embed"), tokens)
     return layer_norm(c, "post_norm")(x)
 
 
-def patch_tokens(picture) -> Tokens:
-  """Metadata of patches of these pictures, int [..., P]: each sees all of its own picture."""
-  zeros = jnp.zeros_like(picture)
-  return Tokens(sample=picture, index=zeros, split=zeros, kind=zeros + FULL)
+def patch_tokens(image) -> Tokens:
+  """Metadata of patches of these images, int [..., P]: each sees all of its own image."""
+  zeros = jnp.zeros_like(image)
+  return Tokens(sample=image, index=zeros, split=zeros, kind=zeros + FULL)
 
 
 def layer_norm(config: ModelConfig, name: str):

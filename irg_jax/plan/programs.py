@@ -93,25 +93,25 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   transformer, vae, model = g.params["transformer"], g.params["vae"], UnifiedTransformer(config)
   f32 = lambda *shape: g.array(shape, jnp.float32)
   calls = {
-      "read_text": (f"a text of {text} tokens a row", lambda: steps.read_text.lower(
+      "read_text": (f"a text of {text} tokens a row", lambda: steps.append_text.lower(
           model, transformer, g.context, g.array((rows, text), jnp.int32),
           g.array((rows,), jnp.int32), (FULL, NO_IMAGE)), g.flops(und=text, seen=text)),
-      "read_picture": ("a picture a row, VAE and ViT", lambda: steps.read_picture.lower(
+      "read_picture": ("an image a row, VAE and ViT", lambda: steps.append_image.lower(
           model, transformer, g.context, f32(rows, latents, config.latent_dim),
           f32(rows, patches, vit_dim), latent_grid=grid, vit_grid=vit_grid, special=_SPECIAL),
           g.flops(und=patches + 4, gen=latents, vit=patches, seen=patches + latents + 4)),
       "think": (f"a thought of {s.think_limit - 1} tokens a row", lambda: steps.think.lower(
           model, transformer, g.context, keys, limit=s.think_limit, sampling=s.sampling,
           special=_SPECIAL), (s.think_limit - 1) * g.flops(und=1, text=1, seen=1)),
-      "draw": (f"{updates} updates under {len(views)} views, a picture a row",
-               lambda: steps.draw.lower(
+      "draw": (f"{updates} updates under {len(views)} views, an image a row",
+               lambda: steps.denoise.lower(
                    model, transformer, g.context, f32(rows, latents, config.latent_dim),
                    flow.schedule(s.steps, s.timestep_shift), s.later, grid=grid,
                    special=_SPECIAL, views=views),
                updates * len(views) * g.flops(und=2, gen=latents, seen=latents + 2)),
-      "decode_pixels": ("a picture a row", lambda: steps.decode_pixels.lower(
+      "decode_pixels": ("an image a row", lambda: steps.decode_pixels.lower(
           config, vae, f32(rows, latents, config.latent_dim), grid), None),
-      "encode_pixels": ("a picture a row", lambda: steps.encode_pixels.lower(
+      "encode_pixels": ("an image a row", lambda: steps.encode_pixels.lower(
           config, vae, f32(rows, vae_height, vae_width, 3),
           f32(rows, vae_height // down, vae_width // down, z)), None),
   }

@@ -11,8 +11,8 @@ import json
 import pathlib
 import shutil
 
-from irg_jax import trace
-from irg_jax.files import whole_file
+from irg_jax.reports import trace
+from irg_jax.storage import atomic_file
 from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.weights.training import RUN_FILE as FILE
 
@@ -62,7 +62,7 @@ def start(out, settings: TrainSettings, records: dict) -> None:
       shutil.rmtree(partial, ignore_errors=True)
   base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
   text = json.dumps({"settings": as_json(settings), "records": records, "base": base}, indent=2)
-  with whole_file(out / FILE) as aside:
+  with atomic_file(out / FILE) as aside:
     aside.write_text(text + "\n", encoding="utf-8")
 
 

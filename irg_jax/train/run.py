@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, text, weights
+from irg_jax import sharding, weights
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
 from irg_jax.data.records import MODES
@@ -21,6 +21,7 @@ from irg_jax.train.settings import TrainSettings
 from irg_jax.train.stage import Run, counts, rejected, train_stage
 from irg_jax.weights import init, published
 from irg_jax.weights.training import BASE
+from irg_jax.tokenizer import load_tokenizer
 
 RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant
 
@@ -70,7 +71,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption) -> Run:
         init.write_random_checkpoint(base, settings.model, settings.seed)
     meet("started")
     progress("read")
-    tokenizer = text.load_tokenizer(base, settings.model.llm.vocab_size)
+    tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
     _, params = weights.load_checkpoint(base, dtype=np.float32, part="vae")
   run = Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
             sources=sources, vae=params["vae"], preemption=preemption,

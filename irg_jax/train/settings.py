@@ -35,10 +35,10 @@ class DataSettings:
     accumulate: batches whose gradients are added up before each update.
     bins: rows that a stream's packer fills at a time.
     max_sample_tokens: longer samples are skipped and counted.
-    vae_transform, vit_transform: sizes of pictures.
+    vae_transform, vit_transform: sizes of images.
     posterior: latents are a "sample" of the VAE's posterior or its "mean".
-    noise_draws: noised copies of each target picture, each with a time and noise of its own; a
-      picture is little beside the text before it, and they share that.
+    noise_draws: noised copies of each target image, each with a time and noise of its own; a
+      image is little beside the text before it, and they share that.
     ce_loss_reweighting: weighs each text by 1 / sqrt(length).
     max_rejected: share of a mode's records that may be unusable before the run stops.
   """
@@ -258,7 +258,7 @@ def _check(s: TrainSettings):
   _check_streams(d)
   for name, stage in s.stages.items():
     _require(bool(stage.mixture), f"{name}.mixture", "has no mode of a weight above 0")
-  _check_pictures(d, s.model)
+  _check_images(d, s.model)
 
 
 def _check_streams(d: DataSettings):
@@ -268,7 +268,7 @@ def _check_streams(d: DataSettings):
            f"is {d.workers}, more than there are streams")
 
 
-def _check_pictures(d: DataSettings, model: ModelConfig):
+def _check_images(d: DataSettings, model: ModelConfig):
   stride, patch = model.pixel_stride, model.vit.patch_size
   grids = {"vae_transform": (d.vae_transform, stride, model.max_latent_size * stride),
            "vit_transform": (d.vit_transform, patch, model.vit.grid_size * patch)}

@@ -8,7 +8,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import flow
-from irg_jax.model.attention import PADDING, visible_pairs
+from irg_jax.model.attention import visible_pairs
+from irg_jax.tokens import PADDING
 from irg_jax.model.decoder import unstack_layers
 from irg_jax.model.vit import patch_tokens
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
@@ -119,15 +120,15 @@ def draw(batch, key, shift):
   """Flow times and noise of a batch (spec section 4).
 
   Returns:
-    (timestep float32 [B, G], one for each picture and 0 on clean ones; standard normal noise
+    (timestep float32 [B, G], one for each image and 0 on clean ones; standard normal noise
     float32 [B, G, latent_dim]).
   """
   times, noise = jax.random.split(key)
-  rows, latents = batch.latent_picture.shape
-  most = latents + batch.vit_picture.shape[1]  # pictures in a row
+  rows, latents = batch.latent_image.shape
+  most = latents + batch.vit_image.shape[1]  # images in a row
   normal = jax.random.normal(times, (rows, most))
   t = flow.shift_time(jax.nn.sigmoid(normal), shift)
-  t = jnp.take_along_axis(t, jnp.maximum(batch.latent_picture, 0), axis=1)
+  t = jnp.take_along_axis(t, jnp.maximum(batch.latent_image, 0), axis=1)
   return (jnp.where(batch.latent_weight > 0, t, 0.0),
           jax.random.normal(noise, batch.latents.shape))
 
@@ -158,10 +159,10 @@ def token_counts(batch) -> dict:
   """How much of each buffer and of all pairs is used, in float32: "used/..."; tokens by kind."""
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
   und, gen = jnp.split(batch.tokens.sample != PADDING, [batch.text_ids.shape[1]], axis=1)
-  vit = count(batch.vit_picture != PADDING)
+  vit = count(batch.vit_image != PADDING)
   used = {"und": count(und), "gen": count(gen), "vit": vit,
           "text": count(batch.text_sample != PADDING), "pairs": visible_pairs(batch.tokens),
-          "vit_pairs": visible_pairs(patch_tokens(batch.vit_picture))}
+          "vit_pairs": visible_pairs(patch_tokens(batch.vit_image))}
   return {f"used/{name}": x for name, x in used.items()} | {
       "tokens/text": used["und"] - vit, "tokens/latent": used["gen"], "tokens/vit": vit,
       "tokens/predicted": used["text"]}
@@ -169,9 +170,9 @@ def token_counts(batch) -> dict:
 
 def packing(sums, batch) -> dict:
   """Share of each buffer that is used, "packing/<buffer>", and of pairs that see each other."""
-  sizes = {"und": batch.text_ids.size, "gen": batch.latent_picture.size,
-           "vit": batch.vit_picture.size, "text": batch.text_place.size,
+  sizes = {"und": batch.text_ids.size, "gen": batch.latent_image.size,
+           "vit": batch.vit_image.size, "text": batch.text_place.size,
            "pairs": batch.position.size * batch.position.shape[-1],
-           "vit_pairs": batch.vit_picture.size * batch.vit_picture.shape[-1]}
+           "vit_pairs": batch.vit_image.size * batch.vit_image.shape[-1]}
   return {f"packing/{name}": sums[f"used/{name}"] / float(max(size, 1))
           for name, size in sizes.items()}

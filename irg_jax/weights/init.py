@@ -8,13 +8,13 @@ import zlib
 import jax
 import numpy as np
 
-from irg_jax import text
 from irg_jax.config import ModelConfig
 from irg_jax.weights import names, published
 from irg_jax.weights.errors import CheckpointError
+from irg_jax.tokenizer import CONTROL_NAMES, write_byte_tokenizer
 
 _RESIDUAL = re.compile(r"/layers/(.*/)?(o|down|fc2)/kernel$")  # what layers add to their input
-BYTE_TOKENS = 256 + len(text.CONTROL_NAMES)
+BYTE_TOKENS = 256 + len(CONTROL_NAMES)
 
 
 def random_params(config: ModelConfig, key) -> dict:
@@ -44,7 +44,7 @@ def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
     raise CheckpointError(f"llm.vocab_size is {config.llm.vocab_size}; the byte-level tokenizer "
                           f"needs at least {BYTE_TOKENS}")
   with tempfile.TemporaryDirectory() as source:
-    text.write_byte_tokenizer(source)
+    write_byte_tokenizer(source)
     params = random_params(config, jax.random.key(seed))
     published.save(folder, params, config, source=source)
 

@@ -19,7 +19,7 @@ _LINEAR = (1, 0)  # torch keeps [out, in]
 _CONV = (2, 3, 1, 0)  # torch keeps [out, in, height, width]
 
 TIMESTEP_FEATURES = 256
-PICTURE_CHANNELS = 3
+IMAGE_CHANNELS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _vit_rows(config):
   dense = functools.partial(_dense, layers=vit.num_layers)
   norm = functools.partial(_norm, layers=vit.num_layers)
   to, layer = "vit/layers/", root + "encoder.layers.{layer}."
-  patch = vit.patch_size**2 * PICTURE_CHANNELS
+  patch = vit.patch_size**2 * IMAGE_CHANNELS
   names = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
   attention = [dense(to + ours, layer + f"self_attn.{key}", width, width) for ours, key in names]
   return [
@@ -205,7 +205,7 @@ def _vit_rows(config):
 
 def _vae_rows(vae: VaeConfig):
   widths = [vae.ch * mult for mult in vae.ch_mult]
-  table = _vae_ends("encoder", PICTURE_CHANNELS, vae.ch, widths[-1], 2 * vae.z_channels)
+  table = _vae_ends("encoder", IMAGE_CHANNELS, vae.ch, widths[-1], 2 * vae.z_channels)
   width = vae.ch
   for i, new in enumerate(widths):
     table += _stage(f"encoder/down_{i}", f"encoder.down.{i}", width, new, vae.num_res_blocks)
@@ -218,7 +218,7 @@ def _vae_rows(vae: VaeConfig):
     width = new
     if i:
       table += _conv(f"decoder/up_{i}/upsample", f"decoder.up.{i}.upsample.conv", new, new)
-  return table + _vae_ends("decoder", vae.z_channels, widths[-1], width, PICTURE_CHANNELS)
+  return table + _vae_ends("decoder", vae.z_channels, widths[-1], width, IMAGE_CHANNELS)
 
 
 def _vae_ends(part, size_in, first, last, size_out):

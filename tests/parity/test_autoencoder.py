@@ -10,7 +10,7 @@ TOLERANCE = 1e-5
 
 
 def nhwc(x):
-  """Reference pictures and latents are [B, C, height, width]."""
+  """Reference images and latents are [B, C, height, width]."""
   return np.moveaxis(x, 1, -1)
 
 
@@ -44,18 +44,18 @@ def test_every_parameter_has_its_published_shape(checkpoint):
   assert got == jax.tree.map(lambda x: x.shape, shapes)
 
 
-def test_moments_of_a_picture(reference, checkpoint):
+def test_moments_of_a_image(reference, checkpoint):
   mean, logvar = assert_moments(checkpoint, reference["vae/pixels"], reference["vae/moments"])
   latents = sample_latents(checkpoint.config.vae, mean, logvar)
   assert relative_error(latents, nhwc(reference["vae/latent_mean"])) < TOLERANCE
 
 
-def test_decoded_picture(reference, checkpoint):
+def test_decoded_image(reference, checkpoint):
   pixels = run(checkpoint, "decode", nhwc(reference["vae/latent_mean"]))
   assert relative_error(pixels, nhwc(reference["vae/decoded"])) < TOLERANCE
 
 
-def test_posterior_draw_of_the_training_pictures(reference, checkpoint):
+def test_posterior_draw_of_the_training_images(reference, checkpoint):
   mean, logvar = assert_moments(
       checkpoint, reference["train/padded_images"], reference["train/vae_moments"])
   latents = sample_latents(
@@ -63,7 +63,7 @@ def test_posterior_draw_of_the_training_pictures(reference, checkpoint):
   assert relative_error(latents, nhwc(reference["train/padded_latent"])) < TOLERANCE
 
 
-def test_generated_latents_decode_to_the_generated_pictures(reference, checkpoint):
+def test_generated_latents_decode_to_the_generated_images(reference, checkpoint):
   height, width = (int(n) for n in reference["irg/image_hw"])
   rounds = len([n for n in reference.names("irg/latent") if n.removeprefix("irg/latent").isdigit()])
   assert rounds

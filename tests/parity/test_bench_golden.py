@@ -90,7 +90,7 @@ def test_geneval_decisions(path):
   records = lines(path)
   assert len(records) == len(expected)
   for record, want in zip(records, expected):
-    got = geneval.score_picture(record)
+    got = geneval.score_image(record)
     assert got["filename"] == want["filename"]
     assert got["correct"] == want["correct"], want["filename"]
     reasons = got["reason"].split("\n") if got["reason"] else []
@@ -256,8 +256,8 @@ def grids(folder, stub, name):
   """(prompt id, number of cells that are not black) of a folder of grids."""
   columns, rows = oneig.parse_grid(stub["grid"])
   for path in sorted((folder / "images" / name).glob("*/*")):
-    picture = np.asarray(Image.open(path).convert("RGB"))
-    cells = oneig.split_grid(picture, columns, rows)
+    image = np.asarray(Image.open(path).convert("RGB"))
+    cells = oneig.split_grid(image, columns, rows)
     yield path.stem, len(cells)
 
 

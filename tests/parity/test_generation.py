@@ -58,7 +58,7 @@ def run_of(reference, checkpoint, **changes):
       model=checkpoint.model, params=checkpoint.params,
       tokenizer=IdTokenizer(checkpoint.special), settings=settings_of(reference, checkpoint),
       seeds=[0], system_ids=reference["irg/system_ids"].tolist(),
-      prompt_ids=[reference["irg/prompt_ids"].tolist()], pictures=None,
+      prompt_ids=[reference["irg/prompt_ids"].tolist()], images=None,
       draws=recorded_draws(reference), on_progress=None)
   return irg.Run(**(fields | changes))
 
@@ -79,7 +79,7 @@ def thoughts_of(reference, number):
 
 
 def context_before_image(reference, checkpoint, number):
-  """The context as the reference had it before it drew picture `number`, with its views."""
+  """The context as the reference had it before it drew image `number`, with its views."""
   run = run_of(reference, checkpoint)
   ctx = irg._begin(run, irg._plan(run)[0])
   ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
@@ -109,7 +109,7 @@ def test_cache_after_system_prompt_and_thought(reference, checkpoint):
   check_cache(reference, ctx, "kv_before_image1", np.arange(length))
 
 
-def test_cache_after_the_first_picture(reference, checkpoint):
+def test_cache_after_the_first_image(reference, checkpoint):
   run, ctx = context_before_image(reference, checkpoint, 1)
   start = int(ctx.length[0])
   ctx = look_at_image1(reference, run, ctx)
@@ -118,8 +118,8 @@ def test_cache_after_the_first_picture(reference, checkpoint):
   # Slots hold [und | gen]; the reference has the latents between their two ends.
   latents = reference["irg/noise1"].shape[0]
   und = length - start - latents
-  picture = [0, *range(und, und + latents), *range(1, und)]
-  check_cache(reference, ctx, "kv_after_image1", np.r_[np.arange(start), start + np.array(picture)])
+  image = [0, *range(und, und + latents), *range(1, und)]
+  check_cache(reference, ctx, "kv_after_image1", np.r_[np.arange(start), start + np.array(image)])
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -183,14 +183,14 @@ def test_latents_after_all_steps(reference, checkpoint, number):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_pictures_from_recorded_latents(reference, checkpoint, number):
+def test_images_from_recorded_latents(reference, checkpoint, number):
   run = run_of(reference, checkpoint)
-  picture = steps.decode_pixels(checkpoint.config, checkpoint.params["vae"],
+  image = steps.decode_pixels(checkpoint.config, checkpoint.params["vae"],
                                 reference[f"irg/latent{number}"][None], irg._grid(run))
-  check_picture(picture[0], reference[f"irg/image{number}"], levels=1, exact=0.99)
+  check_image(image[0], reference[f"irg/image{number}"], levels=1, exact=0.99)
 
 
-def check_picture(got, want, levels, exact):
+def check_image(got, want, levels, exact):
   """All values within `levels` but for what `exact` leaves, and equal in a share of `exact`."""
   difference = np.abs(np.asarray(got).astype(int) - want)
   assert got.shape == want.shape
@@ -207,7 +207,7 @@ def test_two_rounds_end_to_end(reference, checkpoint):
       system_prompt=reference["irg/system_ids"], draws=recorded_draws(reference))
   for number, result in enumerate(trajectories[0].rounds, 1):
     assert result.thought.ids == thoughts_of(reference, number)[0].ids
-    check_picture(result.picture, reference[f"irg/image{number}"], levels=2, exact=0.99)
+    check_image(result.image, reference[f"irg/image{number}"], levels=2, exact=0.99)
 
 
 def test_a_text_that_ends_by_itself(reference, checkpoint):
@@ -220,13 +220,13 @@ def test_a_text_that_ends_by_itself(reference, checkpoint):
   assert list(thought.ids) == ids
 
 
-def test_picture_understanding(reference, checkpoint):
+def test_image_understanding(reference, checkpoint):
   ids = reference["chat/greedy_ids"].tolist()
   side = checkpoint.config.vit.grid_size * checkpoint.config.vit.patch_size
   patch = checkpoint.config.vit.patch_size
   thought = irg.answer(
       checkpoint.model, checkpoint.params, IdTokenizer(checkpoint.special),
-      [reference["chat/question_ids"]], seeds=[0], pictures=[reference["chat/image"]],
+      [reference["chat/question_ids"]], seeds=[0], images=[reference["chat/image"]],
       settings=Settings(think_limit=len(ids) + 1, temperature=0.0,
                         vae_transform=ImageTransform(1024, 16, 16),
                         vit_transform=ImageTransform(side, 2 * patch, patch)))[0]

@@ -27,8 +27,8 @@ def block_shape(position_ids, grid):
   return int(position_ids[-1]) // grid + 1, int(position_ids[-1]) % grid + 1
 
 
-def train_pictures(reference):
-  """(index, its entry) of every picture of the packed row, in order."""
+def train_images(reference):
+  """(index, its entry) of every image of the packed row, in order."""
   splits = [s for sample in reference.json("train_samples.json") for s in sample]
   return list(enumerate(s for s in splits if s["type"] == "image"))
 
@@ -55,7 +55,7 @@ def test_vit_input_is_exact(reference):
 
 def test_packed_vit_tokens_are_exact(reference):
   patch, grid = vit_sizes(reference)
-  seen = [i for i, p in train_pictures(reference) if p["need_vit"]]
+  seen = [i for i, p in train_images(reference) if p["need_vit"]]
   ends = np.cumsum(reference["train/vit_token_seqlens"])
   assert len(seen) == len(ends)
   for i, end, length in zip(seen, ends, reference["train/vit_token_seqlens"]):
@@ -63,8 +63,8 @@ def test_packed_vit_tokens_are_exact(reference):
     want_ids = reference["train/packed_vit_position_ids"][part]
     rows, columns = block_shape(want_ids, grid)
     np.testing.assert_array_equal(images.position_ids(rows, columns, grid), want_ids)
-    picture = images.resize_to(reference[f"train/image_{i}"], columns * patch, rows * patch)
-    tokens = images.patchify(images.to_pixels(picture), patch)
+    image = images.resize_to(reference[f"train/image_{i}"], columns * patch, rows * patch)
+    tokens = images.patchify(images.to_pixels(image), patch)
     np.testing.assert_array_equal(tokens, reference["train/packed_vit_tokens"][part])
 
 
@@ -80,9 +80,9 @@ def test_packed_latent_position_ids_are_exact(reference):
 
 
 def test_pixels_for_the_vae_are_exact(reference):
-  """A picture that is target and context goes in twice."""
+  """An image that is target and context goes in twice."""
   order = []
-  for i, p in train_pictures(reference):
+  for i, p in train_images(reference):
     order += [i] * (p["need_loss"] + p["need_vae"])
   padded = reference["train/padded_images"]
   assert len(order) == len(padded)

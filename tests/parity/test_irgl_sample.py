@@ -7,14 +7,14 @@ import conftest
 import numpy as np
 import pytest
 
-from irg_jax import text
 from irg_jax.config import LlmConfig, ModelConfig, VitConfig
 from irg_jax.data import examples, irgl, sources
 from irg_jax.data.published import iterate_texts, mode_files
 from irg_jax.data.records import MODES, Rejected, TextPart, parse_conversation
-from irg_jax.data.sequence import DroppedPicture, TextSplit
+from irg_jax.data.sequence import DroppedImage, TextSplit
 from irg_jax.images import ImageTransform
 from irg_jax.train.settings import DataSettings, Dropout
+from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 SAMPLE = conftest.reference_root() / "irgl_sample"
 EXPECTED = SAMPLE / "expected_byte_tokenizer.json"
@@ -38,8 +38,8 @@ def expected(mode):
 
 @functools.cache
 def tokenizer(folder):
-  text.write_byte_tokenizer(folder)
-  return text.load_tokenizer(folder, 260)
+  write_byte_tokenizer(folder)
+  return load_tokenizer(folder, 260)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_dropout_may_take_exactly_the_splits_so_marked(mode, tmp_path_factory):
   for record in sources.open_source(SAMPLE, mode, max_rejected=LIMIT):
     plan = expected(mode)[record.index]["plan"]
     kept = splits(record, tmp_path_factory, vae=1.0, vit=1.0, words=1.0)
-    kept = [s for s in kept if not isinstance(s, DroppedPicture)]
+    kept = [s for s in kept if not isinstance(s, DroppedImage)]
     want = [p for p in plan if p["loss"] or not p["enable_cfg"]]
     assert [(p["type"] == "text", p["loss"]) for p in want] == [
         (isinstance(s, TextSplit), int(s.need_loss)) for s in kept]

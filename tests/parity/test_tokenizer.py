@@ -2,12 +2,12 @@
 
 import gzip
 import json
+from irg_jax.tokenizer import load_tokenizer
 
 import conftest
 import numpy as np
 import pytest
 
-from irg_jax import text
 
 VOCAB_SIZE = 152064  # rows of the real model's embedding
 
@@ -26,7 +26,7 @@ def recorded(request, tmp_path_factory):
   packed = (request.param / "tokenizer.json.gz").read_bytes()
   (folder / "tokenizer.json").write_bytes(gzip.decompress(packed))
   cases = json.loads((request.param / "cases.json").read_text(encoding="utf-8"))
-  return text.load_tokenizer(folder, VOCAB_SIZE), cases, folder
+  return load_tokenizer(folder, VOCAB_SIZE), cases, folder
 
 
 def test_every_case_is_exact(recorded):
@@ -61,10 +61,10 @@ def test_vocab_and_merges_give_the_same_ids(recorded, tmp_path):
   merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
   (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
   (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
-  tokenizers = [text.load_tokenizer(tmp_path, VOCAB_SIZE)]
+  tokenizers = [load_tokenizer(tmp_path, VOCAB_SIZE)]
   added = {str(t.pop("id")): t for t in spec["added_tokens"]}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-  tokenizers.append(text.load_tokenizer(tmp_path, VOCAB_SIZE))
+  tokenizers.append(load_tokenizer(tmp_path, VOCAB_SIZE))
   for other in tokenizers:
     assert other.special_names == tokenizer.special_names and other.size == tokenizer.size
     for case in cases:

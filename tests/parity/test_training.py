@@ -11,10 +11,10 @@ import pytest
 from conftest import relative_error
 from irg_jax import flow
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import PictureSplit, TextSplit, sample_features
-from irg_jax.model import attention
+from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 from irg_jax.weights import names
+from irg_jax.tokens import allowed
 
 TRAIN_SHIFT = 4.0
 
@@ -30,12 +30,12 @@ def read_samples(reference, config):
     if split["type"] == "text":
       return [TextSplit(split["ids"], bool(split["loss"]))]
     # The reference draws the posterior anew for each role, so each role is a split here.
-    roles = [PictureSplit(next(latents), None, **{role: True})
+    roles = [ImageSplit(next(latents), None, **{role: True})
              for role in ("need_loss", "need_vae") if split[role]]
     if split["need_vit"]:
       patch = config.vit.patch_size
-      columns = round(split["w"] / patch)  # these pictures are within the size limits
-      roles.append(PictureSplit(None, next(vit_parts).reshape(-1, columns, patch * patch * 3),
+      columns = round(split["w"] / patch)  # these images are within the size limits
+      roles.append(ImageSplit(None, next(vit_parts).reshape(-1, columns, patch * patch * 3),
                                 need_vit=True))
     return roles
 
@@ -92,7 +92,7 @@ def recorded_draws(reference, batch):
 def test_mask_and_positions_of_the_packed_row_are_exact(reference, checkpoint):
   batch = one_row(reference, checkpoint)
   sample, index = (np.asarray(x[0]) for x in (batch.tokens.sample, batch.tokens.index))
-  mask = np.asarray(attention.allowed(batch.tokens, batch.tokens))[0]
+  mask = np.asarray(allowed(batch.tokens, batch.tokens))[0]
   positions = []
   for number, length in enumerate(reference["train/sample_lens"]):
     here = np.flatnonzero(sample == number)

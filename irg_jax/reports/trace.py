@@ -1,10 +1,10 @@
-"""Writes what a run produced: pictures, `trace.json`, and a page to read it by.
+"""Writes what a run produced: images, `trace.json`, and a page to read it by.
 
 A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
    "settings": {...}, "versions": {...}, "note": str (optional),
-   "source": uint8 [H, W, 3] (optional), the picture that was edited, for the page alone,
+   "source": uint8 [H, W, 3] (optional), the image that was edited, for the page alone,
    "rounds": [{"think": str, or None where the round had no thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None where it drew nothing,
@@ -25,8 +25,8 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from irg_jax import trace_page
-from irg_jax.files import partial_name, whole_file
+from irg_jax.reports import trace_page
+from irg_jax.storage import partial_name, atomic_file
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 _PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # left behind by a run that was killed
@@ -95,7 +95,7 @@ def write_trace(folder, trace: dict) -> dict:
 
 
 def write_index(folder, entries: list[dict]) -> None:
-  """Writes `index.html`: final picture and prompt of each trace, linked to its page.
+  """Writes `index.html`: final image and prompt of each trace, linked to its page.
 
   Args:
     folder: the folder that holds the trace folders.
@@ -103,12 +103,12 @@ def write_index(folder, entries: list[dict]) -> None:
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  with whole_file(folder / "index.html") as aside:
+  with atomic_file(folder / "index.html") as aside:
     _write_text(aside, trace_page.index_html(entries))
 
 
-def picture_name(round_number: int) -> str:
-  """File name of the picture of a round, counted from 1."""
+def image_name(round_number: int) -> str:
+  """File name of the image of a round, counted from 1."""
   return f"round{round_number}.png"
 
 
@@ -116,24 +116,24 @@ def _write_files(folder, trace):
   pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
   for number, png in enumerate(pngs, 1):
     if png:
-      (folder / picture_name(number)).write_bytes(png)
-  record = json.dumps(_without_pictures(trace), indent=2, ensure_ascii=False, default=_plain)
+      (folder / image_name(number)).write_bytes(png)
+  record = json.dumps(_without_images(trace), indent=2, ensure_ascii=False, default=_plain)
   _write_text(folder / "trace.json", record + "\n")
   _write_text(folder / "trace.html", trace_page.trace_html(trace, pngs, _png(trace.get("source"))))
 
 
-def _png(picture):
-  if picture is None:
+def _png(image):
+  if image is None:
     return None
   file = io.BytesIO()
-  Image.fromarray(np.asarray(picture, np.uint8)).save(file, "png")
+  Image.fromarray(np.asarray(image, np.uint8)).save(file, "png")
   return file.getvalue()
 
 
-def _without_pictures(trace):
-  """The trace with file names for pictures."""
+def _without_images(trace):
+  """The trace with file names for images."""
   rounds = [
-      entry | {"picture": None if entry.get("picture") is None else picture_name(number)}
+      entry | {"picture": None if entry.get("picture") is None else image_name(number)}
       for number, entry in enumerate(trace["rounds"], 1)
   ]
   return {k: v for k, v in trace.items() if k != "source"} | {"rounds": rounds}
@@ -144,14 +144,14 @@ def _index_entry(folder, trace):
   return {
       "folder": folder.name,
       "prompt": trace["prompt"],
-      "picture": picture_name(drawn[-1]) if drawn else None,
+      "picture": image_name(drawn[-1]) if drawn else None,
       "rounds": len(trace["rounds"]),
       "seed": trace.get("seed"),
   }
 
 
 def _move(aside, folder):
-  """Puts the files of `aside` in their place, and removes pictures of an earlier trace."""
+  """Puts the files of `aside` in their place, and removes images of an earlier trace."""
   if not folder.exists():
     aside.rename(folder)
     return

@@ -13,12 +13,12 @@ _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF":
 
 
 class Unusable(ValueError):
-  """There is no such picture, or it cannot be decoded."""
+  """There is no such image, or it cannot be decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """Number `index`, row by row, of the cells of the grid in the picture at `path`."""
+  """Number `index`, row by row, of the cells of the grid in the image at `path`."""
 
   path: pathlib.Path
   columns: int
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """A picture to send. Attributes: `digest` of its bytes; `url`, a data URL."""
+  """An image to send. Attributes: `digest` of its bytes; `url`, a data URL."""
 
   data: bytes
   type: str
@@ -42,7 +42,7 @@ class Encoded:
     return f"data:{self.type};base64,{base64.b64encode(self.data).decode()}"
 
 
-def encode(picture) -> Encoded:
+def encode(image) -> Encoded:
   """The bytes to send of a path or a Cell.
 
   A cell becomes a JPEG of Pillow's default quality, as the official OneIG scripts have it. A file
@@ -51,36 +51,36 @@ def encode(picture) -> Encoded:
   Raises:
     Unusable: names the file.
   """
-  cell = isinstance(picture, Cell)
-  path = picture.path if cell else pathlib.Path(picture)
+  cell = isinstance(image, Cell)
+  path = image.path if cell else pathlib.Path(image)
   try:
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-      image.load()  # a file that was cut short must not be judged
-      if not cell and image.format in _TYPES:
-        return Encoded(data, _TYPES[image.format])
-      image = image.convert("RGB")
+    with Image.open(io.BytesIO(data)) as opened:
+      opened.load()  # a file that was cut short must not be judged
+      if not cell and opened.format in _TYPES:
+        return Encoded(data, _TYPES[opened.format])
+      opened = opened.convert("RGB")
   except FileNotFoundError:
     raise Unusable(f"{path} is missing") from None
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
     raise Unusable(f"{path} cannot be read ({e})") from e
   if cell:
-    image = image.crop(_box(image.size, picture))
+    opened = opened.crop(_box(opened.size, image))
   out = io.BytesIO()
-  image.save(out, format="JPEG" if cell else "PNG")
+  opened.save(out, format="JPEG" if cell else "PNG")
   return Encoded(out.getvalue(), "image/jpeg" if cell else "image/png")
 
 
 def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
-  """The cells of a grid, without those that are wholly black: the pictures that failed.
+  """The cells of a grid, without those that are wholly black: the images that failed.
 
   Of a grid that cannot be read, all cells: asking about them reports why.
   """
   every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
   try:
-    with Image.open(path) as image:
-      image = image.convert("RGB")
-      return [c for c in every if image.crop(_box(image.size, c)).getbbox()]
+    with Image.open(path) as opened:
+      opened = opened.convert("RGB")
+      return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
     return every
 

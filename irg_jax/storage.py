@@ -12,7 +12,7 @@ def partial_name() -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_file(path):
   """Yields a path beside `path` to write to; it is renamed on success, else removed."""
   path = pathlib.Path(path)
   aside = path.with_name(partial_name())

@@ -1,26 +1,26 @@
-"""The pages that `irg_jax.trace` writes: HTML without scripts, nothing fetched from outside."""
+"""The pages that `irg_jax.reports.trace` writes: HTML without scripts, nothing fetched from outside."""
 
 import base64
 import re
 import urllib.parse
 
-from irg_jax.pages import escape, page, short
+from irg_jax.reports.pages import escape, page, short
 
 _LONG_THOUGHT = 3000  # characters
 
 
 def trace_html(trace: dict, pngs: list[bytes | None], source: bytes | None = None) -> str:
-  """The page of one trace; pictures are encoded: the rounds' and the one that was edited."""
+  """The page of one trace; images are encoded: the rounds' and the one that was edited."""
   last = max((i for i, png in enumerate(pngs) if png), default=None)
   steps = []
   if source:
-    alt = "The picture to edit"
-    steps.append(f"<li><h2>Picture to edit</h2>{_figure(trace['source'], source, 26, alt)}</li>")
+    alt = "The image to edit"
+    steps.append(f"<li><h2>Image to edit</h2>{_figure(trace['source'], source, 26, alt)}</li>")
   for i, (entry, png) in enumerate(zip(trace["rounds"], pngs)):
     if entry.get("think") is not None:
       steps.append(_thought(entry, first=i == 0))
     if png:
-      steps.append(_picture(entry["picture"], png, i + 1, i == last, trace["prompt"]))
+      steps.append(_image(entry["picture"], png, i + 1, i == last, trace["prompt"]))
   note = f'<p class="note">{escape(trace["note"])}</p>' if trace.get("note") else ""
   prompt = escape(trace["prompt"])
   size = ' class="long"' if len(prompt) > 200 else ""
@@ -33,7 +33,7 @@ def trace_html(trace: dict, pngs: list[bytes | None], source: bytes | None = Non
 
 
 def index_html(entries: list[dict]) -> str:
-  """The page that lists traces; `entries` as `irg_jax.trace.write_trace` returns them."""
+  """The page that lists traces; `entries` as `irg_jax.reports.trace.write_trace` returns them."""
   body = (
       f'<main class="wide"><h1>{len(entries)} prompt{"s" * (len(entries) != 1)}</h1>'
       f'<ul class="grid">{"".join(map(_card, entries))}</ul></main>'
@@ -57,18 +57,18 @@ def _thought(entry, first):
   return f"<li><h2>{title}</h2>{words}{limit}</li>"
 
 
-def _picture(picture, png, number, final, prompt):
+def _image(image, png, number, final, prompt):
   title = "Final picture" if final else f"Picture {number}"
   if final and number == 1:
     title = "Picture"
   alt = f"{title}, drawn for: {short(prompt, 300)}"
-  figure = _figure(picture, png, 46 if final else 26, alt)
+  figure = _figure(image, png, 46 if final else 26, alt)
   return f'<li{" class=final" * final}><h2>{title}</h2>{figure}</li>'
 
 
-def _figure(picture, png, widest, alt):
+def _figure(image, png, widest, alt):
   """`widest` in rem: to look at, never taller than the window; small ones at most four-fold."""
-  height, width = picture.shape[:2]
+  height, width = image.shape[:2]
   limit = min(widest, 4 * width / 16)
   style = f"max-width:min({limit:g}rem,{80 * width / height:.4g}vh)"
   tiny = ' class="tiny"' if width < 256 else ""
