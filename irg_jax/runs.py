@@ -1,0 +1,139 @@
+"""The record of a run's settings: a run is continued with the same settings, or refused.
+
+A run records its settings as JSON when it makes its folder. Whoever starts it again is checked
+against that record, so that one folder never holds results of two settings.
+"""
+
+import json
+import os
+import pathlib
+
+from irg_jax.storage import atomic_file, partial_name
+
+_SHOWN = 80  # characters of a value in an error message
+_UNSET = object()
+
+
+def check_folder(path, kind: str, ignore=()) -> None:
+  """Checks that the folder of a record is a run's, empty, or not there.
+
+  Args:
+    path: of the record.
+    kind: of the run, for the message: "a training run".
+    ignore: names of files that may be there without a record.
+
+  Raises:
+    ValueError: names a file that something else has left in the folder.
+  """
+  path = pathlib.Path(path)
+  if path.is_file() or not path.parent.is_dir():
+    return
+  others = sorted(p.name for p in path.parent.iterdir()
+                  if p.name not in ignore and p.suffix != ".partial")
+  if others:
+    raise ValueError(f"--out {path.parent}: holds {others[0]}, but no {path.name}, so it is not "
+                     f"{kind}: choose another folder")
+
+
+def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None, free=(),
+               renamed=None) -> None:
+  """Checks settings against the recorded ones of the run that they would continue.
+
+  Args:
+    recorded, now: JSON values by name; groups are dicts, fields are named "group.name".
+    where: names the run in the message: "--out FOLDER".
+    flag: what is put before "field=value" to set a field again: "--config."; None: the message
+      names no flag.
+    free: fields and groups that may change from one start to the next.
+    renamed: fields and groups by the names of older versions, to those of today; None where a
+      setting is gone.
+
+  Raises:
+    ValueError: names each field that differs, both values, and how to continue the run.
+  """
+  before, after = _today(_fields(recorded), renamed or {}), _fields(now)
+  changed = [field for field in sorted(before.keys() | after.keys())
+             if before.get(field, _UNSET) != after.get(field, _UNSET) and not _within(field, free)]
+  if not changed:
+    return
+  differences = "; ".join(f"{f}={_shown(before, f)}, not {_shown(after, f)}" for f in changed)
+  flags = [f"{flag}{f}={_shown(before, f)}" for f in changed if flag is not None and f in before]
+  again = " ".join(flags) or "the same settings"
+  raise ValueError(f"{where}: the run was started with {differences}; give {again} to continue "
+                   "it, or choose another folder")
+
+
+def read(path) -> dict:
+  """Reads a record.
+
+  Raises:
+    ValueError: the file is missing or not a JSON object; names it.
+  """
+  try:
+    record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+      raise ValueError(f"a JSON {type(record).__name__}, not an object")
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{path}: cannot be read as the record of a run ({e}); restore it, or choose "
+                     "another folder") from e
+  return record
+
+
+def write(path, record: dict) -> None:
+  """Writes a record atomically, over the one that is there; makes the folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with atomic_file(path) as aside:
+    aside.write_text(_text(record), encoding="utf-8")
+
+
+def create(path, record: dict) -> None:
+  """Writes a record unless there is one: of processes that start together, the first wins."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(partial_name())
+  try:
+    aside.write_text(_text(record), encoding="utf-8")
+    os.link(aside, path)  # unlike a rename, fails where another process was first
+  except FileExistsError:
+    pass
+  except OSError:  # a file system without hard links
+    if not path.exists():
+      os.replace(aside, path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def _text(record):
+  return json.dumps(record, indent=2) + "\n"
+
+
+def _fields(settings, prefix=""):
+  """Values by dotted name, as they would come back from a JSON file."""
+  fields = {}
+  for name, value in settings.items():
+    if isinstance(value, dict) and value:
+      fields |= _fields(value, f"{prefix}{name}.")
+    else:
+      fields[f"{prefix}{name}"] = json.loads(json.dumps(value))
+  return fields
+
+
+def _today(fields, renamed):
+  """Recorded fields under their present names, without those that are gone."""
+  found = {}
+  for field, value in fields.items():
+    old = next((old for old in renamed if _within(field, (old,))), field)
+    new = renamed.get(old, old)
+    if new is not None:
+      found[new + field.removeprefix(old)] = value
+  return found
+
+
+def _within(field, groups):
+  return any(field == group or field.startswith(f"{group}.") for group in groups)
+
+
+def _shown(fields, name):
+  text = str(fields[name]) if name in fields else "(unset)"
+  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
