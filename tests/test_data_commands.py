@@ -115,8 +115,8 @@ def test_lengths_are_what_the_model_counts():
   """Each split is framed by two tokens; an image brings both sizes of the training transforms."""
   row = irgl_rows.turns(
       irgl_rows.text("abc"),
-      irgl_rows.image(irgl_rows.image(size=(512, 640)), need_loss=True, need_vae=True,
-                      need_vit=True), prompt="x")
+      irgl_rows.image_part(irgl_rows.image(size=(512, 640)), need_loss=True, need_vae=True,
+                           need_vit=True), prompt="x")
   record = parse_conversation(irgl_rows.as_row(row), MODE, 0)
   lengths = check.sample_lengths(record, len)
   vit = 37 * 46  # the nearest whole patches of 14 to 512 and 640

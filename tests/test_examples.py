@@ -65,7 +65,7 @@ def test_a_target_is_noised_several_times_at_one_position_and_conditions_are_the
   tokens = 4 * 3
   assert thrice["gen_weight"].tolist() == [1.0] * 3 * tokens + [0.0] * tokens
   assert len(set(thrice["gen_position"][:3 * tokens])) == 1
-  assert len(set(thrice["gen_split"])) == len(set(thrice["gen_picture"])) == 4
+  assert len(set(thrice["gen_split"])) == len(set(thrice["gen_image"])) == 4
   for name in ("gen_position", "gen_latents"):
     assert thrice[name].shape[0] == 4 * tokens
   assert thrice["und_position"].max() == once["und_position"].max()
@@ -123,7 +123,7 @@ def test_moments_give_latents_and_no_image_is_decoded(tokenizer):
 
 
 @pytest.mark.parametrize("part,message", [
-    (ImagePart(b"not a picture", True, False, False), "picture in part 1.*decoded"),
+    (ImagePart(b"not a picture", True, False, False), "image in part 1.*decoded"),
     (image(np.zeros((2, 3, 4, 16)), need_vae=True), "3 x 4 latents does not divide"),
     (image(np.zeros((2, 40, 4, 16)), need_vae=True), "exceeds the 8 x 8 positions"),
     (TextPart("\ud800", True), "surrogate"),

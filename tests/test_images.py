@@ -133,7 +133,7 @@ def test_exif_orientation_is_applied(image):
 
 def test_unreadable_files_are_named(tmp_path):
   for name in ("missing.png", "."):
-    with pytest.raises(ValueError, match="cannot read the picture"):
+    with pytest.raises(ValueError, match="cannot read the image"):
       images.read_image(tmp_path / name)
   for content in (b"", b"not a picture"):
     (tmp_path / "a.png").write_bytes(content)

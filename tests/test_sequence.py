@@ -96,7 +96,7 @@ def test_image_in_all_roles_is_noised_then_clean_then_vit():
         gen_position=[2, 2, 2, 2], gen_index=[3, 4, 7, 8], gen_split=[1, 1, 2, 2],
         gen_kind=[X, X, F, F], gen_weight=[1, 1, 0, 0], gen_latents=[[0], [1], [0], [1]],
         vit_patches=np.arange(9).reshape(3, 3))
-  assert len(set(features(image(need_loss=True, need_vae=True))["gen_picture"])) == 2
+  assert len(set(features(image(need_loss=True, need_vae=True))["gen_image"])) == 2
 
 
 def test_dropped_image_leaves_a_gap_in_the_positions_and_nothing_else():
@@ -112,8 +112,8 @@ def test_images_to_be_encoded_come_with_the_place_of_their_tokens():
   draw = np.zeros((2, 1, 1))
   got = features(ImageSplit(draw, None, need_vae=True, pixels=raw[0]), image(need_vae=True),
                  ImageSplit(draw, None, need_loss=True, pixels=raw[1]))
-  assert [start for start, _ in got["pictures"]] == [0, 4]
-  assert all(a is b for (_, a), b in zip(got["pictures"], raw))
+  assert [start for start, _ in got["images"]] == [0, 4]
+  assert all(a is b for (_, a), b in zip(got["images"], raw))
 
 
 def test_places_go_row_by_row_in_the_grids_of_the_model():
@@ -125,7 +125,7 @@ def test_patches_of_a_second_image_come_after_the_first():
   got = features(image(need_vit=True), image(20, need_vit=True))
   check(got, und_vit=[-1, 0, 1, 2, -1, -1, 3, 4, 5, -1], und_position=[0] * 5 + [1] * 5)
   assert got["vit_patches"][3, 0] == 20
-  assert got["vit_picture"].tolist()[:3] != got["vit_picture"].tolist()[3:]
+  assert got["vit_image"].tolist()[:3] != got["vit_image"].tolist()[3:]
 
 
 def test_sample_without_images_has_empty_arrays_of_the_right_kind():
@@ -134,7 +134,7 @@ def test_sample_without_images_has_empty_arrays_of_the_right_kind():
   assert got["vit_patches"].shape == (0, 3)
   for name, x in got.items():
     real = name in ("gen_weight", "gen_latents", "text_weight")
-    if name not in ("vit_patches", "pictures"):  # patches: of either kind, as their neighbours
+    if name not in ("vit_patches", "images"):  # patches: of either kind, as their neighbours
       assert x.dtype == (np.float32 if real else np.int32), name
 
 

@@ -248,7 +248,7 @@ def test_a_folder_that_holds_something_is_not_written_to(good, tmp_path, monkeyp
   monkeypatch.setattr(weights, "load_checkpoint", lambda *_, **__: pytest.fail("read first"))
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").write_text("")
-  with pytest.raises(CheckpointError, match="not an empty folder"):
+  with pytest.raises(FileExistsError, match="not an empty folder"):
     weights.convert(good, tmp_path / "out", to="orbax")
   with pytest.raises(ValueError, match="unknown layout 'torch'"):
     weights.convert(good, tmp_path / "new", to="torch")

@@ -52,10 +52,11 @@ def write_data(root: pathlib.Path) -> pathlib.Path:
     rows = []
     for i in range(ROWS):
       size = (32, 32) if i % 4 else (32, 64)
-      shown = [irgl_rows.image(irgl_rows.image(seed=i, size=size), need_vae=True, need_vit=True)]
+      shown = [irgl_rows.image_part(irgl_rows.image(seed=i, size=size), need_vae=True,
+                                    need_vit=True)]
       rows.append(irgl_rows.turns(
           *(shown if mode.startswith("improving") else []), irgl_rows.text("t" * (5 + i)),
-          irgl_rows.image(irgl_rows.image(seed=100 + i, size=size), need_loss=True),
+          irgl_rows.image_part(irgl_rows.image(seed=100 + i, size=size), need_loss=True),
           prompt=f"prompt {i}"))
     irgl_rows.write_mode(root, [*rows, "[{"], mode)
   return root

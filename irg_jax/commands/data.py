@@ -59,7 +59,7 @@ def add(verbs, new_parser) -> None:
   _add_check(new_parser(steps.add_parser, "check", description=_CHECK,
                         help="counts, lengths and samples as a page"))
   _add_encode(new_parser(steps.add_parser, "encode-latents", description=_ENCODE,
-                         help="VAE moments of all pictures"))
+                         help="VAE moments of all images"))
 
 
 def _add_build(parser):

@@ -98,7 +98,7 @@ def pack_row(samples, sizes: BufferSizes) -> Batch:
   if not samples:
     raise ValueError("a row needs at least one sample")
   row = {name: _fit([s[name] for s in samples], sizes, name) for name in samples[0]
-         if name != "pictures"}
+         if name != "images"}
   segments = {buffer: np.repeat(np.arange(len(samples)) + 1, [len(s[name]) for s in samples])
               for buffer, name in LENGTH_FEATURES.items()}
   return finish_row(row, {buffer: np.pad(x, (0, getattr(sizes, buffer) - len(x)))
@@ -119,7 +119,7 @@ def finish_row(row, segments) -> Batch:
   und_offset, vit_offset = before([0, *lengths(und)]), before([0, *lengths(vit)])
   # Images are numbered through the row: the same number must not mean two images.
   images = np.zeros(len(samples) + 1, np.int64)
-  for name, segment in (("gen_picture", gen), ("vit_picture", vit)):
+  for name, segment in (("gen_image", gen), ("vit_image", vit)):
     np.maximum.at(images, segment, np.where(segment > 0, row[name] + 1, 0))
   image_offset = before(images)
 
@@ -137,10 +137,10 @@ def finish_row(row, segments) -> Batch:
       text_target=row["text_target"], text_weight=row["text_weight"],
       text_sample=text.astype(np.int32) - 1, latents=row["gen_latents"],
       latent_position=row["gen_place"],
-      latent_image=number(row["gen_picture"], gen, image_offset, PADDING),
+      latent_image=number(row["gen_image"], gen, image_offset, PADDING),
       latent_weight=row["gen_weight"], vit_patches=_to_pixels(row["vit_patches"]),
       vit_position=row["vit_position"],
-      vit_image=number(row["vit_picture"], vit, image_offset, PADDING),
+      vit_image=number(row["vit_image"], vit, image_offset, PADDING),
       sample_mode=number(row["sample_mode"], samples, none, -1),
       sample_index=number(row["sample_index"], samples, none, -1))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from irg_jax import images
 from irg_jax.data import array_records, check_page, published, sources
 from irg_jax.data.records import MODES, Record, TextPart
-from irg_jax.storage import atomic_file
+from irg_jax.storage import write_text
 
 # What a sample's length is made of, as the model counts it (spec sections 2 and 3).
 KINDS = ("text", "latent", "ViT", "total")
@@ -80,8 +80,7 @@ def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
     reports: from `check`.
     unit: what a text was counted in, "tokens" or "bytes".
   """
-  with atomic_file(out) as aside:
-    aside.write_text(check_page.check_html(str(path), reports, unit), encoding="utf-8")
+  write_text(out, check_page.check_html(str(path), reports, unit))
 
 
 def _check_mode(path, mode, *, count_text, samples, workers, progress):

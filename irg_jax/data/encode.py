@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from irg_jax import images
 from irg_jax.data import array_records, irgl
 from irg_jax.data.latents import Encoder
 from irg_jax.data.records import ImagePart
-from irg_jax.storage import partial_name, atomic_file
+from irg_jax.storage import scratch_folder, write_text
 
 _ASIDE, _PLAN = ".encoding", "encoding.json"
 _WINDOW = 64  # records whose images are grouped together
@@ -82,8 +81,7 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
 def _write_plan(path, plan):
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
-    with atomic_file(path) as aside:
-      aside.write_text(plan)
+    write_text(path, plan)
 
 
 def _check_same(path, plan):
@@ -124,22 +122,20 @@ def _finish(out, mode, paths, lengths, metadata):
   """Makes a dataset of the files if all are there. Any number of processes may try at once."""
   home, folder = array_records.mode_folder(out, mode), paths[0].parent
   aside = out / _ASIDE
-  scratch = aside / partial_name()
+  if not all(path.exists() for path in paths):
+    return "there" if home.exists() else "waiting"
   try:
-    if not all(path.exists() for path in paths):
-      return "there" if home.exists() else "waiting"
-    made = array_records.mode_folder(scratch, mode)
-    made.mkdir(parents=True)
-    irgl.write_info(scratch, mode, lengths, sum(p.stat().st_size for p in paths), metadata)
-    for file in made.iterdir():
-      os.replace(file, folder / file.name)
-    home.parent.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(folder.parent, home.parent)
+    with scratch_folder(aside) as scratch:
+      made = array_records.mode_folder(scratch, mode)
+      made.mkdir(parents=True)
+      irgl.write_info(scratch, mode, lengths, sum(p.stat().st_size for p in paths), metadata)
+      for file in made.iterdir():
+        os.replace(file, folder / file.name)
+      home.parent.parent.mkdir(parents=True, exist_ok=True)
+      os.rename(folder.parent, home.parent)
   except OSError:
-    if not home.exists():  # then another process was faster
+    if not home.exists():  # else another process was faster
       raise
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   for empty in (aside / array_records.NAME, aside):
     try:
       empty.rmdir()

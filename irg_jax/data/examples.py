@@ -45,7 +45,7 @@ def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> l
       if part.need_loss or not _drop(data.dropout.text, rng):
         splits.append(TextSplit(tokenizer.encode(part.text), part.need_loss))
     else:
-      splits += _image(part, f"picture in part {number}", model, data, rng)
+      splits += _image(part, f"image in part {number}", model, data, rng)
   return splits
 
 

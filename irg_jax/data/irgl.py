@@ -12,13 +12,12 @@ import contextlib
 import io
 import os
 import pathlib
-import shutil
 
 import tensorflow_datasets as tfds
 
 from irg_jax.data import array_records, published
 from irg_jax.data.records import MODES
-from irg_jax.storage import partial_name
+from irg_jax.storage import scratch_folder
 
 SHARD_BYTES = 512 * 2**20
 
@@ -118,7 +117,7 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
     if array_records.mode_folder(out, mode).parent.exists():
       raise ValueError(f"{array_records.mode_folder(out, mode).parent} exists already; remove it, "
                        "or choose another folder")
-  with _aside(out) as aside:
+  with scratch_folder(out) as aside:
     reports = {mode: _build_mode(source, aside, mode, max_rejected=max_rejected, workers=workers,
                                  shard_bytes=shard_bytes, progress=progress) for mode in modes}
     (out / array_records.NAME).mkdir(exist_ok=True)
@@ -126,21 +125,6 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
       folder = array_records.mode_folder(aside, mode).parent
       folder.rename(array_records.mode_folder(out, mode).parent)
   return reports
-
-
-@contextlib.contextmanager
-def _aside(out):
-  """A folder in `out` that is gone at the end, and `out` too if it is new and still empty."""
-  made = [p for p in (out, *out.parents) if not p.exists()]
-  aside = out / partial_name()
-  aside.mkdir(parents=True)
-  try:
-    yield aside
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
-    for folder in made:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _build_mode(source, out, mode, **options):

@@ -170,9 +170,9 @@ def _finish(row):
 
 def _images(row):
   """(first token in gen, pixels) of a row's images that are to be encoded."""
-  lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["pictures"]) + 1)[1:]
+  lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["images"]) + 1)[1:]
   starts = np.cumsum(lengths) - lengths
-  return [(int(start) + first, pixels) for start, images in zip(starts, row["pictures"])
+  return [(int(start) + first, pixels) for start, images in zip(starts, row["images"])
           for first, pixels in images]
 
 

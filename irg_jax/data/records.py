@@ -189,7 +189,7 @@ def _text_part(content, flags, where):
 
 def _image_bytes(content, where):
   if not isinstance(content, str):
-    raise Rejected("bad_content", f"{where}: a picture's content is {_type(content)}, "
+    raise Rejected("bad_content", f"{where}: an image's content is {_type(content)}, "
                    "not a base64 string")
   try:
     # Line breaks are allowed in base64 and mean nothing; any other stray character does.

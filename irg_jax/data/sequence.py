@@ -88,7 +88,7 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
         layout.vit(split.vit_patches)
   return layout.arrays() | {"sample_mode": np.array([mode], np.int32),
                             "sample_index": np.array([index], np.int32),
-                            "pictures": layout.images}
+                            "images": layout.images}
 
 
 class _Layout:
@@ -185,6 +185,6 @@ class _Layout:
 def _check_grid(tokens, name, dim):
   shape = None if tokens is None else np.shape(tokens)
   if shape is None or len(shape) != 3 or shape[-1] != dim:
-    raise ValueError(f"a picture's {name} must be [rows, columns, {dim}] for its roles, "
+    raise ValueError(f"an image's {name} must be [rows, columns, {dim}] for its roles, "
                      f"but it has shape {shape}")
   return shape

@@ -47,12 +47,12 @@ def _packed_rows(stream, streams, data, sources, tokenizer, model, mixture, size
     samples = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     modes.append(_SkipOversized(samples, mode, sizes, data.max_sample_tokens, len(records)))
   mixed = grain.IterDataset.mix(modes, list(mixture.values()))
-  names = [name for name in sample_features([], model, tokenizer.special) if name != "pictures"]
+  names = [name for name in sample_features([], model, tokenizer.special) if name != "images"]
   counted = LENGTH_FEATURES.values()  # those whose segment numbers are needed
   return grain.experimental.FirstFitPackIterDataset(
       mixed, length_struct={name: sizes.of_feature(name) for name in names},
       num_packing_bins=data.bins, seed=_number((seed, stream)),
-      meta_features=[n for n in names if n not in counted] + ["pictures", "skipped"])
+      meta_features=[n for n in names if n not in counted] + ["images", "skipped"])
 
 
 class _Example:

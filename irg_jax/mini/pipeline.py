@@ -12,7 +12,6 @@
 Each step leaves a folder that appears when it is complete, or goes on where it was stopped.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -24,7 +23,7 @@ import numpy as np
 from irg_jax import config as config_lib
 from irg_jax import sharding, weights
 from irg_jax.data import encode, irgl, latents, sources
-from irg_jax.storage import atomic_file
+from irg_jax.storage import atomic_file, atomic_folder, write_json
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import (
@@ -35,7 +34,6 @@ from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
-from irg_jax.weights.folders import new_folder
 from irg_jax.tokenizer import load_tokenizer
 
 _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
@@ -72,7 +70,7 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     return
   vae_params = _given_vae(settings) if settings.autoencoder else _trained_vae(settings, out)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
-  with new_folder(out / "start") as folder:
+  with atomic_folder(out / "start") as folder:
     words = folder / "words"
     words.mkdir()
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
@@ -107,7 +105,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
 def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL: stage 1 is the language model that it began as."""
   if not (out / "base_rows").exists():
-    with new_folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
+    with atomic_folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
       for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
         writer.add(mode, row)
   _prepare(out / "base_rows", out / "base_data", BASE_MODES, out / "start" / "weights", settings)
@@ -124,13 +122,12 @@ def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
 
 
 def _write_judged(settings, out):
-  with new_folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
+  with atomic_folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
     counts = write_trajectories(settings, out / "first_rounds", writer)
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
                        "the autoencoder and the base longer")
-  with atomic_file(out / "trajectories.json") as aside:
-    aside.write_text(json.dumps(counts, indent=1))
+  write_json(out / "trajectories.json", counts, indent=1)
   print(f"irg mini: first pictures of the base model: {counts}")
 
 
@@ -251,8 +248,7 @@ def _check_same(path, settings):
       raise ValueError(f"{path.parent} was begun with other settings ({', '.join(changed)}); "
                        "give the same, or another --out")
   path.parent.mkdir(parents=True, exist_ok=True)
-  with atomic_file(path) as aside:
-    aside.write_text(json.dumps(now, indent=1))
+  write_json(path, now, indent=1)
 
 
 def _rng(settings, purpose):

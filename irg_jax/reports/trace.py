@@ -10,46 +10,21 @@ A trace is a plain dict:
                "picture": uint8 [H, W, 3], or None where it drew nothing,
                "seconds": {"think": float, "draw": float, ...}}]}
 
-New folders appear whole or not at all: they are written beside their place and renamed.
-In a folder that exists, each file does.
+Writes are atomic (`irg_jax.storage`): a new folder as a whole, files in an existing one each.
 """
 
 import io
 import json
-import os
 import pathlib
 import re
-import shutil
-import tempfile
 
 import numpy as np
 from PIL import Image
 
 from irg_jax.reports import trace_page
-from irg_jax.storage import partial_name, atomic_file
+from irg_jax.storage import atomic_files, check_output_folder, is_partial, write_text
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
-_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # left behind by a run that was killed
-
-
-def check_output_folder(path) -> None:
-  """Checks that a folder can be made, or written into, at `path`. Leaves nothing behind.
-
-  Raises:
-    ValueError: it cannot; says why. Call this before expensive work.
-  """
-  path = pathlib.Path(path)
-  try:
-    existing = path.absolute()
-    while not (existing.exists() or existing.is_symlink()):
-      existing = existing.parent
-    if not existing.is_dir():
-      raise ValueError(f"cannot write into {path}: {existing} is not a folder")
-    # Asking for permissions misleads (root, read-only mounts): make something and see.
-    with tempfile.TemporaryDirectory(dir=existing, prefix=".irg-"):
-      pass
-  except OSError as e:
-    raise ValueError(f"cannot write into {path}: {e.strerror or e}") from e
 
 
 def check_trace_folder(folder) -> None:
@@ -63,7 +38,7 @@ def check_trace_folder(folder) -> None:
   if not folder.is_dir():
     return
   names = sorted(p.name for p in folder.iterdir())
-  others = [n for n in names if not (_OWN_FILES.fullmatch(n) or _PARTIAL.fullmatch(n))]
+  others = [n for n in names if not (_OWN_FILES.fullmatch(n) or is_partial(n))]
   if others:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
                      f"{len(others)} in all); choose another output folder")
@@ -84,13 +59,11 @@ def write_trace(folder, trace: dict) -> dict:
   """
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
-  aside = (folder if folder.is_dir() else folder.parent) / partial_name()
-  aside.mkdir(parents=True)
-  try:
-    _write_files(aside, trace)
-    _move(aside, folder)
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
+  with atomic_files(folder) as partial:
+    names = _write_files(partial, trace)
+  for path in folder.iterdir():  # images of an earlier trace with more rounds
+    if _OWN_FILES.fullmatch(path.name) and path.name not in names:
+      path.unlink()
   return _index_entry(folder, trace)
 
 
@@ -103,8 +76,7 @@ def write_index(folder, entries: list[dict]) -> None:
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  with atomic_file(folder / "index.html") as aside:
-    _write_text(aside, trace_page.index_html(entries))
+  write_text(folder / "index.html", trace_page.index_html(entries))
 
 
 def image_name(round_number: int) -> str:
@@ -113,13 +85,15 @@ def image_name(round_number: int) -> str:
 
 
 def _write_files(folder, trace):
+  """Writes the files of a trace and returns their names."""
   pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
   for number, png in enumerate(pngs, 1):
     if png:
       (folder / image_name(number)).write_bytes(png)
   record = json.dumps(_without_images(trace), indent=2, ensure_ascii=False, default=_plain)
-  _write_text(folder / "trace.json", record + "\n")
-  _write_text(folder / "trace.html", trace_page.trace_html(trace, pngs, _png(trace.get("source"))))
+  write_text(folder / "trace.json", record + "\n")
+  write_text(folder / "trace.html", trace_page.trace_html(trace, pngs, _png(trace.get("source"))))
+  return {path.name for path in folder.iterdir()}
 
 
 def _png(image):
@@ -148,24 +122,6 @@ def _index_entry(folder, trace):
       "rounds": len(trace["rounds"]),
       "seed": trace.get("seed"),
   }
-
-
-def _move(aside, folder):
-  """Puts the files of `aside` in their place, and removes images of an earlier trace."""
-  if not folder.exists():
-    aside.rename(folder)
-    return
-  # File by file: a folder that exists may be a mount point, which cannot be renamed.
-  names = sorted(p.name for p in aside.iterdir())
-  for name in names:
-    os.replace(aside / name, folder / name)
-  for path in folder.iterdir():
-    if _OWN_FILES.fullmatch(path.name) and path.name not in names:
-      path.unlink()
-
-
-def _write_text(path, text):
-  path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _plain(value):

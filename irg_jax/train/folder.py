@@ -9,10 +9,8 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
-from irg_jax.reports import trace
-from irg_jax.storage import atomic_file
+from irg_jax import storage
 from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.weights.training import RUN_FILE as FILE
 
@@ -33,7 +31,7 @@ def check_folder(out, settings: TrainSettings) -> dict | None:
     ValueError: the folder holds something else, or a run with other settings.
   """
   out = pathlib.Path(out)
-  trace.check_output_folder(out)
+  storage.check_output_folder(out)
   path = out / FILE
   if not path.is_file():
     found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
@@ -58,12 +56,9 @@ def start(out, settings: TrainSettings, records: dict) -> None:
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   for folder in (out, *(out / stage for stage in STAGES)):
-    for partial in folder.glob(".*.partial-*"):
-      shutil.rmtree(partial, ignore_errors=True)
+    storage.remove_partials(folder)
   base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
-  text = json.dumps({"settings": as_json(settings), "records": records, "base": base}, indent=2)
-  with atomic_file(out / FILE) as aside:
-    aside.write_text(text + "\n", encoding="utf-8")
+  storage.write_json(out / FILE, {"settings": as_json(settings), "records": records, "base": base})
 
 
 def check_records(before: dict | None, records: dict, path) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 import pathlib
 
 from irg_jax.config import ModelConfig
+from irg_jax.storage import check_absent
 from irg_jax.weights import names, orbax, published, training
 from irg_jax.weights.errors import CheckpointError, listing
-from irg_jax.weights.folders import check_absent
 
 _MARKS = {published: "llm_config.json", orbax: orbax.CONFIG, training: training.MARK}
 
@@ -62,7 +62,8 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
     dtype: of the parameters written; None keeps each one's own, bit for bit.
 
   Raises:
-    CheckpointError: a source that cannot be used, or a destination that is not empty.
+    CheckpointError: a source that cannot be used.
+    FileExistsError: a destination that is not empty.
   """
   layouts = {"orbax": orbax, "published": published}
   if to not in layouts:

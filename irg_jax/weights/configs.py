@@ -8,8 +8,8 @@ import math
 import pathlib
 
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from irg_jax.storage import write_json
 from irg_jax.weights.errors import CheckpointError
-from irg_jax.weights.folders import write_json
 from irg_jax.weights.tensors import Tensor, find_tensors
 
 NAMES = ("llm_config.json", "vit_config.json", "ae_config.json")

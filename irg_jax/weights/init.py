@@ -38,7 +38,8 @@ def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
   """Writes random parameters in the published layout with a byte-level tokenizer.
 
   Raises:
-    CheckpointError: a vocabulary too small for the tokenizer, a `folder` that is not empty.
+    CheckpointError: a vocabulary too small for the tokenizer.
+    FileExistsError: a `folder` that is not empty.
   """
   if config.llm.vocab_size < BYTE_TOKENS:
     raise CheckpointError(f"llm.vocab_size is {config.llm.vocab_size}; the byte-level tokenizer "

@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 
 from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig
+from irg_jax.storage import atomic_folder, write_json
 from irg_jax.weights import names
 from irg_jax.weights.errors import CheckpointError, listing
-from irg_jax.weights.folders import copy_tokenizer, new_folder, write_json
+from irg_jax.weights.folders import copy_tokenizer
 from irg_jax.weights.tensors import all_finite
 
 PARAMS = "params"
@@ -47,10 +48,11 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
     source: a checkpoint folder whose tokenizer files to copy.
 
   Raises:
-    CheckpointError: parameters that do not fit `config`, or a folder that is not empty.
+    CheckpointError: parameters that do not fit `config`.
+    FileExistsError: a folder that is not empty.
   """
   names.check_params(params, config)
-  with new_folder(folder) as partial:
+  with atomic_folder(folder) as partial:
     write_json(partial / CONFIG, config_lib.to_dict(config))
     copy_tokenizer(source, partial)
     with ocp.StandardCheckpointer() as checkpointer:

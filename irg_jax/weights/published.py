@@ -13,10 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from irg_jax.config import ModelConfig
+from irg_jax.storage import atomic_folder
 from irg_jax.weights import names
 from irg_jax.weights.configs import read_config, write_configs
 from irg_jax.weights.errors import CheckpointError, listing
-from irg_jax.weights.folders import copy_tokenizer, new_folder
+from irg_jax.weights.folders import copy_tokenizer
 from irg_jax.weights.names import Row
 from irg_jax.weights.tables import check_table, sincos_table, table_grids
 from irg_jax.weights.tensors import DTYPES, Tensor, all_finite, find_tensors
@@ -83,8 +84,8 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     max_shard_bytes: splits `ema.safetensors` into files of at most so many bytes of tensors.
 
   Raises:
-    CheckpointError: parameters that do not fit `config`, are not finite, or do not fit
-      `dtype`; a folder that is not empty.
+    CheckpointError: parameters that do not fit `config`, are not finite, or do not fit `dtype`.
+    FileExistsError: a folder that is not empty.
   """
   leaves = names.check_params(params, config)
   pending = {stem: [] for stem in ("ema", "ae")}
@@ -96,7 +97,7 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
       for tensor in in_order(pending[stem]):
         tensor.make()
     return
-  with new_folder(folder) as partial:
+  with atomic_folder(folder) as partial:
     write_configs(partial, config, source)
     write_tensors(partial, "ema", pending["ema"], max_shard_bytes)
     write_tensors(partial, "ae", pending["ae"])

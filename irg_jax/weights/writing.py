@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from irg_jax.weights.folders import write_json
+from irg_jax.storage import write_json
 from irg_jax.weights.tensors import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
