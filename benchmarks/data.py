@@ -36,7 +36,7 @@ from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.streams import exceeded_limit
 from irg_jax.model import attention
 from irg_jax.model.kernels import blockwise
-from irg_jax.plan.topology import CHIPS
+from irg_jax.chips import CHIPS
 from irg_jax.train import flops, settings as settings_lib
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from irg_jax.tokens import allowed

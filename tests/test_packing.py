@@ -56,7 +56,7 @@ def test_longest_sample_fits_every_buffer(benchmark):
     BufferSizes(und=4608, gen=3584, vit=2048, text=1024, samples=8), None],
     ids=["8192 tokens", "the rows of stage 2"])
 def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
-  """Two layers of the real widths, compiled for one device without rematerialisation."""
+  """Two layers of the real widths, for one device, without rematerialisation."""
   settings = benchmark["load_settings"]()
   model = dataclasses.replace(
       settings.model, remat="none", dtype="float32",
@@ -68,12 +68,12 @@ def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
   program = programs.train_program(settings, "stage2", mesh)
   with jax.set_mesh(mesh):
-    made = cost.program_cost(program.lower().compile().as_text())
+    made, unbounded = cost.count_flops(program.trace().jaxpr)
   needed = program.needed_flops
   if sizes is None:  # its scores are too many to keep: the backward pass makes them again
     needed += sum(flops.attention_flops(model, stage.sizes).values()) / 2
-  assert made.guessed == 0
-  assert needed * 0.99 < made.flops < needed * 1.05
+  assert unbounded == 0
+  assert needed * 0.99 < made < needed * 1.05
 
 
 def test_attention_reads_less_than_a_third_of_the_blocks_of_a_row(benchmark):

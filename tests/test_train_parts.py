@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from irg_jax import sharding
+from irg_jax import chips, sharding
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.sequence import TextSplit, sample_features
@@ -109,7 +109,7 @@ def test_a_row_costs_its_tokens_and_its_pairs_three_times():
     ("TPU v5 lite", 197), ("TPU v5p", 459), ("TPU v5", 459), ("NVIDIA H100 80GB HBM3", 989),
     ("NVIDIA H100 PCIe", 756), ("cpu", 0)])
 def test_the_peak_of_a_device_is_known_by_its_name(kind, peak):
-  assert flops.peak_tflops(kind) == peak
+  assert chips.peak_tflops(kind) == peak
 
 
 # --- the log

@@ -1,34 +1,40 @@
-"""`irg plan`: does it fit a TPU slice, and what bounds it; compiled here, without a TPU."""
+"""`irg plan`: memory and time of the compiled programs on a TPU slice, without a TPU."""
 
 import argparse
 import dataclasses
 import pathlib
+import sys
 
+from irg_jax import chips
 from irg_jax.commands import flags
 
 _PLAN = """\
-Compiles the real programs for a TPU slice on this machine, which needs no TPU, and prints what
-each needs of a chip: memory, FLOPs, collectives, and a roofline estimate of its time. Takes
-minutes and some gigabytes for a large model. Needs libtpu: pip install 'irg_jax[tpu]'.
+Compiles the programs of training and generation for a TPU slice on this machine, which needs no
+TPU, and prints what each needs of a chip: memory, FLOPs, collectives, and a roofline estimate of
+its time. Takes minutes and some gigabytes for a large model. Needs libtpu:
+pip install 'irg_jax[tpu]'.
 
 examples:
   irg plan --topology v5p:4x4x4 --config configs/irgl.py
   irg plan --topology v5e:16x16 --config configs/irgl.py --programs train --mesh fsdp=64,sequence=4
   irg plan --topology v5e:2x4 --config configs/irgl.py --programs generate --batch 8 --cache 16384
-  irg plan --topology v5e:2x4 --config configs/tiny.py --programs think,draw --size 128
+  irg plan --topology v5e:2x4 --config configs/tiny.py --programs think,denoise --size 128
   irg plan --topology v6e:8x8 --config configs/irgl.py --config.data.rows=128
 """
 
 _PLAN_END = """\
 topologies are CHIP:SIDExSIDE with chips v4, v5e, v5p, v6e. programs are "train" (the step of
---stage), "generate" (all of the generation steps), or steps by name: read_text, read_image,
-think, draw, decode_pixels, encode_pixels.
+--stage), "generate" (all steps of generation), or single steps: append_text, append_image, think,
+denoise, decode_pixels, encode_pixels.
 
 exit status:
   0  everything fits, with --headroom to spare
-  1  something does not; the report says by how much and what to try
+  1  something does not fit; the report says by how much and what to try
   2  an error: a flag, the configuration, libtpu is missing
 """
+
+_STEPS = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
+_OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "denoise"}
 
 
 def add(verbs, new_parser) -> None:
@@ -46,9 +52,9 @@ def add(verbs, new_parser) -> None:
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis (default: the configuration's; for generation all on fsdp)")
   add("--batch", type=flags.count, metavar="N",
-      help="prompts side by side in generation (default: one a chip)")
+      help="prompts generated together (default: one per chip)")
   add("--cache", type=flags.count, default=16384, metavar="N",
-      help="slots of a row's cache (16384)")
+      help="slots of each row's cache (16384)")
   add("--size", type=flags.count, default=1024, metavar="S",
       help="pixels of generated images (1024)")
   add("--headroom", type=_share, default=0.1, metavar="X",
@@ -56,10 +62,11 @@ def add(verbs, new_parser) -> None:
 
 
 def _run(args, overrides) -> int:
-  from irg_jax.plan import topology
-  slice_ = topology.open_slice(args.topology)  # before JAX is imported
-  from irg_jax.plan import plan, report
+  chips.prepare_to_compile()  # before JAX is imported
+  from irg_jax import plan
+  from irg_jax.plan import report
   from irg_jax.progress import Progress
+  slice_ = plan.open_slice(args.topology)
   programs, estimates = _make_programs(args, overrides, slice_), []
   with Progress() as progress:
     for program in programs:
@@ -90,34 +97,34 @@ def _make_programs(args, overrides, slice_):
 
 
 def _load(args, overrides):
-  """(sizes of the model for generation, settings of training or None)."""
+  """(model config for generation, training settings or None)."""
   from irg_jax import config as config_lib
   from irg_jax import config_files
   config = config_files.load(args.config, overrides)
   if "model" not in config:
     raise ValueError(f"--config {args.config}: has no field 'model'")
-  model = config_lib.from_dict(config.model.to_dict())
-  # Generation computes nothing backwards.
-  model = dataclasses.replace(model, remat="none")
+  # Generation has no backward pass to recompute anything for.
+  model = dataclasses.replace(config_lib.from_dict(config.model.to_dict()), remat="none")
   if "train" not in args.programs:
     return model, None
   if "stage2" not in config:
     raise ValueError(f"--config {args.config}: says nothing about training; give one like "
                      "configs/irgl.py, or --programs generate")
   from irg_jax.train import settings
-  if not config.data.path:  # planned without data
+  if not config.data.path:  # a plan reads no data
     overrides = ["data.path=-", *overrides]
   return model, settings.load(args.config, overrides)
 
 
 def _programs(text: str) -> tuple[str, ...]:
-  names, known = tuple(text.split(",")), (
-      "train", "generate", "read_text", "read_picture", "think", "draw", "decode_pixels",
-      "encode_pixels")
-  for name in names:
-    if name not in known:
+  names, known = [], ("train", "generate", *_STEPS)
+  for name in text.split(","):
+    if name in _OLD:
+      print(f"note: program {name} is now called {_OLD[name]}", file=sys.stderr)
+    names.append(_OLD.get(name, name))
+    if names[-1] not in known:
       raise argparse.ArgumentTypeError(f"{name!r} is no program; known: {', '.join(known)}")
-  return names
+  return tuple(names)
 
 
 def _share(text: str) -> float:

@@ -6,7 +6,6 @@ needed, and so is not counted. A backward pass needs twice what its forward pass
 
 from irg_jax.config import ModelConfig
 from irg_jax.data.batch import BufferSizes
-from irg_jax.plan.topology import CHIPS
 from irg_jax.weights.names import TIMESTEP_FEATURES
 
 FORWARD_AND_BACKWARD = 3
@@ -15,18 +14,6 @@ BUFFERS = ("und", "gen", "vit", "text")
 # What a row may use a share of: its buffers; the pairs of its tokens, and of its patches in the
 # ViT, that see each other.
 USES = (*BUFFERS, "pairs", "vit_pairs")
-
-# Peak of bfloat16 matrix products without sparsity, in TFLOP/s, by what the device's name
-# contains (the first match counts); GPUs by the maker's data sheets.
-_PEAKS = (("TPU v4", CHIPS["v4"].tflops), ("TPU v5 lite", CHIPS["v5e"].tflops),
-          ("TPU v5e", CHIPS["v5e"].tflops), ("TPU v5", CHIPS["v5p"].tflops),
-          ("TPU v6", CHIPS["v6e"].tflops), ("A100", 312), ("H100 PCIe", 756), ("H100", 989),
-          ("H200", 989))
-
-
-def peak_tflops(device_kind: str) -> float:
-  """Peak of one device by its name, 0 where it is not known."""
-  return next((peak for name, peak in _PEAKS if name in device_kind), 0.0)
 
 
 def token_flops(config: ModelConfig) -> dict[str, float]:

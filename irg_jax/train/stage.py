@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from irg_jax import sharding, weights
+from irg_jax import chips, sharding, weights
 from irg_jax.data.pipeline import open_batches
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import flops, logs
@@ -139,7 +139,7 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
     logs.forget_after(run.out, stage, start, STAGES)
   rows = settings.data.rows * settings.data.accumulate
   used = lambda values: {name: values[f"packing/{name}"] for name in flops.USES}
-  peak = settings.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
+  peak = settings.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
       run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
       step_flops=lambda values: rows * flops.row_flops(settings.model, s.sizes, used(values)),

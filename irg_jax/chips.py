@@ -1,0 +1,121 @@
+"""TPU chips, slices and GPUs: peak FLOP/s, memory, bandwidth and interconnect.
+
+All figures come from the vendors' public data sheets. This module does not import JAX, because
+`prepare_to_compile` has to run before JAX is imported.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Specification of one TPU chip.
+
+  Attributes:
+    hbm_gib: memory that a program can use, in GiB.
+    tflops: peak of bfloat16 matrix products, in 1e12 FLOP/s.
+    hbm_gbs: memory bandwidth, in 1e9 bytes/s.
+    link_gbs: bandwidth of one link to a neighbour, one way, in 1e9 bytes/s.
+    ring: the shortest side of a slice whose links wrap around.
+    dims: dimensions of the torus.
+  """
+
+  name: str
+  hbm_gib: float
+  tflops: float
+  hbm_gbs: float
+  link_gbs: float
+  ring: int
+  dims: int
+
+
+CHIPS = {chip.name: chip for chip in (
+    Chip("v4", 32, 275, 1228, 50, 4, 3),
+    Chip("v5e", 16, 197, 819, 50, 16, 2),
+    Chip("v5p", 95, 459, 2765, 100, 4, 3),
+    Chip("v6e", 32, 918, 1640, 112, 16, 2),
+)}
+
+# Peak of dense bfloat16 products in TFLOP/s by a part of `device_kind`; the first match counts.
+_PEAKS = (("TPU v4", CHIPS["v4"].tflops), ("TPU v5 lite", CHIPS["v5e"].tflops),
+          ("TPU v5e", CHIPS["v5e"].tflops), ("TPU v5", CHIPS["v5p"].tflops),
+          ("TPU v6", CHIPS["v6e"].tflops), ("A100", 312), ("H100 PCIe", 756), ("H100", 989),
+          ("H200", 989))
+
+
+def peak_tflops(device_kind: str) -> float:
+  """Peak of one device in TFLOP/s by JAX's `device_kind`; 0 if the device is unknown."""
+  return next((peak for name, peak in _PEAKS if name in device_kind), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips.
+
+  Attributes:
+    devices: JAX devices to compile for, one per chip; None if only the figures are needed.
+    places: coordinates of each chip in the slice by device id.
+  """
+
+  chip: Chip
+  sides: tuple[int, ...]
+  devices: tuple | None = None
+  places: dict[int, tuple[int, ...]] | None = None
+
+  @property
+  def name(self) -> str:
+    return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.sides)
+
+  def bandwidth(self, devices) -> float:
+    """Bytes/s that each device of a group can send to the others, at best.
+
+    A group gets two links for each side of the slice that it extends along, or one if that
+    side is too short to wrap around.
+    """
+    places = [self.places[d.id] for d in devices]
+    links = 0
+    for axis, side in enumerate(self.sides):
+      if len({p[axis] for p in places}) > 1:
+        links += 2 if side >= self.chip.ring else 1
+    return max(links, 1) * self.chip.link_gbs * 1e9
+
+
+def parse_slice(text: str) -> Slice:
+  """Parses a topology such as "v5p:4x4x4" into a Slice without devices.
+
+  Raises:
+    ValueError: wrong syntax, unknown chip or wrong number of sides.
+  """
+  found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)
+  if not found:
+    raise ValueError(f"topology {text!r}: write CHIP:SIDExSIDE, like v5p:4x4x4 or v5e:2x4")
+  chip, sides = CHIPS.get(found[1]), tuple(map(int, found[2].split("x")))
+  if chip is None:
+    raise ValueError(f"topology {text!r}: unknown chip {found[1]!r}; known: {', '.join(CHIPS)}")
+  if len(sides) != chip.dims:
+    raise ValueError(f"topology {text!r}: a {chip.name} slice has {chip.dims} sides, like "
+                     f"{chip.name}:{'x'.join(['4'] * chip.dims)}")
+  return Slice(chip, sides)
+
+
+def prepare_to_compile() -> None:
+  """Sets the environment for compiling with libtpu on a machine without TPUs.
+
+  Call it before JAX is imported.
+  """
+  # Otherwise libtpu asks the cloud's metadata server about this machine and waits for an answer.
+  # The accelerator type only has to exist: the topology is requested by name later.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at once
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
