@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and the reference vectors with their checkpoints where they exist."""
+"""Eight virtual CPU devices; the recorded vectors and their checkpoints as fixtures."""
 
 import dataclasses
 import functools
@@ -25,7 +25,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def reference_root() -> pathlib.Path:
-  return pathlib.Path(os.environ.get("IRG_REFERENCE", ROOT.parent / "shared" / "reference"))
+  """$IRG_REFERENCE, else the vectors that come with the tests."""
+  return pathlib.Path(os.environ.get("IRG_REFERENCE", ROOT / "tests" / "data" / "reference"))
 
 
 def reference_folders() -> list[pathlib.Path]:

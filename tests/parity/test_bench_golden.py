@@ -1,6 +1,6 @@
 """Every golden case of the five benchmarks: what the official scorers made of made-up inputs.
 
-Cases are found by listing $IRG_BENCH_GOLDEN (default ../shared/bench/golden), never by name: the
+Cases are found by listing $IRG_BENCH_GOLDEN (default tests/data/golden), never by name: the
 first folder says which benchmark, the files in a case say of what kind it is.
 """
 
@@ -24,7 +24,7 @@ from irg_jax.evaluate import tally
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
 
-GOLDEN = pathlib.Path(os.environ.get("IRG_BENCH_GOLDEN", ROOT.parent / "shared/bench/golden"))
+GOLDEN = pathlib.Path(os.environ.get("IRG_BENCH_GOLDEN", ROOT / "tests/data/golden"))
 
 
 def near(value):

@@ -13,7 +13,6 @@ from irg_jax.generate.context import FULL, NO_TEXT, fork
 from irg_jax.generate.settings import Guidance, Sampling, Settings
 from irg_jax.images import ImageTransform
 
-THINK_LIMIT = 24  # of the recorded runs
 GREEDY = Sampling(temperature=0)
 
 
@@ -36,12 +35,15 @@ def settings_of(reference, checkpoint) -> Settings:
   assert first["num_timesteps"] == later["num_timesteps"]
   assert first["timestep_shift"] == later["timestep_shift"]
   height, width = (int(x) for x in reference["irg/image_hw"])
+  longest = max(len(reference[f"irg/think{number}_ids"]) for number in (1, 2))
+  stride = checkpoint.config.pixel_stride
   side = checkpoint.config.vit.grid_size * checkpoint.config.vit.patch_size
   return Settings(
       height=height, width=width, steps=first["num_timesteps"], temperature=0.0,
-      timestep_shift=first["timestep_shift"], think_limit=THINK_LIMIT, max_prompt_tokens=len(reference["irg/prompt_ids"]),
+      timestep_shift=first["timestep_shift"], think_limit=longest + 1,  # counts the start token
+      max_prompt_tokens=len(reference["irg/prompt_ids"]),
       first=_guidance(first), later=_guidance(later),
-      vae_transform=ImageTransform(max(height, width), min(height, width), 16),
+      vae_transform=ImageTransform(max(height, width), min(height, width), stride),
       vit_transform=ImageTransform(side, 2 * checkpoint.config.vit.patch_size,
                                    checkpoint.config.vit.patch_size))
 
@@ -223,11 +225,11 @@ def test_a_text_that_ends_by_itself(reference, checkpoint):
 def test_image_understanding(reference, checkpoint):
   ids = reference["chat/greedy_ids"].tolist()
   side = checkpoint.config.vit.grid_size * checkpoint.config.vit.patch_size
-  patch = checkpoint.config.vit.patch_size
+  patch, stride = checkpoint.config.vit.patch_size, checkpoint.config.pixel_stride
   thought = irg.answer(
       checkpoint.model, checkpoint.params, IdTokenizer(checkpoint.special),
       [reference["chat/question_ids"]], seeds=[0], images=[reference["chat/image"]],
       settings=Settings(think_limit=len(ids) + 1, temperature=0.0,
-                        vae_transform=ImageTransform(1024, 16, 16),
+                        vae_transform=ImageTransform(64 * stride, stride, stride),
                         vit_transform=ImageTransform(side, 2 * patch, patch)))[0]
   assert list(thought.ids) == ids
