@@ -14,6 +14,17 @@ examples:
   irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
 """
 
+_SAMPLE = """\
+Writes a small dataset in the published form, painted and written by code: all six modes, with one
+unusable row in each. For trying the other commands; `irg train --config configs/irgl.py:tiny`
+makes it by itself.
+
+examples:
+  irg data sample --out out/sample
+  irg data check out/sample --out out/sample.html
+  irg data build out/sample --out out/irgl --max-rejected 0.1
+"""
+
 _BUILD = """\
 Reads the published parquet files (SRC/MODE/*.parquet) and writes ArrayRecord files, the dataset
 `irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (an image that
@@ -23,7 +34,7 @@ large a share of its rows, nothing is written.
 examples:
   irg data build IRG-Toy-Dataset --out irgl
   irg data build IRG-Toy-Dataset --out irgl --mode initial_full_learning improving_full_learning
-  irg data build shared/reference/irgl_sample --out out/irgl --max-rejected 0.6
+  irg data build out/sample --out out/irgl --max-rejected 0.1        what irg data sample wrote
 """
 
 _CHECK = """\
@@ -52,14 +63,22 @@ examples:
 def add(verbs, new_parser) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = new_parser(verbs.add_parser, "data", description=_DATA,
-                      help="check, build and encode training data")
+                      help="sample, check, build and encode training data")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+  _add_sample(new_parser(steps.add_parser, "sample", description=_SAMPLE,
+                         help="a small dataset to try things with"))
   _add_build(new_parser(steps.add_parser, "build", description=_BUILD,
                         help="parquet to ArrayRecord"))
   _add_check(new_parser(steps.add_parser, "check", description=_CHECK,
                         help="counts, lengths and samples as a page"))
   _add_encode(new_parser(steps.add_parser, "encode-latents", description=_ENCODE,
                          help="VAE moments of all images"))
+
+
+def _add_sample(parser):
+  parser.set_defaults(run=_sample)
+  parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR",
+                      help="writes DIR/MODE/00000.parquet")
 
 
 def _add_build(parser):
@@ -105,6 +124,14 @@ def _add_reading(parser):
   add = parser.add_argument
   add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
   add("--workers", type=flags.count, metavar="N", help="threads that decode (default: one a CPU)")
+
+
+def _sample(args, _):
+  from irg_jax import storage
+  storage.check_output_folder(args.out)
+  from irg_jax.data import sample_set
+  sample_set.write(args.out)
+  print(f"wrote {args.out}: six modes of {sample_set.ROWS} usable rows and one unusable row each")
 
 
 def _build(args, _):

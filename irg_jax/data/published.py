@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from irg_jax.data.records import Record, Rejected, parse_conversation
 
 COLUMN = "conversation"
+_GROUP_ROWS = 64
 LISTED = 10  # unusable rows that an error names
 
 
@@ -131,6 +133,39 @@ def iterate_texts(file, group: int | None = None):
       large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
       # As bytes, so that a text that is not UTF-8 is one bad row and not a bad file.
       yield from column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+
+
+class PublishedWriter:
+  """Writes rows to FOLDER/MODE/00000.parquet, a row group at a time; a context manager."""
+
+  def __init__(self, folder):
+    self._folder, self._files, self._waiting = pathlib.Path(folder), {}, {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    for mode in self._waiting:
+      self._write(mode)
+    for file in self._files.values():
+      file.close()
+
+  def add(self, mode: str, conversation) -> None:
+    """Adds a row: a list of turns, or its JSON text."""
+    text = conversation if isinstance(conversation, str) else json.dumps(conversation)
+    self._waiting.setdefault(mode, []).append(text)
+    if len(self._waiting[mode]) == _GROUP_ROWS:
+      self._write(mode)
+
+  def _write(self, mode):
+    rows, self._waiting[mode] = self._waiting[mode], []
+    if not rows:
+      return
+    table = pa.table({COLUMN: pa.array(rows, pa.large_string())})
+    if mode not in self._files:
+      (self._folder / mode).mkdir(parents=True, exist_ok=True)
+      self._files[mode] = pq.ParquetWriter(self._folder / mode / "00000.parquet", table.schema)
+    self._files[mode].write_table(table)
 
 
 def read_good(files, tally: Tally, *, workers: int | None = None, progress=None):

@@ -114,6 +114,28 @@ def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> R
   return Record(mode, index, tuple(parts))
 
 
+def user(text: str) -> dict:
+  """A user turn of a published row."""
+  return {"role": "user", "content": text, "need_loss": False}
+
+
+def assistant(parts: list) -> dict:
+  """The assistant turn of a published row, from `text_part` and `image_part`."""
+  return {"role": "assistant", "content": parts}
+
+
+def text_part(text: str, need_loss: bool = True) -> dict:
+  """A text of a published row."""
+  return {"type": "text", "content": text, "need_loss": need_loss}
+
+
+def image_part(data: bytes, *, need_loss: bool = False, need_vae: bool = False,
+               need_vit: bool = False) -> dict:
+  """An image of a published row; `data` is the encoded image file."""
+  return {"type": "image", "content": base64.b64encode(data).decode("ascii"),
+          "need_loss": need_loss, "need_vae": need_vae, "need_vit": need_vit}
+
+
 def _turns(text):
   if not isinstance(text, (str, bytes)):
     raise Rejected("bad_json", f"the row is {text!r}, not a text")

@@ -1,0 +1,65 @@
+"""The sample set: every mode, the same bytes each time, one unusable row of another kind in each."""
+
+import pytest
+
+from irg_jax import cli, images
+from irg_jax.data import sample_set, sources
+from irg_jax.data.records import MODES, ImagePart
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data") / "sample"
+  assert cli.main(["data", "sample", "--out", str(folder)]) == 0
+  return folder
+
+
+def files(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_it_is_the_same_each_time(folder, tmp_path):
+  sample_set.write(tmp_path / "again")
+  assert files(tmp_path / "again") == files(folder)
+  assert sorted(files(folder)) == sorted(f"{mode}/00000.parquet" for mode in MODES)
+
+
+def test_each_mode_has_its_usable_rows_and_one_unusable_row_of_its_own_kind(folder):
+  found = sources.open_sources(folder, max_rejected=sample_set.MAX_REJECTED)
+  assert {len(source) for source in found.values()} == {sample_set.ROWS}
+  reasons = [source.metadata["rejected"] for source in found.values()]
+  assert [list(r.values()) for r in reasons] == [[1]] * 6
+  assert [list(r)[0] for r in reasons] == [
+      "bad_json", "empty_text", "bad_picture", "unused_picture", "unknown_role", "bad_base64"]
+
+
+def test_modes_see_and_learn_what_the_spec_says(folder):
+  """docs/spec.md, section 5: (kind, learned, for the VAE, for the ViT) after the two prompts."""
+  prompt = [("text", False)] * 2
+  plan, given, target = ("text", True), ("text", False), ("image", True, False, False)
+  seen, shown = ("image", False, False, True), ("image", False, True, True)
+  want = dict(zip(MODES, (
+      [seen, plan], [plan], [plan, target], [seen, seen, plan], [given, shown, plan],
+      [given, shown, plan, target])))
+  for mode, source in sources.open_sources(folder, max_rejected=1.0).items():
+    for record in source:
+      parts = [("image", p.need_loss, p.need_vae, p.need_vit) if isinstance(p, ImagePart) else
+               ("text", p.need_loss) for p in record.parts]
+      assert parts == prompt + want[mode]
+
+
+def test_images_differ_where_something_is_to_be_improved(folder):
+  source = sources.open_source(folder, MODES[5], max_rejected=1.0)
+  sizes = set()
+  for record in source:
+    first, second = (images.decode_image(p.data, "image") for p in record.parts
+                     if isinstance(p, ImagePart))
+    assert first.shape == second.shape and (first != second).any()
+    sizes.add(first.shape)
+  assert len(sizes) == 3
+  assert len({record.parts[1].text for record in source}) == sample_set.ROWS
+
+
+def test_a_folder_that_holds_something_is_refused(folder, capsys):
+  assert cli.main(["data", "sample", "--out", str(folder)]) == 2
+  assert "exists and is not an empty folder" in capsys.readouterr().err
