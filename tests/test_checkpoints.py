@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from irg_jax import sharding
 from irg_jax.train import checkpoints
 from irg_jax.train.checkpoints import Checkpoints
-from irg_jax.weights.errors import CheckpointError
+from irg_jax.weights.names import CheckpointError
 
 # Of a read that fails, Orbax leaves the others unawaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

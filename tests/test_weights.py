@@ -11,8 +11,9 @@ import safetensors.numpy
 
 from irg_jax import config as config_lib
 from irg_jax import sharding, weights
-from irg_jax.weights import init, names, orbax, published, tensors
-from irg_jax.weights.tables import sincos_table
+from irg_jax.weights import init, names, orbax, published
+from irg_jax.weights import safetensors as tensor_files
+from irg_jax.weights.configs import sincos_table
 from irg_jax.tokenizer import load_tokenizer
 
 CONFIG = config_lib.ModelConfig(
@@ -138,13 +139,13 @@ def test_sharded_load_equals_single_and_is_sharded(folder, params, mesh):
 
 def test_sharded_load_asks_for_its_part_only(folder, mesh, monkeypatch):
   read = []
-  original = tensors.Tensor.read_into
+  original = tensor_files.Tensor.read_into
 
   def spy(self, out, index=None):
     read.append((self.key, out.size))
     original(self, out, index)
 
-  monkeypatch.setattr(tensors.Tensor, "read_into", spy)
+  monkeypatch.setattr(tensor_files.Tensor, "read_into", spy)
   shardings = sharding.parameter_shardings(names.abstract_params(CONFIG, "float32"), mesh)
   published.load(folder, shardings=shardings)
   size = {key: int(np.prod(r.layer_shape)) for r in names.rows(CONFIG) for key in r.keys}
@@ -154,9 +155,9 @@ def test_sharded_load_asks_for_its_part_only(folder, mesh, monkeypatch):
 
 
 def test_pieces_of_a_tensor_are_read_across_chunks(folder, monkeypatch):
-  monkeypatch.setattr(tensors, "ROWS", 5)
+  monkeypatch.setattr(tensor_files, "ROWS", 5)
   key = "language_model.lm_head.weight"
-  tensor = tensors.find_tensors(folder, "ema")[key]
+  tensor = tensor_files.find_tensors(folder, "ema")[key]
   want = read_tensors(folder)[key]
   for index in (np.s_[0:264, 0:32], np.s_[3:17, 8:9], np.s_[1:2, :4]):
     out = np.empty(want[index].T.shape, np.float32)

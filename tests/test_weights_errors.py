@@ -14,7 +14,8 @@ import safetensors.numpy
 from test_weights import CONFIG
 from irg_jax import config as config_lib
 from irg_jax import weights
-from irg_jax.weights import CheckpointError, init, names, orbax, published, tensors
+from irg_jax.weights import CheckpointError, init, names, orbax, published
+from irg_jax.weights import safetensors as tensor_files
 
 Q1 = "language_model.model.layers.1.self_attn.q_proj.weight"
 TABLE = "latent_pos_embed.pos_embed"
@@ -233,7 +234,7 @@ def test_a_config_that_is_no_json_object_is_named(text, folder):
 
 def test_nothing_is_read_before_all_headers_are_checked(folder, monkeypatch):
   edit(folder / "ae.safetensors", lambda t: t.pop("decoder.conv_in.bias"))
-  monkeypatch.setattr(tensors.Tensor, "read_into", lambda *_: pytest.fail("read a tensor"))
+  monkeypatch.setattr(tensor_files.Tensor, "read_into", lambda *_: pytest.fail("read a tensor"))
   refuse(folder, "decoder.conv_in.bias")
 
 

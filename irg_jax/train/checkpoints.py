@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from irg_jax.train.processes import gather, meet, wait_for_all
-from irg_jax.weights.errors import CheckpointError
+from irg_jax.weights.names import CheckpointError
 
 DAMAGED = "damaged"  # where checkpoints go that cannot be read
 

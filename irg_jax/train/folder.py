@@ -12,7 +12,7 @@ import pathlib
 
 from irg_jax import storage
 from irg_jax.train.settings import STAGES, TrainSettings
-from irg_jax.weights.training import RUN_FILE as FILE
+from irg_jax.weights.orbax import RUN_FILE as FILE
 
 # What may change from one start to the next, since the numbers do not depend on it, or since
 # it is what one goes on for.

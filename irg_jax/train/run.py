@@ -20,7 +20,7 @@ from irg_jax.train.processes import meet
 from irg_jax.train.settings import TrainSettings
 from irg_jax.train.stage import Run, counts, rejected, train_stage
 from irg_jax.weights import init, published
-from irg_jax.weights.training import BASE
+from irg_jax.weights.orbax import BASE
 from irg_jax.tokenizer import load_tokenizer
 
 RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant

@@ -24,7 +24,7 @@ from irg_jax.train.state import init_state, state_shardings
 from irg_jax.train.step import make_train_step
 from irg_jax.train.watch import Late, NonFiniteLoss, Tracer
 from irg_jax.weights import names
-from irg_jax.weights.errors import CheckpointError
+from irg_jax.weights.names import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

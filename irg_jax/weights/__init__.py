@@ -1,6 +1,6 @@
-"""Weights in and out: the published layout, Orbax and the checkpoints of training runs.
+"""Checkpoints: the published layout, Orbax, and the checkpoints of training runs.
 
-They are recognised by what the folder holds.
+The layout of a folder is recognised by the files in it.
 """
 
 import dataclasses
@@ -8,10 +8,16 @@ import pathlib
 
 from irg_jax.config import ModelConfig
 from irg_jax.storage import check_absent
-from irg_jax.weights import names, orbax, published, training
-from irg_jax.weights.errors import CheckpointError, listing
+from irg_jax.weights import names, orbax, published
+from irg_jax.weights.names import CheckpointError, listing
 
-_MARKS = {published: "llm_config.json", orbax: orbax.CONFIG, training: training.MARK}
+_RUN_MARK = "_CHECKPOINT_METADATA"  # written by Orbax into each checkpoint of a training run
+# File that marks a layout -> functions that read its configuration and its parameters.
+_READERS = {
+    "llm_config.json": (published.read_config, published.load),
+    orbax.CONFIG: (orbax.read_config, orbax.load),
+    _RUN_MARK: (orbax.read_run_config, orbax.load_average),
+}
 
 
 def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None,
@@ -22,8 +28,8 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     folder: published layout (`llm_config.json`, ...), Orbax (`model_config.json`, `params/`),
       or the checkpoint of a training run, whose moving average is read.
     dtype: of the parameters; None keeps each one's own.
-    compute_dtype: of the arithmetic; None takes what the folder says, float32 if nothing.
-    shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, such as
+    compute_dtype: of the arithmetic; None: as the folder says, float32 if it says nothing.
+    shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, for example
       `lambda p: sharding.parameter_shardings(p, mesh)`; None uses the default device.
     part: "transformer" or "vae" reads only that one; empty: both.
 
@@ -31,29 +37,36 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     (ModelConfig, {"transformer": ..., "vae": ...}).
 
   Raises:
-    CheckpointError: what is wrong with which file and key.
+    CheckpointError: names the file and key, and what is wrong with them.
   """
-  layout = _layout(pathlib.Path(folder))
-  config = layout.read_config(folder)
+  mark = _mark(pathlib.Path(folder))
+  read, load = _READERS[mark]
+  config = read(folder)
   if compute_dtype is not None:
     config = dataclasses.replace(config, dtype=compute_dtype)
-  shardings = None
+  shardings, params = None, {}
   if shardings_fn is not None:
     shardings = shardings_fn(names.abstract_params(config, dtype or config.param_dtype))
-  return config, layout.load(folder, config, shardings=shardings, dtype=dtype, part=part)
+  if mark == _RUN_MARK and part != "transformer":  # a run trains no VAE and saves none
+    _, params = load_checkpoint(orbax.base_folder(folder), dtype=dtype, part="vae",
+                                shardings_fn=shardings_fn and (lambda _: shardings))
+  if mark != _RUN_MARK or part != "vae":
+    params = load(folder, config, shardings=shardings, dtype=dtype, part=part) | params
+  return config, params
 
 
 def read_config(folder) -> ModelConfig:
-  """The model's sizes, from a folder in any layout; no weights are read.
+  """Reads the model's sizes from a folder in any layout, and no weights.
 
   Raises:
     CheckpointError: not a checkpoint folder, or a config that contradicts the weights.
   """
-  return _layout(pathlib.Path(folder)).read_config(folder)
+  read, _ = _READERS[_mark(pathlib.Path(folder))]
+  return read(folder)
 
 
 def convert(source, destination, to: str = "orbax", dtype=None) -> None:
-  """Copies a checkpoint into the layout `to`, tokenizer included.
+  """Copies a checkpoint, tokenizer included, into the layout `to`.
 
   Everything is read and checked before anything is written.
 
@@ -62,26 +75,26 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
     dtype: of the parameters written; None keeps each one's own, bit for bit.
 
   Raises:
-    CheckpointError: a source that cannot be used.
-    FileExistsError: a destination that is not empty.
+    CheckpointError: the source cannot be used.
+    FileExistsError: the destination is not empty.
   """
-  layouts = {"orbax": orbax, "published": published}
-  if to not in layouts:
-    raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(layouts)}")
+  save = {"orbax": orbax.save, "published": published.save}
+  if to not in save:
+    raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(save)}")
   check_absent(destination)
   config, params = load_checkpoint(source, dtype=dtype)
-  if _layout(pathlib.Path(source)) is training:
-    source = training.base_folder(source)
-  layouts[to].save(destination, params, config, source=source)
+  if _mark(pathlib.Path(source)) == _RUN_MARK:
+    source = orbax.base_folder(source)
+  save[to](destination, params, config, source=source)
 
 
-def _layout(folder):
-  """The module that reads `folder`."""
+def _mark(folder):
+  """The file that says which layout `folder` has."""
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder")
-  for layout, mark in _MARKS.items():
+  for mark in _READERS:
     if (folder / mark).is_file():
-      return layout
+      return mark
   found = listing((p.name for p in folder.iterdir()), limit=8) or "nothing"
   raise CheckpointError(
       f"{folder}: not a checkpoint; expected the published layout (llm_config.json, "

@@ -1,29 +1,42 @@
-"""The JSON files of a published checkpoint folder, read into a ModelConfig and written back.
+"""Files beside the parameters: JSON configurations, tokenizer, and the fixed position tables.
 
-What they do not say (grid sizes) comes from the shapes in the weights' headers.
+The JSON files of a published checkpoint folder become a ModelConfig and are written back. Grid
+sizes, which they lack, come from the shapes in the weights' headers. The two position tables are
+stored beside the parameters, but the model computes the same numbers from positions: they are
+checked on load, computed on export and never trained.
 """
 
 import json
 import math
 import pathlib
+import shutil
+
+import einops
+import ml_dtypes
+import numpy as np
 
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.storage import write_json
-from irg_jax.weights.errors import CheckpointError
-from irg_jax.weights.tensors import Tensor, find_tensors
+from irg_jax.weights.names import CheckpointError
+from irg_jax.weights.safetensors import Tensor, find_tensors
 
 NAMES = ("llm_config.json", "vit_config.json", "ae_config.json")
+# Files that are copied with a checkpoint: its tokenizer, and its settings of generation.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "added_tokens.json", "special_tokens_map.json", "special_tokens.json",
+                   "generate.json")
+TOLERANCE = 1e-5  # of float32 sines between libraries
 
-# The published ViT counts its last layer, whose output is never used and which is not stored.
+# The published layer count includes the ViT's last layer, which is neither used nor stored.
 DROPPED_VIT_LAYERS = 1
 
-# What other tools want to find; a folder that says something else keeps it.
+# Fields that other tools expect; the source folder's own values win.
 _LABELS = {
     "llm_config.json": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "vit_config.json": {"model_type": "siglip_vision_model"},
 }
 
-# Fields that may be absent, and the only values that the model implements.
+# Fields with the only values that the model implements, the default first.
 _LLM_FIXED = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,),
               "use_sliding_window": (False,), "attention_bias": (True,)}
 _VIT_FIXED = {"hidden_act": ("gelu_pytorch_tanh", "gelu_tanh"), "num_channels": (3,),
@@ -32,7 +45,7 @@ _VAE_FIXED = {"in_channels": (3,), "out_ch": (3,)}
 
 
 class _Fields:
-  """A JSON object whose fields are checked as they are asked for."""
+  """A JSON object whose fields are checked when they are read."""
 
   def __init__(self, path, fixed):
     self.path = path
@@ -71,7 +84,7 @@ class _Fields:
 
 
 def read_config(folder, dtype: str = "float32") -> ModelConfig:
-  """The configuration of a published checkpoint folder.
+  """Reads the configuration of a published checkpoint folder.
 
   Args:
     folder: with `llm_config.json`, `vit_config.json`, the weights, and `ae_config.json` where
@@ -92,12 +105,55 @@ def read_config(folder, dtype: str = "float32") -> ModelConfig:
 
 
 def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> None:
-  """Writes the three files; fields of `source`'s files that we do not set are kept."""
+  """Writes the three files; further fields of `source`'s files are kept."""
   for name, ours in zip(NAMES, (_llm_json(config.llm), _vit_json(config.vit),
                                 _vae_json(config.vae))):
     kept = pathlib.Path(source) / name if source is not None else None
     theirs = _Fields(kept, {}).content if kept is not None and kept.is_file() else {}
     write_json(folder / name, _LABELS.get(name, {}) | theirs | ours)
+
+
+def copy_tokenizer(source, folder: pathlib.Path) -> None:
+  """Copies those of `TOKENIZER_FILES` that `source` has; nothing if `source` is None."""
+  for name in TOKENIZER_FILES:
+    if source is not None and (pathlib.Path(source) / name).is_file():
+      shutil.copyfile(pathlib.Path(source) / name, folder / name)
+
+
+def table_grids(config: ModelConfig) -> dict[str, int]:
+  """Published keys of the position tables and the side of their grid."""
+  return {"latent_pos_embed.pos_embed": config.max_latent_size,
+          "vit_pos_embed.pos_embed": config.vit.grid_size}
+
+
+def sincos_table(width: int, grid: int) -> np.ndarray:
+  """Fixed 2-D position table (docs/spec.md, section 2), float32 [grid * grid, width].
+
+  Row-major over the grid. The first half of the width encodes the column, the second half the
+  row; each half is sines, then cosines, of base 10000. Rounded once, from float64.
+  """
+  frequency = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+  angle = np.multiply.outer(np.arange(grid, dtype=np.float64), frequency)
+  line = np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+  return np.concatenate([einops.repeat(line, "x d -> (y x) d", y=grid),
+                         einops.repeat(line, "y d -> (y x) d", x=grid)], 1)
+
+
+def check_table(tensor: Tensor, grid: int) -> None:
+  """Checks that a stored position table is the computed one, up to rounding to its dtype.
+
+  Raises:
+    CheckpointError: names the file, the key and the first row that differs.
+  """
+  want = sincos_table(tensor.shape[1], grid).astype(tensor.dtype).astype(np.float32)
+  got = np.empty(tensor.shape, np.float32)
+  tensor.read_into(got)
+  within = np.abs(got - want) <= TOLERANCE + float(ml_dtypes.finfo(tensor.dtype).eps) * abs(want)
+  if not within.all():
+    row = int(np.argmin(within.all(axis=1)))
+    raise CheckpointError(
+        f"{tensor.path}: {tensor.key} is not the fixed sin-cos table of a {grid} x {grid} grid "
+        f"(first at row {row}); this model computes the table and cannot use another one")
 
 
 def _read_llm(folder):
@@ -160,7 +216,7 @@ def _matrix(tensors: dict[str, Tensor], key) -> Tensor:
 
 
 def _side(tensor, axis, channels=1) -> int:
-  """Side of the square grid that one axis of a tensor lists, `channels` numbers a cell."""
+  """Side of the square grid along one axis of a tensor, of `channels` numbers a cell."""
   cells, rest = divmod(tensor.shape[axis], channels)
   side = math.isqrt(cells)
   if rest or side * side != cells or not side:

@@ -1,4 +1,4 @@
-"""Random parameters: for tests, benchmarks and the demo that has no trained weights."""
+"""Random parameters, for tests, benchmarks and training from nothing."""
 
 import math
 import re
@@ -9,28 +9,29 @@ import jax
 import numpy as np
 
 from irg_jax.config import ModelConfig
-from irg_jax.weights import names, published
-from irg_jax.weights.errors import CheckpointError
 from irg_jax.tokenizer import CONTROL_NAMES, write_byte_tokenizer
+from irg_jax.weights import names, published
+from irg_jax.weights.names import CheckpointError
 
-_RESIDUAL = re.compile(r"/layers/(.*/)?(o|down|fc2)/kernel$")  # what layers add to their input
+# Kernels whose output is added to the residual stream.
+_RESIDUAL = re.compile(r"/layers/(.*/)?(o|down|fc2)/kernel$")
 BYTE_TOKENS = 256 + len(CONTROL_NAMES)
 
 
 def random_params(config: ModelConfig, key) -> dict:
-  """Parameters of `names.abstract_params` in `config.param_dtype`.
+  """Samples parameters of the shapes of `names.abstract_params`, in `config.param_dtype`.
 
-  Kernels are normal with variance 1 / fan-in, those that add to the residual stream smaller by
-  the square root of how many do; embeddings are normal with variance 1, so that what a token is
-  outweighs what untrained layers add to it. Norm scales one, biases zero. Drawn on the host:
-  nothing is compiled for it.
+  Kernels are normal with variance 1 / fan-in; those that add to the residual stream are divided
+  by the square root of their number. Embeddings are normal with variance 1, so that the token
+  outweighs what untrained layers add to it. Norm scales are one, biases zero. Sampled on the
+  host, so nothing is compiled.
 
   Args:
     key: `jax.random.key`.
   """
   seed = np.asarray(jax.random.key_data(key)).tolist()
   dtype = np.dtype(config.param_dtype)
-  leaves = {r.path: jax.numpy.asarray(_draw(r, seed, dtype)) for r in names.rows(config)}
+  leaves = {r.path: jax.numpy.asarray(_sample(r, seed, dtype)) for r in names.rows(config)}
   return names.unflatten(leaves)
 
 
@@ -50,7 +51,7 @@ def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
     published.save(folder, params, config, source=source)
 
 
-def _draw(row, seed, dtype):
+def _sample(row, seed, dtype):
   name = row.path.rsplit("/", 1)[-1]
   if name in ("scale", "bias"):
     return np.full(row.shape, name == "scale", dtype)

@@ -1,7 +1,7 @@
-"""The one table of parameters: our path, the published key, the shape, the layout.
+"""Table of parameters: our path, published key, shape and layout of each.
 
-Reading, checking, exporting and the abstract tree all derive from `rows`. A new parameter
-is a new row. Spec section 2 has the model, `Row` the conventions.
+Reading, checking, exporting and the abstract tree are derived from `rows`; a new parameter is a
+new row. The model is in docs/spec.md, section 2, the conventions are in `Row`.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from irg_jax.config import ModelConfig, VaeConfig
-from irg_jax.weights.errors import CheckpointError, listing
 
 # Axes of the published array in the order of ours: ours = published.transpose(layout).
 _LINEAR = (1, 0)  # torch keeps [out, in]
@@ -22,15 +21,26 @@ TIMESTEP_FEATURES = 256
 IMAGE_CHANNELS = 3
 
 
+class CheckpointError(ValueError):
+  """A checkpoint that is incomplete, damaged or of another model; names file, key and fix."""
+
+
+def listing(names, limit: int = 4) -> str:
+  """`a, b, c, d and 7 more`, sorted."""
+  names = sorted(names)
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One parameter.
 
   Attributes:
-    path: ours, "transformer/..." or "vae/...".
-    key: published name; "{layer}" stands for the number where layers are stacked.
+    path: in our tree, "transformer/..." or "vae/...".
+    key: published name; "{layer}" is the layer's number where layers are stacked.
     layer_shape: our shape, without the layer axis.
-    layers: length of the layer axis (axis 0 of ours), 0 where there is none.
+    layers: length of the layer axis (axis 0 of ours); 0: there is none.
     layout: axes of the published array in the order of ours.
   """
 
@@ -50,23 +60,23 @@ class Row:
 
   @property
   def keys(self) -> list[str]:
-    """Published names, by layer."""
+    """Published names, one a layer."""
     return [self.key.format(layer=i) for i in range(self.layers or 1)]
 
   @property
   def file(self) -> str:
-    """Stem of the published file that holds it."""
+    """Stem of the published file that the parameter is in."""
     return "ema" if self.path.startswith("transformer/") else "ae"
 
   @property
   def config_file(self) -> str:
-    """The published file that says its sizes."""
+    """Published file that the parameter's sizes follow from."""
     if self.file == "ae":
       return "ae_config.json"
     return "vit_config.json" if self.key.startswith("vit_model.") else "llm_config.json"
 
   def to_published(self, x: np.ndarray) -> np.ndarray:
-    """View of one layer's array, ours -> published layout."""
+    """One layer's array, ours -> published layout, as a view."""
     return x.transpose(np.argsort(self.layout))
 
   def to_published_index(self, index: tuple) -> tuple:
@@ -82,7 +92,7 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
 
 
 def abstract_params(config: ModelConfig, dtype) -> dict:
-  """{"transformer": ..., "vae": ...} of `jax.ShapeDtypeStruct`, all of one dtype."""
+  """Shapes of all parameters: {"transformer": ..., "vae": ...} of `jax.ShapeDtypeStruct`."""
   return unflatten({r.path: jax.ShapeDtypeStruct(r.shape, dtype) for r in rows(config)})
 
 
@@ -97,10 +107,10 @@ def unflatten(leaves: dict) -> dict:
 
 
 def check_params(params: dict, config: ModelConfig, where: str = "params") -> dict:
-  """{path: leaf} of a parameter tree that fits `config`.
+  """Checks that a parameter tree fits `config`; returns {path: leaf}.
 
   Args:
-    where: what the messages call the tree, such as a file.
+    where: name of the tree in messages, such as a file.
 
   Raises:
     CheckpointError: a parameter that is missing, surplus or of another shape.
@@ -142,7 +152,7 @@ def _table(path, key, length, width):
 
 
 def _token_rows(config):
-  """What becomes a token, and the heads."""
+  """Embeddings of all kinds of tokens, and the heads."""
   llm, width = config.llm, config.llm.hidden_size
   return [
       *_table("embed", "language_model.model.embed_tokens", llm.vocab_size, width),
@@ -157,7 +167,7 @@ def _token_rows(config):
 
 
 def _decoder_rows(config):
-  """Both experts; the generation expert's modules are the other's plus `_moe_gen`."""
+  """Both experts; published modules of the gen expert are those of und plus `_moe_gen`."""
   llm, table = config.llm, []
   dense = functools.partial(_dense, layers=llm.num_layers)
   norm = functools.partial(_norm, bias=False, layers=llm.num_layers)
@@ -228,7 +238,7 @@ def _vae_ends(part, size_in, first, last, size_out):
 
 
 def _stage(path, key, width, new, blocks):
-  """Residual blocks at one resolution; the first one changes the width."""
+  """Residual blocks of one resolution; the first one changes the width."""
   table = []
   for j in range(blocks):
     table += _block(f"{path}/block_{j}", f"{key}.block.{j}", new if j else width, new)

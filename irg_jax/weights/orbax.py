@@ -1,6 +1,9 @@
-"""Checkpoints of parameters as Orbax: `params/`, `model_config.json`, tokenizer files.
+"""Orbax checkpoints: of parameters, and the moving average of a training run's checkpoint.
 
-Reads faster and in parallel across hosts, and restores onto any mesh.
+Parameters are `params/`, `model_config.json` and tokenizer files. They are read faster than the
+published layout, in parallel across hosts, and onto any mesh. A training run's checkpoint,
+RUN/STAGE/checkpoints/STEP, is only read: the VAE, the sizes and the tokenizer come from what the
+run started from.
 """
 
 import json
@@ -16,17 +19,20 @@ from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig
 from irg_jax.storage import atomic_folder, write_json
 from irg_jax.weights import names
-from irg_jax.weights.errors import CheckpointError, listing
-from irg_jax.weights.folders import copy_tokenizer
-from irg_jax.weights.tensors import all_finite
+from irg_jax.weights.configs import copy_tokenizer
+from irg_jax.weights.names import CheckpointError, listing
+from irg_jax.weights.safetensors import all_finite
 
 PARAMS = "params"
 CONFIG = "model_config.json"
 GROUPS = 20
 
+RUN_FILE = "run.json"  # in the folder of a training run
+BASE = "base"  # likewise, if it started from random weights
+
 
 def read_config(folder) -> ModelConfig:
-  """The configuration that the folder was saved with.
+  """Reads the configuration that the folder was saved with.
 
   Raises:
     CheckpointError: no such file, or not a model configuration.
@@ -41,11 +47,11 @@ def read_config(folder) -> ModelConfig:
 
 
 def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
-  """Writes parameters in their own dtypes; the folder appears only when it is complete.
+  """Writes parameters in their own dtypes; the folder appears when it is complete.
 
   Args:
     folder: must not exist, or be empty.
-    source: a checkpoint folder whose tokenizer files to copy.
+    source: a checkpoint folder whose tokenizer files are copied.
 
   Raises:
     CheckpointError: parameters that do not fit `config`.
@@ -61,7 +67,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
          part: str = "") -> dict:
-  """Reads parameters; arguments and result as in `published.load`.
+  """Reads parameters; arguments and result as of `published.load`.
 
   Raises:
     CheckpointError: parameters that do not fit the config, are damaged or not finite.
@@ -71,9 +77,38 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   path = folder / PARAMS
   stored = _metadata(path)
   names.check_params(stored, config, str(path))
-  wanted = names.flatten(_wanted(stored, shardings, dtype))
+  wanted = names.flatten(_place(stored, shardings, dtype))
   return names.unflatten(restore(path, {name: x for name, x in wanted.items()
                                         if name.startswith(part)}))
+
+
+def read_run_config(folder) -> ModelConfig:
+  """Reads the sizes of the model of a training run from the folder of one of its checkpoints.
+
+  Raises:
+    CheckpointError: the folder is not inside that of a training run.
+  """
+  settings, _ = _read_run(folder)
+  return config_lib.from_dict(settings["model"])
+
+
+def base_folder(folder) -> pathlib.Path:
+  """The checkpoint that a training run started from; `folder` as of `read_run_config`."""
+  return _read_run(folder)[1]
+
+
+def load_average(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
+                 part: str = "") -> dict:
+  """Reads the moving average of a training run's checkpoint: {"transformer": ...}.
+
+  Args and errors as of `load`; there is no other `part`.
+  """
+  del part
+  config = config or read_run_config(folder)
+  shapes = names.abstract_params(config, np.dtype(dtype or np.float32))["transformer"]
+  wanted = _place(shapes, shardings and shardings["transformer"], dtype)
+  leaves = restore(pathlib.Path(folder).absolute() / "state", names.flatten({"ema": wanted}))
+  return {"transformer": names.unflatten(leaves)["ema"]}
 
 
 def restore(path, wanted: dict) -> dict:
@@ -82,11 +117,14 @@ def restore(path, wanted: dict) -> dict:
   Args:
     wanted: {path: ShapeDtypeStruct with a sharding}.
 
+  Returns:
+    {path: array}.
+
   Raises:
     CheckpointError: arrays that are missing, damaged or not finite.
   """
   leaves = {}
-  # Group by group: Orbax holds a group several times over.
+  # In groups, because Orbax holds several copies of what it restores in one call.
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     for group in _groups(wanted):
       item = names.unflatten({name: wanted[name] for name in group})
@@ -105,7 +143,7 @@ def restore(path, wanted: dict) -> dict:
 
 
 def _groups(wanted):
-  """Names in groups of at most 1 / `GROUPS` of all bytes, or one larger parameter.
+  """Names in groups of at most 1 / `GROUPS` of all bytes, or of one larger parameter.
 
   The largest come first, while there is room for their copies.
   """
@@ -129,20 +167,21 @@ def _metadata(path):
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
-  except Exception as e:  # as above
+  except Exception as e:  # as in `restore`
     raise CheckpointError(f"{path}: not an Orbax checkpoint ({_first_line(e)})") from e
 
 
-def _wanted(stored, shardings, dtype):
+def _place(shapes, shardings, dtype):
+  """The shapes with shardings (None: the default device) and `dtype` (None: their own)."""
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: device, stored)
+    shardings = jax.tree.map(lambda _: device, shapes)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-                      stored, shardings)
+                      shapes, shardings)
 
 
 def _is_finite(x) -> bool:
-  """Looks on the host if the numbers are there, which saves a compilation for every shape."""
+  """Checks on the host if the numbers are there, which saves a compilation for every shape."""
   shards = x.addressable_shards
   if all(s.device.platform == "cpu" for s in shards):
     return all(all_finite(np.asarray(s.data)) for s in shards if s.replica_id == 0)
@@ -151,3 +190,14 @@ def _is_finite(x) -> bool:
 
 def _first_line(error) -> str:
   return (str(error).splitlines() or [""])[0][:200]
+
+
+def _read_run(folder):
+  """(settings as JSON, folder that the run started from)."""
+  path = pathlib.Path(folder).absolute().parents[2] / RUN_FILE
+  try:
+    run = json.loads(path.read_text(encoding="utf-8"))
+    return run["settings"], pathlib.Path(run["base"] or path.with_name(BASE))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise CheckpointError(f"{folder}: a training checkpoint is read inside its run's folder, but "
+                          f"{path} cannot be read ({e})") from e

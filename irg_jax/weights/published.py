@@ -1,6 +1,6 @@
 """Checkpoints in the published layout: `ema.safetensors` (or shards), `ae.safetensors`, JSON.
 
-Both directions go one tensor at a time, so that no second copy of the model ever exists.
+Reading and writing go tensor by tensor, so that no second copy of the model ever exists.
 """
 
 import functools
@@ -15,39 +15,36 @@ from jax.experimental import multihost_utils
 from irg_jax.config import ModelConfig
 from irg_jax.storage import atomic_folder
 from irg_jax.weights import names
-from irg_jax.weights.configs import read_config, write_configs
-from irg_jax.weights.errors import CheckpointError, listing
-from irg_jax.weights.folders import copy_tokenizer
-from irg_jax.weights.names import Row
-from irg_jax.weights.tables import check_table, sincos_table, table_grids
-from irg_jax.weights.tensors import DTYPES, Tensor, all_finite, find_tensors
-from irg_jax.weights.writing import Pending, in_order, write_tensors
+from irg_jax.weights.configs import (
+    check_table, copy_tokenizer, read_config, sincos_table, table_grids, write_configs)
+from irg_jax.weights.names import CheckpointError, Row, listing
+from irg_jax.weights.safetensors import (
+    DTYPES, Pending, Tensor, all_finite, find_tensors, in_order, write_tensors)
 
-ALIGNMENT = 64  # bytes; JAX takes over a host buffer without a copy if it starts at a multiple
+ALIGNMENT = 64  # bytes; JAX takes over a host buffer at a multiple of it without a copy
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
          part: str = "") -> dict:
   """Reads the parameters of a published checkpoint folder straight into their shards.
 
-  Every key and shape is checked before any tensor is read. The position tables are compared
-  with the computed ones and left out.
+  Every key and shape is checked before any tensor is read. The position tables are checked
+  against the computed ones and left out.
 
   Args:
     folder: the checkpoint folder.
-    config: None reads the folder's own.
-    shardings: pytree of `jax.sharding.Sharding` with the structure of
-      `names.abstract_params`; a process reads only what its devices hold. None puts
-      everything on the default device.
-    dtype: of the parameters; None keeps each one's own.
+    config: None: the folder's own.
+    shardings: pytree of `jax.sharding.Sharding` with the structure of `names.abstract_params`;
+      a process reads only what its devices hold. None: everything on the default device.
+    dtype: of the parameters; None: each one's own.
     part: "transformer" or "vae" reads only that one; empty: both.
 
   Returns:
     {"transformer": ..., "vae": ...} of arrays.
 
   Raises:
-    CheckpointError: a file or key that is missing, surplus, double, of another shape,
-      truncated or not finite, a table that disagrees, a config that contradicts the weights.
+    CheckpointError: a file or key that is missing, surplus, there twice, of another shape,
+      truncated or not finite; a table that disagrees; a config that contradicts the weights.
   """
   folder = pathlib.Path(folder)
   config = config or read_config(folder)
@@ -69,18 +66,17 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
 def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
          max_shard_bytes: int | None = None) -> None:
-  """Writes parameters in the published layout; the folder appears only when it is complete.
+  """Writes parameters in the published layout; the folder appears when it is complete.
 
-  What `load` read comes out bit for bit in the same dtype; the position tables are computed
-  anew, in the dtype of the layer that they are added to. Where an array is spread over
-  several processes, all of them call this; the first one writes, the others hand it their
-  shards, tensor by tensor.
+  What `load` read is written bit for bit in the same dtype. The position tables are computed,
+  in the dtype of the layer that they are added to. If an array is spread over several processes,
+  all of them call this: the first one writes, the others send it their shards, tensor by tensor.
 
   Args:
     folder: must not exist, or be empty.
     params: {"transformer": ..., "vae": ...} of arrays, sharded or not, jax or numpy.
-    dtype: to write; None keeps each parameter's own.
-    source: a checkpoint folder whose tokenizer files and further config fields to keep.
+    dtype: to write; None: each parameter's own.
+    source: a checkpoint folder whose tokenizer files and further config fields are kept.
     max_shard_bytes: splits `ema.safetensors` into files of at most so many bytes of tensors.
 
   Raises:
@@ -136,7 +132,7 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
 
 
 def _layer_hint(tensors, table) -> str:
-  """Says so where the file has more or fewer layers than the config."""
+  """End of a message: the file has another number of layers than the config, if it has."""
   for row in table:
     if row.layers:
       pattern = re.escape(row.key).replace(re.escape("{layer}"), r"(\d+)")
@@ -178,7 +174,7 @@ def _load_row(row: Row, layers: list[Tensor], sharding, dtype):
     array = jax.device_put(shard((slice(None),) * len(row.shape)))
   else:
     array = jax.make_array_from_callback(row.shape, sharding, shard, dtype=dtype)
-  return array.block_until_ready()  # so that host buffers do not queue up for the device
+  return array.block_until_ready()  # else host buffers would queue up for the device
 
 
 def _read(row, layers, index, dtype):
@@ -225,9 +221,9 @@ def _writable(dtype, path):
 
 
 def _to_host(row, leaf, layer, dtype):
-  """One layer of a parameter in the published layout and dtype, checked to be finite."""
+  """One layer of a parameter in the published layout and in `dtype`; raises if not finite."""
   if row.layers and isinstance(leaf, jax.Array) and not _is_host_memory(leaf):
-    # On the device, so that one layer moves to the host and no copy of all stays with the array.
+    # Sliced on the device: one layer moves to the host, and no host copy stays with the array.
     leaf, layer = jax.lax.dynamic_index_in_dim(leaf, layer), 0
   x = _gather(leaf)[layer] if row.layers else _gather(leaf)
   with np.errstate(over="ignore"):  # reported below
@@ -246,5 +242,5 @@ def _gather(x) -> np.ndarray:
 
 
 def _is_host_memory(x: jax.Array) -> bool:
-  """Whether numpy can look at `x` without a copy."""
+  """Whether numpy can read `x` without a copy."""
   return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"

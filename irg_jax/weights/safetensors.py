@@ -1,18 +1,24 @@
-"""Safetensors files, read and written piece by piece.
+"""Safetensors files, read and written tensor by tensor, so that no whole file is in memory.
 
-The library checks and parses; the data itself goes through small memory maps of our own,
-because a map that stays open counts every page it has touched as memory of the process.
+Reading: the `safetensors` library checks the header; the data goes through memory maps of this
+module, each open for one small block only, because every page that an open map has touched counts
+as memory of the process.
+Writing: the library's writer needs a whole file in memory, so the format is written here: length
+of the header (8 bytes), header (JSON), bytes of the tensors.
 """
 
+import collections.abc
 import dataclasses
 import json
+import math
 import pathlib
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from irg_jax.weights.errors import CheckpointError, listing
+from irg_jax.storage import write_json
+from irg_jax.weights.names import CheckpointError, listing
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -22,15 +28,16 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# Bytes and rows looked at a time. Rows are few so that both sides of a transposing copy stay in
-# the cache.
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes and rows of a block. Rows are few so that both sides of a transposing copy stay in the
+# CPU's cache.
 CHUNK = 4 * 2**20
 ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file. Nothing of it is in memory.
+  """Location of a tensor in a file; none of its data is in memory.
 
   Attributes:
     offset: of its first byte in the file.
@@ -43,14 +50,14 @@ class Tensor:
   offset: int
 
   def read_into(self, out: np.ndarray, index: tuple | None = None) -> None:
-    """out[...] = tensor[index], cast to out's dtype, reading only the pages it needs.
+    """out[...] = tensor[index], cast to out's dtype; reads only the pages that it needs.
 
     Args:
       out: any writable array or view of the shape that `index` selects.
-      index: a slice of step 1 for each axis; None takes everything.
+      index: a slice of step 1 for each axis; None: everything.
 
     Raises:
-      CheckpointError: a number that is not finite, or not finite any more in out's dtype.
+      CheckpointError: a number is not finite, or not in out's dtype.
     """
     first, *rest = index or (slice(None),) * len(self.shape)
     start, stop, _ = first.indices(self.shape[0])
@@ -74,8 +81,35 @@ class Tensor:
                           f"{stop - 1}); the file is damaged or its training diverged")
 
 
+def all_finite(x: np.ndarray) -> bool:
+  """Whether `x` holds no NaN and no infinity; checked block by block."""
+  flat, step = x.reshape(-1), CHUNK // x.dtype.itemsize
+  return all(_finite(flat[i:i + step]) for i in range(0, flat.size, step))
+
+
+def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
+  """Finds the tensors of `stem`.safetensors, or of the shards that an index names.
+
+  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json.
+
+  Raises:
+    CheckpointError: see `read_header`; or index and shards disagree.
+  """
+  single = folder / f"{stem}.safetensors"
+  index = folder / f"{stem}.safetensors.index.json"
+  if single.is_file() and index.is_file():
+    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
+                          "that is stale")
+  if single.is_file():
+    return read_header(single)
+  for path in (index, folder / "model.safetensors.index.json"):
+    if path.is_file() and (path == index or stem == "ema"):
+      return _read_shards(path)
+  raise CheckpointError(f"{single}: no such file, and no {index.name} beside it")
+
+
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of one file, by key, in the order of the file.
+  """Reads the header of one file: its tensors by key, in the order of the file.
 
   Raises:
     CheckpointError: no such file, not safetensors, truncated, a key twice, a dtype that is
@@ -96,35 +130,52 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
 
 
-def all_finite(x: np.ndarray) -> bool:
-  """Whether `x` holds no NaN and no infinity, looked at piece by piece."""
-  flat, step = x.reshape(-1), CHUNK // x.dtype.itemsize
-  return all(_finite(flat[i:i + step]) for i in range(0, flat.size, step))
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """A tensor to write: its entry in the header, and a function that makes its data."""
+
+  key: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  make: collections.abc.Callable[[], np.ndarray]
+
+  @property
+  def size(self) -> int:
+    """Bytes."""
+    return self.dtype.itemsize * math.prod(self.shape)
 
 
-def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
-  """The tensors of `stem`.safetensors, or of the shards that an index names.
+def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
+                  max_shard_bytes: int | None = None) -> None:
+  """Writes `stem`.safetensors, or shards and their index if it would be too large.
 
-  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json.
-
-  Raises:
-    CheckpointError: see `read_header`; also an index and shards that disagree.
+  Args:
+    max_shard_bytes: upper bound on the tensor bytes of a file (a larger tensor gets a file of
+      its own); None: one file.
   """
-  single = folder / f"{stem}.safetensors"
-  index = folder / f"{stem}.safetensors.index.json"
-  if single.is_file() and index.is_file():
-    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
-                          "that is stale")
-  if single.is_file():
-    return read_header(single)
-  for path in (index, folder / "model.safetensors.index.json"):
-    if path.is_file() and (path == index or stem == "ema"):
-      return _read_shards(path)
-  raise CheckpointError(f"{single}: no such file, and no {index.name} beside it")
+  tensors = in_order(tensors)
+  shards = _split(tensors, max_shard_bytes)
+  if len(shards) == 1:
+    _write_file(folder / f"{stem}.safetensors", tensors)
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards, 1):
+    name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+    _write_file(folder / name, shard)
+    weight_map |= {t.key: name for t in shard}
+  index = {"metadata": {"total_size": sum(t.size for t in tensors)},
+           "weight_map": dict(sorted(weight_map.items()))}
+  write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def in_order(tensors: list[Pending]) -> list[Pending]:
+  """Sorts tensors as `write_tensors` makes and writes them."""
+  # Widest dtype first, like the library: every tensor is aligned to its dtype.
+  return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
 
 
 def _finite(x):
-  if x.dtype == ml_dtypes.bfloat16:  # whose own isfinite goes number by number
+  if x.dtype == ml_dtypes.bfloat16:  # ml_dtypes' isfinite is slow: one number at a time
     exponent = np.uint16(0x7F80)
     return ((x.view(np.uint16) & exponent) != exponent).all()
   return np.isfinite(x).all()
@@ -133,8 +184,8 @@ def _finite(x):
 def _unique(pairs, path):
   entries = dict(pairs)
   if len(entries) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1}
+    keys = [key for key, _ in pairs]
+    twice = {key for key in keys if keys.count(key) > 1}
     raise CheckpointError(f"{path}: holds {listing(twice)} twice; write the file again")
   return entries
 
@@ -170,6 +221,7 @@ def _read_shards(index):
 
 
 def _read_index(index):
+  """The index's table from key to file name."""
   try:
     content = json.loads(index.read_text(encoding="utf-8"),
                          object_pairs_hook=lambda p: _unique(p, index))
@@ -184,3 +236,29 @@ def _read_index(index):
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
       raise CheckpointError(f"{index}: weight_map places {key} in {name!r}; expected a file name")
   return weight_map
+
+
+def _split(tensors, max_bytes):
+  shards, size = [[]], 0
+  for t in tensors:
+    if max_bytes is not None and shards[-1] and size + t.size > max_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(t)
+    size += t.size
+  return shards
+
+
+def _write_file(path, tensors):
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for t in tensors:
+    header[t.key] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape),
+                     "data_offsets": [end, end + t.size]}
+    end += t.size
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as f:
+    f.write(len(text).to_bytes(8, "little") + text)
+    for t in tensors:
+      # Viewed as bytes, since files cannot write numpy's extension dtypes.
+      f.write(np.ascontiguousarray(t.make()).view(np.uint8))
