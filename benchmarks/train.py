@@ -28,9 +28,8 @@ from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.tokens import allowed
 from irg_jax.train import settings as settings_lib
-from irg_jax.train.optimizer import make_optimizer
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state, state_shardings
+from irg_jax.train.state import init_state, make_optimizer, state_shardings
 from irg_jax.train.step import make_train_step
 from irg_jax.weights.init import random_params
 

@@ -8,19 +8,18 @@ import json
 import os
 import pathlib
 
-from irg_jax.storage import atomic_file, partial_name
+from irg_jax import storage
 
 _SHOWN = 80  # characters of a value in an error message
 _UNSET = object()
 
 
-def check_folder(path, kind: str, ignore=()) -> None:
-  """Checks that the folder of a record is a run's, empty, or not there.
+def check_folder(path, kind: str) -> None:
+  """Checks that the folder of a record is a run's, empty, or not there. Hidden files may be.
 
   Args:
     path: of the record.
     kind: of the run, for the message: "a training run".
-    ignore: names of files that may be there without a record.
 
   Raises:
     ValueError: names a file that something else has left in the folder.
@@ -28,8 +27,7 @@ def check_folder(path, kind: str, ignore=()) -> None:
   path = pathlib.Path(path)
   if path.is_file() or not path.parent.is_dir():
     return
-  others = sorted(p.name for p in path.parent.iterdir()
-                  if p.name not in ignore and p.suffix != ".partial")
+  others = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
   if others:
     raise ValueError(f"--out {path.parent}: holds {others[0]}, but no {path.name}, so it is not "
                      f"{kind}: choose another folder")
@@ -63,16 +61,22 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
                    "it, or choose another folder")
 
 
-def read(path) -> dict:
+def read(path, groups=()) -> dict:
   """Reads a record.
 
+  Args:
+    groups: names that must be in it, as JSON objects.
+
   Raises:
-    ValueError: the file is missing or not a JSON object; names it.
+    ValueError: the file is missing, not a JSON object, or lacks a group; names it.
   """
   try:
     record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if not isinstance(record, dict):
       raise ValueError(f"a JSON {type(record).__name__}, not an object")
+    for name in groups:
+      if not isinstance(record.get(name), dict):
+        raise ValueError(f"no object {name!r}")
   except (OSError, ValueError) as e:
     raise ValueError(f"{path}: cannot be read as the record of a run ({e}); restore it, or choose "
                      "another folder") from e
@@ -81,31 +85,25 @@ def read(path) -> dict:
 
 def write(path, record: dict) -> None:
   """Writes a record atomically, over the one that is there; makes the folder."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with atomic_file(path) as aside:
-    aside.write_text(_text(record), encoding="utf-8")
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  storage.write_json(path, record)
 
 
 def create(path, record: dict) -> None:
   """Writes a record unless there is one: of processes that start together, the first wins."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(partial_name())
+  temporary = path.with_name(storage.partial_name())
   try:
-    aside.write_text(_text(record), encoding="utf-8")
-    os.link(aside, path)  # unlike a rename, fails where another process was first
+    storage.write_json(temporary, record)
+    os.link(temporary, path)  # unlike a rename, fails where another process was first
   except FileExistsError:
     pass
   except OSError:  # a file system without hard links
     if not path.exists():
-      os.replace(aside, path)
+      os.replace(temporary, path)
   finally:
-    aside.unlink(missing_ok=True)
-
-
-def _text(record):
-  return json.dumps(record, indent=2) + "\n"
+    temporary.unlink(missing_ok=True)
 
 
 def _fields(settings, prefix=""):

@@ -145,7 +145,7 @@ def test_where_every_checkpoint_is_damaged_none_is_removed(tmp_path):
   saved(tmp_path, [6])
   truncate(tmp_path / "6")
   with Checkpoints(tmp_path, 3) as c:
-    with pytest.raises(CheckpointError, match="6 is damaged .* no other to go on from"):
+    with pytest.raises(CheckpointError, match="6 is damaged .* there is no other one"):
       c.restore(abstract(place({"fsdp": 8})))
   assert checkpoints.steps_in(tmp_path) == [6]
 
@@ -196,7 +196,7 @@ PAIR = """
     import orbax.checkpoint as ocp
     from irg_jax import sharding
     from irg_jax.train.checkpoints import Checkpoints
-    from irg_jax.train.processes import SharedFaults
+    from irg_jax.train.distributed import FailTogether
 
     folder, _, coordinator, *_, process = sys.argv[1:]
     jax.distributed.initialize(coordinator, 2, int(process))
@@ -204,7 +204,7 @@ PAIR = """
     x = np.random.default_rng(0).standard_normal((64, 1000), np.float32)
     put = lambda y: {"x": jax.make_array_from_callback(x.shape, split, lambda index: y[index])}
     wanted = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)}
-    with SharedFaults("pair"), Checkpoints(folder, 3) as c:
+    with FailTogether("pair"), Checkpoints(folder, 3) as c:
       for step in (1, 2):
         c.save(step, put(step * x), {process: step})
       c.wait()

@@ -71,17 +71,17 @@ def test_the_first_process_that_creates_a_record_wins(tmp_path, monkeypatch):
   assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"settings": 1}'])
 def test_a_record_that_cannot_be_read_is_named(tmp_path, content):
   path = tmp_path / "run.json"
   if content:
     path.write_text(content)
   with pytest.raises(ValueError, match="run.json: cannot be read as the record of a run"):
-    runs.read(path)
+    runs.read(path, ("settings",))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-  check = lambda: runs.check_folder(tmp_path / "out" / "run.json", "a training run", (".aside",))
+  check = lambda: runs.check_folder(tmp_path / "out" / "run.json", "a training run")
   check()
   (tmp_path / "out" / ".aside").mkdir(parents=True)
   (tmp_path / "out" / ".0123abcd.partial").touch()  # of a process that starts at the same time

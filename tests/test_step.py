@@ -17,8 +17,8 @@ from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
 from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
-from irg_jax.train import optimizer as optimizer_lib
 from irg_jax.train import settings as settings_lib
+from irg_jax.train import state as state_lib
 from irg_jax.train import step as step_lib
 from irg_jax.train.settings import Switches
 from irg_jax.train.state import init_state, state_shardings
@@ -82,7 +82,7 @@ def settings():
 
 @functools.cache
 def optimizer():
-  return optimizer_lib.make_optimizer(settings().optimizer, settings().stage1)
+  return state_lib.make_optimizer(settings().optimizer, settings().stage1)
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_others_learn(name, still):
 def test_freezing_covers_the_parameters_of_the_real_model(name, still):
   real = names.abstract_params(CONFIG, jnp.float32)["transformer"]
   covered = {path for path in names.flatten(real) if re.match(still, path)}
-  hit = optimizer_lib.map_frozen(lambda x: "frozen", real, (name,))
+  hit = state_lib.map_frozen(lambda x: "frozen", real, (name,))
   assert {path for path, x in names.flatten(hit).items() if x == "frozen"} == covered
   assert 2 < len(covered) < len(names.flatten(real))
 
@@ -248,14 +248,14 @@ def test_optimizer_is_adamw_on_clipped_gradients_after_a_warm_up():
   """Against the formulas, written out."""
   s = dataclasses.replace(settings().optimizer, weight_decay=0.01, clip_norm=1.5)
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=3)
-  opt = optimizer_lib.make_optimizer(s, stage)
+  opt = state_lib.make_optimizer(s, stage)
   rng = np.random.default_rng(0)
   p = rng.standard_normal(5)
   state = init_state({"kernel": jnp.asarray(p)}, opt)
   m, v, ema = 0.0, 0.0, p
   for i in range(5):
     g = rng.standard_normal(5) * (0.2 if i == 2 else 2.0)
-    state = optimizer_lib.update(opt, state, {"kernel": jnp.asarray(g, jnp.float32)}, (), 0.9)
+    state = state_lib.update(opt, state, {"kernel": jnp.asarray(g, jnp.float32)}, (), 0.9)
     g = g * min(1, 1.5 / np.linalg.norm(g))
     m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
     m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.95 ** (i + 1))
@@ -268,27 +268,27 @@ def test_optimizer_is_adamw_on_clipped_gradients_after_a_warm_up():
 
 def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=0)
-  schedule = optimizer_lib.make_optimizer(settings().optimizer, stage).schedule
+  schedule = state_lib.make_optimizer(settings().optimizer, stage).schedule
   assert [float(schedule(i)) for i in (0, 1, 100)] == [pytest.approx(0.1)] * 3
 
 
 def test_the_learning_rate_falls_to_nothing_over_the_last_steps():
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=2, steps=10,
                               decay_steps=4)
-  schedule = optimizer_lib.make_optimizer(settings().optimizer, stage).schedule
+  schedule = state_lib.make_optimizer(settings().optimizer, stage).schedule
   got = [float(schedule(i)) for i in (0, 1, 2, 6, 7, 9, 10)]
   np.testing.assert_allclose(got, [0, 0.05, 0.1, 0.1, 0.075, 0.025, 0], atol=1e-7)
 
 
 def test_each_image_has_one_time_and_conditions_have_none():
-  t, noise = map(np.asarray, step_lib.draw(batch(), KEY, 4.0))
+  t, noise = map(np.asarray, step_lib.sample_noise(batch(), KEY, 4.0))
   weight, image = batch().latent_weight, batch().latent_image
   assert not t[weight == 0].any() and noise.shape == batch().latents.shape
   times = [np.unique(t[(image == p) & (weight > 0) & (np.arange(8)[:, None] == r)])
            for r in range(8) for p in np.unique(image[r][weight[r] > 0])]
   assert len(times) == 16 and all(len(x) == 1 and 0 < x[0] < 1 for x in times)
   assert len(set(np.concatenate(times).tolist())) == 16
-  other, _ = step_lib.draw(batch(), jax.random.key(4), 4.0)
+  other, _ = step_lib.sample_noise(batch(), jax.random.key(4), 4.0)
   assert not np.array_equal(t, other)
 
 
@@ -298,7 +298,7 @@ def test_times_are_warped_sigmoids_of_normal_draws():
   targets = dataclasses.replace(
       batch(1), latent_image=np.arange(many)[None], latent_weight=np.ones((1, many), np.float32),
       latents=np.zeros((1, many, 8), np.float32))
-  t, noise = (np.asarray(x, np.float64) for x in step_lib.draw(targets, KEY, 4.0))
+  t, noise = (np.asarray(x, np.float64) for x in step_lib.sample_noise(targets, KEY, 4.0))
   u = t / (4 - 3 * t)
   for normal in (np.log(u / (1 - u)), noise):
     assert abs(normal.mean()) < 0.06 and abs(normal.std() - 1) < 0.05

@@ -18,7 +18,8 @@ import train_runs
 from train_runs import cache, data
 
 from irg_jax import cli, sharding, weights
-from irg_jax.train import checkpoints, stage, watch
+from irg_jax.train import checkpoints, logs
+from irg_jax.train import run as train_run
 
 METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
            "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
@@ -49,14 +50,14 @@ def trivial(cache):
     return step
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(stage, "make_train_step", make)
+    patch.setattr(train_run, "make_train_step", make)
     yield hooks
 
 
 @pytest.fixture(scope="module")
 def both(trivial, data, tmp_path_factory):
   """(folder of a finished run of both stages of trivial steps, first state of each stage)."""
-  starts, first_state = {}, stage.first_state
+  starts, first_state = {}, train_run.first_state
 
   def spy(run, kept, optimizer, params):
     found = first_state(run, kept, optimizer, params)
@@ -65,7 +66,7 @@ def both(trivial, data, tmp_path_factory):
 
   out = tmp_path_factory.mktemp("both") / "out"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(stage, "first_state", spy)
+    patch.setattr(train_run, "first_state", spy)
     assert train(data, out) == 0
   return out, starts
 
@@ -114,7 +115,7 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(trivial, data, tmp_
   trivial[3] = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
   assert train(data, out, run_stages="stage1") == 143
   trivial.clear()
-  assert "step 3 is saved, the same command goes on" in capsys.readouterr().err
+  assert "step 3 is saved, the same command continues" in capsys.readouterr().err
   assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [2, 3]
   assert signal.getsignal(signal.SIGTERM) is handler
   assert train(data, out, run_stages="stage1") == 0
@@ -151,21 +152,21 @@ class Recorder:
 
 
 def ids(*rows):
-  """What `Late` looks at of a batch; -1 is padding."""
+  """What `LateMetrics` looks at of a batch; -1 is padding."""
   return types.SimpleNamespace(sample_mode=jnp.full((len(rows), 2), -1).at[:, 0].set(5),
                                sample_index=jnp.asarray([[row, -1] for row in rows]))
 
 
 def test_numbers_are_read_a_step_late_and_a_gradient_that_is_not_finite_is_named():
   log = Recorder()
-  late = watch.Late(log, log, sharding.make_mesh())
+  late = logs.LateMetrics(log, log.last_good, sharding.make_mesh())
   metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), "ce/m": jnp.float32(0),
              "weight/ce/m": jnp.float32(0)}
   late.push(1, metrics, ids(7, 8))
   assert not log.steps
   late.push(2, metrics | {"grad_norm": jnp.float32("inf")}, ids(3, 4))
   assert log.steps == [(1, {"loss": 1.0, "grad_norm": 2.0}, [[5, 7], [5, 8]])]
-  with pytest.raises(watch.NonFiniteLoss, match="step 2: grad_norm is inf; samples of the batch: "
+  with pytest.raises(logs.NonFiniteLoss, match="step 2: grad_norm is inf; samples of the batch: "
                                                 "improving_full_learning 3, 4; the last"):
     late.flush()
 
@@ -176,7 +177,7 @@ def test_a_trace_covers_the_steps_that_were_asked_for(monkeypatch, first, count,
   seen, on = [], []
   monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(folder))
   monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
-  tracer = watch.Tracer("folder", first, count)
+  tracer = logs.Tracer("folder", first, count)
   for step in range(1, total + 1):
     tracer.before(step)
     if on:

@@ -11,7 +11,7 @@ import jax
 
 from irg_jax import cli
 from irg_jax.data import sources
-from irg_jax.train import stage
+from irg_jax.train import run as train_run
 from irg_jax.train.state import state_shardings
 
 
@@ -35,19 +35,19 @@ class Recorded:
 
 def main(path, arguments) -> int:
   read, states = collections.defaultdict(set), []
-  open_sources, loop = sources.open_sources, stage.loop
+  open_sources, loop = sources.open_sources, train_run.loop
 
   def recorded(*args, **kwargs):
     return {mode: Recorded(source, read[mode])
             for mode, source in open_sources(*args, **kwargs).items()}
 
-  def watched(run, name, optimizer, state, *args):
+  def watched(run, stage, optimizer, state, *args):
     states.append((run.mesh, shapes(state)))
-    end = loop(run, name, optimizer, state, *args)
+    end = loop(run, stage, optimizer, state, *args)
     states.append((run.mesh, shapes(end[0])))
     return end
 
-  sources.open_sources, stage.loop = recorded, watched
+  sources.open_sources, train_run.loop = recorded, watched
   status = cli.main(arguments)
   with open(path, "w") as file:
     json.dump({"read": {mode: sorted(records) for mode, records in read.items()},

@@ -64,9 +64,9 @@ def _add_hosts(group):
 def _run(args, overrides):
   from absl import logging
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
-  from irg_jax.train import processes, run, settings
+  from irg_jax.train import distributed, run, settings
   _connect(args)
-  with processes.SharedFaults("irg train"):
+  with distributed.FailTogether("irg train"):
     parsed = settings.load(args.config, [*_shorthands(args), *overrides])
     return run.run_train(parsed, args.out or pathlib.Path("out", f"train-{parsed.preset}"))
 

@@ -17,9 +17,8 @@ from irg_jax.generate.context import FULL, NO_IMAGE, new_context, rung
 from irg_jax.generate.settings import Settings
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import flops
-from irg_jax.train.optimizer import make_optimizer
 from irg_jax.train.settings import Switches, TrainSettings
-from irg_jax.train.state import init_state
+from irg_jax.train.state import init_state, make_optimizer
 from irg_jax.train.step import make_train_step
 from irg_jax.weights.names import abstract_params
 

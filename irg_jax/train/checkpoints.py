@@ -1,7 +1,7 @@
-"""Checkpoints of one stage: the state, the position in the data, and sums that prove it whole.
+"""Checkpoints of one stage: the state, the position in the data, and checksums of both.
 
-Orbax writes each in the background into a folder of another name and renames it when it is
-complete, so that a kill at any time leaves the earlier ones as they were.
+Orbax writes each checkpoint in the background, into a folder of another name that it renames
+when complete. A kill at any time leaves the earlier checkpoints as they were.
 """
 
 import json
@@ -14,26 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from irg_jax.train.processes import gather, meet, wait_for_all
+from irg_jax.train.distributed import barrier, gather, thread_barrier
 from irg_jax.weights.names import CheckpointError
 
-DAMAGED = "damaged"  # where checkpoints go that cannot be read
+DAMAGED = "damaged"  # folder for checkpoints that cannot be read
 
 
 class Checkpoints:
-  """The checkpoints of a stage, numbered by its steps; a context manager.
+  """The checkpoints of a stage, numbered by its steps. A context manager.
 
   Args:
-    folder: where they are kept; made if need be. Shared by all processes.
-    keep: how many of the newest are kept.
-    report: called with a line of text about anything a person should know.
+    folder: where they are kept; made if missing. Shared by all processes.
+    keep: number of checkpoints kept, the newest ones.
+    report: called with a line of text about anything that a user should know.
   """
 
   def __init__(self, folder, keep: int, report=print):
     self.folder = pathlib.Path(folder).absolute()
     self._report, self._saving = report, None
     policy = ocp.checkpoint_managers.LatestN(n=keep)
-    # Left overs of a killed save would stay for ever, and a checkpoint is large.
+    # Temporary folders of a killed save are removed: a checkpoint is large.
     options = ocp.CheckpointManagerOptions(preservation_policy=policy,
                                            cleanup_tmp_directories=True,
                                            async_options=_async_options())
@@ -58,11 +58,11 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def last_good(self) -> str:
-    """The newest complete checkpoint, in words; what is being saved is waited for."""
+    """Names the newest complete checkpoint in words, after waiting for a save in progress."""
     try:
       self.wait()
     except CheckpointError:
-      pass  # then it is none
+      pass  # this save is not complete, then
     return self._last_good()
 
   def _last_good(self):
@@ -71,12 +71,12 @@ class Checkpoints:
         f"there is no good checkpoint in {self.folder}")
 
   def save(self, step: int, state, data: dict) -> None:
-    """Starts to save; returns once the state is copied and may be donated.
+    """Starts a save; returns once the state is copied and may be donated.
 
     Args:
-      step: updates made; saving a step again does nothing.
+      step: updates made. Saving the same step twice does nothing.
       state: pytree of arrays.
-      data: JSON values by stream, those of this process's streams.
+      data: data state of this process, JSON values by stream.
 
     Raises:
       CheckpointError: this save, or the one before it, failed; names the last good one.
@@ -85,7 +85,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     data = gather(data)
-    run = {"data": data, "sums": checksums(state) | {"data": _data_sum(data)}}
+    run = {"data": data, "sums": checksums(state) | {"data": _data_checksum(data)}}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
     self._saving = step
     try:
@@ -94,12 +94,12 @@ class Checkpoints:
       raise self._save_error(e) from e
 
   def check(self) -> None:
-    """Raises the CheckpointError of a save that has failed meanwhile; waits for nothing."""
+    """Raises the CheckpointError of a save that has failed in the background; never waits."""
     if self._saving is not None and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
-    """Waits until what is being saved is complete.
+    """Waits until the save in progress is complete.
 
     Raises:
       CheckpointError: as `save`.
@@ -111,10 +111,10 @@ class Checkpoints:
     self._saving = None
 
   def restore(self, abstract):
-    """Reads the newest checkpoint that is whole.
+    """Restores the newest checkpoint that is undamaged.
 
-    One that is not is reported and moved to a folder beside the others, if there is an older
-    one to go on from. Of several processes all take the same one, whichever cannot read it.
+    A damaged one is reported and moved to the folder `DAMAGED`, if there is an older one to
+    use instead. All processes restore the same one, even if only one of them cannot read it.
 
     Args:
       abstract: pytree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
@@ -123,7 +123,7 @@ class Checkpoints:
       (step, state, {stream: JSON value} of all streams), or None if nothing was ever saved.
 
     Raises:
-      CheckpointError: there are checkpoints, but none can be used.
+      CheckpointError: there are checkpoints, but all are damaged.
     """
     self.wait()
     seen = gather({str(jax.process_index()): self.steps()})
@@ -138,34 +138,34 @@ class Checkpoints:
       except CheckpointError as e:
         message = f"checkpoint {self.folder / str(step)} is damaged ({e})"
         if not steps:
-          raise CheckpointError(f"{message}, and there is no other to go on from; restore it "
-                                "from a copy, or remove it to start again") from e
+          raise CheckpointError(f"{message}, and there is no other one; restore it from a copy, "
+                                "or remove it to start again") from e
         self._set_aside(step)
         self._report(f"{message}; it is now in {self.folder / DAMAGED}, and step {steps[-1]} "
                      "is used")
     return None
 
   def _restore(self, step, abstract):
-    """(state, data) of a step; all processes return, or all raise CheckpointError."""
+    """(state, data) of a step. Either all processes return, or all raise CheckpointError."""
     folder, cause, faults = self.folder / str(step), None, {}
     try:
-      # Not through the manager, which waits for all processes: one that fails would not come.
+      # Not through the manager: it waits for all processes, and one that fails would not come.
       state = ocp.StandardCheckpointHandler().restore(
           folder / "state", args=ocp.args.StandardRestore(abstract))
       run = json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))
       sums, data = run["sums"].items(), run["data"]
     except (MemoryError, jax.errors.JaxRuntimeError):
-      raise  # says nothing about the files
+      raise  # no sign of damaged files
     except Exception as e:  # Orbax and TensorStore have no common error
       cause, faults = e, {str(jax.process_index()): _reason(e)}
     if faults := gather(faults):
       process, reason = min(faults.items())
       by = f"process {process}: " if jax.process_count() > 1 else ""
       raise CheckpointError(by + reason) from cause
-    now = checksums(state) | {"data": _data_sum(data)}
-    wrong = [name for name, value in sums if now.get(name) != value]
+    found = checksums(state) | {"data": _data_checksum(data)}
+    wrong = [name for name, value in sums if found.get(name) != value]
     if wrong:
-      raise CheckpointError(f"{len(wrong)} parts differ from what was saved, such as {wrong[0]}")
+      raise CheckpointError(f"{len(wrong)} checksums are wrong, such as that of {wrong[0]}")
     return state, {int(stream): value for stream, value in data.items()}
 
   def _set_aside(self, step):
@@ -174,7 +174,7 @@ class Checkpoints:
       target.parent.mkdir(exist_ok=True)
       copies = sum(p.name.split("-")[0] == str(step) for p in target.parent.iterdir())
       (self.folder / str(step)).rename(target.with_name(f"{step}-{copies}") if copies else target)
-    meet(f"step {step} set aside")
+    barrier(f"step {step} set aside")
     self._manager.reload()
 
   def _save_error(self, error):
@@ -184,15 +184,16 @@ class Checkpoints:
 
 
 def _async_options():
-  """Orbax's, but a save that has failed here does not wait for the other processes.
+  """Options with a barrier that a process skips if its own part of the save has failed.
 
-  They wait for its part in vain, and it would for them: nobody would hear of the error.
+  With Orbax's barrier it would wait for the others, and they for its part: no process would
+  report the error.
   """
-  def barrier(*, key, timeout_ms):
+  def skip_after_error(*, key, timeout_ms):
     if sys.exc_info()[1] is None:
-      wait_for_all(key, timeout_ms / 1000)
+      thread_barrier(key, timeout_ms / 1000)
 
-  return ocp.options.AsyncOptions(barrier_sync_fn=barrier)
+  return ocp.options.AsyncOptions(barrier_sync_fn=skip_after_error)
 
 
 def steps_in(folder) -> list[int]:
@@ -204,38 +205,38 @@ def steps_in(folder) -> list[int]:
 
 
 def checksums(tree) -> dict[str, int]:
-  """A number for each leaf by path, which a changed bit changes and another mesh does not."""
+  """A checksum of each leaf by path: any changed bit changes it, another mesh does not."""
   paths = [jax.tree_util.keystr(path, simple=True, separator="/")
            for path, _ in jax.tree.leaves_with_path(tree)]
-  return dict(zip(paths, map(int, jax.device_get(_sums(jax.tree.leaves(tree))))))
+  return dict(zip(paths, map(int, jax.device_get(_checksums(jax.tree.leaves(tree))))))
 
 
 @jax.jit
-def _sums(leaves):
-  return [_sum(x) for x in leaves]
+def _checksums(leaves):
+  return [_checksum(x) for x in leaves]
 
 
-def _sum(x):
-  """uint32: the bits of each number times 1 + 2 * its place, modulo 2**32.
+def _checksum(x):
+  """uint32 sum of bits * (1 + 2 * flat index), modulo 2**32.
 
-  An odd weight is what makes any single change show, whatever its size.
+  The weights are odd, so that any change of a single number changes the sum.
   """
   bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
   weight, stride = jnp.uint32(1), 2
   for axis in reversed(range(bits.ndim)):
-    place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    weight, stride = weight + place * np.uint32(stride % 2**32), stride * bits.shape[axis]
+    index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    weight, stride = weight + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
   return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def _data_sum(data: dict) -> int:
-  """Of JSON values, before and after they were written."""
+def _data_checksum(data: dict) -> int:
+  """Checksum of JSON values by stream; the same before writing and after reading."""
   same = {str(stream): value for stream, value in data.items()}
   return zlib.crc32(json.dumps(same, sort_keys=True).encode())
 
 
 def _reason(error) -> str:
-  """The first line of an error, its middle left out if it is long: the cause comes last."""
+  """First line of an error. A long one loses its middle: the cause comes last."""
   lines = [line for line in str(error).splitlines() if line.strip()]
   line = (lines or [type(error).__name__])[0]
   return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"

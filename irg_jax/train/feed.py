@@ -1,4 +1,4 @@
-"""From the data iterator of each process to batches on the mesh, one ahead of the training."""
+"""Input feed: packed batches of each process to global arrays on the mesh, one batch ahead."""
 
 import concurrent.futures
 
@@ -10,15 +10,15 @@ from irg_jax.train.step import batch_shardings
 
 
 class Feed:
-  """Global batches with the data state behind each; a context manager.
+  """Iterates over (global batch, data state after it). A context manager.
 
-  While a step runs, a thread reads, packs and places the batch of the next.
+  A thread reads, packs and places the next batch while the device runs the current step.
 
   Args:
     batches: this process's `data.pipeline.Batches`.
     rows: rows of the global batch.
-    accumulate: batches of an update; more than one makes a leading axis.
-    mesh: where to.
+    accumulate: batches of one update; more than one are stacked along a leading axis A.
+    mesh: devices to place the batch on.
   """
 
   def __init__(self, batches, rows: int, accumulate: int, mesh):
@@ -34,7 +34,7 @@ class Feed:
     self._batches.close()
 
   def __next__(self):
-    """(Batch of global arrays, data state by stream of this process, as it is after it)."""
+    """(Batch of global arrays, this process's data state by stream after that batch)."""
     batch, state = (self._next or self._thread.submit(self._make)).result()
     self._next = self._thread.submit(self._make)
     return batch, state
@@ -42,37 +42,36 @@ class Feed:
   def _make(self):
     parts = [next(self._batches) for _ in range(self._accumulate)]
     state = self._batches.get_state()
-    if len(parts) == 1:
-      return place(parts[0], self._rows, self._mesh), state
-    return place(jax.tree.map(lambda *x: np.stack(x), *parts), self._rows, self._mesh), state
+    batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
+    return place(batch, self._rows, self._mesh), state
 
 
 def global_shapes(batch, rows: int):
-  """ShapeDtypeStructs of the global batch that a process's part (any rows) belongs to."""
-  axis = batch.text_ids.ndim - 2  # 1 under accumulation
+  """ShapeDtypeStructs of the global batch of `rows` rows, given one process's part of it."""
+  axis = batch.text_ids.ndim - 2  # of the rows: 1 under accumulation
   shape = lambda x: (*x.shape[:axis], rows, *x.shape[axis + 1:])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), batch)
 
 
 def place(batch, rows: int, mesh):
-  """Global arrays of a batch of which each process holds its own rows, as numpy arrays."""
+  """Global arrays from the numpy arrays of each process, which hold that process's rows."""
   axis = batch.text_ids.ndim - 2
   number, count = row_block(rows, mesh)
-  place_of = {row: i for i, row in enumerate(row_blocks(rows, mesh)[number])}
+  local = {row: i for i, row in enumerate(row_blocks(rows, mesh)[number])}
   shapes = global_shapes(batch, rows)
   assert batch.text_ids.shape[axis] * count == rows
 
-  def one(x, shape, sharding):
+  def globalize(x, shape, sharding):
     def shard(index):
-      mine = [place_of[row] for row in range(rows)[index[axis]]]
+      mine = [local[row] for row in range(rows)[index[axis]]]
       return x[(*index[:axis], mine, *index[axis + 1:])]
     return jax.make_array_from_callback(shape.shape, sharding, shard)
 
-  return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh))
+  return jax.tree.map(globalize, batch, shapes, batch_shardings(shapes, mesh))
 
 
 def row_block(rows: int, mesh) -> tuple[int, int]:
-  """Which part of the global batch this process feeds: (number of the part, parts)."""
+  """The part of the global batch that this process feeds: (its number, number of parts)."""
   blocks = row_blocks(rows, mesh)
   sharding = _row_sharding(rows, mesh)
   index = next(iter(sharding.addressable_devices_indices_map((rows,)).values()))
@@ -81,14 +80,14 @@ def row_block(rows: int, mesh) -> tuple[int, int]:
 
 
 def row_blocks(rows: int, mesh) -> list[list[int]]:
-  """Rows of the global batch by who feeds them: the devices of a process, or of several
-  processes that hold the same rows. Ordered by their first row.
+  """Rows of the global batch, grouped by the processes that feed them.
 
-  On a slice of TPUs the rows of a process need not follow each other, since the mesh follows
-  the wires: the k-th block of rows then is not rows k n to k n + n.
+  A group belongs to one process, or to several that hold the same rows; groups are ordered by
+  their first row. The mesh of a TPU slice follows its wires, so the rows of a process need not
+  be consecutive.
 
   Raises:
-    ValueError: processes that share some, but not all of their rows; fewer rows than need be.
+    ValueError: processes that share some, but not all of their rows; too few rows.
   """
   by_process = {}
   for device, index in _row_sharding(rows, mesh).devices_indices_map((rows,)).items():

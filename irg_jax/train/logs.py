@@ -1,4 +1,4 @@
-"""What a run reports: a line in the terminal, TensorBoard files, a JSON line for every step."""
+"""Metrics of a run: terminal line, TensorBoard, one JSON line per step; profiler traces."""
 
 import collections
 import json
@@ -9,89 +9,104 @@ import resource
 import sys
 import time
 
+import jax
+import tensorboardX
+from jax.sharding import NamedSharding, PartitionSpec
+
 from irg_jax import progress
+from irg_jax.data.records import MODES
 
 FILE = "log.jsonl"
-_BAR_WIDTH = 8  # the numbers matter more, and a terminal may have 80 columns
+_BAR_WIDTH = 8  # leaves room for the metrics in a terminal of 80 columns
+_LISTED_SAMPLES = 40
+
+
+class NonFiniteLoss(ValueError):
+  """Training has diverged."""
 
 
 class Log:
-  """The log of one stage; a context manager.
-
-  Only one process of a run has a folder to write to; the others keep silent.
+  """The log of one stage. A context manager.
 
   Args:
-    folder: of the run, or None for a process that only takes part.
-    stage: name, for every line and for the folder of the TensorBoard files.
-    start, total: steps made and to make.
-    every: steps between two lines in the terminal and two points of the curves.
-    step_flops: function of a step's values -> FLOPs that the step needed.
-    peak_flops: of all devices together; 0: not known, no utilisation is logged.
-    stream: of the terminal.
+    folder: of the run; None in all processes but the first: they log nothing.
+    stage: name of the stage, in every line and of the folder of TensorBoard files.
+    start, total: steps already made, and steps of the stage.
+    every: steps between two lines in the terminal, and between two points of the curves.
+    step_flops: function of a step's metrics to the FLOPs that the step needed.
+    peak_flops: FLOP/s of all devices together; 0: unknown, no utilisation is logged.
+    stream: of the terminal; stderr by default.
   """
 
   def __init__(self, folder, stage: str, *, start: int, total: int, every: int, step_flops,
                peak_flops: float, stream=None):
     self._stage, self._total, self._every = stage, total, every
     self._step_flops, self._peak = step_flops, peak_flops
-    self._silent, self._board, self._lines = folder is None, None, None
-    self._window, self._last = collections.deque(), None  # of the steps since the last line
+    self._silent = folder is None
+    self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
     if not self._silent:
-      self._open(pathlib.Path(folder), start)
-      self._line = _Line(stage, start, total, stream or sys.stderr)
-
-  def _open(self, folder, start):
-    import tensorboardX  # slow to import
-    self._lines = open(folder / FILE, "a", encoding="utf-8", buffering=1)
-    # Points of steps that were lost and are made again would stand twice.
-    self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / self._stage),
-                                             purge_step=start + 1 if start else None)
+      folder = pathlib.Path(folder)
+      self._lines = open(folder / FILE, "a", encoding="utf-8", buffering=1)
+      # Otherwise the points of lost steps would appear twice once the steps are made again.
+      self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / stage),
+                                               purge_step=start + 1 if start else None)
+      self._terminal = _TerminalLine(stage, start, total, stream or sys.stderr)
 
   def __enter__(self):
     if not self._silent:
-      self._line.__enter__()
+      self._terminal.__enter__()
     return self
 
   def __exit__(self, *_):
     if not self._silent:
-      self._line.__exit__()
+      self._terminal.__exit__()
       self._board.close()
       self._lines.close()
 
   def note(self, text: str) -> None:
-    """A line of text in the terminal."""
+    """Prints a line of text in the terminal."""
     if not self._silent:
-      self._line.note(text)
+      self._terminal.note(text)
 
   def step(self, step: int, values: dict[str, float], samples: list) -> None:
-    """Records a step, when its numbers are there.
+    """Logs a step.
 
     Args:
       step: from 1.
-      values: the metrics of `train.step`.
+      values: metrics of `step.train_step`.
       samples: [mode, record] numbers of the samples, row by row.
     """
+    if self._silent:
+      return
     now, seconds = time.monotonic(), None
-    if self._last is not None:  # the first step also compiles, and says nothing about speed
+    if self._last is not None:  # the time of the first step is that of compilation
       seconds = now - self._last
       self._window.append((seconds, values["tokens/text"] + values["tokens/latent"]
                            + values["tokens/vit"], self._step_flops(values)))
     self._last = now
-    if self._silent:
-      return
-    due = step % self._every == 0 or step == self._total
     record = {"stage": self._stage, "step": step, **_rounded(values), "seconds": seconds}
-    if due:
+    if step % self._every == 0 or step == self._total:
       rates = self._rates()
       record |= _rounded(rates)
       self._plot(step, values | rates)
-      self._line.update(step, values | rates)
+      self._terminal.update(step, values | rates)
     print(json.dumps(record | {"samples": samples}), file=self._lines)
 
-  def event(self, stage: str, step: int, **content) -> None:
-    """A JSON line of its own, for what is not a step."""
+  def event(self, step: int, **content) -> None:
+    """Writes a JSON line that is not a step."""
     if not self._silent:
-      print(json.dumps({"stage": stage, "step": step, **content}), file=self._lines)
+      print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
+
+  def skipped(self, step: int, by_process: dict) -> None:
+    """Logs the number of samples that were too large for a row, by mode and exceeded limit."""
+    total = collections.defaultdict(collections.Counter)
+    for skipped in by_process.values():
+      for mode, limits in skipped.items():
+        total[mode].update(limits)
+    for mode, limits in total.items():
+      self.note(f"{self._stage}: {sum(limits.values())} samples of {mode} were larger than a row: "
+                f"{counts(limits)}")
+    self.event(step, skipped=total)
 
   def _rates(self) -> dict:
     rates = {f"memory/{name}": gib for name, gib in memory().items()}
@@ -110,8 +125,8 @@ class Log:
     self._board.flush()
 
 
-class _Line:
-  """One line that stays in place in a terminal; lines of text elsewhere."""
+class _TerminalLine:
+  """A progress bar with metrics in a terminal; a line of text per update elsewhere."""
 
   def __init__(self, stage, start, total, stream):
     self._stage, self._total, self._stream = stage, total, stream
@@ -141,8 +156,76 @@ class _Line:
       print(text, file=self._stream, flush=True)
 
 
+class LateMetrics:
+  """Logs the metrics of a step while the next step runs, so that the device never waits.
+
+  Args:
+    log: `Log`.
+    last_good: function that names the last good checkpoint, for the error.
+    mesh: of the run.
+  """
+
+  def __init__(self, log: Log, last_good, mesh):
+    self._log, self._last_good, self._pending = log, last_good, None
+    # Only the first process writes the log, so it needs the samples of all.
+    self._replicate = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def push(self, step: int, metrics: dict, batch) -> None:
+    """Logs the step before, and keeps this one.
+
+    Raises:
+      NonFiniteLoss: names the step, its samples and the last good checkpoint.
+    """
+    samples = self._replicate(batch.sample_mode, batch.sample_index)
+    before, self._pending = self._pending, (step, metrics, samples)
+    self._log_step(before)
+
+  def flush(self) -> None:
+    """Logs the step that is kept, after waiting for it. Raises as `push`."""
+    before, self._pending = self._pending, None
+    self._log_step(before)
+
+  def _log_step(self, pending):
+    if pending is None:
+      return
+    step, metrics, (modes, records) = jax.device_get(pending)
+    values = logged(metrics)
+    samples = [[int(m), int(i)] for m, i in zip(modes.ravel(), records.ravel()) if m >= 0]
+    self._log.step(step, values, samples)
+    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if wrong:
+      raise NonFiniteLoss(
+          f"step {step}: {' and '.join(f'{name} is {values[name]}' for name in wrong)}; samples "
+          f"of the batch: {_listed(samples)}; {self._last_good()}")
+
+
+class Tracer:
+  """Takes a profiler trace of `count` steps, from step `first` on; 0: no trace."""
+
+  def __init__(self, folder, first: int, count: int):
+    self._folder, self._first, self._count, self._on = folder, first, count, False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(self._folder)
+      self._on = True
+
+  def after(self, step: int, last: bool, wait) -> None:
+    """Ends the trace at its last step or at the last step of all, after calling `wait`."""
+    if self._on and (last or step == self._first + self._count - 1):
+      wait()
+      jax.profiler.stop_trace()
+      self._on = False
+
+
+def logged(metrics: dict) -> dict[str, float]:
+  """Metrics of `step.train_step` as floats, without losses of modes that had no target."""
+  return {name: float(x) for name, x in metrics.items()
+          if not name.startswith("weight/") and metrics.get(f"weight/{name}", 1) > 0}
+
+
 def forget_after(folder, stage: str, step: int, stages) -> None:
-  """Cuts off the JSON lines behind a step of a stage: those steps will be made again.
+  """Truncates the JSON lines after a step of a stage: those steps will be made again.
 
   Args:
     stages: names of the stages in order.
@@ -157,7 +240,7 @@ def forget_after(folder, stage: str, step: int, stages) -> None:
         record = json.loads(line)
         place = order.index(record["stage"]), record["step"]
       except (ValueError, KeyError, TypeError):
-        break  # half a line, from a kill
+        break  # half a line, of a killed process
       if not line.endswith(b"\n") or place > (order.index(stage), step):
         break
       end += len(line)
@@ -165,9 +248,8 @@ def forget_after(folder, stage: str, step: int, stages) -> None:
 
 
 def memory() -> dict[str, float]:
-  """GiB: the peak of the fullest local device where it says, and of this process."""
-  import jax
-  unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss
+  """Peak memory in GiB: of the fullest local device, where known, and of this process."""
+  unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
   found = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
   peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
   if None not in peaks:
@@ -175,8 +257,29 @@ def memory() -> dict[str, float]:
   return found
 
 
+def rejected(sources: dict) -> dict[str, dict[str, int]]:
+  """Number of unusable records of each source, by mode and reason."""
+  return {mode: source.metadata["rejected"] for mode, source in sources.items()
+          if source.metadata.get("rejected")}
+
+
+def counts(by_reason: dict) -> str:
+  """"reason count, reason count", sorted by reason."""
+  return ", ".join(f"{reason} {count}" for reason, count in sorted(by_reason.items()))
+
+
+def _listed(samples) -> str:
+  """"mode record, record; mode ...", for an error message."""
+  by_mode = collections.defaultdict(list)
+  for mode, record in samples[:_LISTED_SAMPLES]:
+    by_mode[MODES[mode]].append(str(record))
+  more = len(samples) - _LISTED_SAMPLES
+  return "; ".join(f"{mode} {', '.join(records)}" for mode, records in by_mode.items()) + (
+      f"; and {more} more, in {FILE}" if more > 0 else "")
+
+
 def _rounded(values):
-  """Nine digits, so that different float32 numbers stay different; JSON knows no NaN."""
+  """Nine digits, which tell float32 numbers apart. JSON has no NaN: it becomes a string."""
   return {name: float(f"{value:.9g}") if math.isfinite(value) else str(value)
           for name, value in values.items()}
 

@@ -1,75 +1,128 @@
-"""One `irg train`, from settings to exported weights: the story of a run, top to bottom."""
+"""One `irg train` from settings to exported weights, top to bottom.
 
+The folder of a run:
+  run.json                  settings, records by mode, the checkpoint that training started from
+  log.jsonl, tensorboard/   metrics of every step
+  base/                     random weights, where training started without a checkpoint
+  STAGE/checkpoints/STEP    training state and position in the data
+  STAGE/weights             the moving average, in the published layout
+"""
+
+import dataclasses
+import functools
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, weights
+from irg_jax import chips, runs, sharding, storage, weights
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
+from irg_jax.data.pipeline import open_batches
 from irg_jax.data.records import MODES
+from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
-from irg_jax.train import folder
-from irg_jax.train.checkpoints import steps_in
-from irg_jax.train.feed import row_block
-from irg_jax.train.preemption import EXIT_STATUS, Preemption
-from irg_jax.train.processes import meet
-from irg_jax.train.settings import TrainSettings
-from irg_jax.train.stage import Run, counts, rejected, train_stage
-from irg_jax.weights import init, published
-from irg_jax.weights.orbax import BASE
 from irg_jax.tokenizer import load_tokenizer
+from irg_jax.train import flops, logs
+from irg_jax.train.checkpoints import Checkpoints, steps_in
+from irg_jax.train.distributed import PREEMPTED, Preemption, barrier, gather
+from irg_jax.train.feed import Feed, row_block
+from irg_jax.train.settings import STAGES, TrainSettings
+from irg_jax.train.state import init_state, make_optimizer, state_shardings
+from irg_jax.train.step import make_train_step
+from irg_jax.weights import init, names, published
+from irg_jax.weights.names import CheckpointError
+from irg_jax.weights.orbax import BASE, RUN_FILE
 
 RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant
 
+# Settings that may change when a run is continued: the numbers do not depend on them, or they
+# say how far to train.
+FREE = ("checkpoint", "run_stages", "mesh", "checkpoint_every", "keep", "log_every",
+        "peak_tflops", "profile_at", "profile_steps", "data.path", "data.workers",
+        "data.max_rejected", "model.remat", *(f"{stage}.steps" for stage in STAGES))
+# Settings of older versions under their present names; None: gone.
+RENAMED = {"preset": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """What all stages of a run share.
+
+  Attributes:
+    settings: of the run.
+    out: folder of the run.
+    log_folder: the same in the first process, None in the others.
+    mesh: all devices of all processes.
+    base: checkpoint folder that training starts from.
+    tokenizer, sources, encoder: see `pipeline.open_batches`.
+    vae: its frozen parameters.
+    preemption: says when to stop.
+  """
+
+  settings: TrainSettings
+  out: pathlib.Path
+  log_folder: pathlib.Path | None
+  mesh: jax.sharding.Mesh
+  base: pathlib.Path
+  tokenizer: Any
+  sources: dict
+  encoder: Any
+  vae: dict
+  preemption: Preemption
+
 
 def run_train(settings: TrainSettings, out) -> int:
-  """Trains the stages that are asked for, or what is left of them.
+  """Trains the stages that the settings name, from where they were left off.
 
   Args:
-    out: folder of the run; one that holds a run is gone on with.
+    out: folder of the run, new or of a run to continue.
 
   Returns:
-    The exit status: 0, or `preemption.EXIT_STATUS` after SIGTERM.
+    exit status: 0, or `distributed.PREEMPTED` after SIGTERM.
 
   Raises:
     ValueError, OSError: with a message for the user.
   """
   with Preemption() as preemption:
     run = prepare(settings, pathlib.Path(out), preemption)
-    params = None  # those of the base
-    for stage in stages_left(run):
-      params, finished = train_stage(run, stage, params)
+    ema = None  # the first stage starts from the base weights
+    for stage in unfinished_stages(run):
+      ema, finished = train_stage(run, stage, ema)
       if not finished:
-        return EXIT_STATUS
-      export(run, stage, params)
-    report_rejected(run)
+        return PREEMPTED
+      export(run, stage, ema)
+    print_rejected(run)
   return 0
 
 
-def prepare(settings: TrainSettings, out: pathlib.Path, preemption) -> Run:
+# --- before the first step
+
+
+def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) -> Run:
   """Checks everything, then makes the folder and opens what all stages need."""
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   row_block(settings.data.rows, mesh)
-  before = folder.check_folder(out, settings)
+  recorded = check_folder(out, settings)
   check_base(settings)
   is_first = jax.process_index() == 0
   with Progress() as progress:
     sources = sources_lib.open_sources(
-        settings.data.path, modes_of(settings), max_rejected=settings.data.max_rejected,
+        settings.data.path, used_modes(settings), max_rejected=settings.data.max_rejected,
         progress=progress)
     records = {mode: len(source) for mode, source in sources.items()}
-    folder.check_records(before, records, settings.data.path)
+    check_records(recorded, records, settings.data.path)
     base = pathlib.Path(settings.checkpoint or out / BASE)
-    meet("checked")  # before one of them changes what the others look at
+    barrier("checked")  # no process may change the folder while another still checks it
     if is_first:
-      folder.start(out, settings, (before or {}) | records)
+      start_folder(out, settings, recorded | records)
       if not base.exists():
         init.write_random_checkpoint(base, settings.model, settings.seed)
-    meet("started")
+    barrier("started")
     progress("read")
     tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
     _, params = weights.load_checkpoint(base, dtype=np.float32, part="vae")
@@ -77,24 +130,53 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption) -> Run:
             sources=sources, vae=params["vae"], preemption=preemption,
             encoder=Encoder(settings.model, params["vae"]),
             log_folder=out if is_first else None)
-  report_rejected(run)
+  print_rejected(run)
   return run
 
 
-def report_rejected(run: Run) -> None:
-  """Prints how many records cannot be used, by mode and reason."""
-  for mode, reasons in rejected(run.sources).items() if run.log_folder else ():
+def print_rejected(run: Run) -> None:
+  """Prints the number of unusable records, by mode and reason."""
+  for mode, reasons in logs.rejected(run.sources).items() if run.log_folder else ():
     print(f"{mode}: {sum(reasons.values())} of {run.sources[mode].metadata['rows']} rows cannot "
-          f"be used: {counts(reasons)}", file=sys.stderr)
+          f"be used: {logs.counts(reasons)}", file=sys.stderr)
 
 
-def modes_of(settings: TrainSettings) -> list[str]:
-  """Modes that a stage to run draws from."""
-  return [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
+def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
+  """Checks that a run can be started or continued in a folder.
+
+  Returns:
+    Number of records by mode that the run was started with; {} for a new run.
+
+  Raises:
+    ValueError: the folder holds something else, or a run with other settings.
+  """
+  storage.check_output_folder(out)
+  runs.check_folder(out / RUN_FILE, "a training run")
+  if not (out / RUN_FILE).is_file():
+    return {}
+  record = runs.read(out / RUN_FILE, ("settings", "records"))
+  runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
+                  flag="--config.", free=FREE, renamed=RENAMED)
+  if settings.run_stages == "stage2" and (out / "stage1").is_dir():
+    raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
+                     f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
+  return record["records"]
+
+
+def check_records(recorded: dict, records: dict, path) -> None:
+  """Refuses data of another size than the run was started with.
+
+  Raises:
+    ValueError: names the mode.
+  """
+  for mode, count in records.items():
+    if recorded.get(mode, count) != count:
+      raise ValueError(f"--data {path}: mode {mode} has {count} records, but the run was started "
+                       f"with {recorded[mode]}: give the same data, or another --out")
 
 
 def check_base(settings: TrainSettings) -> None:
-  """Refuses to start from nothing, or from weights of another model.
+  """Refuses to start from random weights unless the preset means it, or from another model.
 
   Raises:
     ValueError: names the field.
@@ -112,22 +194,163 @@ def check_base(settings: TrainSettings) -> None:
                        f"{settings.checkpoint} have {theirs[part]}")
 
 
-def stages_left(run: Run) -> list[str]:
-  """The stages from the one on that was last at work."""
+def start_folder(out: pathlib.Path, settings: TrainSettings, records: dict) -> None:
+  """Writes the record of the run, and removes the partial folders of a killed process."""
+  for folder in (out, *(out / stage for stage in STAGES)):
+    storage.remove_partials(folder)
+  base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
+  runs.write(out / RUN_FILE, {"settings": dataclasses.asdict(settings), "records": records,
+                              "base": base})
+
+
+def used_modes(settings: TrainSettings) -> list[str]:
+  """Modes that a stage to run draws from."""
+  return [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
+
+
+def unfinished_stages(run: Run) -> list[str]:
+  """The stages to run, without those before the last one that has a checkpoint."""
   stages = list(run.settings.stages)
   begun = [i for i, stage in enumerate(stages) if steps_in(run.out / stage / "checkpoints")]
   return stages[begun[-1]:] if begun else stages
 
 
+# --- one stage
+
+
+def train_stage(run: Run, stage: str, params):
+  """Trains one stage to its end, from its newest checkpoint on.
+
+  Args:
+    params: what the stage starts from if it has no checkpoint, donated; None: the base weights.
+
+  Returns:
+    (moving average of the parameters, whether the end was reached).
+
+  Raises:
+    NonFiniteLoss: names the step, the samples and the last good checkpoint.
+    CheckpointError, OSError, ValueError: something cannot be written or read; names the last
+      good checkpoint, if there is any.
+  """
+  report = functools.partial(print, file=sys.stderr) if run.log_folder else lambda _: None
+  with Checkpoints(run.out / stage / "checkpoints", run.settings.keep, report) as checkpoints:
+    try:
+      return continue_stage(run, stage, params, checkpoints)
+    except (CheckpointError, logs.NonFiniteLoss):
+      raise  # these name the checkpoint themselves
+    except (OSError, ValueError) as e:
+      if not checkpoints.steps():
+        raise
+      raise ValueError(f"{e}; {checkpoints.last_good()}") from e
+
+
+def continue_stage(run: Run, stage: str, params, checkpoints: Checkpoints):
+  """`train_stage` with its checkpoints open."""
+  s, settings = run.settings.stages[stage], run.settings
+  optimizer = make_optimizer(settings.optimizer, s)
+  start, state, data = first_state(run, checkpoints, optimizer, params)
+  batches = open_data(run, stage, data)
+  with open_log(run, stage, start) as log:
+    origin = "the base weights" if params is None else "the moving average of the stage before"
+    origin = f"step {start} of {checkpoints.folder}" if start else origin
+    log.note(f"{stage}: from {origin}, to step {s.steps}")
+    log.event(start, rejected=logs.rejected(run.sources))
+    with Feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as feed:
+      state, step, finished = loop(run, stage, optimizer, state, start, feed, checkpoints, log)
+      checkpoints.wait()
+    log.skipped(step, gather({str(jax.process_index()): batches.skipped}))
+    if not finished:
+      log.note(f"{stage}: stopped by SIGTERM; step {step} is saved, the same command continues")
+  return state.ema, finished
+
+
+def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
+  """(step, state, data state or None): from the newest checkpoint, or before the first step."""
+  make = functools.partial(init_state, optimizer=optimizer)
+  shapes = names.abstract_params(run.settings.model, np.float32)["transformer"]
+  shapes = jax.eval_shape(make, shapes)
+  placed = state_shardings(shapes, run.mesh)
+  restored = checkpoints.restore(jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+  if restored is not None:
+    return restored
+  if params is None:
+    _, loaded = weights.load_checkpoint(
+        run.base, dtype=np.float32, part="transformer",
+        shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))
+    params = loaded["transformer"]
+  # Donated: the state replaces the parameters that training starts from.
+  return 0, jax.jit(make, out_shardings=placed, donate_argnums=0)(params), None
+
+
+def open_data(run: Run, stage: str, state: dict | None):
+  """This process's batches of a stage, continued from a data state."""
+  s, settings = run.settings.stages[stage], run.settings
+  block, count = row_block(settings.data.rows, run.mesh)
+  batches = open_batches(
+      settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture, sizes=s.sizes,
+      seed=settings.seed * len(STAGES) + STAGES.index(stage), process_index=block,
+      process_count=count, encode=run.encoder)
+  if state is not None:
+    batches.set_state(state)
+  return batches
+
+
+def open_log(run: Run, stage: str, start: int) -> logs.Log:
+  """The log of a stage, continued after step `start`; its lines of later steps are removed."""
+  s, settings = run.settings.stages[stage], run.settings
+  if run.log_folder:
+    logs.forget_after(run.out, stage, start, STAGES)
+  rows = settings.data.rows * settings.data.accumulate
+  used = lambda values: {name: values[f"packing/{name}"] for name in flops.USES}
+  peak = settings.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
+  return logs.Log(
+      run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
+      step_flops=lambda values: rows * flops.row_flops(settings.model, s.sizes, used(values)),
+      peak_flops=peak * 1e12 * jax.device_count())
+
+
+def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpoints: Checkpoints,
+         log: logs.Log):
+  """The steps after `start`, to the end of the stage or to SIGTERM.
+
+  Returns:
+    (state, steps made, whether that is the end of the stage).
+  """
+  s, settings = run.settings.stages[stage], run.settings
+  key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
+                out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
+  metrics_log = logs.LateMetrics(log, checkpoints.last_good, run.mesh)
+  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, settings.profile_steps)
+  train_step = None
+  for step in range(start + 1, s.steps + 1):
+    batch, data = next(feed)
+    if train_step is None:
+      train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
+                                   run.mesh, state, batch)
+    tracer.before(step)
+    state, metrics = train_step(s.switches(step - 1), state, batch, key)
+    metrics_log.push(step, metrics, batch)
+    checkpoints.check()
+    stopping = run.preemption.reached()
+    tracer.after(step, stopping or step == s.steps, metrics_log.flush)
+    if step % settings.checkpoint_every == 0 or step == s.steps or stopping:
+      metrics_log.flush()  # raises before a state that has diverged is saved
+      checkpoints.save(step, state, data)
+    if stopping:
+      return state, step, step == s.steps
+  return state, s.steps, True
+
+
 def export(run: Run, stage: str, ema) -> None:
-  """Writes the weights of a finished stage, unless they are there: STAGE/weights."""
+  """Writes the weights of a finished stage to STAGE/weights, unless they are there."""
   target = run.out / stage / "weights"
   if not target.exists():
     with Progress() as progress:
       progress(f"writing the weights of {stage}", step=1)
       published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
                      source=run.base)
-  meet(f"{stage} written")
+  barrier(f"{stage} written")
   if run.log_folder:
-    print(f"wrote {target}; to draw with it: irg generate PROMPT --checkpoint {target}",
+    print(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}",
           file=sys.stderr)

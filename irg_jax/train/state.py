@@ -1,13 +1,26 @@
-"""What training changes: parameters, their moving average, the optimizer's moments."""
+"""The training state and its update: AdamW with clipping and warm-up, freezing, EMA.
+
+docs/spec.md, section 6.
+"""
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from irg_jax.sharding import parameter_shardings
-from irg_jax.train.optimizer import Optimizer
+from irg_jax.train.settings import OptimizerSettings, StageSettings
+
+# Parameters by the names of `settings.Freeze`: patterns of the beginning of their paths.
+FREEZABLE = {
+    "und": r"decoder/(layers/und/|und_norm/)",
+    "gen": r"decoder/(layers/gen/|gen_norm/)",
+    "vit": r"vit/",
+    "llm": r"decoder/|embed/|heads/text/",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -16,9 +29,9 @@ class TrainState:
   """The state of one stage.
 
   Attributes:
-    step: int32, updates made in this stage.
-    params: float32 parameters of the UnifiedTransformer (the VAE is frozen and not here).
-    ema: their moving average.
+    step: int32 scalar, updates made in this stage.
+    params: float32 parameters of the UnifiedTransformer. The VAE is frozen and not in here.
+    ema: exponential moving average of the parameters.
     opt_state: of optax.
   """
 
@@ -28,11 +41,36 @@ class TrainState:
   opt_state: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """The optax transformation of a stage, and its learning rate as a function of the step."""
+
+  transform: optax.GradientTransformation
+  schedule: Callable
+
+
+def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimizer:
+  """Clipping by the global norm, then AdamW with the stage's learning rate."""
+  schedule = lambda step: stage.learning_rate * _schedule(stage, step)
+  s = settings
+  transform = optax.chain(
+      optax.clip_by_global_norm(s.clip_norm),
+      optax.adamw(schedule, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay))
+  return Optimizer(transform, schedule)
+
+
+def _schedule(stage, step):
+  """Factor of the learning rate, in [0, 1], for the update after `step` updates."""
+  rise = step / stage.warmup_steps if stage.warmup_steps else 1.0
+  fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
+  return jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+
+
 def init_state(params, optimizer: Optimizer) -> TrainState:
-  """The state before the first update; under `jax.eval_shape` and `jax.jit`, too.
+  """The state before the first update. Works under `jax.eval_shape` and `jax.jit`.
 
   Args:
-    params: parameters of the UnifiedTransformer, in any dtype.
+    params: parameters of the UnifiedTransformer, of any dtype.
   """
   master = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   # Copies: the state is donated, and no buffer may be donated twice.
@@ -42,5 +80,31 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 
 
 def state_shardings(state: TrainState, mesh) -> TrainState:
-  """NamedShardings of a state (or of its shapes): parameters, EMA and moments alike."""
+  """NamedShardings of a state (or of its shapes): the same for parameters, EMA and moments."""
   return parameter_shardings(state, mesh)
+
+
+def map_frozen(function, tree, frozen):
+  """Applies `function` to the leaves that the names in `frozen` cover; keeps the others."""
+  if not frozen:
+    return tree
+  pattern = re.compile("|".join(FREEZABLE[name] for name in frozen))
+  covered = lambda path: pattern.match(jax.tree_util.keystr(path, simple=True, separator="/"))
+  return jax.tree.map_with_path(lambda path, x: function(x) if covered(path) else x, tree)
+
+
+def update(optimizer: Optimizer, state: TrainState, gradients, frozen,
+           ema_decay: float) -> TrainState:
+  """The state after one step of the optimizer and of the moving average.
+
+  Args:
+    gradients: float32, like the parameters.
+    frozen: names of `FREEZABLE` that are not trained.
+  """
+  updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.params)
+  # Zero gradients are not enough: moments and weight decay would still move the parameters.
+  updates = map_frozen(jnp.zeros_like, updates, frozen)
+  params = optax.apply_updates(state.params, updates)
+  ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+  return dataclasses.replace(
+      state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state)

@@ -1,0 +1,149 @@
+"""Multi-host barriers, fail-together error handling and preemption by SIGTERM."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import jax
+import numpy as np
+from jax._src import distributed  # private: JAX has no public client of the coordinator
+from jax.experimental import multihost_utils
+
+FAILED = 2  # exit status after an error, of this process or of another one
+PREEMPTED = 128 + signal.SIGTERM  # what a shell reports, and schedulers restart
+_FAULTS = "irg/faults/"  # keys at the coordinator, one for each process that failed
+_POLL_SECONDS = 1.0
+_GRACE_SECONDS = 30.0  # in which every process should have polled
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes have reached the barrier; runs a collective on the devices."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def thread_barrier(name: str, seconds: float) -> None:
+  """A `barrier` for threads: goes through the coordinator, not the devices. Use a name once.
+
+  Raises:
+    JaxRuntimeError: not all processes came within `seconds`.
+  """
+  if distributed.global_state.client is not None:
+    distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))
+
+
+def gather(data: dict) -> dict:
+  """Returns the union of all processes' dicts of JSON values, in every process."""
+  if jax.process_count() == 1:
+    return data
+  mine = np.frombuffer(json.dumps(data).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(mine.size))
+  padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
+  union = {}
+  for row, size in zip(multihost_utils.process_allgather(padded), sizes):
+    union |= json.loads(row[:size].tobytes())
+  return union
+
+
+class FailTogether:
+  """Context manager: an error in one process ends all of them, each with the error's message.
+
+  Otherwise the other processes would wait for the failed one inside a collective, where no
+  exception reaches them. Each process therefore polls the coordinator for faults in a thread.
+  Enter it after `jax.distributed.initialize`. With a single process it does nothing.
+
+  Args:
+    program: name of the program, the prefix of each message.
+  """
+
+  def __init__(self, program: str):
+    self._program, self._client = program, distributed.global_state.client
+    self._finished, self._leaving = threading.Event(), threading.Lock()
+    self._thread = threading.Thread(target=self._poll, daemon=True)
+
+  def __enter__(self):
+    if self._client is not None:
+      self._thread.start()
+    return self
+
+  def __exit__(self, kind, error, _):
+    if self._client is None:
+      return
+    self._finished.set()
+    if kind is None:
+      self._thread.join()
+      return
+    message = _message(error)
+    self._print(message)
+    process = distributed.global_state.process_id
+    self._client.key_value_set(f"{_FAULTS}{process}", f"process {process} has stopped: {message}")
+    self._leave()
+
+  def _poll(self):
+    while not self._finished.wait(_POLL_SECONDS):
+      try:
+        faults = self._client.key_value_dir_get(_FAULTS)
+      except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX ends this process
+        return
+      if faults:
+        self._print(faults[0][1])
+        self._leave()
+
+  def _print(self, message):
+    print(f"{self._program}: error: {message}", file=sys.stderr, flush=True)
+
+  def _leave(self):
+    """Ends this process once all have polled; does not wait for its own hanging threads."""
+    with self._leaving:
+      try:
+        thread_barrier("irg/leaving", _GRACE_SECONDS)
+      except jax.errors.JaxRuntimeError:
+        pass  # some processes are gone already
+      if distributed.global_state.process_id == 0:
+        time.sleep(_POLL_SECONDS)  # the coordinator lives here: let its answers arrive
+      sys.stdout.flush()
+      os._exit(FAILED)
+
+
+def _message(error) -> str:
+  """What users read; prints the traceback of errors that are not meant for them."""
+  if isinstance(error, KeyboardInterrupt):
+    return "interrupted"
+  if isinstance(error, (ValueError, OSError)) and os.environ.get("IRG_DEBUG") != "1":
+    return str(error)
+  traceback.print_exception(error)
+  return f"{type(error).__name__}: {error}"
+
+
+class Preemption:
+  """Context manager that catches SIGTERM, so that the run can save before it ends.
+
+  With several processes JAX catches the signal, and they agree on the step to stop after,
+  whichever of them got it.
+  """
+
+  def __init__(self):
+    self._signalled, self._calls, self._previous = False, 0, None
+
+  def __enter__(self):
+    if jax.process_count() == 1:
+      self._previous = signal.signal(signal.SIGTERM, self._notice)
+    return self
+
+  def __exit__(self, *_):
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def reached(self) -> bool:
+    """Whether to save and stop now. Every process calls it once a step."""
+    self._calls += 1
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(self._calls)
+    return self._signalled
+
+  def _notice(self, *_):
+    self._signalled = True
