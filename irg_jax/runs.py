@@ -42,9 +42,9 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
     where: names the run in the message: "--out FOLDER".
     flag: what is put before "field=value" to set a field again: "--config."; None: the message
       names no flag.
-    free: fields and groups that may change from one start to the next.
-    renamed: fields and groups by the names of older versions, to those of today; None where a
-      setting is gone.
+    free: fields and groups that may change from one start to the next, or that older versions
+      recorded and that are gone.
+    renamed: {name in older versions: present name} of fields and groups.
 
   Raises:
     ValueError: names each field that differs, both values, and how to continue the run.
@@ -118,13 +118,11 @@ def _fields(settings, prefix=""):
 
 
 def _today(fields, renamed):
-  """Recorded fields under their present names, without those that are gone."""
+  """Recorded fields under their present names."""
   found = {}
   for field, value in fields.items():
     old = next((old for old in renamed if _within(field, (old,))), field)
-    new = renamed.get(old, old)
-    if new is not None:
-      found[new + field.removeprefix(old)] = value
+    found[renamed.get(old, old) + field.removeprefix(old)] = value
   return found
 
 

@@ -48,9 +48,9 @@ def test_free_fields_and_groups_may_change_and_no_others():
 def test_settings_of_older_versions_are_read_under_their_present_names():
   old = {"preset": "tiny", "rng": 0, "grid": {"data": 2}, **SETTINGS}
   del old["seed"], old["mesh"]
-  renamed = {"preset": None, "rng": "seed", "grid": "mesh"}
-  runs.check_same(old, SETTINGS, "--out run", renamed=renamed)
-  assert "seed=0, not 1" in refused(old, SETTINGS | {"seed": 1}, renamed=renamed)
+  known = {"free": ("preset",), "renamed": {"rng": "seed", "grid": "mesh"}}
+  runs.check_same(old, SETTINGS, "--out run", **known)
+  assert "seed=0, not 1" in refused(old, SETTINGS | {"seed": 1}, **known)
 
 
 def test_the_first_process_that_creates_a_record_wins(tmp_path, monkeypatch):

@@ -42,11 +42,9 @@ RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant
 
 # Settings that may change when a run is continued: the numbers do not depend on them, or they
 # say how far to train.
-FREE = ("checkpoint", "run_stages", "mesh", "checkpoint_every", "keep", "log_every",
+FREE = ("preset", "checkpoint", "run_stages", "mesh", "checkpoint_every", "keep", "log_every",
         "peak_tflops", "profile_at", "profile_steps", "data.path", "data.workers",
         "data.max_rejected", "model.remat", *(f"{stage}.steps" for stage in STAGES))
-# Settings of older versions under their present names; None: gone.
-RENAMED = {"preset": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +108,10 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) 
   recorded = check_folder(out, settings)
   check_base(settings)
   is_first = jax.process_index() == 0
+  modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
     sources = sources_lib.open_sources(
-        settings.data.path, used_modes(settings), max_rejected=settings.data.max_rejected,
-        progress=progress)
+        settings.data.path, modes, max_rejected=settings.data.max_rejected, progress=progress)
     records = {mode: len(source) for mode, source in sources.items()}
     check_records(recorded, records, settings.data.path)
     base = pathlib.Path(settings.checkpoint or out / BASE)
@@ -156,7 +154,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
   runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
-                  flag="--config.", free=FREE, renamed=RENAMED)
+                  flag="--config.", free=FREE)
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
@@ -201,11 +199,6 @@ def start_folder(out: pathlib.Path, settings: TrainSettings, records: dict) -> N
   base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
   runs.write(out / RUN_FILE, {"settings": dataclasses.asdict(settings), "records": records,
                               "base": base})
-
-
-def used_modes(settings: TrainSettings) -> list[str]:
-  """Modes that a stage to run draws from."""
-  return [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
 
 
 def unfinished_stages(run: Run) -> list[str]:
