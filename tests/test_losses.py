@@ -52,7 +52,7 @@ def batch():
 
 
 @pytest.fixture
-def draws(batch):
+def samples(batch):
   """(timestep, noise) of the batch."""
   rng = np.random.default_rng(1)
   t = rng.uniform(0.1, 0.9, batch.latent_weight.shape) * (batch.latent_weight > 0)
@@ -65,13 +65,13 @@ def random_answer(batch, seed=2):
           rng.standard_normal(batch.latents.shape, np.float32))
 
 
-def losses(answer, batch, draws, **kwargs):
-  return token_losses(StandIn(*answer), {}, batch, *draws, **kwargs)
+def losses(answer, batch, samples, **kwargs):
+  return token_losses(StandIn(*answer), {}, batch, *samples, **kwargs)
 
 
-def means(answer, batch, draws):
+def means(answer, batch, samples):
   """ce and mse as floats."""
-  got = mean_losses(loss_sums(*losses(answer, batch, draws), batch))
+  got = mean_losses(loss_sums(*losses(answer, batch, samples), batch))
   return {name: float(got[name]) for name in ("ce", "mse")}
 
 
@@ -83,10 +83,10 @@ def test_interpolation_goes_from_image_to_noise_with_the_target_as_its_velocity(
   np.testing.assert_allclose(slope, noise - latents, rtol=1e-6)
 
 
-def test_model_sees_targets_noised_and_conditions_clean(batch, draws):
+def test_model_sees_targets_noised_and_conditions_clean(batch, samples):
   model = StandIn(*random_answer(batch))
-  token_losses(model, {}, batch, *draws)
-  t, noise = draws
+  token_losses(model, {}, batch, *samples)
+  t, noise = samples
   target = batch.latent_weight > 0
   np.testing.assert_array_equal(model.latents[~target], batch.latents[~target])
   want = (1 - t[..., None]) * batch.latents + t[..., None] * noise
@@ -94,18 +94,18 @@ def test_model_sees_targets_noised_and_conditions_clean(batch, draws):
   np.testing.assert_array_equal(model.timestep, t)
 
 
-def test_velocity_target_is_noise_minus_image(batch, draws):
+def test_velocity_target_is_noise_minus_image(batch, samples):
   logits, _ = random_answer(batch)
-  right = draws[1] - batch.latents
-  _, error = losses((logits, right), batch, draws)
+  right = samples[1] - batch.latents
+  _, error = losses((logits, right), batch, samples)
   assert not np.asarray(error).any()
-  _, error = losses((logits, right + np.array([0.0, 1.0, 2.0])), batch, draws)
+  _, error = losses((logits, right + np.array([0.0, 1.0, 2.0])), batch, samples)
   np.testing.assert_allclose(error, batch.latent_weight * 5 / 3, rtol=1e-5)  # mean over numbers
 
 
-def test_cross_entropy_is_that_of_the_next_token(batch, draws):
+def test_cross_entropy_is_that_of_the_next_token(batch, samples):
   logits, velocity = random_answer(batch)
-  ce, _ = losses((logits, velocity), batch, draws)
+  ce, _ = losses((logits, velocity), batch, samples)
   text = [[SPECIAL.text_start, 1, 2, 9, SPECIAL.text_start, 3, 9], [8, 4, 5, 6, 9]]
   probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   for row, start, end in ((0, 4, 6), (1, 0, 4)):
@@ -115,12 +115,12 @@ def test_cross_entropy_is_that_of_the_next_token(batch, draws):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5])
-def test_logits_never_exist_for_more_than_a_chunk_and_chunks_change_nothing(batch, draws, chunk):
+def test_logits_never_exist_for_more_than_a_chunk_and_chunks_change_nothing(batch, samples, chunk):
   most = {}
 
   def summed(answer, chunk):
     model = StandIn(*answer)
-    ce, _ = token_losses(model, {}, batch, *draws, text_chunk=chunk)
+    ce, _ = token_losses(model, {}, batch, *samples, text_chunk=chunk)
     most[chunk] = model.most_logits
     return jnp.sum(ce * batch.text_weight)
 
@@ -163,7 +163,7 @@ def test_weights_of_texts_count_in_the_mean(batch):
   np.testing.assert_allclose(got["ce"], (3 * 3 + 21 / 2) / (6 + 2), rtol=1e-6)
 
 
-def test_tokens_without_a_loss_contribute_nothing(batch, draws):
+def test_tokens_without_a_loss_contribute_nothing(batch, samples):
   answer, other = random_answer(batch), random_answer(batch, seed=3)
   predicted = np.zeros(batch.text_ids.shape, np.float32)
   rows = np.arange(len(predicted))[:, None]
@@ -171,10 +171,10 @@ def test_tokens_without_a_loss_contribute_nothing(batch, draws):
   assert predicted.sum() == batch.text_weight.sum() == 6
   weights = predicted, batch.latent_weight
   mixed = [np.where(w[..., None] > 0, a, 100 * o) for w, a, o in zip(weights, answer, other)]
-  assert means(answer, batch, draws) == means(mixed, batch, draws)
+  assert means(answer, batch, samples) == means(mixed, batch, samples)
 
   def loss(answer):
-    sums = loss_sums(*losses(answer, batch, draws), batch)
+    sums = loss_sums(*losses(answer, batch, samples), batch)
     return sums["ce"] + sums["mse"]
 
   for gradient, weight in zip(jax.grad(loss)(tuple(jnp.asarray(x) for x in answer)), weights):
@@ -182,7 +182,7 @@ def test_tokens_without_a_loss_contribute_nothing(batch, draws):
     np.testing.assert_array_equal(reached, weight > 0)
 
 
-def test_batch_without_targets_of_a_kind_has_zero_loss_of_it(batch, draws):
+def test_batch_without_targets_of_a_kind_has_zero_loss_of_it(batch, samples):
   none = dataclasses.replace(batch, text_weight=0 * batch.text_weight,
                              latent_weight=0 * batch.latent_weight)
-  assert means(random_answer(batch), none, draws) == {"ce": 0.0, "mse": 0.0}
+  assert means(random_answer(batch), none, samples) == {"ce": 0.0, "mse": 0.0}

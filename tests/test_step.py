@@ -185,14 +185,14 @@ def test_a_step_donates_its_state_and_counts():
   assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.ema)))
 
 
-def fixed_draw(batch, key, shift):
+def fixed_noise(batch, key, shift):
   """Draws that do not depend on how rows are batched."""
   return 0.5 * batch.latent_weight, jnp.cos(7 * batch.latents)
 
 
 def test_accumulation_is_one_large_batch(monkeypatch):
   """Also where the parts have different numbers of targets."""
-  monkeypatch.setattr(step_lib, "draw", fixed_draw)
+  monkeypatch.setattr(step_lib, "sample_noise", fixed_noise)
   halves = split(batch()).text_weight.sum((1, 2))
   assert halves[0] != halves[1]
   (one, want), (added, got) = (
@@ -292,7 +292,7 @@ def test_each_image_has_one_time_and_conditions_have_none():
   assert not np.array_equal(t, other)
 
 
-def test_times_are_warped_sigmoids_of_normal_draws():
+def test_times_are_warped_sigmoids_of_normal_samples():
   """Back through shift and sigmoid they are standard normal."""
   many = 4096
   targets = dataclasses.replace(

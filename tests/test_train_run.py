@@ -230,7 +230,7 @@ def test_weights_of_another_model_are_refused(both, data, tmp_path, capsys):
   assert "'model.llm' is" in capsys.readouterr().err
 
 
-def test_the_average_of_any_checkpoint_becomes_a_folder_to_draw_with(both, tmp_path, capsys):
+def test_the_average_of_any_checkpoint_becomes_a_folder_to_generate_with(both, tmp_path, capsys):
   out, target = both[0], tmp_path / "weights"
   assert cli.main(["convert", str(out / "stage1" / "checkpoints" / "2"), str(target), "--to",
                    "published"]) == 0
