@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what comes back, on which mesh, and what happens to damaged ones."""
+"""Checkpoints of a run: save and restore on any mesh, damaged checkpoints, failed saves."""
 
 import dataclasses
 import gc
@@ -40,7 +40,7 @@ class State:
 
 
 def place(shape, **arrays):
-  """A state over a mesh of `shape`, its first axis split over fsdp."""
+  """A state on a mesh of `shape`, the first axis of its arrays split over fsdp."""
   mesh = sharding.make_mesh(shape)
   split = lambda x: NamedSharding(mesh, PartitionSpec(*("fsdp",) * bool(x.ndim)))
   put = lambda x: jax.device_put(x, split(x))
@@ -67,7 +67,7 @@ def saved(folder, steps, keep=3):
   return folder
 
 
-def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
+def test_a_state_is_restored_on_another_mesh(tmp_path):
   saved(tmp_path / "run", [3])
   want = place({"data": 2, "fsdp": 2, "tensor": 2}, step=3)
   with Checkpoints(tmp_path / "run", 3) as c:
@@ -76,7 +76,7 @@ def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
   assert_same(state, want)
 
 
-def test_an_empty_folder_holds_nothing_and_is_no_fault(tmp_path):
+def test_an_empty_folder_has_no_checkpoint_and_is_no_error(tmp_path):
   with Checkpoints(tmp_path / "run", 3) as c:
     assert c.restore(abstract(place({"fsdp": 8}))) is None
     assert "no good checkpoint" in c.last_good()
@@ -103,7 +103,7 @@ def largest_file(folder):
 
 
 def flip_a_bit(folder):
-  # In the stored numbers themselves, where no length and no header gives it away.
+  # In the stored numbers, so that lengths and headers stay right.
   path = largest_file(folder / "state")
   content = bytearray(path.read_bytes())
   content[len(content) // 3] ^= 4
@@ -135,13 +135,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     step, state, _ = c.restore(abstract(place({"fsdp": 8})))
     assert step == 5
     assert_same(state, place({"fsdp": 8}, step=5))
-    c.save(6, state, DATA)  # the number is free again
+    c.save(6, state, DATA)  # the damaged folder is out of the way
   assert len(lines) == 1 and str(tmp_path / "6") in lines[0] and "step 5 is used" in lines[0]
   assert checkpoints.steps_in(tmp_path) == [5, 6]
   assert (tmp_path / "damaged" / "6").is_dir()
 
 
-def test_where_every_checkpoint_is_damaged_none_is_removed(tmp_path):
+def test_if_every_checkpoint_is_damaged_none_is_removed(tmp_path):
   saved(tmp_path, [6])
   truncate(tmp_path / "6")
   with Checkpoints(tmp_path, 3) as c:
@@ -173,7 +173,7 @@ FULL = """
     with Checkpoints(sys.argv[1], 3) as c:
       c.save(1, {"x": np.zeros(4, np.float32)}, {})
       c.wait()
-      # No file may grow beyond this: what a full disk does, for one process only.
+      # Limits the size of files: acts like a full disk, for this process only.
       resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
       c.save(2, {"x": np.random.default_rng(0).standard_normal(100000, np.float32)}, {})
 """
@@ -188,7 +188,7 @@ def test_a_full_disk_is_named_with_the_last_good_checkpoint(tmp_path):
   assert checkpoints.steps_in(tmp_path) == [1]
 
 
-# One of two processes, whose number comes last, meets what the other one does not.
+# Two processes; the second one (the last argument is 1) cannot read, and later not write.
 PAIR = """
     import resource, sys, time
     import jax
@@ -227,7 +227,7 @@ PAIR = """
 """
 
 
-def test_what_one_of_two_processes_cannot_read_or_write_both_do_without(tmp_path):
+def test_two_processes_skip_a_checkpoint_that_one_cannot_read_and_fail_together(tmp_path):
   pair = train_runs.two_processes([str(tmp_path / "run")], tmp_path,
                                   programs=[("-c", textwrap.dedent(PAIR))] * 2)
   for number, process in enumerate(pair):

@@ -1,4 +1,4 @@
-"""The losses on a stand-in for the model: what counts, and over what the means are taken."""
+"""The losses with a stand-in for the model: targets, weights, and the divisors of the means."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ SPECIAL = SpecialTokens(text_start=8, text_end=9, image_start=10, image_end=11)
 
 
 class StandIn:
-  """Has the model's `apply`, answers what it is told to, and remembers its input.
+  """A model whose `apply` returns given outputs and stores its inputs.
 
-  Its hidden states are its logits, so that the text head has nothing to do.
+  Its hidden states are its logits: the text head is the identity.
   """
 
   def __init__(self, logits, velocity):
@@ -100,7 +100,7 @@ def test_velocity_target_is_noise_minus_image(batch, samples):
   _, error = losses((logits, right), batch, samples)
   assert not np.asarray(error).any()
   _, error = losses((logits, right + np.array([0.0, 1.0, 2.0])), batch, samples)
-  np.testing.assert_allclose(error, batch.latent_weight * 5 / 3, rtol=1e-5)  # mean over numbers
+  np.testing.assert_allclose(error, batch.latent_weight * 5 / 3, rtol=1e-5)  # mean over channels
 
 
 def test_cross_entropy_is_that_of_the_next_token(batch, samples):
@@ -115,7 +115,7 @@ def test_cross_entropy_is_that_of_the_next_token(batch, samples):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5])
-def test_logits_never_exist_for_more_than_a_chunk_and_chunks_change_nothing(batch, samples, chunk):
+def test_logits_exist_for_one_chunk_at_most_and_chunks_change_no_loss(batch, samples, chunk):
   most = {}
 
   def summed(answer, chunk):

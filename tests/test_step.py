@@ -1,4 +1,4 @@
-"""The update: the same on every mesh, normalised over all that it sums, frozen where it says."""
+"""The train step: the same on every mesh, normalised over the whole update; frozen parts."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ KEY = jax.random.key(3)
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-  """The smallest model with a parameter in every part: compiles in no time."""
+  """The smallest model with a parameter in every part; compiles fast."""
 
   config: ModelConfig = CONFIG
 
@@ -87,7 +87,7 @@ def optimizer():
 
 @functools.cache
 def batch(rows=8):
-  """Two samples a row: an edited image, a drawn one; longer texts in later rows."""
+  """Two samples a row, an edited image and a new one; longer texts in later rows."""
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(0, 28, n).tolist()
   def image(**roles):
@@ -96,9 +96,9 @@ def batch(rows=8):
   def row(r):
     edit = [TextSplit(ids(2)), image(need_vae=True, need_vit=True),
             TextSplit(ids(1 + r // 2), need_loss=True), image(need_loss=True)]
-    drawn = [TextSplit(ids(3)), TextSplit(ids(r // 3), need_loss=True), image(need_loss=True)]
+    new = [TextSplit(ids(3)), TextSplit(ids(r // 3), need_loss=True), image(need_loss=True)]
     return pack_row([sample_features(s, CONFIG, SPECIAL, mode=mode, index=r)
-                     for s, mode in ((edit, 5), (drawn, 2))], SIZES)
+                     for s, mode in ((edit, 5), (new, 2))], SIZES)
   return stack_rows([row(r) for r in range(rows)])
 
 
@@ -162,7 +162,7 @@ def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, c
   state, got = train_the_real_model(mesh)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert got[-1] < 0.9 * got[0]
-  # XLA says so when it has to make whole arrays to get from one layout to another.
+  # XLA warns if it has to make whole arrays between two shardings.
   assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
   declared = sharding.parameter_shardings(state.params, mesh)
@@ -186,7 +186,7 @@ def test_a_step_donates_its_state_and_counts():
 
 
 def fixed_noise(batch, key, shift):
-  """Draws that do not depend on how rows are batched."""
+  """Noise that does not depend on how rows are batched."""
   return 0.5 * batch.latent_weight, jnp.cos(7 * batch.latents)
 
 
@@ -245,7 +245,7 @@ def test_a_loss_that_is_off_is_measured_but_teaches_nothing():
 
 
 def test_optimizer_is_adamw_on_clipped_gradients_after_a_warm_up():
-  """Against the formulas, written out."""
+  """Compared with the formulas in numpy."""
   s = dataclasses.replace(settings().optimizer, weight_decay=0.01, clip_norm=1.5)
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=3)
   opt = state_lib.make_optimizer(s, stage)
@@ -272,7 +272,7 @@ def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
   assert [float(schedule(i)) for i in (0, 1, 100)] == [pytest.approx(0.1)] * 3
 
 
-def test_the_learning_rate_falls_to_nothing_over_the_last_steps():
+def test_the_learning_rate_falls_to_zero_over_the_last_steps():
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=2, steps=10,
                               decay_steps=4)
   schedule = state_lib.make_optimizer(settings().optimizer, stage).schedule
@@ -293,7 +293,7 @@ def test_each_image_has_one_time_and_conditions_have_none():
 
 
 def test_times_are_warped_sigmoids_of_normal_samples():
-  """Back through shift and sigmoid they are standard normal."""
+  """The inverse of shift and sigmoid gives standard normal numbers."""
   many = 4096
   targets = dataclasses.replace(
       batch(1), latent_image=np.arange(many)[None], latent_weight=np.ones((1, many), np.float32),
@@ -341,8 +341,8 @@ def test_metrics_count_tokens_targets_and_the_use_of_the_buffers():
     assert mean == pytest.approx(float(metrics[loss]), rel=1e-5)
 
 
-def test_switches_cost_a_compilation_when_they_change_and_no_other(monkeypatch):
-  """The trace is counted: it stands before each compilation."""
+def test_only_a_change_of_switches_compiles_again(monkeypatch):
+  """Counts traces: each compilation has one."""
   traced = []
   monkeypatch.setattr(step_lib, "train_step", lambda model, optimizer, switches, settings, state,
                       batch, key: (state, traced.append(switches) or {}))

@@ -1,4 +1,4 @@
-"""A run that is killed, moved to other devices or spread over processes stays the same run."""
+"""Training gives the same run when it is killed, moved to another mesh or split over processes."""
 
 import filecmp
 import json
@@ -72,7 +72,7 @@ def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
   while first.poll() is None and not list(saving.glob("4.orbax-checkpoint-tmp*")):
     time.sleep(0.001)
   first.send_signal(signal.SIGKILL)
-  text, _ = first.communicate(timeout=60)  # its workers end, too, and with them its output
+  text, _ = first.communicate(timeout=60)  # reads until its workers have ended, too
   assert first.returncode == -signal.SIGKILL, text
   assert checkpoints.steps_in(saving) == [2]
   second = start(workers=0)
@@ -91,9 +91,9 @@ def state_sums(out, step=4):
       "sums"]
 
 
-def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
+def test_two_processes_continue_the_run_of_one_and_each_reads_its_own_records(
     whole, data, cache, tmp_path):
-  # Another number of processes than wrote the checkpoint, and another mesh.
+  # One process on another mesh wrote the checkpoint.
   out = tmp_path / "out"
   shutil.copytree(whole, out)
   shutil.rmtree(out / "stage1" / "weights")
@@ -107,7 +107,7 @@ def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
     texts.append(worker.communicate(timeout=300)[0])
     assert worker.returncode == 0, texts[-1]
   assert f"{newest} is damaged" in texts[0] and "step 2 is used" in texts[0]
-  assert "damaged" not in texts[1]  # once is enough
+  assert "damaged" not in texts[1]  # only the first process reports it
   parts, uncut = train_runs.steps(out), train_runs.steps(whole)
   assert parts.keys() == uncut.keys()
   for place, line in uncut.items():
@@ -123,12 +123,12 @@ def test_two_processes_go_on_as_one_would_have_each_reading_its_own_records(
 
 
 def check_reports(reports):
-  """What the two processes say of themselves: see train_worker.py."""
+  """Checks the reports of the two processes, see train_worker.py."""
   for process, report in enumerate(reports):
     assert report["kernels split"] == report["kernels"] > 10
     assert not report["not as declared"]
     for mode, records in report["read"].items():
-      # Of four streams, one for each row, a process owns the two that its rows come from.
+      # There are four streams, one for each row, and two rows in each process.
       assert records and {i % 4 // 2 for i in records} == {process}, mode
 
 

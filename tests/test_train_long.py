@@ -1,4 +1,4 @@
-"""Many kills, other meshes, several processes: `pytest -m long tests/test_train_long.py`."""
+"""Repeated kills, changing meshes, several processes: `pytest -m long tests/test_train_long.py`."""
 
 import filecmp
 import random
@@ -21,7 +21,7 @@ OTHER_MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "s
 
 @pytest.fixture(scope="module")
 def uncut(data, cache, tmp_path_factory):
-  """The folder of a run never killed, of both stages."""
+  """The folder of a run of both stages that was never killed."""
   out = tmp_path_factory.mktemp("uncut") / "out"
   assert finish(data, out, cache, train_runs.MESH) == 0
   return out
@@ -39,7 +39,7 @@ def finish(data, out, cache, mesh) -> int:
 
 
 def made(out) -> int:
-  """Steps that the log has lines of."""
+  """Number of steps in the log."""
   log = out / "log.jsonl"
   return log.read_bytes().count(b'"loss"') if log.exists() else 0
 
@@ -49,7 +49,7 @@ def saving(out) -> bool:
 
 
 def kill_in(data, out, cache, mesh, due) -> bool:
-  """Starts the run and kills it as soon as `due()`; False: it ended before."""
+  """Starts the run and kills it as soon as `due()`. Returns False if it ended before."""
   running = start(data, out, cache, mesh)
   while running.poll() is None and not due():
     time.sleep(0.0005)
@@ -60,7 +60,7 @@ def kill_in(data, out, cache, mesh, due) -> bool:
 
 
 def kill_often(data, out, cache, meshes, kills):
-  """Kills a run `kills` times, every other time while it saves; returns how often so."""
+  """Kills a run `kills` times, every other time while it saves. Returns (kills, during saves)."""
   rng, during_saves, count = random.Random(0), 0, 0
   while count < kills:
     mesh = meshes[count % len(meshes)]
@@ -97,7 +97,7 @@ def test_ten_kills_leave_no_trace(uncut, data, cache, tmp_path):
       assert filecmp.cmp(out / stage / "weights" / name, uncut / stage / "weights" / name, False)
     last = str(steps_in(uncut / stage / "checkpoints")[-1])
     run = lambda folder: (folder / stage / "checkpoints" / last / "run" / "metadata").read_text()
-    assert run(out) == run(uncut)  # the data state, and the checksums of the whole state
+    assert run(out) == run(uncut)  # data state and checksums of the training state
 
 
 def test_kills_between_other_meshes_keep_samples_and_losses(uncut, data, cache, tmp_path):
@@ -107,7 +107,7 @@ def test_kills_between_other_meshes_keep_samples_and_losses(uncut, data, cache, 
   assert_same_numbers(out, uncut)
 
 
-def test_two_processes_stop_together_and_go_on(uncut, data, cache, tmp_path):
+def test_two_processes_stop_together_and_continue(uncut, data, cache, tmp_path):
   out = tmp_path / "out"
   flags = train_runs.flags(data, out, {"data": 2, "fsdp": 2, "tensor": 2}, **SMALL)
 
@@ -126,7 +126,7 @@ def test_two_processes_stop_together_and_go_on(uncut, data, cache, tmp_path):
 
   workers = start_both()
   wait_for(3, workers)
-  workers[1].terminate()  # one is told, both stop
+  workers[1].terminate()  # SIGTERM to one stops both
   end(workers, 128 + signal.SIGTERM)
   stopped = steps_in(out / "stage1" / "checkpoints")[-1]
   assert stopped >= 3
@@ -134,7 +134,7 @@ def test_two_processes_stop_together_and_go_on(uncut, data, cache, tmp_path):
   wait_for(stopped + 3, workers)
   workers[1].kill()
   workers[1].communicate()
-  workers[0].kill()  # it would end by itself once its heartbeats to the other fail
+  workers[0].kill()  # it would end by itself once heartbeats fail
   workers[0].communicate()
   end(start_both(), 0)
   assert_same_numbers(out, uncut)

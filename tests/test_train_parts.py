@@ -1,4 +1,4 @@
-"""Parts of a training run by themselves: who feeds which rows, FLOPs, the log."""
+"""Units of a training run: rows by process, FLOPs, the log."""
 
 import io
 import json
@@ -35,7 +35,7 @@ class Device(NamedTuple):
 
 
 def rows_of(processes, monkeypatch, rows=8, mesh=None):
-  """`row_blocks` where device number i, of process `processes[i]`, holds a piece of the rows."""
+  """`row_blocks` with a piece of the rows on each device i, of process `processes[i]`."""
   each = rows // len(processes)
   devices = {Device(i, p): (slice(i * each, (i + 1) * each),) for i, p in enumerate(processes)}
   monkeypatch.setattr(feed, "_row_sharding", lambda *_: types.SimpleNamespace(
@@ -48,13 +48,13 @@ def rows_of(processes, monkeypatch, rows=8, mesh=None):
     ([0, 0, 0, 0], [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ([0, 0, 1, 1], [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ([1, 1, 0, 0], [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    ([0, 1, 0, 1], [[0, 1, 4, 5], [2, 3, 6, 7]]),  # as the wires of a TPU slice may have it
+    ([0, 1, 0, 1], [[0, 1, 4, 5], [2, 3, 6, 7]]),  # possible on a TPU slice
 ])
 def test_every_row_is_fed_by_the_processes_that_hold_it(processes, blocks, monkeypatch):
   assert rows_of(processes, monkeypatch) == blocks
 
 
-def test_rows_that_hosts_would_share_are_refused(monkeypatch):
+def test_a_mesh_whose_hosts_share_some_rows_is_refused(monkeypatch):
   with pytest.raises(ValueError, match="'data.rows' is 8, .* multiple of the 16 devices"):
     rows_of([0, 0, 1, 1], monkeypatch, mesh={"fsdp": 16})
   with pytest.raises(ValueError, match="hosts share some of their rows"):
@@ -79,7 +79,7 @@ def test_a_placed_batch_is_the_batch_split_over_the_mesh(accumulate):
 
 
 def products(*patterns):
-  """Two for every weight of the matrices whose paths contain one of `patterns`."""
+  """Two FLOPs for every weight of the matrices whose paths contain one of `patterns`."""
   return 2.0 * sum(np.prod(r.shape) for r in names.rows(MODEL)
                    if r.path.endswith("kernel") and any(p in r.path for p in patterns))
 
@@ -95,7 +95,7 @@ def test_a_token_costs_two_for_every_weight_that_it_meets():
 def test_a_row_costs_its_tokens_and_its_pairs_three_times():
   each = flops.token_flops(MODEL)
   tokens = 30 * each["und"] + 20 * each["gen"] + 10 * each["vit"] + 15 * each["text"]
-  # Scores and their use as weights: two products of (tokens x width) a layer.
+  # Scores, and the weighted sum of values: two products of (tokens x width) a layer.
   pairs = 3 * 4 * 16 * 50**2 + 2 * 4 * 8 * 10**2
   assert flops.row_flops(MODEL, SIZES) == 3 * (tokens + pairs)
   none = dict.fromkeys(("und", "gen", "vit", "text"), 0.0)
@@ -126,7 +126,7 @@ class Terminal(io.StringIO):
 
 
 def write(folder, stream, monkeypatch, seconds, every=2, start=0, peak=1e6):
-  """Logs a step at each of the times `seconds`."""
+  """Logs a step at each of the times in `seconds`."""
   clock = iter(seconds)
   monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   with logs.Log(folder, "stage1", start=start, total=start + len(seconds), every=every,
@@ -161,13 +161,13 @@ def test_a_terminal_shows_one_line_and_other_processes_nothing(tmp_path, monkeyp
   write(tmp_path, stream, monkeypatch, [1, 2, 3, 4])
   shown = stream.getvalue()
   assert "stage1: loss 2.000, 100 tokens/s, 50% peak" in shown and "4 of 4" in shown
-  assert "stage1, step 2" not in shown  # a line for each would scroll
+  assert "stage1, step 2" not in shown  # one line in place does not scroll
   silent = io.StringIO()
   write(None, silent, monkeypatch, [1, 2])
   assert silent.getvalue() == ""
 
 
-def test_what_is_behind_a_step_is_forgotten_but_not_what_is_before(tmp_path):
+def test_lines_after_a_step_are_truncated_and_those_before_it_kept(tmp_path):
   path = tmp_path / logs.FILE
   records = [{"stage": s, "step": i} for s in ("stage1", "stage2") for i in range(4)]
   whole = "".join(json.dumps(r) + "\n" for r in records)

@@ -1,4 +1,4 @@
-"""What stands around the train step: stages, logs, stopping and going on, what is refused.
+"""A training run around the train step: stages, logs, SIGTERM and resume, refused settings.
 
 The train step itself is replaced by a trivial one.
 """
@@ -33,7 +33,7 @@ def train(data, out, **fields) -> int:
 
 @pytest.fixture(scope="module")
 def trivial(cache):
-  """Replaces the train step; returns a dict of functions by step, called for other metrics."""
+  """Replaces the train step. Returns {step: function}, called for metrics that differ."""
   hooks = {}
 
   def make(model, optimizer, settings, mesh, state, batch):
@@ -73,7 +73,7 @@ def both(trivial, data, tmp_path_factory):
 
 @pytest.fixture
 def copy(both, tmp_path):
-  """A copy of the folder of `both` to spoil."""
+  """A copy of the folder of `both`, which a test may damage."""
   shutil.copytree(both[0], tmp_path / "copy")
   return tmp_path / "copy"
 
@@ -87,7 +87,7 @@ def test_stage_two_starts_from_the_average_of_stage_one_with_a_fresh_optimizer(b
   assert state.step == 0 and not any(x.any() for x in jax.tree.leaves(state.opt_state))
 
 
-def test_steps_behind_the_checkpoint_and_half_a_line_are_made_again(copy, data):
+def test_steps_after_the_checkpoint_and_a_truncated_log_line_are_made_again(copy, data):
   whole = train_runs.samples(copy)
   shutil.rmtree(copy / "stage2" / "checkpoints" / "4")
   shutil.rmtree(copy / "stage2" / "weights")
@@ -97,7 +97,7 @@ def test_steps_behind_the_checkpoint_and_half_a_line_are_made_again(copy, data):
   assert train_runs.samples(copy) == whole
   assert checkpoints.steps_in(copy / "stage2" / "checkpoints") == [2, 4]
   before = train_runs.steps(copy)
-  assert train(data, copy) == 0  # nothing is left to do
+  assert train(data, copy) == 0  # finished already
   assert train_runs.steps(copy) == before
 
 
@@ -110,7 +110,7 @@ def test_a_log_that_cannot_be_written_is_named_with_the_last_good_checkpoint(cop
   assert "No space left" in error and f"{copy / 'stage2' / 'checkpoints' / '2'}" in error
 
 
-def test_sigterm_saves_the_step_and_the_same_command_goes_on(trivial, data, tmp_path, capsys):
+def test_sigterm_saves_the_step_and_the_same_command_continues(trivial, data, tmp_path, capsys):
   out, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
   trivial[3] = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
   assert train(data, out, run_stages="stage1") == 143
@@ -134,12 +134,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_samples(
   assert line["loss"] == "nan"
   for mode, record in line["samples"]:
     assert str(record) in error and f"{train_runs.MODES[mode == 5]} " in error
-  assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [1, 2]  # not the bad state
+  assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [1, 2]  # not the diverged state
   assert f"the last good checkpoint is {out / 'stage1' / 'checkpoints' / '2'}" in error
 
 
 class Recorder:
-  """Stands for a log and for checkpoints."""
+  """A stand-in for the log and the checkpoints."""
 
   def __init__(self):
     self.steps = []
@@ -152,12 +152,12 @@ class Recorder:
 
 
 def ids(*rows):
-  """What `LateMetrics` looks at of a batch; -1 is padding."""
+  """The fields of a batch that `LateMetrics` reads; -1 is padding."""
   return types.SimpleNamespace(sample_mode=jnp.full((len(rows), 2), -1).at[:, 0].set(5),
                                sample_index=jnp.asarray([[row, -1] for row in rows]))
 
 
-def test_numbers_are_read_a_step_late_and_a_gradient_that_is_not_finite_is_named():
+def test_metrics_are_read_one_step_late_and_a_gradient_that_is_not_finite_is_named():
   log = Recorder()
   late = logs.LateMetrics(log, log.last_good, sharding.make_mesh())
   metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), "ce/m": jnp.float32(0),
@@ -173,7 +173,7 @@ def test_numbers_are_read_a_step_late_and_a_gradient_that_is_not_finite_is_named
 
 @pytest.mark.parametrize("first, count, total, traced", [
     (2, 2, 9, [2, 3]), (3, 5, 4, [3, 4]), (0, 2, 3, [])])
-def test_a_trace_covers_the_steps_that_were_asked_for(monkeypatch, first, count, total, traced):
+def test_a_profiler_trace_covers_the_requested_steps(monkeypatch, first, count, total, traced):
   seen, on = [], []
   monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(folder))
   monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
@@ -192,7 +192,7 @@ def test_a_trace_covers_the_steps_that_were_asked_for(monkeypatch, first, count,
     ({"data__rows": 8}, "data.rows=4, not 8"),
     ({"run_stages": "stage2"}, "has a stage 1"),
 ])
-def test_other_settings_that_matter_are_refused(both, data, capsys, fields, message):
+def test_a_run_is_not_continued_with_other_settings(both, data, capsys, fields, message):
   assert train(data, both[0], **fields) == 2
   assert message in capsys.readouterr().err
 
@@ -206,7 +206,7 @@ def test_data_of_another_size_is_refused(both, tmp_path, capsys):
       capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_left_alone(data, tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(data, tmp_path, capsys):
   (tmp_path / "thesis.txt").write_text("years of work")
   assert train(data, tmp_path) == 2
   assert "holds thesis.txt, but no run.json" in capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path, capsys):
     ({"mesh": {"fsdp": 3, "tensor": 2}}, "needs 6 devices, but there are 8"),
     ({"data__path": "nowhere"}, "nowhere"),
 ])
-def test_what_cannot_work_is_refused_before_anything_is_written(data, tmp_path, capsys, fields,
+def test_invalid_settings_are_refused_before_anything_is_written(data, tmp_path, capsys, fields,
                                                                  message):
   assert train(data, tmp_path / "out", **fields) == 2
   assert message in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_weights_of_another_model_are_refused(both, data, tmp_path, capsys):
   assert "'model.llm' is" in capsys.readouterr().err
 
 
-def test_the_average_of_any_checkpoint_becomes_a_folder_to_generate_with(both, tmp_path, capsys):
+def test_the_moving_average_of_any_checkpoint_can_be_exported(both, tmp_path, capsys):
   out, target = both[0], tmp_path / "weights"
   assert cli.main(["convert", str(out / "stage1" / "checkpoints" / "2"), str(target), "--to",
                    "published"]) == 0
@@ -244,7 +244,7 @@ def test_the_average_of_any_checkpoint_becomes_a_folder_to_generate_with(both, t
   jax.tree.map(np.testing.assert_array_equal, params["vae"], last[1]["vae"])
 
 
-def test_a_training_checkpoint_outside_its_run_is_not_taken_for_weights(both, tmp_path, capsys):
+def test_a_training_checkpoint_outside_its_run_is_refused(both, tmp_path, capsys):
   shutil.copytree(both[0] / "stage1" / "checkpoints" / "2", tmp_path / "a" / "b" / "2")
   assert cli.main(["convert", str(tmp_path / "a" / "b" / "2"), str(tmp_path / "weights"), "--to",
                    "published"]) == 2
@@ -259,7 +259,7 @@ def test_a_training_checkpoint_outside_its_run_is_not_taken_for_weights(both, tm
      "--coordinator host:1 --num-processes 2 --process-id 2: the processes cannot meet: "),
     (["--mesh", "data=2,pipe=4"], "no field 'pipe' in mesh"),
 ])
-def test_flags_that_cannot_be_are_named(data, tmp_path, capsys, argv, message):
+def test_invalid_flags_are_named(data, tmp_path, capsys, argv, message):
   assert cli.main([*train_runs.flags(data, tmp_path / "out"), *argv]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
@@ -271,7 +271,7 @@ def test_a_coordinator_without_a_port_is_named(data, tmp_path, capsys):
   assert "'host' is not an address" in capsys.readouterr().err
 
 
-def test_the_mesh_flag_sets_every_axis_and_a_field_written_out_wins(data, tmp_path, capsys):
+def test_the_mesh_flag_sets_every_axis_and_a_field_override_wins(data, tmp_path, capsys):
   flags = train_runs.flags(data, tmp_path / "out", {"data": 2})
   assert cli.main([*flags, "--mesh", "tensor=3"]) == 2
   assert "'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 3" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs of `irg train` that are as small as can be: data, flags, what they leave behind."""
+"""Tiny runs of `irg train`: data, flags, processes, and readers of their logs."""
 
 import json
 import os
@@ -17,8 +17,8 @@ CONFIG = ROOT / "configs" / "irgl.py"
 MODES = ("initial_full_learning", "improving_full_learning")
 OTHERS = ("initial_thinking_understanding_learning", "initial_thinking_generation_learning",
           "improving_thinking_understanding_learning", "improving_thinking_generation_learning")
-MESH = {"fsdp": 4, "tensor": 2}  # of the eight devices of the tests
-ROWS = 16  # of each mode: good ones, one more is bad
+MESH = {"fsdp": 4, "tensor": 2}  # the eight devices of the tests
+ROWS = 16  # good rows of each mode; one more is bad
 
 # Not by one override each: those take their time.
 _CONFIG = f"""
@@ -75,7 +75,7 @@ def flags(data, out, mesh=None, **fields) -> list[str]:
 
 
 def process(arguments, cache, *, devices=1, program=("-m", "irg_jax")) -> subprocess.Popen:
-  """Starts `irg` by itself; programs are compiled once for all that share `cache`."""
+  """Starts `irg` in a process. Programs are compiled once for all that share `cache`."""
   environment = os.environ | {
       "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -101,12 +101,12 @@ def lines(out) -> list[dict]:
 
 
 def steps(out) -> dict:
-  """{(stage, step): the line of that step}; a step that stands twice is an error."""
+  """{(stage, step): line of that step}; no step may appear twice."""
   found = {}
   for line in lines(out):
     if "loss" in line:
       place = line["stage"], line["step"]
-      assert place not in found, f"{place} stands twice"
+      assert place not in found, f"{place} appears twice"
       found[place] = line
   return found
 
@@ -118,7 +118,7 @@ def samples(out) -> list:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-  """Programs compiled here are found again here and by the processes that are started."""
+  """Compilation cache of this process and of those that it starts."""
   folder = tmp_path_factory.mktemp("cache")
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = [getattr(jax.config, name) for name in names]

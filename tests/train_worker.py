@@ -1,4 +1,4 @@
-"""`irg` as one process of several, which reports what it read and how its state is laid out.
+"""`irg` as one of several processes, with a report of records read and shardings of the state.
 
   python train_worker.py REPORT.json ARGUMENTS OF irg
 """
@@ -16,7 +16,7 @@ from irg_jax.train.state import state_shardings
 
 
 class Recorded:
-  """A source that remembers which of its records were asked for."""
+  """A source that records which of its records are read."""
 
   def __init__(self, source, read):
     self._source, self._read = source, read
@@ -60,7 +60,7 @@ def shapes(state):
 
 
 def layout(states) -> dict:
-  """Counts kernels, those that no device holds whole, and names leaves not as declared."""
+  """Counts of kernels and of split kernels; names of leaves with another sharding than declared."""
   kernels = split = 0
   wrong = []
   for mesh, state in states:
