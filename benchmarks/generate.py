@@ -13,7 +13,6 @@ what the program happens to compute.
 import argparse
 import dataclasses
 import pathlib
-import runpy
 import time
 
 import jax
@@ -55,8 +54,7 @@ def main():
   parser.add_argument("--repeat", type=int, default=3)
   args = parser.parse_args()
 
-  config = config_lib.from_dict(
-      runpy.run_path(str(ROOT / "configs" / "bench.py"))["get_config"]().model.to_dict())
+  config = config_lib.read_model(ROOT / "configs" / "bench.py")
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
       lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)

@@ -12,7 +12,6 @@ what the step's own products need as a share of that rate.
 
 import argparse
 import pathlib
-import runpy
 import time
 
 import jax
@@ -46,9 +45,8 @@ def main():
   parser.add_argument("--attention", default="auto", help='"auto", "dense" or "chunked"')
   args = parser.parse_args()
 
-  config = config_lib.from_dict(
-      runpy.run_path(str(ROOT / "configs" / "bench.py"))["get_config"]().model.to_dict())
-  settings = settings_lib.load(ROOT / "configs" / "irgl.py", ["preset=tiny", "data.path=none"])
+  config = config_lib.read_model(ROOT / "configs" / "bench.py")
+  settings = settings_lib.load(f"{ROOT}/configs/irgl.py:tiny", ["data.path=none"])
   batch = make_batch(config, LAYOUTS[args.rows])
   model = UnifiedTransformer(config, args.attention)
   optimizer = make_optimizer(settings.optimizer, settings.stage2)

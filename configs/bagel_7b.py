@@ -11,4 +11,4 @@ from irg_jax import config as config_lib
 
 def get_config() -> config_dict.ConfigDict:
   model = config_lib.ModelConfig(dtype="bfloat16")
-  return config_dict.ConfigDict({"model": config_lib.to_dict(model)})
+  return config_dict.ConfigDict({"model": config_lib.to_config(model)})

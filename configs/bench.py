@@ -25,4 +25,4 @@ def get_config() -> config_dict.ConfigDict:
       vae=config_lib.VaeConfig(ch=32, ch_mult=(1, 2, 4, 4), num_res_blocks=2),
       max_latent_size=16,
   )
-  return config_dict.ConfigDict({"model": config_lib.to_dict(model)})
+  return config_dict.ConfigDict({"model": config_lib.to_config(model)})

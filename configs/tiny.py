@@ -26,4 +26,4 @@ def get_config() -> config_dict.ConfigDict:
       vae=config_lib.VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
       max_latent_size=8,
   )
-  return config_dict.ConfigDict({"model": config_lib.to_dict(model)})
+  return config_dict.ConfigDict({"model": config_lib.to_config(model)})

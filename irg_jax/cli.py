@@ -106,11 +106,7 @@ def _convert(args, _):
 
 def _init(args, overrides):
   from irg_jax import config as config_lib
-  from irg_jax import config_files
-  config = config_files.load(args.config, overrides)
-  if "model" not in config:
-    raise ValueError(f"--config {args.config}: has no field 'model'")
-  model = config_lib.from_dict(config.model.to_dict())
+  model = config_lib.read_model(args.config, overrides)
   from irg_jax.reports import trace
   from irg_jax.weights import init
   trace.check_output_folder(args.out.parent)

@@ -1,28 +1,61 @@
-"""Sizes and numeric policy of the model, as frozen (hashable) dataclasses.
+"""Settings: each is declared once, as a field of a frozen dataclass.
 
-`configs/*.py` build these through `from_dict`; a checkpoint folder carries its own
-(`irg_jax.weights.published.read_config`).
+The field `rounds: int = setting(2, "images of a prompt", low=1)` holds the default, the bounds
+and the documentation of a setting. Everything else is derived from it: validation (`build`,
+`check`), the ConfigDict that files and overrides change (`to_config`, `read`), and the tables of
+docs/settings.md. Checks across fields are a method `faults()` that yields pairs of a field's name
+and what is wrong with it.
+
+A configuration file (`configs/*.py`) is Python with a function `get_config()` that returns an
+`ml_collections.ConfigDict`. `FILE.py:PRESET` calls `get_config("PRESET")`. An override is
+"field.path=value", on the command line `--config.field.path=value`.
 """
 
+import copy
 import dataclasses
 import math
+import pathlib
+import runpy
+import sys
+import types
 import typing
+
+from absl import flags
+from ml_collections import config_dict
+from ml_collections import config_flags
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), was: str = ""):
+  """Declares a setting as a dataclass field.
+
+  Args:
+    default: value when nothing else is given; dicts are copied.
+    doc: one line for the tables of settings.
+    low, high: inclusive bounds, of each element of a tuple and each value of a dict.
+    above: exclusive lower bound.
+    choices: allowed values.
+    was: older name, accepted with a note for one version.
+  """
+  metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was)
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlmConfig:
-  """The decoder: Qwen2.5 shape, two experts a layer (spec section 2)."""
+  """Decoder: Qwen2.5 with two experts in each layer (spec section 2)."""
 
-  vocab_size: int = 152064
-  hidden_size: int = 3584
-  mlp_size: int = 18944
-  num_layers: int = 28
-  num_heads: int = 28
-  num_kv_heads: int = 4
-  rope_theta: float = 1e6
-  norm_eps: float = 1e-6
+  vocab_size: int = setting(152064, "rows of the token embedding", low=1)
+  hidden_size: int = setting(3584, "width", low=1)
+  mlp_size: int = setting(18944, "width inside the MLP", low=1)
+  num_layers: int = setting(28, "layers", low=1)
+  num_heads: int = setting(28, "query heads", low=1)
+  num_kv_heads: int = setting(4, "key and value heads", low=1)
+  rope_theta: float = setting(1e6, "base of the rotary frequencies", above=0)
+  norm_eps: float = setting(1e-6, "epsilon of RMSNorm", low=0)
 
   @property
   def head_dim(self) -> int:
@@ -31,27 +64,27 @@ class LlmConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
-  """SigLIP NaViT. `num_layers` counts the layers that run (published count minus one)."""
+  """SigLIP NaViT vision transformer (spec section 2)."""
 
-  hidden_size: int = 1152
-  mlp_size: int = 4304
-  num_layers: int = 26
-  num_heads: int = 16
-  patch_size: int = 14
-  grid_size: int = 70  # learned positions a side
-  norm_eps: float = 1e-6
+  hidden_size: int = setting(1152, "width", low=1)
+  mlp_size: int = setting(4304, "width inside the MLP", low=1)
+  num_layers: int = setting(26, "layers that run: one less than published", low=1)
+  num_heads: int = setting(16, "heads", low=1)
+  patch_size: int = setting(14, "pixels of a patch's side", low=1)
+  grid_size: int = setting(70, "learned positions of a side", low=1)
+  norm_eps: float = setting(1e-6, "epsilon of LayerNorm", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeConfig:
   """FLUX.1 autoencoder. Latents are `scale_factor * (z - shift_factor)`."""
 
-  ch: int = 128
-  ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-  num_res_blocks: int = 2
-  z_channels: int = 16
-  scale_factor: float = 0.3611
-  shift_factor: float = 0.1159
+  ch: int = setting(128, "channels of the first level", low=1)
+  ch_mult: tuple[int, ...] = setting((1, 2, 4, 4), "channels of each level, in `ch`", low=1)
+  num_res_blocks: int = setting(2, "residual blocks of a level", low=1)
+  z_channels: int = setting(16, "channels of a latent", low=1)
+  scale_factor: float = setting(0.3611, "scale of the latents")
+  shift_factor: float = setting(0.1159, "shift of the latents, before the scale")
 
   @property
   def downsample(self) -> int:
@@ -60,36 +93,41 @@ class VaeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """Everything that fixes the parameters and the arithmetic.
+  """Sizes and numeric policy of the model.
 
-  Attributes:
-    max_latent_size: side of the latent token grid that has positions (64: 1024 pixels).
-    latent_patch_size: side of the latent patch that makes one token.
-    dtype: dtype of activations and matrix products, "float32" or "bfloat16". Norms,
-      softmax, rotary angles, timesteps and velocities are float32 whatever this says.
-    param_dtype: dtype of freshly initialised parameters.
-    remat: what the backward pass recomputes: "none", "full", or the name of a policy in
-      `jax.checkpoint_policies`.
+  Norms, softmax, rotary angles, timesteps and velocities are float32 whatever `dtype` is.
   """
 
   llm: LlmConfig = LlmConfig()
   vit: VitConfig = VitConfig()
   vae: VaeConfig = VaeConfig()
-  max_latent_size: int = 64
-  latent_patch_size: int = 2
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  remat: str = "none"
+  max_latent_size: int = setting(64, "latent tokens of the longest side (64: 1024 pixels)", low=1)
+  latent_patch_size: int = setting(2, "latents of a latent token's side", low=1)
+  dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
+  param_dtype: str = setting("float32", "dtype of new parameters", choices=DTYPES)
+  remat: str = setting(
+      "none", "recomputed in the backward pass: none, full or a name in jax.checkpoint_policies")
 
   @property
   def latent_dim(self) -> int:
-    """Numbers in one latent token."""
+    """Channels of a latent token."""
     return self.latent_patch_size**2 * self.vae.z_channels
 
   @property
   def pixel_stride(self) -> int:
-    """Pixels a side that one latent token stands for."""
+    """Pixels of a latent token's side."""
     return self.latent_patch_size * self.vae.downsample
+
+  def faults(self):
+    llm, vit = self.llm, self.vit
+    for name, part, whole in (("llm.num_heads", llm.num_heads, llm.hidden_size),
+                              ("llm.num_kv_heads", llm.num_kv_heads, llm.num_heads),
+                              ("vit.num_heads", vit.num_heads, vit.hidden_size)):
+      if whole % part:
+        yield name, f"is {part}, but must divide {whole}"
+    if llm.hidden_size % 4 or llm.head_dim % 2:
+      yield "llm.hidden_size", (f"must be a multiple of 4, and of twice the {llm.num_heads} "
+                                f"heads, but is {llm.hidden_size}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,86 +140,212 @@ class SpecialTokens:
   image_end: int = 151653  # <|vision_end|>
 
 
-def from_dict(config) -> ModelConfig:
-  """Builds a ModelConfig from a mapping (for example an ml_collections ConfigDict).
+def build(cls, fields, prefix: str = ""):
+  """Builds and checks settings of class `cls` from a mapping; missing fields keep defaults.
 
   Args:
-    config: mapping with the fields of ModelConfig; `llm`, `vit` and `vae` are mappings
-      themselves. Fields that are missing keep their defaults.
+    prefix: dotted path of `fields`, ending in a dot, for messages.
 
   Raises:
-    ValueError: a field that no config has, or sizes that make no model; names its path.
+    ValueError: unknown field, value of another type or out of bounds; names the field.
   """
-  model = build(ModelConfig, config)
-  _check_sizes(model)
-  return model
+  settings = update(cls(), fields, prefix)
+  check(settings, prefix)
+  return settings
 
 
-def build(cls, fields, prefix: str = "", complete: bool = False):
-  """A dataclass from a mapping with its fields; what is a dataclass itself, from one inside.
-
-  Args:
-    prefix: path of `fields` in the whole, with a dot at its end, for messages.
-    complete: no field may be missing, even if it has a default.
+def update(settings, fields, prefix: str = ""):
+  """Returns a copy of `settings` with the fields of a mapping; does not check bounds.
 
   Raises:
-    ValueError: a field is unknown, missing or not finite, or the class refuses its values; names
-      its path.
+    ValueError: unknown field or value of another type; names the field.
   """
-  kinds, values = typing.get_type_hints(cls), {}
-  for name in fields:
-    if name not in kinds:
-      raise ValueError(f"config field {prefix + name!r} is unknown; known here: {sorted(kinds)}")
-  for name in kinds if complete else ():
-    if name not in fields:
-      raise ValueError(f"config field {prefix + name!r} is missing")
+  kinds, values = typing.get_type_hints(type(settings)), {}
   for name, value in fields.items():
-    if dataclasses.is_dataclass(kinds[name]) and not dataclasses.is_dataclass(value):
-      value = build(kinds[name], value, f"{prefix}{name}.", complete)
-    numbers = value if isinstance(value, (list, tuple)) else (value,)
-    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
-      raise ValueError(f"config field {prefix}{name} is {value}, but must be finite")
-    values[name] = tuple(value) if isinstance(value, list) else value
+    name = _present(type(settings), name)
+    if name not in kinds:
+      raise ValueError(f"config field {prefix + name!r} is unknown; known: {', '.join(kinds)}")
+    values[name] = _updated(prefix + name, getattr(settings, name), value, kinds[name])
   try:
-    return cls(**values)
-  except (TypeError, ValueError) as e:
+    return dataclasses.replace(settings, **values)
+  except ValueError as e:
     raise ValueError(f"config field {prefix.rstrip('.')!r}: {e}") from e
 
 
-def to_dict(config: ModelConfig) -> dict:
-  """The inverse of `from_dict`, in plain JSON types but for tuples."""
-  return dataclasses.asdict(config)
+def check(settings, prefix: str = "") -> None:
+  """Raises ValueError that names the first setting with a wrong value."""
+  for field in dataclasses.fields(settings):
+    name, value = prefix + field.name, getattr(settings, field.name)
+    if dataclasses.is_dataclass(value):
+      check(value, name + ".")
+    items = value.items() if isinstance(value, dict) else [("", value)]
+    for key, item in items:
+      if fault := _fault(item, **field.metadata):
+        raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {item!r}, {fault}")
+  for name, fault in getattr(settings, "faults", tuple)():
+    raise ValueError(f"config field {prefix + name!r} {fault}")
 
 
-def overrides(config: ModelConfig, prefix: str) -> list[str]:
-  """All sizes as overrides of a configuration file: "`prefix`llm.num_layers=28", ..."""
-  return [f"{prefix}{path}={value}" for path, value in _leaves(to_dict(config))]
+def renamed(cls, prefix: str = "") -> dict[str, str]:
+  """Dotted names that settings had in older versions, and their present names."""
+  names = {}
+  for field in dataclasses.fields(cls):
+    if field.metadata.get("was"):
+      names[prefix + field.metadata["was"]] = prefix + field.name
+    if dataclasses.is_dataclass(field.type):
+      names |= renamed(field.type, f"{prefix}{field.name}.")
+  return names
 
 
-def _check_sizes(model):
-  llm, vit = model.llm, model.vit
-  for path, value in _leaves(to_dict(model)):
-    numbers = value if isinstance(value, tuple) else (value,)
-    if any(type(n) is int and n < 1 for n in numbers):
-      raise ValueError(f"model config field {path!r} is {value}, but must be at least 1")
-  divides = {"llm.num_heads": (llm.num_heads, llm.hidden_size),
-             "llm.num_kv_heads": (llm.num_kv_heads, llm.num_heads),
-             "vit.num_heads": (vit.num_heads, vit.hidden_size)}
-  for name, (part, whole) in divides.items():
-    if whole % part:
-      raise ValueError(f"model config field {name!r} is {part}, but must divide {whole}")
-  if llm.hidden_size % 4 or llm.head_dim % 2:
-    raise ValueError("model config field 'llm.hidden_size' must be a multiple of 4, and of twice "
-                     f"the {llm.num_heads} heads, but is {llm.hidden_size}")
-  for name in ("dtype", "param_dtype"):
-    if getattr(model, name) not in DTYPES:
-      raise ValueError(f"model config field {name!r} is {getattr(model, name)!r}, not one of "
-                       f"{DTYPES}")
+def to_config(settings) -> config_dict.ConfigDict:
+  """Converts settings to a ConfigDict; a field that may be None keeps its type."""
+  config, kinds = config_dict.ConfigDict(), typing.get_type_hints(type(settings))
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if isinstance(kinds[field.name], types.UnionType):
+      config[field.name] = config_dict.placeholder(typing.get_args(kinds[field.name])[0])
+    if dataclasses.is_dataclass(value):
+      value = to_config(value)
+    if value is not None:
+      config[field.name] = config_dict.ConfigDict(value) if isinstance(value, dict) else value
+  return config
 
 
-def _leaves(fields, prefix=""):
-  for name, value in fields.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
+def read(default, path=None, overrides=()):
+  """Reads settings: `default`, changed by the file at `path`, then by `overrides` in order.
+
+  A file may set some of the fields only. Raises ValueError that names the file or the field.
+  """
+  settings = default
+  if path is not None:
+    file, preset, overrides = locate(path, overrides)
+    try:
+      settings = update(default, _run(file, preset).to_dict())
+    except ValueError as e:
+      raise ValueError(f"config file {file}: {e}") from e
+  config = override(to_config(settings), [_present(type(default), text) for text in overrides])
+  settings = update(settings, config.to_dict())
+  check(settings)
+  return settings
+
+
+def load(path, overrides=()) -> config_dict.ConfigDict:
+  """Runs a configuration file ("FILE.py" or "FILE.py:PRESET") and applies overrides."""
+  file, preset, overrides = locate(path, overrides)
+  return override(_run(file, preset), overrides)
+
+
+def read_model(path, overrides=()) -> ModelConfig:
+  """Reads the field `model` of any configuration file; overrides are "model.FIELD=VALUE"."""
+  config = load(path, overrides)
+  if "model" not in config:
+    raise ValueError(f"config file {path}: has no field 'model'")
+  return build(ModelConfig, config.model.to_dict())
+
+
+def locate(path, overrides=()) -> tuple[pathlib.Path, str, list[str]]:
+  """Splits "FILE.py:PRESET" into file and preset (or ""); "preset=NAME" is the older form."""
+  file, _, preset = str(path).partition(".py:")
+  file = f"{file}.py" if preset else str(path)
+  for text in overrides:
+    if text.startswith("preset="):
+      preset = text.removeprefix("preset=")
+      _note(f"--config.{text}", f"--config {file}:{preset}")
+  return pathlib.Path(file), preset, [o for o in overrides if not o.startswith("preset=")]
+
+
+def override(config, overrides) -> config_dict.ConfigDict:
+  """Returns a locked copy of a ConfigDict with overrides applied in order."""
+  for text in overrides:
+    _check_field(config, *text.partition("=")[:2])
+  # FlagValues of its own: neither absl's global flags nor sys.argv take part.
+  values, argv = flags.FlagValues(), ["irg", *(f"--config.{text}" for text in overrides)]
+  try:
+    config_flags.DEFINE_config_dict(
+        "config", copy.deepcopy(config), flag_values=values, sys_argv=argv)
+    values(argv)
+  except (flags.Error, KeyError, AttributeError, TypeError, ValueError, SyntaxError) as e:
+    raise ValueError(str(e).removeprefix("flag ")) from e
+  return values.config.lock()
+
+
+def _run(path, preset):
+  if not path.is_file():
+    raise ValueError(f"config file {path}: no such file")
+  try:
+    get_config = runpy.run_path(str(path))["get_config"]
+    config = get_config(preset) if preset else get_config()
+  except KeyError as e:
+    raise ValueError(f"config file {path}: has no function get_config() ({e})") from e
+  except Exception as e:  # whatever the file's own code raises is a fault of the file
+    raise ValueError(f"config file {path}: {type(e).__name__}: {e}") from e
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ValueError(f"config file {path}: get_config() returned a {type(config).__name__}, "
+                     "not an ml_collections.ConfigDict")
+  return config
+
+
+def _updated(name, old, value, kind):
+  """The value of a setting, converted from what a file or JSON holds."""
+  is_group = dataclasses.is_dataclass(old) or isinstance(old, dict)
+  if is_group and not hasattr(value, "items"):
+    raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
+  if dataclasses.is_dataclass(old):
+    return update(old, value, f"{name}.")
+  if is_group:
+    return old | {key: _updated(f"{name}.{key}", 0.0, x, float) for key, x in value.items()}
+  types_of = typing.get_args(kind) or (kind,)  # of `int | None`, `tuple[float, ...]`, `int`
+  is_tuple = typing.get_origin(kind) is tuple
+  items = value if is_tuple and isinstance(value, (list, tuple)) else [value]
+  accepted = {int, float} if types_of[0] is float else set(types_of)
+  if is_tuple and items == [value] or not all(type(x) in accepted for x in items):
+    wanted = f"hold {types_of[0].__name__} values" if is_tuple else f"be {types_of[0].__name__}"
+    raise ValueError(f"config field {name!r} is {value!r}, but must {wanted}")
+  return tuple(items) if is_tuple else value
+
+
+def _fault(value, low=None, high=None, above=None, choices=(), **_):
+  """What is wrong with the value of a setting; None: nothing."""
+  values = value if isinstance(value, tuple) else () if value is None else (value,)
+  for x in values:
+    if isinstance(x, float) and not math.isfinite(x):
+      return "but must be finite"
+    if choices and x not in choices:
+      return f"not one of {choices}"
+    if low is not None and x < low:
+      return f"but must be at least {low}"
+    if high is not None and x > high:
+      return f"but must be at most {high}"
+    if above is not None and x <= above:
+      return f"but must be above {above}"
+  return None
+
+
+def _present(cls, text):
+  """A field, or "field=value", by its present name, with a note where the given one is older."""
+  field, equals, value = text.partition("=")
+  new = renamed(cls).get(field, field)
+  if new != field:
+    _note(f"config field {field!r}", repr(new))
+  return new + equals + value
+
+
+def _note(old, new):
+  print(f"note: {old} is now {new}; the old form goes with the next version", file=sys.stderr)
+
+
+def _check_field(config, field, equals):
+  """Says which name of the path is wrong; config_flags would not."""
+  if not equals:
+    raise ValueError(f"--config.{field}: write it as --config.{field}=VALUE")
+  node, path = config, field.split(".")
+  for i, name in enumerate(path):
+    known = list(node) if isinstance(node, config_dict.ConfigDict) else []
+    if name not in known:
+      where = ".".join(path[:i]) or "the configuration"
+      raise ValueError(f"--config.{field}: no field {name!r} in {where}; its fields: "
+                       f"{', '.join(known) or 'none'}")
+    node = node[name]
+  if isinstance(node, config_dict.ConfigDict):
+    fields = ", ".join(f"--config.{field}.{name}" for name in node)
+    raise ValueError(f"--config.{field} is a group of fields; set one of them: {fields}")

@@ -55,11 +55,11 @@ def test_prompts_in_batches_get_what_they_get_alone(checkpoint, tmp_path, capsys
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds is 0"),
+    (["--rounds", "0"], "'rounds' is 0"),
     (["--size", "50"], "50 is not a positive multiple of 16"),
     (["--size", "256"], "256 is more than the 128 pixels"),
-    (["--steps", "1"], "steps is 1"),
-    (["--text-scale", "nan"], "first.text_scale is nan, but must be finite"),
+    (["--steps", "1"], "'steps' is 1"),
+    (["--text-scale", "nan"], "'first.text_scale' is nan, but must be finite"),
     (["--temperature", "-1"], "temperature"),
     (["--config.max_prompt_tokens=3"], "prompt 1 has 5 tokens"),
     (["--mesh", "data=3"], "mesh {'data': 3} needs 3 devices"),

@@ -20,7 +20,7 @@ MODEL = ModelConfig(  # places and sizes of the model; nothing is computed with 
 DATA = DataSettings(
     path="", streams=1, workers=0, rows=1, accumulate=1, bins=1, max_sample_tokens=10**6,
     vae_transform=ImageTransform(128, 32, 16), vit_transform=ImageTransform(112, 28, 14),
-    dropout=Dropout(text=0.0, vit=0.0, vae=0.0), posterior="sample", noise_draws=1,
+    dropout=Dropout(text=0.0, vit=0.0, vae=0.0), posterior="sample", noise_samples=1,
     ce_loss_reweighting=False, max_rejected=0.0)
 ALL = Dropout(text=1.0, vit=1.0, vae=1.0)
 
@@ -60,7 +60,7 @@ def test_image_comes_as_target_then_clean_then_for_the_vit(tokenizer):
 def test_a_target_is_noised_several_times_at_one_position_and_conditions_are_there_once(tokenizer):
   parts = TextPart("a", True), image(need_loss=True, need_vae=True, need_vit=True)
   once, thrice = (record_features(Record(MODES[5], 3, parts), tokenizer, MODEL,
-                                  dataclasses.replace(DATA, noise_draws=n),
+                                  dataclasses.replace(DATA, noise_samples=n),
                                   np.random.default_rng(0)) for n in (1, 3))
   tokens = 4 * 3
   assert thrice["gen_weight"].tolist() == [1.0] * 3 * tokens + [0.0] * tokens

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import runpy
 
 import jax
 import numpy as np
@@ -18,8 +17,7 @@ from irg_jax.images import ImageTransform
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.weights.init import random_params
 
-CONFIG = config_lib.from_dict(runpy.run_path(
-    str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"))["get_config"]().model.to_dict())
+CONFIG = config_lib.read_model(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py")
 MODEL = UnifiedTransformer(CONFIG)
 SPECIAL = SpecialTokens(text_start=256, text_end=257, image_start=258, image_end=259)
 SETTINGS = Settings(
@@ -234,19 +232,19 @@ def test_progress_reports_every_step_of_every_phase():
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(rounds=0), "rounds is 0"),
+    (dict(rounds=0), "'rounds' is 0"),
     (dict(height=40), "height 40 is not a positive multiple of 16"),
     (dict(width=4096), "width 4096 is more than the 128"),
-    (dict(steps=1), "steps is 1"),
-    (dict(think_limit=0), "think_limit is 0"),
-    (dict(window=0), "window is 0"),
-    (dict(think=False), "rounds is 2, but without thinking"),
-    (dict(temperature=-1.0), "temperature >= 0"),
-    (dict(first=Guidance(renorm="none")), "first.renorm is 'none'"),
-    (dict(first=Guidance(renorm_min=2.0)), "first.renorm_min is 2.0"),
-    (dict(first=Guidance(interval=(0.4,))), "first.interval is"),
-    (dict(first=Guidance(interval=(1.0, 0.4))), "first.interval is"),
-    (dict(think_limit=20000), "think_limit is 20000, but must be at most"),
+    (dict(steps=1), "'steps' is 1"),
+    (dict(think_limit=0), "'think_limit' is 0"),
+    (dict(window=0), "'window' is 0"),
+    (dict(think=False), "'rounds' is 2, but without thinking"),
+    (dict(temperature=-1.0), "'temperature' is -1.0"),
+    (dict(first=Guidance(renorm="none")), "'first.renorm' is 'none'"),
+    (dict(first=Guidance(renorm_min=2.0)), "'first.renorm_min' is 2.0"),
+    (dict(first=Guidance(interval=(0.4,))), "'first.interval' is"),
+    (dict(first=Guidance(interval=(1.0, 0.4))), "'first.interval' is"),
+    (dict(think_limit=20000), "'think_limit' is 20000, but must be at most"),
     (dict(vae_transform=ImageTransform(512, 256, 16)), "vae_transform reads images back at 384"),
     (dict(vit_transform=ImageTransform(140, 140, 14)), "vit_transform reads images back at"),
     (dict(vae_transform=ImageTransform(128, 32, 8)), "vae_transform.stride is 8"),

@@ -32,7 +32,7 @@ TRANSFORM = ImageTransform(16, 4, 4)
 DATA = DataSettings(
     path="", streams=1, workers=0, rows=1, accumulate=1, bins=2, max_sample_tokens=200,
     vae_transform=TRANSFORM, vit_transform=TRANSFORM, dropout=Dropout(text=0.0, vit=0.0, vae=0.2),
-    posterior="sample", noise_draws=1, ce_loss_reweighting=False, max_rejected=0.0)
+    posterior="sample", noise_samples=1, ce_loss_reweighting=False, max_rejected=0.0)
 SIZES = BufferSizes(und=60, gen=20, vit=20, text=30, samples=1)
 MODE = MODES[5]
 

@@ -33,7 +33,7 @@ MODEL = ModelConfig(
 DATA = DataSettings(
     path="", streams=2, workers=0, rows=4, accumulate=1, bins=3, max_sample_tokens=200,
     vae_transform=ImageTransform(16, 4, 4), vit_transform=ImageTransform(16, 4, 4),
-    dropout=Dropout(text=0.2, vit=0.2, vae=0.3), posterior="sample", noise_draws=1,
+    dropout=Dropout(text=0.2, vit=0.2, vae=0.3), posterior="sample", noise_samples=1,
     ce_loss_reweighting=False, max_rejected=0.0)
 SIZES = BufferSizes(und=120, gen=40, vit=50, text=80, samples=5)
 MIXTURE = {MODES[1]: 0.5, MODES[4]: 1.0, MODES[5]: 0.75}

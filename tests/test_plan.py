@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from conftest import ROOT
-from irg_jax import chips, cli, config_files, plan, sharding
+from irg_jax import chips, cli, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
 from irg_jax.generate.settings import Settings
@@ -278,7 +278,7 @@ def cpu_slice(**chip):
 
 
 def tiny_generation(cache=512):
-  config = config_lib.from_dict(config_files.load(ROOT / "configs" / "tiny.py").model.to_dict())
+  config = config_lib.read_model(ROOT / "configs" / "tiny.py")
   settings = Settings(height=64, width=64, think_limit=20, steps=4)
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
   return {p.name: p for p in programs.generation_programs(config, settings, 8, cache, mesh)}
@@ -298,8 +298,8 @@ def test_an_estimate_says_memory_work_and_traffic_of_one_chip():
 
 def test_the_train_step_is_planned_with_the_batch_that_training_has():
   settings = train_settings.load(
-      ROOT / "configs" / "irgl.py",
-      ["preset=tiny", "data.path=-", "data.rows=8", "data.accumulate=2"])
+      f"{ROOT}/configs/irgl.py:tiny",
+      ["data.path=-", "data.rows=8", "data.accumulate=2"])
   mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
   program = programs.train_program(settings, "stage1", mesh)
   with jax.set_mesh(mesh):
@@ -388,7 +388,7 @@ def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys, env
 def test_the_tiny_model_compiles_for_a_real_slice():
   done = subprocess.run(
       [sys.executable, "-m", "irg_jax", "plan", "--topology", "v5e:2x4", "--config",
-       str(ROOT / "configs" / "irgl.py"), "--config.preset=tiny", "--config.data.rows=8",
+       f"{ROOT}/configs/irgl.py:tiny", "--config.data.rows=8",
        "--programs", "train,append_text", "--size", "128", "--cache", "1024"],
       cwd=ROOT, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr

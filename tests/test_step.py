@@ -77,7 +77,7 @@ class StandIn:
 
 @functools.cache
 def settings():
-  return settings_lib.load(IRGL, ["preset=tiny", "data.path=unused", "stage1.warmup_steps=2"])
+  return settings_lib.load(f"{IRGL}:tiny", ["data.path=unused", "stage1.warmup_steps=2"])
 
 
 @functools.cache

@@ -214,7 +214,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(data, tmp_path, capsy
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"preset": "paper", "data__path": "unused"}, "preset 'paper' starts from trained weights"),
+    ({"random_weights": False, "data__path": "unused"}, "starts from trained weights"),
     ({"mesh": {"fsdp": 3, "tensor": 2}}, "needs 6 devices, but there are 8"),
     ({"data__path": "nowhere"}, "nowhere"),
 ])

@@ -25,10 +25,8 @@ _CONFIG = f"""
 import runpy
 
 
-def get_config(preset="tiny"):
-  config = runpy.run_path({str(CONFIG)!r})["get_config"](preset)
-  if preset != "tiny":
-    return config
+def get_config():
+  config = runpy.run_path({str(CONFIG)!r})["get_config"]("tiny")
   model = config.model
   model.llm.update(num_layers=1, hidden_size=32, mlp_size=48)
   model.vit.update(num_layers=1, hidden_size=32, mlp_size=32, num_heads=2)

@@ -93,11 +93,12 @@ def _run(args, overrides):
   if not args.subset:
     _check_counts(args, items)
   selected = _select(items, args.tasks, args.limit)
+  from irg_jax import config
   from irg_jax.generate import defaults, request
   from irg_jax.generate.settings import Settings
   default, prompt = defaults.read(args.checkpoint, Settings(think_limit=_THINK_LIMIT))
-  settings = request.read_settings(args.config, [*overrides, *request.shorthand_overrides(args)],
-                                   default)
+  settings = config.read(default, args.config,
+                         [*overrides, *request.shorthand_overrides(args)])
   from irg_jax.evaluate import runner
   asked = runner.Request(
       items=tuple(items), selected=tuple(selected), out=args.out, checkpoint=args.checkpoint,

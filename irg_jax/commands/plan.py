@@ -99,12 +99,9 @@ def _make_programs(args, overrides, slice_):
 def _load(args, overrides):
   """(model config for generation, training settings or None)."""
   from irg_jax import config as config_lib
-  from irg_jax import config_files
-  config = config_files.load(args.config, overrides)
-  if "model" not in config:
-    raise ValueError(f"--config {args.config}: has no field 'model'")
+  config, model = (f(args.config, overrides) for f in (config_lib.load, config_lib.read_model))
   # Generation has no backward pass to recompute anything for.
-  model = dataclasses.replace(config_lib.from_dict(config.model.to_dict()), remat="none")
+  model = dataclasses.replace(model, remat="none")
   if "train" not in args.programs:
     return model, None
   if "stage2" not in config:

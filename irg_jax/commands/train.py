@@ -68,7 +68,13 @@ def _run(args, overrides):
   _connect(args)
   with distributed.FailTogether("irg train"):
     parsed = settings.load(args.config, [*_shorthands(args), *overrides])
-    return run.run_train(parsed, args.out or pathlib.Path("out", f"train-{parsed.preset}"))
+    return run.run_train(parsed, args.out or _default_out(args.config, overrides))
+
+
+def _default_out(config, overrides):
+  from irg_jax.config import locate
+  file, preset, _ = locate(config, overrides)
+  return pathlib.Path("out", f"train-{preset or file.stem}")
 
 
 def _shorthands(args) -> list[str]:

@@ -59,7 +59,7 @@ def _image(part: ImagePart, name, model, data, rng):
   splits = []
   if part.need_loss:
     splits += [_latents(part.moments, pixels, model, data, rng, need_loss=True)
-               for _ in range(data.noise_draws)]
+               for _ in range(data.noise_samples)]
   if part.need_vae:
     splits.append(_latents(part.moments, pixels, model, data, rng, need_vae=True) if keep_vae
                   else DroppedImage())

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from irg_jax import config as config_lib
 from irg_jax import flow
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context, rung
@@ -152,7 +153,7 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   Raises:
     ValueError: as `generate`.
   """
-  settings.validate_texts()
+  config_lib.check(settings)
   run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images,
                  None, on_progress)
   size, _ = _plan(run, understand=True)

@@ -3,13 +3,8 @@
 import dataclasses
 import pathlib
 import time
-import types
-import typing
-
-from ml_collections import config_dict
 
 from irg_jax import config as config_lib
-from irg_jax import config_files
 from irg_jax import sharding
 from irg_jax.generate import defaults
 from irg_jax.generate.prompts import SYSTEM_PROMPT
@@ -82,7 +77,8 @@ def from_args(args, overrides) -> Request:
       prompts=prompts,
       image=args.image,
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
-      settings=read_settings(args.config, [*overrides, *shorthand_overrides(args)], default),
+      settings=config_lib.read(default, args.config,
+                               [*overrides, *shorthand_overrides(args)]),
       system_prompt=read_system_prompt(args.system_prompt_file, system_prompt),
       seed=args.seed,
       batch_size=args.batch_size,
@@ -112,23 +108,6 @@ def shorthand_overrides(args) -> list[str]:
   if args.no_think:
     fields["think"] = False
   return [f"{field}={value}" for field, value in fields.items() if value is not None]
-
-
-def default_config() -> config_dict.ConfigDict:
-  """The fields of `Settings` with their defaults, typed, as a ConfigDict."""
-  return _to_config(Settings())
-
-
-def read_settings(path=None, overrides=(), default: Settings = Settings()) -> Settings:
-  """`default`, then the file at `path`, then the overrides in order.
-
-  Raises:
-    ValueError: see `config_files`.
-  """
-  config = _to_config(default)
-  if path is not None:
-    config = config_files.merge(config, path)
-  return config_lib.build(Settings, config_files.override(config, overrides))
 
 
 def read_prompts(arguments, path=None) -> tuple[str, ...]:
@@ -168,18 +147,3 @@ def _read_text(flag, path):
     raise ValueError(f"{flag} {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
   except OSError as e:
     raise ValueError(f"{flag} {path}: cannot be read ({e.strerror})") from e
-
-
-def _to_config(instance):
-  """ConfigDict of a dataclass; a field that may be None keeps the type it has otherwise."""
-  config, hints = config_dict.ConfigDict(), typing.get_type_hints(type(instance))
-  for field in dataclasses.fields(instance):
-    value = getattr(instance, field.name)
-    if dataclasses.is_dataclass(value):
-      value = _to_config(value)
-    elif isinstance(hints[field.name], types.UnionType):
-      config[field.name] = config_dict.placeholder(typing.get_args(hints[field.name])[0])
-      if value is None:
-        continue
-    config[field.name] = value
-  return config

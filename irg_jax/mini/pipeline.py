@@ -18,9 +18,9 @@ import pathlib
 import shutil
 
 import jax
+from flax import traverse_util
 import numpy as np
 
-from irg_jax import config as config_lib
 from irg_jax import sharding, weights
 from irg_jax.data import encode, irgl, latents, sources
 from irg_jax.storage import atomic_file, atomic_folder, write_json
@@ -215,10 +215,12 @@ def base_weights(out: pathlib.Path) -> pathlib.Path:
 
 
 def _train(settings, preset, data, checkpoint, out):
-  model = config_lib.overrides(settings.model, "model.")  # the presets have sizes of their own
-  overrides = [f"preset={preset}", f"data.path={data}", f"checkpoint={checkpoint}",
-               f"seed={settings.seed}", *model, *settings.train]
-  return train_run.run_train(train_settings.load(settings.config, overrides), out)
+  # The presets have sizes of their own.
+  sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
+  overrides = [*(f"model.{name}={value}" for name, value in sizes.items()), f"data.path={data}",
+               f"checkpoint={checkpoint}", f"seed={settings.seed}", *settings.train]
+  return train_run.run_train(
+      train_settings.load(f"{settings.config}:{preset}", overrides), out)
 
 
 def _prepare(rows, out, modes, checkpoint, settings):

@@ -31,20 +31,18 @@ from irg_jax.train import flops, logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
 from irg_jax.train.distributed import PREEMPTED, Preemption, barrier, gather
 from irg_jax.train.feed import Feed, row_block
-from irg_jax.train.settings import STAGES, TrainSettings
+from irg_jax.train.settings import GONE, STAGES, TrainSettings
 from irg_jax.train.state import init_state, make_optimizer, state_shardings
 from irg_jax.train.step import make_train_step
 from irg_jax.weights import init, names, published
 from irg_jax.weights.names import CheckpointError
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
-RANDOM_PRESETS = ("tiny",)  # small enough that random weights are meant
-
 # Settings that may change when a run is continued: the numbers do not depend on them, or they
 # say how far to train.
-FREE = ("preset", "checkpoint", "run_stages", "mesh", "checkpoint_every", "keep", "log_every",
-        "peak_tflops", "profile_at", "profile_steps", "data.path", "data.workers",
-        "data.max_rejected", "model.remat", *(f"{stage}.steps" for stage in STAGES))
+FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
+        "log_every", "profile_at", "data.path", "data.workers", "data.max_rejected", "model.remat",
+        *(f"{stage}.steps" for stage in STAGES), *GONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +152,8 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
   runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
-                  flag="--config.", free=FREE)
+                  flag="--config.", free=FREE,
+                  renamed=config_lib.renamed(TrainSettings))
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
@@ -180,12 +179,12 @@ def check_base(settings: TrainSettings) -> None:
     ValueError: names the field.
   """
   if not settings.checkpoint:
-    if settings.preset not in RANDOM_PRESETS:
-      raise ValueError(f"the preset {settings.preset!r} starts from trained weights: give "
-                       "--checkpoint DIR")
+    if not settings.random_weights:
+      raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
+                       "--config.random_weights=true")
     return
-  theirs = config_lib.to_dict(weights.read_config(settings.checkpoint))
-  ours = config_lib.to_dict(settings.model)
+  theirs = dataclasses.asdict(weights.read_config(settings.checkpoint))
+  ours = dataclasses.asdict(settings.model)
   for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
     if ours[part] != theirs[part]:
       raise ValueError(f"config field 'model.{part}' is {ours[part]}, but the weights in "
@@ -296,7 +295,7 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
     logs.forget_after(run.out, stage, start, STAGES)
   rows = settings.data.rows * settings.data.accumulate
   used = lambda values: {name: values[f"packing/{name}"] for name in flops.USES}
-  peak = settings.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
+  peak = chips.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
       run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
       step_flops=lambda values: rows * flops.row_flops(settings.model, s.sizes, used(values)),
@@ -314,7 +313,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpo
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
   metrics_log = logs.LateMetrics(log, checkpoints.last_good, run.mesh)
-  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, settings.profile_steps)
+  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, 3)
   train_step = None
   for step in range(start + 1, s.steps + 1):
     batch, data = next(feed)

@@ -55,7 +55,7 @@ def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimiz
   s = settings
   transform = optax.chain(
       optax.clip_by_global_norm(s.clip_norm),
-      optax.adamw(schedule, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay))
+      optax.adamw(schedule, b1=0.9, b2=0.95, eps=s.eps, weight_decay=s.weight_decay))
   return Optimizer(transform, schedule)
 
 

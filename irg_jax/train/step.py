@@ -81,24 +81,22 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
       params = unstack_layers(params)
     noise = sample_noise(part, key, settings.timestep_shift)
     sums = loss_sums(*token_losses(model, params, part, *noise), part)
-    loss = total({name: sums[name] / divisors[name] for name in switches.losses}, settings)
+    loss = total({name: sums[name] / divisors[name] for name in switches.losses})
     return loss, sums | token_counts(part)
 
   compute = _gradients if batch.text_ids.ndim == 2 else _accumulate
   gradients, sums = compute(objective, params, batch, key)
   metrics = mean_losses(sums)
-  metrics |= {"loss": total(metrics, settings), "grad_norm": optax.tree.norm(gradients),
+  metrics |= {"loss": total(metrics), "grad_norm": optax.tree.norm(gradients),
               "learning_rate": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}
   metrics |= {name: x for name, x in sums.items() if name.startswith("tokens/")}
   metrics |= packing(sums, batch)
   return update(optimizer, state, gradients, switches.frozen, settings.ema_decay), metrics
 
 
-def total(means, settings: TrainSettings):
-  """Weighted sum of the losses in `means`."""
-  weights = {"ce": settings.ce_weight, "mse": settings.mse_weight}
-  return sum((weight * means[name] for name, weight in weights.items() if name in means),
-             jnp.zeros(()))
+def total(means):
+  """Sum of the losses "ce" and "mse", as far as they are in `means`."""
+  return sum((means[name] for name in ("ce", "mse") if name in means), jnp.zeros(()))
 
 
 def cast_kernels(params, dtype):

@@ -6,6 +6,7 @@ RUN/STAGE/checkpoints/STEP, is only read: the VAE, the sizes and the tokenizer c
 run started from.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -39,7 +40,7 @@ def read_config(folder) -> ModelConfig:
   """
   path = pathlib.Path(folder) / CONFIG
   try:
-    return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return config_lib.build(ModelConfig, json.loads(path.read_text(encoding="utf-8")))
   except FileNotFoundError:
     raise CheckpointError(f"{path}: no such file; is this an Orbax checkpoint of irg?") from None
   except (OSError, ValueError, TypeError, AttributeError) as e:
@@ -59,7 +60,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   """
   names.check_params(params, config)
   with atomic_folder(folder) as partial:
-    write_json(partial / CONFIG, config_lib.to_dict(config))
+    write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(partial / PARAMS, params)
@@ -89,7 +90,7 @@ def read_run_config(folder) -> ModelConfig:
     CheckpointError: the folder is not inside that of a training run.
   """
   settings, _ = _read_run(folder)
-  return config_lib.from_dict(settings["model"])
+  return config_lib.build(ModelConfig, settings["model"])
 
 
 def base_folder(folder) -> pathlib.Path:

@@ -53,7 +53,7 @@ def settings(vae=0.0, vit=0.0, words=0.0):
   return DataSettings(
       path="", streams=1, workers=0, rows=1, accumulate=1, bins=1, max_sample_tokens=10**6,
       vae_transform=VAE, vit_transform=VIT, dropout=Dropout(text=words, vit=vit, vae=vae),
-      posterior="mean", noise_draws=1, ce_loss_reweighting=False, max_rejected=LIMIT)
+      posterior="mean", noise_samples=1, ce_loss_reweighting=False, max_rejected=LIMIT)
 
 
 def splits(record, tmp_path_factory, **dropout):
