@@ -30,16 +30,17 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from irg_jax.chips import CHIPS
 from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.streams import exceeded_limit
 from irg_jax.model import attention
 from irg_jax.model.kernels import blockwise
-from irg_jax.chips import CHIPS
-from irg_jax.train import flops, settings as settings_lib
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from irg_jax.tokens import allowed
+from irg_jax.train import settings as settings_lib
+from irg_jax.train.step import row_flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIDE = 1024  # pixels
@@ -98,8 +99,8 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
   for row in itertools.islice(packed, rows):
     for buffer, name in LENGTH_FEATURES.items():
       used[buffer] += float((row[f"{name}_segment_ids"] > 0).mean()) / rows
-  full = flops.row_flops(settings.model, stage.sizes)
-  return flops.row_flops(settings.model, stage.sizes, used) / full, used
+  full = row_flops(settings.model, stage.sizes)
+  return row_flops(settings.model, stage.sizes, used) / full, used
 
 
 @jax.jit
@@ -201,7 +202,7 @@ def rate(settings, stage, used, moments, args):
         f"{seen} images, {seconds:.1f} s of processor, {wall:.1f} s)")
   read = float(np.mean([blocks_read(row.tokens) for row in rows]))
   # The ViT's blocks count as read: they are few.
-  step = flops.row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)
+  step = row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)
   eaten = samples / len(rows) / step
   cores = HOST_CORES / HOST_CHIPS
   print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads {read:.2f} "

@@ -16,10 +16,9 @@ from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, new_context, rung
 from irg_jax.generate.settings import Settings
 from irg_jax.model.unified import UnifiedTransformer
-from irg_jax.train import flops
 from irg_jax.train.settings import Switches, TrainSettings
 from irg_jax.train.state import init_state, make_optimizer
-from irg_jax.train.step import make_train_step
+from irg_jax.train.step import make_train_step, row_flops, token_flops
 from irg_jax.weights.names import abstract_params
 
 GENERATION = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
@@ -58,7 +57,7 @@ def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
   return Program(
       f"train {stage}", f"an update of {count} rows of {s.sizes.und + s.sizes.gen} tokens", mesh,
       functools.partial(step.trace, Switches(), state, batch, key),
-      count * flops.row_flops(settings.model, s.sizes))
+      count * row_flops(settings.model, s.sizes))
 
 
 def _batch(settings, sizes):
@@ -137,7 +136,7 @@ def _array(mesh, shape, dtype=jnp.float32):
 
 def _pass_flops(config, rows, cache, seen, und=0, gen=0, vit=0, text=0) -> float:
   """FLOPs of a decoder pass over tokens that attend to `seen` new tokens and the full cache."""
-  each, llm = flops.token_flops(config), config.llm
+  each, llm = token_flops(config), config.llm
   total = und * each["und"] + gen * each["gen"] + vit * each["vit"] + text * each["text"]
   total += 4.0 * llm.num_layers * llm.hidden_size * (und + gen) * (seen + cache)
   total += 4.0 * config.vit.num_layers * config.vit.hidden_size * vit**2

@@ -27,13 +27,13 @@ from irg_jax.data.records import MODES
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
-from irg_jax.train import flops, logs
+from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
 from irg_jax.train.distributed import PREEMPTED, Preemption, barrier, gather
 from irg_jax.train.feed import Feed, row_block
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
 from irg_jax.train.state import init_state, make_optimizer, state_shardings
-from irg_jax.train.step import make_train_step
+from irg_jax.train.step import USES, make_train_step, row_flops
 from irg_jax.weights import init, names, published
 from irg_jax.weights.names import CheckpointError
 from irg_jax.weights.orbax import BASE, RUN_FILE
@@ -294,11 +294,11 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
   if run.log_folder:
     logs.forget_after(run.out, stage, start, STAGES)
   rows = settings.data.rows * settings.data.accumulate
-  used = lambda values: {name: values[f"packing/{name}"] for name in flops.USES}
+  used = lambda values: {name: values[f"packing/{name}"] for name in USES}
   peak = chips.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
       run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
-      step_flops=lambda values: rows * flops.row_flops(settings.model, s.sizes, used(values)),
+      step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values)),
       peak_flops=peak * 1e12 * jax.device_count())
 
 

@@ -1,4 +1,7 @@
-"""The train step: noise, losses and gradients over a global batch, then the optimizer."""
+"""The train step: noise, losses and gradients over a global batch, then the optimizer.
+
+At the end, the FLOPs that a step needs.
+"""
 
 import functools
 
@@ -8,6 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import flow
+from irg_jax.config import ModelConfig
+from irg_jax.data.batch import BufferSizes
 from irg_jax.model.attention import visible_pairs
 from irg_jax.model.decoder import unstack_layers
 from irg_jax.model.vit import patch_tokens
@@ -16,6 +21,10 @@ from irg_jax.tokens import PADDING
 from irg_jax.train.loss import TINY, loss_sums, mean_losses, token_losses
 from irg_jax.train.settings import Switches, TrainSettings
 from irg_jax.train.state import Optimizer, TrainState, map_frozen, state_shardings, update
+from irg_jax.weights.names import TIMESTEP_FEATURES
+
+_BUFFERS = ("und", "gen", "vit", "text")
+USES = (*_BUFFERS, "pairs", "vit_pairs")  # names of the shares that `packing` returns
 
 
 def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
@@ -168,3 +177,57 @@ def packing(sums, batch) -> dict:
            "vit_pairs": batch.vit_image.size * batch.vit_image.shape[-1]}
   return {f"packing/{name}": sums[f"used/{name}"] / float(max(size, 1))
           for name, size in sizes.items()}
+
+
+# --- FLOPs by formula: matrix products and attention, 2 for each multiply-add. Recomputation does
+# not count.
+
+
+def token_flops(config: ModelConfig) -> dict[str, float]:
+  """FLOPs of a forward pass for one token of each buffer, without attention.
+
+  Returns:
+    dict by buffer as in `BufferSizes`: "und", "gen", "vit", and "text" (a predicted position).
+  """
+  llm, vit = config.llm, config.vit
+  width = llm.hidden_size
+  keys = llm.num_kv_heads * llm.head_dim
+  layer = width * (2 * width + 2 * keys + 3 * llm.mlp_size)  # q and o, k and v, the gated MLP
+  time = TIMESTEP_FEATURES * width + width**2
+  vit_layer = vit.hidden_size * (4 * vit.hidden_size + 2 * vit.mlp_size)
+  return {
+      "und": 2.0 * llm.num_layers * layer,
+      "gen": 2.0 * (llm.num_layers * layer + 2 * config.latent_dim * width + time),
+      "vit": 2.0 * (vit.num_layers * vit_layer + 3 * vit.patch_size**2 * vit.hidden_size
+                    + vit.hidden_size * width + width**2),
+      "text": 2.0 * width * llm.vocab_size,
+  }
+
+
+def attention_flops(config: ModelConfig, sizes: BufferSizes) -> dict[str, float]:
+  """FLOPs of attention in a forward pass over one row if all tokens attend to all.
+
+  Returns:
+    dict: "decoder" and "vit".
+  """
+  llm, vit = config.llm, config.vit
+  pairs = (sizes.und + sizes.gen) ** 2
+  return {"decoder": 4.0 * llm.num_layers * llm.hidden_size * pairs,
+          "vit": 4.0 * vit.num_layers * vit.hidden_size * sizes.vit**2}
+
+
+def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None) -> float:
+  """FLOPs of an update for one row; the backward pass costs twice the forward pass.
+
+  Args:
+    used: shares by the names of `USES`. None: full buffers and all pairs. Without shares of pairs,
+      each token that is there attends to the whole row.
+  """
+  share = dict.fromkeys(_BUFFERS, 1.0) | (used or {})
+  total = sum(getattr(sizes, name) * share[name] * flops
+              for name, flops in token_flops(config).items())
+  attention = attention_flops(config, sizes)
+  asking = (sizes.und * share["und"] + sizes.gen * share["gen"]) / max(sizes.und + sizes.gen, 1)
+  total += attention["decoder"] * share.get("pairs", asking)
+  total += attention["vit"] * share.get("vit_pairs", share["vit"])
+  return 3 * total
