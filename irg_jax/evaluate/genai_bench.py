@@ -1,8 +1,34 @@
-"""GenAI-Bench: VQAScores of the prompts to means by skill, and over all skills together."""
+"""GenAI-Bench: VQAScores of the prompts, and their means by skill and over all skills together.
 
+A VQAScore is the probability, from 0 to 1, that a model answers "Yes" to whether the image shows
+the prompt. It comes from a function (--scorer), from a file of what another model measured
+
+  {"round": 1, "part": "vqascore", "id": "00001", "values": [0.83]}
+
+(--measurements; officially clip-flant5-xxl), or from the judge's log-probabilities.
+
+  --prompts    genai_image.json, or its folder; genai_skills.json beside it names the skills
+  item ids     "00001", the key; "extra" has the skills as "tags"
+  images       roundN/irg_jax/00001.jpeg
+"""
+
+import collections
+import json
 import math
+import re
 
 import numpy as np
+
+from irg_jax.evaluate import base
+from irg_jax.evaluate import questions
+from irg_jax.evaluate import records
+from irg_jax.evaluate import score
+from irg_jax.progress import counting
+
+QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
+SCORE_CACHE = "vqascore_cache.sqlite"  # the usual name
+TEMPLATE = questions.Template(
+    'Is "{prompt}" what this picture shows? Reply with one word, Yes or No.')
 
 BASIC = ("attribute", "scene", "spatial relation", "action relation", "part relation", "basic")
 ADVANCED = ("counting", "comparison", "differentiation", "negation", "universal", "advanced")
@@ -57,21 +83,146 @@ def check_skills(skills: dict, known_ids, path="genai_skills.json") -> None:
     raise ValueError(f"{path}: has no tag {absent[0]!r}")
 
 
-def printed(tag: dict) -> tuple[str, str]:
-  """Mean and deviation as the official script prints them."""
-  show = lambda value: "nan" if value is None else f"{value:.2f}"
-  return show(tag["score"]), show(tag["deviation"])
+class Scorer:
+  """Adds up a round's VQAScores, one for each prompt; see `score`. `skills`: {tag: [number]}."""
+
+  def __init__(self, skills: dict):
+    self._skills, self._scores, self._unscored = skills, {}, base.Unscored()
+
+  def add(self, item, answers) -> dict:
+    answer = answers.get((0, QUESTION))
+    why, value = questions.failure(answer), getattr(answer, "probability", None)
+    if not why and not (base.is_number(value) and 0 <= value <= 1):
+      why = "unparsable: no probability of yes" if value is None else f"out of range: {value}"
+    if why:
+      self._unscored.add(item.id, *why.partition(": ")[::2])
+      return score.item_line(answer, {}, why)
+    self._scores[item.id] = value
+    return score.item_line(answer, {"VQAScore": value})
+
+  def value(self) -> dict:
+    return aggregate(self._scores, self._skills) | {"unscored": self._unscored.summary()}
 
 
-def table_text(result: dict, model: str) -> str:
-  """The three tables of the official script."""
-  lines = []
-  for group, tags in TAG_GROUPS.items():
-    cells = [" +- ".join(printed(result["tags"][tag])) for tag in tags]
-    lines += [f"Tag Group: {group} (metric performance)",
-              f"{'Model':<20}" + " ".join(f"{tag:<20}" for tag in tags),
-              f"{model:<20}" + " ".join(f"{cell:<20}" for cell in cells)]
-  return "\n".join(lines) + "\n"
+class GenAIBench(base.Benchmark):
+  """The protocol of GenAI-Bench."""
+
+  name, title = "genai_bench", "GenAI-Bench"
+  columns = ("GenAI-Bench",)
+  published = {
+      "BAGEL, published": {"GenAI-Bench": 0.79},
+      "BAGEL self-CoT, published": {"GenAI-Bench": 0.81},
+      "IRG (2 rounds), published": {"GenAI-Bench": 0.84},
+  }
+  caveats = (
+      "GenAI-Bench: which prompts (1600 or 527) and which judge the published rows are of is not "
+      "said. The official default is 1600 prompts and clip-flant5-xxl; other judges' figures "
+      "compare with each other only.",
+  )
+  # Temperature 1: the score is a probability.
+  official = base.Official("clip-flant5-xxl of t2v_metrics up to 3.0 (VQAScore)", 1.0, 1)
+  templates = {"genai_bench": (TEMPLATE, ("prompt",))}
+  flags = (
+      base.path_flag("--skills", "FILE", "genai_skills.json (default: beside the prompts)"),
+      base.Flag("--scorer", "(path, prompt) -> score from 0 to 1", {"metavar": "MODULE:FUNCTION"}),
+      base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/genai_bench.py"),
+  )
+  examples = {
+      "generate": "--prompts GenAI-Bench-1600/genai_image.json \\\n"
+                  "      --checkpoint weights/irg-7b --out out/genai_bench",
+      "score": "--out out/genai_bench \\\n"
+               "      --prompts GenAI-Bench-1600/genai_image.json --measurements vqascores.jsonl",
+      "more": "--out out/genai_bench --prompts genai_image.json \\\n"
+              "      --scorer my_models:vqascore",
+  }
+  sources = ("--measurements or --scorer (officially clip-flant5-xxl), or the judge's probability\n"
+             "of Yes. Needs genai_skills.json beside the prompts, or --skills.")
+  tasks_help = "GenAI-Bench's tags (with genai_skills.json beside the prompts)"
+
+  def read_items(self, path):
+    file = records.file_in(path, "genai_image.json")
+    entries = records.json_records(file)
+    for entry in entries:
+      if entry.key is None or not re.fullmatch(r"\d+", entry.key):
+        raise ValueError(f"{entry.where}: the records must stand under keys like \"00001\"")
+      if records.field(entry, "id", str) != entry.key:
+        raise ValueError(f"{entry.where}: id {entry.record['id']!r} under the key {entry.key!r}")
+      records.field(entry, "prompt", str)
+    records.check_unique(entries, [f"prompt {int(e.key)}" for e in entries])
+    tags = _tags(file.with_name("genai_skills.json"))
+    return [base.Item(self.name, e.key, e.record["prompt"], 1,
+                      e.record | ({"tags": tags[int(e.key)]} if tags else {})) for e in entries]
+
+  def tasks(self, item):
+    return tuple(item.extra.get("tags", ()))
+
+  def check_counts(self, items):
+    if len(items) not in (1600, 527):
+      raise ValueError(f"{len(items)} prompts, but GenAI-Bench has 1600 (or 527)")
+
+  def image_path(self, item, image, round):
+    return base.round_root(round) / base.MODEL / f"{item.id}.jpeg"
+
+  def questions(self, item, path, round, references=None, templates=None):
+    user, system = self.template("genai_bench", templates).fill(prompt=item.prompt)
+    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
+                             system, self.official.max_tokens, probability=True)
+
+  def score(self, folder, options, open_judge):
+    skills = self._skills(options)
+    make = lambda: Scorer(skills)
+    if sum(map(bool, (options.measurements, options.scorer, options.judge_url))) > 1:
+      raise ValueError("--measurements, --scorer, --judge-url: genai_bench is scored by one of them")
+    if options.measurements:
+      table = score.read_measurements(options.measurements, {QUESTION: lambda value: value})
+      extra = {"protocol": {"measurements": str(options.measurements)}}
+      return score.score_answers(folder, make, _measured(folder, table), extra)
+    if options.scorer:
+      function = score.load_function(options.scorer, "--scorer")
+      with counting("scoring", len(folder.items) * len(folder.rounds)) as count:
+        groups = count(score.measured_by(folder, function, options.scorer,
+                                         folder.out / SCORE_CACHE, QUESTION))
+        return score.score_answers(folder, make, groups, {"protocol": {"scorer": options.scorer}})
+    return score.score_judged(folder, make, open_judge)
+
+  def categories(self, summary):
+    return {tag: entry["score"] for tag, entry in summary["tags"].items()}
+
+  def _skills(self, options):
+    beside = options.prompts.parent if options.prompts.is_file() else options.prompts
+    path = options.skills or beside / "genai_skills.json"
+    if not path.is_file():
+      raise ValueError(f"--skills {path}: no such file; genai_bench needs its genai_skills.json")
+    try:
+      skills = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+      raise ValueError(f"{path}: not JSON ({e})") from e
+    check_skills(skills, [item.id for item in self.read(options.prompts)], path)
+    return skills
+
+
+GENAI_BENCH = GenAIBench()
+
+
+def _measured(folder, table):
+  for item, number, _ in score.unanswered(folder):
+    values = table.get((number, QUESTION, item.id))
+    answer = questions.Answer(f"{item.id}/r{number}", probability=values[0]) if values else None
+    yield item, number, {(0, QUESTION): answer} if answer else {}
+
+
+def _tags(path):
+  """Tags by the number of the prompt, or {} where there is no such file."""
+  if not path.is_file():
+    return {}
+  found = collections.defaultdict(list)
+  try:
+    for tag, numbers in json.loads(path.read_text(encoding="utf-8")).items():
+      for number in numbers:
+        found[int(number)].append(tag)
+  except (ValueError, TypeError, AttributeError) as e:
+    raise ValueError(f"{path}: must be a JSON object of lists of prompt numbers ({e})") from e
+  return found
 
 
 def _statistics(scores, ids):

@@ -1,56 +1,36 @@
-"""GenEval: from detected boxes to a verdict on each image, and the benchmark's summary.
+"""GenEval: from detected boxes to a verdict on each image, and the means over its six tasks.
 
-Pure functions of plain records; the detector and the colour classifier are elsewhere. A record of
-detections is
+  --prompts    evaluation_metadata.jsonl; it comes with this package (files/geneval, MIT)
+  item ids     "00000", the line from 0
+  images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 
-  {"filename": "00000/samples/00000.png",
-   "metadata": the prompt's line of evaluation_metadata.jsonl (tag, include, exclude, prompt),
-   "detections": {class: [{"box": [x1, y1, x2, y2], "score": s, "color": "red"}, ...]}}
-
-where `color` is the colour classifier's answer, needed only where a clause asks for one.
+`clauses` has the form of the prompts and of records of detections. The official detector is
+Mask2Former with a Swin-S backbone, of mmdetection 2 (mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco);
+the official classifier is CLIP ViT-L-14 of open_clip, weights "openai", for which
+`clauses.clip_classifier` has the rest. Scores with others are not comparable with published ones.
 """
 
-import dataclasses
-import hashlib
 import json
+import pathlib
+import re
 
 import numpy as np
 
-from irg_jax.evaluate import tally
+from irg_jax.evaluate import base
+from irg_jax.evaluate import clauses
+from irg_jax.evaluate import records
+from irg_jax.evaluate import score
+from irg_jax.progress import counting
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """The official defaults; `max_overlap` 1 means that no box is dropped for overlapping."""
-
-  threshold: float = 0.3
-  counting_threshold: float = 0.9
-  max_objects: int = 16
-  max_overlap: float = 1.0
-  position_threshold: float = 0.1
+FILES = pathlib.Path(__file__).parent / "files" / "geneval"
+DETECTIONS_CACHE = "detections_cache.sqlite"  # the usual name
+COUNTS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
+          "color_attr": 100}
+TASKS = tuple(COUNTS)
+_FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
 
-class Unscorable(ValueError):
-  """The record does not say enough for a verdict; `reason` is a short constant phrase."""
-
-  def __init__(self, reason: str, detail: str = ""):
-    super().__init__(f"{reason}: {detail}" if detail else reason)
-    self.reason, self.detail = reason, detail
-
-
-@dataclasses.dataclass(frozen=True)
-class Box:
-  """A kept box: `values` is float32 [5], x1 y1 x2 y2 score, as the official detector has it."""
-
-  values: np.ndarray
-  color: str | None
-
-
-def score_image(record: dict, options: Options = Options(), details: bool = True) -> dict:
+def score_image(record: dict, options: clauses.Options = clauses.Options(), details: bool = True) -> dict:
   """The line of the official results.jsonl for one record of detections.
 
   Args:
@@ -58,15 +38,15 @@ def score_image(record: dict, options: Options = Options(), details: bool = True
       the prompt speaks of are looked at, which is what the verdict needs.
 
   Raises:
-    Unscorable: the record is malformed, or a colour that a clause needs is missing.
+    clauses.Unscorable: the record is malformed, or a colour that a clause needs is missing.
   """
   metadata, detections = _metadata(record), record.get("detections")
   if not isinstance(detections, dict):
-    raise Unscorable("no detections")
+    raise clauses.Unscorable("no detections")
   if not details:
     named = {c["class"] for key in ("include", "exclude") for c in metadata.get(key, ())}
     detections = {name: detections[name] for name in sorted(named & set(detections))}
-  objects = kept_boxes(detections, metadata["tag"], options)
+  objects = clauses.kept_boxes(detections, metadata["tag"], options)
   reasons = verdict(metadata, objects, options)
   result = {
       "filename": record.get("filename", ""),
@@ -82,27 +62,8 @@ def score_image(record: dict, options: Options = Options(), details: bool = True
   return result
 
 
-def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict[str, list[Box]]:
-  """The boxes that count, by class, surest first; a class without any is absent.
-
-  Strictly above the threshold, at most `max_objects` a class. Scores are compared as float32,
-  so that 0.3 is not above 0.3.
-  """
-  limit = options.counting_threshold if tag == "counting" else options.threshold
-  found = {}
-  for name, entries in detections.items():
-    rows = _rows(name, entries)
-    # Ascending and turned round: of equal scores the later one comes first, as upstream.
-    order = np.argsort(rows[:, 4], kind="stable")[::-1]
-    order = order[rows[order, 4] > np.float32(limit)][: options.max_objects].tolist()
-    if order:
-      boxes = [Box(rows[i], entries[i].get("color")) for i in order]
-      found[name] = boxes if options.max_overlap == 1 else _without_overlaps(boxes, options)
-  return found
-
-
-def verdict(metadata: dict, objects: dict[str, list[Box]],
-            options: Options = Options()) -> list[str]:
+def verdict(metadata: dict, objects: dict[str, list[clauses.Box]],
+            options: clauses.Options = clauses.Options()) -> list[str]:
   """Why the image is wrong, a line a failure in the official words; empty: it is right."""
   reasons, groups = [], []
   for clause in metadata.get("include", ()):
@@ -134,65 +95,182 @@ def relations(a: np.ndarray, b: np.ndarray, position_threshold: float = 0.1) -> 
     return []
   dx, dy = shortened / np.linalg.norm(offset)
   holds = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
-  return [name for name, true in zip(RELATIONS, holds) if true]
+  return [name for name, true in zip(clauses.RELATIONS, holds) if true]
 
 
-class Summary:
-  """Adds up results; memory grows with the number of prompts only, by a few bytes each.
+class GenEval(clauses.ClauseBenchmark):
+  """The protocol of GenEval."""
 
-  `tasks` are those that a whole run has.
+  name, title, packaged = "geneval", "GenEval", FILES
+  columns = ("GenEval",)
+  published = {
+      "BAGEL, published": {"GenEval": 0.78},
+      "BAGEL self-CoT, published": {"GenEval": 0.79},
+      "IRG (2 rounds), published": {"GenEval": 0.85},
+  }
+  caveats = (
+      "GenEval: the published rows are on the 553 original prompts; with rewritten ones BAGEL "
+      "reports 0.88. BAGEL's own paper says 0.82 on the original ones; others get 0.78 to 0.80.",
+  )
+  flags = (
+      base.path_flag("--detections", "FILE", "records of boxes, a JSON line an image", nargs="+",
+                     default=[]),
+      base.Flag("--round", "of the records whose file name does not say it", {
+          "type": base.positive, "metavar": "N"}),
+      base.Flag("--detector", "(image, classes) -> boxes by class", {"metavar": "MODULE:FUNCTION"}),
+      base.Flag("--classifier", "(crop, class) -> colour", {"metavar": "MODULE:FUNCTION"}),
+      base.path_flag("--object-names", "FILE", "the 80 classes (default: those that come with this "
+                     "package)"),
+      *(base.Flag(f"--{name.replace('_', '-')}", f"official option ({value})", {
+          "type": base.positive if name == "max_objects" else float, "default": value,
+          "metavar": "N" if name == "max_objects" else "X"})
+        for name, value in vars(clauses.Options()).items()),
+  )
+  examples = {
+      "generate": "--checkpoint weights/irg-7b --out out/geneval",
+      "score": "--out out/geneval --detections out/geneval/detections.jsonl",
+      "more": "--out out/geneval --detector my_models:detect --classifier my_models:color",
+  }
+  sources = ("--detections, records as irg_jax/evaluate/clauses.py documents them, or --detector\n"
+             "and --classifier, functions of yours (see there). Officially Mask2Former Swin-S\n"
+             "(mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) and CLIP ViT-L-14.")
+  tasks_help = "GenEval's tags"
+
+  def read_items(self, path):
+    return self.clause_items(records.file_in(path, "evaluation_metadata.jsonl"), TASKS)
+
+  def counts(self, size):
+    return COUNTS
+
+  def score(self, folder, options, open_judge):
+    chosen = clauses.Options(**{name: getattr(options, name) for name in vars(clauses.Options())})
+    if bool(options.detections) == bool(options.detector):
+      raise ValueError("geneval needs either --detections or --detector")
+    sources = {"detector": options.detector, "classifier": options.classifier,
+               "detections": ", ".join(map(str, options.detections)) or None}
+    protocol = {"protocol": vars(chosen) | sources}
+    if options.detections:
+      with counting("scoring", None) as count:
+        found = count(read_detections(options.detections))
+        return score_detections(folder, found, chosen, protocol, options.round)
+    total = sum(item.images for item in folder.items) * len(folder.rounds)
+    with counting("detecting", total) as count:
+      return score_detections(folder, count(_detected(folder, options)), chosen, protocol)
+
+
+GENEVAL = GenEval()
+
+
+def class_names(path) -> tuple[str, ...]:
+  """The names of an object_names.txt, one a line; ValueError unless there are 80 different ones."""
+  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+  names = tuple(line.strip() for line in lines if line.strip())
+  if len(names) != 80 or len(set(names)) != 80:
+    raise ValueError(f"{path}: holds {len(set(names))} different names, but GenEval has 80 classes")
+  return names
+
+
+def read_detections(paths):
+  """Yields (where, record or None) of files of detections, a line at a time."""
+  for path in paths:
+    for number, record in records.read_lines(path):
+      yield f"{path}, line {number}", record
+
+
+def score_detections(folder, found, options: clauses.Options, extra: dict,
+                     default_round: int | None = None) -> dict:
+  """Scores a stream of (where, record of detections), each image once; writes both files.
+
+  An image is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
+  `default_round`. An image that comes a second time is counted as such, and not again.
+
+  Raises:
+    ValueError: a name without a round, and no `default_round`.
   """
-
-  def __init__(self, tasks=TASKS):
-    self._expected = tasks
-    self._tasks = {}  # tag: Mean
-    self._prompts = {}  # digest of the metadata: any image right
-    self._images = tally.Mean()
-
-  def add(self, result: dict) -> None:
-    """Takes a line of results.jsonl."""
-    correct = bool(result["correct"])
-    self._images.add(correct)
-    self._tasks.setdefault(result["tag"], tally.Mean()).add(correct)
-    key = hashlib.blake2b(result["metadata"].encode(), digest_size=8).digest()
-    self._prompts[key] = self._prompts.get(key, False) or correct
-
-  def value(self) -> dict:
-    """The official figures; tasks in the order in which they first appeared."""
-    tasks = {tag: {"score": mean.value(), "correct": int(mean.sum), "count": mean.count}
-             for tag, mean in self._tasks.items()}
-    return {
-        "overall": tally.mean(task["score"] for task in tasks.values()),
-        "tasks": tasks,
-        "missing_tasks": [tag for tag in self._expected if tag not in tasks],
-        "pictures": self._images.count,
-        "prompts": len(self._prompts),
-        "correct_pictures": self._images.value(),
-        "correct_prompts": tally.mean(self._prompts.values()),
-    }
+  by_id = {item.id: item for item in folder.items}
+  rounds = {number: _Round() for number in folder.rounds}
+  with score.item_writer(folder) as write:
+    for where, record in found:
+      _add_image(rounds, by_id, record, where, options, default_round, write)
+  expected = sum(item.images for item in folder.items)
+  return score.finish(folder, {n: r.value() for n, r in rounds.items()},
+                      {n: expected - r.seen_count() for n, r in rounds.items()}, extra)
 
 
-def summarize(results) -> dict:
-  """The summary of an iterable of results, which is read once."""
-  summary = Summary()
-  for result in results:
-    summary.add(result)
-  return summary.value()
+class _Round:
+  """A round's summary, images without a verdict, and which images came: a bit each."""
+
+  def __init__(self):
+    self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()
+    self._seen = {}
+
+  def is_new(self, item_id, image):
+    bit, seen = 1 << image, self._seen.get(item_id, 0)
+    self._seen[item_id] = seen | bit
+    return not seen & bit
+
+  def seen_count(self):
+    return sum(bits.bit_count() for bits in self._seen.values())
+
+  def value(self):
+    return self.summary.value() | {"unscored": self.unscored.summary()}
 
 
-def summary_text(summary: dict) -> str:
-  """The summary as the official script prints it."""
-  lines = ["Summary", "=======", f"Total images: {summary['pictures']}",
-           f"Total prompts: {summary['prompts']}"]
-  if summary["pictures"]:
-    lines += [f"% correct images: {summary['correct_pictures']:.2%}",
-              f"% correct prompts: {summary['correct_prompts']:.2%}"]
-  lines += ["", "Task breakdown", "=============="]
-  for tag, task in summary["tasks"].items():
-    lines.append(f"{tag:<16} = {task['score']:.2%} ({task['correct']} / {task['count']})")
-  if summary["overall"] is not None:
-    lines += ["", f"Overall score (avg. over tasks): {summary['overall']:.5f}"]
-  return "\n".join(lines) + "\n"
+def _detected(folder, options):
+  """(where, record) of every image that is there, by the functions of the flags."""
+  detect = score.load_function(options.detector, "--detector")
+  classify = (score.load_function(options.classifier, "--classifier") if options.classifier
+              else None)
+  paths = ((item, GENEVAL.image_path(item, image, number))
+           for item, number, image in score.images_there(folder))
+  images = ((folder.out / path, str(path), item.extra) for item, path in paths)
+  found = clauses.records(
+      images, class_names(options.object_names or FILES / "object_names.txt"), detect, classify,
+      folder.out / DETECTIONS_CACHE, f"{options.detector} {options.classifier}")
+  return ((record["filename"], record) for record in found)
+
+
+def _add_image(rounds, by_id, record, where, options, default_round, write):
+  name = str(record.get("filename", "")) if record else ""
+  match = _FILE.search(name)
+  number = int(match[1]) if match and match[1] else default_round or min(rounds)
+  if match and not match[1] and default_round is None and len(rounds) > 1:
+    raise ValueError(f"{where}: {name} does not say of which round it is; score one round at a "
+                     "time with --round N")
+  if number not in rounds:
+    raise ValueError(f"{where}: {name} is of round {number}, which the run does not have")
+  target = rounds[number]
+  item = by_id.get(match[2]) if match else None
+  image = int(match[3]) if match else 0
+  if record is None or item is None or image >= item.images:
+    return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
+  if not target.is_new(item.id, image):
+    return target.unscored.add(name, "came twice")
+  write(item, number, image, 1, _verdict_line(target, item, record, name, options))
+
+
+def _verdict_line(target, item, record, name, options):
+  try:
+    if "metadata" in record and _plain(record["metadata"]) != item.extra:
+      raise clauses.Unscorable("detected for another prompt", str(record["metadata"])[:100])
+    if error := record.get("error"):
+      raise clauses.Unscorable(*str(error).partition(": ")[::2])
+    result = score_image(record | {"metadata": item.extra}, options, details=False)
+  except clauses.Unscorable as e:
+    target.unscored.add(name, e.reason, e.detail)
+    return {"scores": {}, "why": str(e), "words": None}
+  target.summary.add(result)
+  return {"scores": {"correct": int(result["correct"])}, "why": None,
+          "words": result["reason"] or "correct"}
+
+
+def _plain(metadata):
+  if not isinstance(metadata, str):
+    return metadata
+  try:
+    return json.loads(metadata)
+  except ValueError:
+    return None
 
 
 def _include_failure(clause, found, groups, options):
@@ -218,12 +296,12 @@ def _include_failure(clause, found, groups, options):
 def _color_failure(clause, found):
   name, count, color = clause["class"], clause["count"], clause["color"]
   colors = [box.color for box in found]
-  if unknown := [c for c in colors if c not in COLORS]:
-    raise Unscorable("no colour for a box" if unknown[0] is None else "unknown colour",
+  if unknown := [c for c in colors if c not in clauses.COLORS]:
+    raise clauses.Unscorable("no colour for a box" if unknown[0] is None else "unknown colour",
                      f"{name}: {unknown[0]}")
   if colors.count(color) >= count:
     return None
-  seen = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
+  seen = ", ".join(f"{colors.count(c)} {c}" for c in clauses.COLORS if c in colors)
   return f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {seen}"
 
 
@@ -232,36 +310,5 @@ def _metadata(record):
   if isinstance(metadata, str):
     metadata = json.loads(metadata)
   if not isinstance(metadata, dict) or not {"tag", "prompt"} <= set(metadata):
-    raise Unscorable("no metadata", "the record needs the prompt's tag, include and prompt")
+    raise clauses.Unscorable("no metadata", "the record needs the prompt's tag, include and prompt")
   return metadata
-
-
-def _rows(name, entries):
-  """The boxes of a class as float32 [N, 5]."""
-  try:
-    rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
-  except (KeyError, TypeError, ValueError) as e:
-    raise Unscorable("malformed box", f"{name}: {e!r}") from e
-  if not entries:
-    return rows.reshape(0, 5)
-  if rows.shape != (len(entries), 5) or not np.isfinite(rows).all():
-    raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
-  return rows
-
-
-def _without_overlaps(boxes, options):
-  """Greedily drops boxes that overlap a surer one by `max_overlap` or more."""
-  left, kept = list(boxes), []
-  while left:
-    best = left.pop(0)
-    kept.append(best)
-    left = [b for b in left if _overlap(best.values, b.values) < options.max_overlap]
-  return kept
-
-
-def _overlap(a, b):
-  """Intersection over union; areas count the edge pixels, as upstream."""
-  area = lambda low, high: float(np.prod(np.maximum(high - low + 1, 0)))
-  shared = area(np.maximum(a[:2], b[:2]), np.minimum(a[2:4], b[2:4]))
-  union = area(a[:2], a[2:4]) + area(b[:2], b[2:4]) - shared
-  return shared / union if union else 0.0

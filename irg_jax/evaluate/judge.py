@@ -1,71 +1,94 @@
-"""Asks a judge, any endpoint in OpenAI's form, about images; an answer is paid for once.
+"""The judge's client: any endpoint in OpenAI's form; every answer is paid for once.
 
-  requests -> Judge.ask -> answers, one for each request, in the order of the requests
+  questions -> Judge.ask -> answers, one for each question, in order
 
-An answer that arrives is in the cache file before it is handed on. The cache knows it by what was
-asked, not by who asked: model, temperature, the text of the question, the pictures' bytes. So the
-same command, started again after a kill or with another endpoint for the same model, asks only
-what is still open.
+An answer is in the cache before it is handed on. The cache knows it by what decides it: model,
+temperature, the question's text, the images' bytes. So the same command, started again after a
+kill or with another endpoint for the same model, asks only what is still open. One thread runs
+all calls as coroutines. The key comes from the environment and goes into the client alone: all
+text from the endpoint passes `hide_key`, since an error may quote the request.
 """
 
+import asyncio
 import collections
-import concurrent.futures
 import contextlib
+import datetime
+import email.utils
 import functools
 import hashlib
 import json
-import queue
-import random
+import math
+import os
 import threading
 import time
+import weakref
 
-from irg_jax.evaluate import judge_calls
-from irg_jax.evaluate import judge_images
-from irg_jax.evaluate.judge_types import Account, Answer, Request, Settings
-from irg_jax.evaluate.record_log import RecordLog
+import tenacity
 
-__all__ = ["Account", "Answer", "CACHE", "Judge", "Request", "Settings"]
+from irg_jax.evaluate.base import GIVE_UP_AFTER
+from irg_jax.evaluate.questions import Account, Answer, JudgeSettings, yes_probability
+from irg_jax.evaluate.records import Cache, Unusable, encode
 
-CACHE = "judge_cache.jsonl"  # the usual name
+try:
+  import openai
+except ImportError:  # the extra `eval`
+  openai = None
 
-# Item after item without any answer means that the endpoint is at fault, not the items;
-# but these reasons say nothing about the endpoint.
-_GIVE_UP_AFTER = 20
-_OF_THE_ITEM = ("picture", "unparsable", "filtered")
-_PATIENCE = 5.0  # seconds, for answers that are paid for already
-_AHEAD = 8  # requests taken, for each that is under way: so a slow one does not hold up the rest
+CACHE = "judge_cache.sqlite"  # the usual name
+KEY = "OPENAI_API_KEY"
+
+_OF_THE_ITEM = ("picture", "unparsable", "filtered")  # failures that do not blame the endpoint
+_PATIENCE = 5.0  # seconds, for answers that are already paid for
+_AHEAD = 8  # questions taken for each that is under way, so that a slow one holds up few
+_TOP = 20  # alternatives whose probability an endpoint tells, at most
+_AGAIN = (408, 409, 425, 429)  # and every 5xx
+_FILTERED = ("content_filter", "content_policy_violation")  # codes that mean this item only
+
+
+class Fault(Exception):
+  """A call without an answer. `again`: another try may help, after `wait` seconds if not None."""
+
+  def __init__(self, reason: str, detail: str = "", again: bool = True, wait=None):
+    detail = hide_key(" ".join(detail.split()))[:300]
+    super().__init__(f"{reason}: {detail}" if detail else reason)
+    self.reason, self.again, self.wait = reason, again, wait
+
+
+class Stop(ValueError):
+  """No further call makes sense."""
 
 
 class Judge:
-  """Answers requests from the cache or the endpoint. A context manager.
+  """Answers questions from the cache or the endpoint. A context manager.
 
   Attributes:
-    account: what happened so far.
-    lost: lines of the cache that a kill had cut short.
+    account: counts of what happened so far.
+    lost: lines of an old cache that could not be imported.
   """
 
-  def __init__(self, settings: Settings, cache_path):
+  def __init__(self, settings: JudgeSettings, cache_path):
     """Opens the cache and the client; sends nothing.
 
     Raises:
       ValueError: the key cannot be one, the `openai` package is missing, or the cache is in use.
     """
-    self.settings = settings
-    self.account = Account()
-    self._endpoint = judge_calls.Endpoint(settings)
-    self._log = RecordLog(cache_path, "digest")
-    self.lost = self._log.lost
-    self._encode = functools.lru_cache(settings.concurrency + 4)(judge_images.encode)
-    self._jobs = queue.SimpleQueue()
-    self._state = threading.Condition()  # guards what follows, and the account
-    self._under_way = set()  # digests
+    self.settings, self.account = settings, Account()
+    self._client = _client(settings)
+    self._cache = Cache(cache_path, "digest")
+    self.lost = self._cache.lost
+    self._encode = functools.lru_cache(settings.concurrency + 4)(encode)
+    self._turns = asyncio.Semaphore(settings.concurrency)
+    self._locks = weakref.WeakValueDictionary()  # by digest, of what is under way
+    self._over, self._stop = asyncio.Event(), Stop("the judge was closed")
     self._resume_at = 0.0
-    self._over = threading.Event()
-    self._stop = judge_calls.Stop("the judge was closed")
-    self._threads = [threading.Thread(target=self._work, daemon=True)
-                     for _ in range(settings.concurrency)]
-    for thread in self._threads:
-      thread.start()
+    self._retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, Fault) and e.again),
+        stop=tenacity.stop_after_attempt(settings.tries),
+        wait=tenacity.wait_random_exponential(multiplier=settings.first_wait, max=60),
+        sleep=self._sleep, reraise=True)
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+    self._thread.start()
 
   def __enter__(self):
     return self
@@ -75,169 +98,244 @@ class Judge:
 
   def close(self) -> None:
     """Stops asking. Answers under way are kept if they come within a few seconds."""
-    self._over.set()
-    for _ in self._threads:
-      self._jobs.put(None)
-    patience = time.monotonic() + _PATIENCE
-    for thread in self._threads:
-      thread.join(max(0.0, patience - time.monotonic()))
-    self._endpoint.close()
-    self._log.close()
+    asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+    self._loop.close()
+    self._cache.close()
 
-  def ask(self, requests):
-    """Yields one Answer a request, in order. Takes requests as it goes, some ahead.
+  def ask(self, questions):
+    """Yields one Answer a question, in order. Takes questions as it goes, some ahead.
 
     Raises:
-      ValueError: two requests have one key.
-      judge_calls.Stop: asking on makes no sense: a wrong key, no such model, quota used up,
-        or nothing but failures. What was answered is in the cache.
+      ValueError: two questions have one key.
+      Stop: asking on makes no sense: a wrong key, no such model, quota used up, or nothing but
+        failures. What was answered is in the cache.
     """
-    seen, waiting, failures = set(), collections.deque(), 0
-    ahead = _AHEAD * self.settings.concurrency
+    waiting, ahead, self._failures = collections.deque(), _AHEAD * self.settings.concurrency, 0
     try:
-      for future in self._submitted(requests, seen):
+      for future in self._submitted(questions):
         waiting.append(future)
         while waiting and (len(waiting) >= ahead or waiting[0].done()):
-          answer = self._take(waiting)
-          failures = _failures_in_a_row(failures, answer)
-          yield answer
+          yield self._next(waiting)
       while waiting:
-        answer = self._take(waiting)
-        failures = _failures_in_a_row(failures, answer)
-        yield answer
+        yield self._next(waiting)
     finally:
       for future in waiting:
         future.cancel()
 
-  def _submitted(self, requests, seen):
-    for request in requests:
-      mark = hashlib.blake2b(request.key.encode(), digest_size=16).digest()
+  def _submitted(self, questions):
+    seen = set()
+    for question in questions:
+      mark = hashlib.blake2b(question.key.encode(), digest_size=16).digest()
       if mark in seen:
-        raise ValueError(f"two requests to the judge have the key {request.key!r}")
+        raise ValueError(f"two questions to the judge have the key {question.key!r}")
       seen.add(mark)
-      future = concurrent.futures.Future()
-      self._jobs.put((future, request))
-      yield future
+      yield asyncio.run_coroutine_threadsafe(self._in_turn(question), self._loop)
 
-  def _take(self, waiting):
+  def _next(self, waiting):
     answer = waiting.popleft().result()
     self.account.add(answer)
+    if answer.error is None:
+      self._failures = 0
+    elif not answer.error.startswith(_OF_THE_ITEM):
+      self._failures += 1
+    if self._failures >= GIVE_UP_AFTER:
+      raise Stop(f"{self._failures} questions in a row failed, the last one with '{answer.error}'; "
+                 "see to the judge, then start the same command again: the answers so far are kept")
     return answer
 
-  def _work(self):
-    while (job := self._jobs.get()) is not None:
-      future, request = job
-      if future.set_running_or_notify_cancel():
-        try:
-          if self._over.is_set():
-            raise self._stop
-          future.set_result(self._answer(request))
-        except BaseException as e:  # whoever reads the future is told, whatever it is
-          future.set_exception(e)
-      del job, future, request  # else an idle thread keeps them
-
-  def _answer(self, request):
-    try:
-      images = [self._encode(p) for p in request.images]
-    except judge_images.Unusable as e:
-      return Answer(request.key, error=f"picture: {e}")
-    digest = _digest(self.settings, request, images)
-    with self._claim(digest):
-      record = self._log.get(digest) or {"asks": 0}
-      answer = _read(request, record, cached=True) if record["asks"] else None
-      while (answer is None or answer.error) and record["asks"] < self.settings.asks:
-        try:
-          reply = self._call(request, images)
-        except judge_calls.Fault as e:
-          return Answer(request.key, text=record.get("text"), error=str(e))
-        record = {"digest": digest, "key": request.key, "text": reply.text,
-                  "probability": reply.probability, "model": reply.model or self.settings.model,
-                  "temperature": self.settings.temperature, "asks": record["asks"] + 1}
-        self._log.append(record)
-        answer = _read(request, record, cached=False)
-      return answer
-
-  @contextlib.contextmanager
-  def _claim(self, digest):
-    """Waits while another thread is at the same question: it will be in the cache then."""
-    with self._state:
-      self._state.wait_for(lambda: digest not in self._under_way)
-      self._under_way.add(digest)
-    try:
-      yield
-    finally:
-      with self._state:
-        self._under_way.remove(digest)
-        self._state.notify_all()
-
-  def _call(self, request, images):
-    """One reply, after as many tries as it takes; raises the last Fault, or Stop."""
-    for attempt in range(1, self.settings.tries + 1):
-      self._wait_for_turn()
+  async def _in_turn(self, question):
+    async with self._turns:
+      self._check_open()
+      task = asyncio.create_task(self._answer(question))
       try:
-        with self._state:
-          self.account.calls += 1
-        return self._endpoint.call(request, images)
-      except judge_calls.Stop as e:
-        self._stop_all(e)
-      except judge_calls.Fault as e:
-        with self._state:
-          self.account.faults[e.reason] += 1
-        if not e.again or attempt == self.settings.tries:
-          raise
-        self._back_off(e, attempt)
+        return await asyncio.shield(task)  # an answer that is under way is paid for
+      except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)  # and keeps its turn
+        raise
 
-  def _back_off(self, fault, attempt):
-    if fault.wait is not None:
-      if fault.wait > self.settings.longest_wait:
-        self._stop_all(judge_calls.Stop(
-            f"the judge asks to wait {fault.wait:.0f} s ({fault.reason}); start the same command "
-            "again then: the answers so far are kept"))
-      with self._state:  # the whole endpoint is busy, so every thread waits
-        self._resume_at = max(self._resume_at, time.monotonic() + fault.wait)
-    wait = min(60.0, self.settings.first_wait * 2 ** (attempt - 1))
-    self._over.wait(wait * random.uniform(0.5, 1.0))  # not all threads at the same time
+  async def _answer(self, question):
+    try:
+      images = await asyncio.to_thread(lambda: [self._encode(i) for i in question.images])
+    except Unusable as e:
+      return Answer(question.key, error=f"picture: {e}")
+    digest = _digest(self.settings, question, images)
+    async with self._locks.setdefault(digest, asyncio.Lock()):  # who waits finds it in the cache
+      return await self._cached_or_asked(question, digest, images)
 
-  def _wait_for_turn(self):
-    while not self._over.is_set():
-      left = self._resume_at - time.monotonic()
-      if left <= 0:
-        return
-      self._over.wait(left)
-    raise self._stop
+  async def _cached_or_asked(self, question, digest, images):
+    record = self._cache.get(digest) or {"asks": 0}
+    answer = _read(question, record, cached=True) if record["asks"] else None
+    while (answer is None or answer.error) and record["asks"] < self.settings.asks:
+      try:
+        reply = await self._retrying.copy()(self._call, question, images)
+      except Fault as e:
+        return Answer(question.key, text=record.get("text"), error=str(e))
+      record = {"digest": digest, "key": question.key, **reply,
+                "temperature": self.settings.temperature, "asks": record["asks"] + 1}
+      self._cache.add(record)
+      answer = _read(question, record, cached=False)
+    return answer
+
+  async def _call(self, question, images):
+    """One HTTP request; raises Fault, or Stop after which nothing is asked any more."""
+    while (left := self._resume_at - time.monotonic()) > 0:
+      await self._sleep(left)
+    self._check_open()
+    self.account.calls += 1
+    try:
+      return _parse(await self._send(question, images), question, self.settings.model)
+    except Stop as e:
+      self._stop_all(e)
+    except Fault as e:
+      self.account.faults[e.reason] += 1
+      if e.wait is not None and e.wait > self.settings.longest_wait:
+        self._stop_all(Stop(f"the judge asks to wait {e.wait:.0f} s ({e.reason}); start the same "
+                            "command again then: the answers so far are kept"))
+      if e.wait is not None:  # the whole endpoint is busy, so every question waits
+        self._resume_at = max(self._resume_at, time.monotonic() + e.wait)
+      raise
+
+  async def _send(self, question, images):
+    """The endpoint's answer as bytes, within the deadline."""
+    try:
+      async with asyncio.timeout(self.settings.timeout):
+        response = await self._client.chat.completions.with_raw_response.create(
+            **_arguments(self.settings, question, images))
+      return response.content
+    except (TimeoutError, openai.APITimeoutError):
+      raise Fault("timeout", f"no answer within {self.settings.timeout:g} s") from None
+    except openai.APIStatusError as e:
+      raise _status_fault(e) from None
+    except openai.APIConnectionError as e:
+      raise Fault("connection", str(e.__cause__ or e)) from None
+    except openai.OpenAIError as e:
+      raise Fault("client", f"{type(e).__name__}: {e}") from None
+
+  async def _sleep(self, seconds):
+    with contextlib.suppress(TimeoutError):
+      await asyncio.wait_for(self._over.wait(), seconds)
+
+  def _check_open(self):
+    if self._over.is_set():
+      raise self._stop
 
   def _stop_all(self, stop):
     self._stop = stop
     self._over.set()
     raise stop from None
 
+  async def _close(self):
+    self._over.set()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if tasks:
+      _, late = await asyncio.wait(tasks, timeout=_PATIENCE)
+      for task in late:
+        task.cancel()
+      await asyncio.gather(*late, return_exceptions=True)
+    await self._client.close()
 
-def _digest(settings, request, images):
-  """What decides an answer, and nothing else: not the key, nor the endpoint's address."""
-  asked = [settings.model, float(settings.temperature), request.system, request.prompt,
-           request.max_tokens, request.probability, [p.digest for p in images]]
+
+def hide_key(text: str) -> str:
+  """`text` without the key. A key of a few letters, as local endpoints have, is no secret."""
+  key = os.environ.get(KEY, "").strip()
+  return text.replace(key, f"[{KEY}]") if len(key) >= 8 else text
+
+
+def retry_after(headers) -> float | None:
+  """Seconds that the headers ask to wait, as a number or a date; None where they do not."""
+  value = headers.get("retry-after")
+  try:
+    seconds = float(value)
+  except (TypeError, ValueError):
+    try:
+      then = email.utils.parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+      return None
+    then = then if then.tzinfo else then.replace(tzinfo=datetime.timezone.utc)
+    seconds = (then - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+  return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _client(settings):
+  if openai is None:
+    raise ValueError("asking a judge needs the openai package: pip install 'irg_jax[eval]'")
+  key = os.environ.get(KEY) or "none"  # local endpoints want none
+  if not (key.isascii() and key.isprintable() and " " not in key):
+    raise ValueError(f"{KEY} has a blank, a line break or a letter in it that no key has")
+  # Deadlines and tries are this module's: an answer without words is tried again, too.
+  return openai.AsyncOpenAI(
+      api_key=key, base_url=settings.url, max_retries=0,
+      timeout=openai.Timeout(None, connect=min(10.0, settings.timeout)))
+
+
+def _arguments(settings, question, images):
+  parts = [{"type": "image_url", "image_url": {"url": image.url}} for image in images]
+  parts.append({"type": "text", "text": question.prompt})
+  messages = [{"role": "user", "content": parts}]
+  if question.system:
+    messages.insert(0, {"role": "system", "content": question.system})
+  arguments = {"model": settings.model, "messages": messages,
+               "temperature": settings.temperature, "max_tokens": question.max_tokens}
+  if question.probability:
+    arguments |= {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
+  return arguments
+
+
+def _status_fault(error):
+  """The Fault of an HTTP status of 400 or more; raises Stop for a hopeless one."""
+  status, said = error.status_code, hide_key(" ".join(str(error).split()))[:300]
+  if status in (401, 403):
+    raise Stop(f"the judge refuses the key ({status}): set {KEY} in the environment to one that "
+               f"may use this model. It said: {said}") from None
+  if status == 404:
+    raise Stop("the judge knows no such model or address (404): check --judge-model and "
+               f"--judge-url. It said: {said}") from None
+  if error.code == "insufficient_quota":
+    raise Stop("the judge's quota is used up; start the same command again when there is more: "
+               f"the answers so far are kept. It said: {said}") from None
+  if error.code in _FILTERED:
+    return Fault("filtered", said, again=False)
+  reason = {429: "busy (429)"}.get(status, "server (5xx)" if status >= 500 else f"status {status}")
+  return Fault(reason, said, again=status >= 500 or status in _AGAIN,
+               wait=retry_after(error.response.headers))
+
+
+def _parse(body, question, asked_model):
+  """{"text", "probability", "model"} of an answer; raises Fault where there are no words in it."""
+  try:
+    answer = json.loads(body)
+    choice = answer["choices"][0]
+    text = choice["message"].get("content")
+    if text is not None and not isinstance(text, str):
+      raise TypeError("the content is no text")
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    start = body[:80].decode(errors="replace")
+    raise Fault("malformed", f"{type(e).__name__} in an answer that begins {start!r}") from None
+  yes = yes_probability(choice) if question.probability else None
+  if yes is None and not (text and text.strip()):
+    raise Fault("empty", f"finish reason {choice.get('finish_reason')}")
+  text = hide_key(text or "").encode(errors="replace").decode()  # half a surrogate pair: no UTF-8
+  model = answer.get("model")
+  return {"text": text, "probability": yes,
+          "model": hide_key(model) if model and isinstance(model, str) else asked_model}
+
+
+def _digest(settings, question, images):
+  """Identifies an answer by all that decides it: neither the key nor the endpoint's address."""
+  asked = [settings.model, float(settings.temperature), question.system, question.prompt,
+           question.max_tokens, question.probability, [image.digest for image in images]]
   return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _read(request, record, cached):
-  """The Answer that a record of the cache is, for this request."""
+def _read(question, record, cached):
+  """The Answer that a record of the cache is to this question."""
   fault = None
-  if request.probability:
+  if question.probability:
     if record["probability"] is None:
       fault = "the endpoint does not tell the probability of Yes"
-  elif request.fault is not None:
-    fault = request.fault(record["text"])
-  return Answer(request.key, record["text"], f"unparsable: {fault}" if fault else None,
+  elif question.fault is not None:
+    fault = question.fault(record["text"])
+  return Answer(question.key, record["text"], f"unparsable: {fault}" if fault else None,
                 None if fault else record["probability"], record["model"], cached)
-
-
-def _failures_in_a_row(count, answer):
-  if answer.error is None:
-    return 0
-  if answer.error.startswith(_OF_THE_ITEM):
-    return count
-  if count + 1 >= _GIVE_UP_AFTER:
-    raise judge_calls.Stop(f"{count + 1} requests in a row failed, the last one with "
-                           f"'{answer.error}'; see to the judge, then start the same command "
-                           "again: the answers so far are kept")
-  return count + 1

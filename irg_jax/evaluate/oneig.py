@@ -1,41 +1,53 @@
 """OneIG-Bench, English: five parts, each from what a model says of the cells of 2 x 2 grids.
 
-alignment: a VLM's yes/no to questions that depend on each other; text: a VLM's transcription
-against the words asked for; reasoning: similarity of image and answer; style: similarity to
-images of the style; diversity: distance between the cells. The overall is their plain mean.
-Each part has its own pure functions and `Summary`.
+alignment: a judge's yes/no to questions that depend on each other; text: its transcription against
+the words asked for; reasoning: similarity of image and answer; style: similarity to images of the
+style; diversity: distance between the cells. The overall is their plain mean. The judge answers
+the first two; other models measure the rest (--measurements), a JSON line a prompt and part:
+
+  {"round": 1, "part": "reasoning", "id": "reasoning/000", "values": [0.21, ...]}   a cell each
+  {"round": 1, "part": "style", "id": "anime/004", "values": [[0.5, 0.6], ...]}     CSD, encoder
+  {"round": 1, "part": "diversity", "id": "text/000", "values": [0.31, ...]}        a pair each
+
+The official models are LLM2CLIP-Openai-L-14-336 (reasoning), CSD and OneIG-StyleEncoder (style: the
+largest similarity to the references of the style) and DreamSim (diversity). Black cells have no
+value; a grid with fewer than two images has an empty list of pairs.
+
+  --prompts    OneIG-Bench.csv, or its folder
+  --questions  the folder `scripts` of its repository, or one with Q_D and text_content.csv
+  item ids     "anime/000": folder, id
+  images       roundN/images/anime/irg_jax/000.webp, four images in a 2 x 2 grid
 """
 
 import collections
 import json
 import re
 
-import numpy as np
+from rapidfuzz.distance import Levenshtein
 
-from irg_jax.evaluate import tally
-from irg_jax.evaluate import tiif
+from irg_jax.evaluate import base
+from irg_jax.evaluate import questions
+from irg_jax.evaluate import records
+from irg_jax.evaluate import score
+
+TEXT_QUESTION = "text"  # its name in the key of an answer; others are alignment1, alignment2, ...
+ALIGNMENT_TEMPLATE = questions.Template(
+    "{question}\nReply with one word, Yes or No, and no full stop.")
+TEXT_TEMPLATE = questions.Template("""\
+Write down all the text that can be read in this picture, spelled as it is there, and nothing of \
+your own. If there is none, write: No text recognized.""")
 
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
 FOLDERS = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object",
            "Text_Rendering": "text", "Knowledge_Reasoning": "reasoning"}
 ALIGNED = ("anime", "human", "object")
+COUNTS = {"anime": 245, "human": 244, "object": 206, "text": 200, "reasoning": 225}
 MAX_EDIT_DISTANCE = 100  # of the English half
 
-_DROPPED = ("addCriterion", "No text recognized.")
+_DROPPED = ("addCriterion", "No text recognized.")  # which the transcribing model adds
 _LETTERS = "\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
 _NOT_KEPT = re.compile(rf"[^{_LETTERS}\s]")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
-
-
-def split_grid(image: np.ndarray, columns: int = 2, rows: int = 2) -> list[np.ndarray]:
-  """The cells of a grid [H, W, 3], row by row; black cells, failed images, are left out.
-
-  Sizes are floored, so pixels that are over at the right and the bottom belong to no cell.
-  """
-  height, width = image.shape[0] // rows, image.shape[1] // columns
-  cells = [image[r * height : (r + 1) * height, c * width : (c + 1) * width]
-           for r in range(rows) for c in range(columns)]
-  return [cell for cell in cells if cell.any()]
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -44,29 +56,6 @@ def parse_grid(text: str) -> tuple[int, int]:
     raise ValueError(f"grid {text!r}: write columns,rows such as 2,2")
   numbers = [int(n) for n in text.split(",")]
   return numbers[0], numbers[-1]
-
-
-def read_questions(path) -> dict[str, tuple[dict, dict]]:
-  """{prompt id: ({question number: text}, {question number: [parents]})} of a Q_D file.
-
-  Raises:
-    ValueError: an entry is malformed; names the file and the prompt id.
-  """
-  with open(path, encoding="utf-8") as file:
-    table = json.load(file)
-  result = {}
-  for key, entry in table.items():
-    try:
-      questions, dependency = (
-          {int(n): v for n, v in (json.loads(e) if isinstance(e, str) else e).items()}
-          for e in (entry["question"], entry["dependency"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-      raise ValueError(f"{path}: prompt {key}: question and dependency must be objects by number "
-                       f"({e})") from e
-    if set(questions) != set(dependency):
-      raise ValueError(f"{path}: prompt {key}: questions and dependencies differ in number")
-    result[key] = questions, dependency
-  return result
 
 
 def says_yes(text: str) -> bool:
@@ -92,13 +81,6 @@ def normalize_text(text: str) -> str:
   return re.sub(r"\s+", " ", text).strip()
 
 
-def clean_transcription(text: str) -> str:
-  """Without the two phrases that the transcribing model adds."""
-  for phrase in _DROPPED:
-    text = text.replace(phrase, "")
-  return text
-
-
 def transcription_limit(expected: str) -> int:
   """Tokens that a transcription may have, by the words that the ground truth has."""
   return 256 if len(expected.split()) > 60 else 128
@@ -107,10 +89,12 @@ def transcription_limit(expected: str) -> int:
 def text_cell(expected: str, transcription: str) -> dict:
   """{"distance", "exact", "matched" words, "words" expected} of one cell, of raw texts."""
   want = normalize_text(expected)
-  got = normalize_text(clean_transcription(transcription))
+  for phrase in _DROPPED:
+    transcription = transcription.replace(phrase, "")
+  got = normalize_text(transcription)
   units = list if _CHINESE.search(want) else str.split
   common = collections.Counter(units(want)) & collections.Counter(units(got))
-  distance = tiif.edit_distance(got, want)
+  distance = Levenshtein.distance(got, want)
   return {"distance": distance, "exact": distance == 0, "matched": common.total(),
           "words": len(units(want))}
 
@@ -120,90 +104,279 @@ def style_cell(csd: float, encoder: float) -> float:
   return (max(csd, 0) + max(encoder, 0)) / 2
 
 
-def largest_similarity(embedding, references) -> float:
-  """Largest dot product of an embedding [D] with references [N, D], all of length one.
-
-  float32, as the official models answer, added from left to right: no library decides the last
-  digit.
-  """
-  products = np.asarray(references, np.float32) * np.asarray(embedding, np.float32)
-  return float(np.cumsum(products, axis=1, dtype=np.float32)[:, -1].max())
-
-
-def style_name(name: str) -> str:
-  """A class of the prompt file as the reference embeddings name it."""
-  return name.lower().replace(" ", "_")
-
-
-class PromptMeans:
-  """Mean over prompts of the mean over a prompt's cells: alignment, reasoning, style, diversity."""
-
-  def __init__(self):
-    self.unscored = tally.Unscored()
-    self._folders = collections.defaultdict(tally.Mean)
-
-  def add(self, folder: str, number: str, values) -> float | None:
-    """Takes a prompt's values (a cell, or a pair of cells, each) and returns their mean.
-
-    None among the values, or no value at all, makes a prompt without a score.
-    """
-    values = list(values)
-    if not values or any(v is None for v in values):
-      reason = "a cell has no score" if values else "no cell to score"
-      self.unscored.add(f"{folder}_{number}", reason)
-      return None
-    score = sum(values) / len(values)
-    self._folders[folder].add(score)
-    return score
-
-  def value(self) -> dict:
-    total, count = sum(m.sum for m in self._folders.values()), self.count
-    return {"score": total / count if count else None, "prompts": count,
-            "folders": {name: m.value() for name, m in self._folders.items()},
-            "unscored": self.unscored.summary()}
-
-  @property
-  def count(self):
-    return sum(m.count for m in self._folders.values())
-
-
 class TextSummary:
   """The text part: three rates over all cells, then one score."""
 
-  def __init__(self, max_edit_distance: int = MAX_EDIT_DISTANCE):
-    self.unscored = tally.Unscored()
-    self._limit = max_edit_distance
-    self._distance, self._exact = tally.Mean(), tally.Mean()
-    self._matched = self._words = self._prompts = 0
+  def __init__(self):
+    self.unscored, self._prompts, self._sums = base.Unscored(), 0, collections.Counter()
 
   def add(self, number: str, cells: list[dict | None]) -> list[float] | None:
-    """Takes a prompt's `text_cell`s; returns its mean distance, exactness and word accuracy."""
+    """Adds a prompt's `text_cell`s; returns its mean distance, exactness and word accuracy."""
     if not cells or any(cell is None for cell in cells):
       self.unscored.add(f"text_{number}", "a cell has no transcription" if cells
                         else "no cell to score")
       return None
-    for cell in cells:
-      self._distance.add(cell["distance"])
-      self._exact.add(cell["exact"])
-      self._matched += cell["matched"]
-      self._words += cell["words"]
     self._prompts += 1
+    for cell in cells:
+      self._sums.update(cell, cells=1)
     accuracy = [c["matched"] / c["words"] if c["words"] else 0.0 for c in cells]
     rows = ([c["distance"] for c in cells], [c["exact"] for c in cells], accuracy)
     return [sum(row) / len(cells) for row in rows]
 
   def value(self) -> dict:
-    distance, exact = self._distance.value(), self._exact.value()
-    accuracy = self._matched / self._words if self._words else None
-    score = None
+    sums, score = self._sums, None
+    rate = lambda name, of: sums[name] / sums[of] if sums[of] else None
+    distance, exact, accuracy = (rate("distance", "cells"), rate("exact", "cells"),
+                                 rate("matched", "words"))
     if distance is not None and accuracy is not None:
-      lost = min(self._limit, distance) * (1 - exact) * (1 - accuracy)
-      score = 1 - lost / self._limit
+      lost = min(MAX_EDIT_DISTANCE, distance) * (1 - exact) * (1 - accuracy)
+      score = 1 - lost / MAX_EDIT_DISTANCE
     return {"score": score, "ED": distance, "CR": exact, "WAC": accuracy,
             "prompts": self._prompts, "unscored": self.unscored.summary()}
+
+
+# Conversions of the parts that other models measure.
+MEASURED = {"reasoning": lambda value: value, "style": lambda pair: style_cell(*pair),
+            "diversity": lambda value: value}
 
 
 def overall(parts: dict[str, float | None]) -> float | None:
   """Plain mean of the five parts; None while one of them has no score."""
   values = [parts.get(name) for name in PARTS]
   return None if any(v is None for v in values) else sum(values) / len(values)
+
+
+class Scorer:
+  """Adds up a round's answers in five parts; a prompt's folder says in which. See `score`.
+
+  `references` are those of `OneIG.questions`; None where no judge is asked.
+  """
+
+  def __init__(self, references: dict | None):
+    self._references = references
+    self._parts = {name: TextSummary() if name == "text" else base.GroupMeans() for name in PARTS}
+    self.irregular = base.Unscored()  # scored, as 0, but neither Yes nor No
+
+  def add(self, item, answers) -> dict:
+    folder, number = item.id.split("/")
+    cells = sorted({cell for cell, _ in answers if isinstance(cell, int)})
+    scores, words = {}, {}
+    judged = {"text": self._text} | dict.fromkeys(ALIGNED, self._alignment)
+    if folder in judged:
+      scores = judged[folder](folder, number, cells, answers, words)
+    styled = folder == "anime" and item.extra.get("class", "").strip()
+    for name, takes_part in (("reasoning", folder == "reasoning"), ("style", styled),
+                             ("diversity", True)):
+      values = answers.get((name, "values"))
+      # Fewer than two images have no pair; upstream passes over them.
+      if takes_part and not (name == "diversity" and values == []):
+        scores |= ({name: self._parts[name].add(folder, number, values)} if values is not None
+                   else self._none(name, f"{folder}_{number}", "no measurement"))
+    missing = [name for name, value in scores.items() if value is None]
+    why = f"no score: {', '.join(missing)}" if missing else None
+    found = {name: value for name, value in scores.items() if value is not None}
+    return {"scores": found, "why": why, "words": words or None}
+
+  def value(self) -> dict:
+    parts = {name: self._parts[name].value() for name in PARTS}
+    unscored = {"total": sum(p["unscored"]["total"] for p in parts.values()),
+                "by_reason": {f"{name}: {reason}": count for name, part in parts.items()
+                              for reason, count in part["unscored"]["by_reason"].items()},
+                "examples": [e for p in parts.values() for e in p["unscored"]["examples"]][:20]}
+    return {"overall": overall({name: part["score"] for name, part in parts.items()}),
+            "parts": parts, "irregular": self.irregular.summary(), "unscored": unscored}
+
+  def _none(self, part, where, reason):
+    self._parts[part].unscored.add(where, reason)
+    return {part: None}
+
+  def _alignment(self, folder, number, cells, answers, words):
+    if self._references is None:
+      return self._none("alignment", f"{folder}/{number}", "not asked")
+    table, values = self._references["questions"][folder], []
+    if number not in table:
+      return self._none("alignment", f"{folder}_{number}", "no questions in Q_D")
+    asked, dependency = table[number]
+    for cell in cells:
+      found = {n: answers.get((cell, f"alignment{n}")) for n in asked}
+      words[str(cell)] = {asked[n]: getattr(a, "text", None) for n, a in found.items()}
+      values.append(None if any(map(questions.failure, found.values())) else self._cell(
+          f"{folder}/{number} cell {cell}", found, dependency))
+    return {"alignment": self._parts["alignment"].add(folder, number, values)}
+
+  def _cell(self, where, found, dependency):
+    for n, answer in found.items():
+      if answer.text not in ("Yes", "No"):
+        self.irregular.add(f"{where} question {n}", "neither Yes nor No", answer.text)
+    return alignment_cell({n: says_yes(a.text) for n, a in found.items()}, dependency)
+
+  def _text(self, folder, number, cells, answers, words):
+    if self._references is None:
+      return self._none("text", f"{folder}/{number}", "not asked")
+    if number not in (texts := self._references["texts"]):
+      return self._none("text", f"{folder}_{number}", "no text in text_content.csv")
+    found = [answers.get((cell, TEXT_QUESTION)) for cell in cells]
+    words |= {str(c): getattr(a, "text", None) for c, a in zip(cells, found)}
+    values = [None if questions.failure(a) else text_cell(texts[number], a.text) for a in found]
+    rates = self._parts["text"].add(number, values)
+    return dict(zip(("ED", "CR", "WAC"), rates)) if rates else {"text": None}
+
+
+def read_questions(path) -> dict[str, tuple[dict, dict]]:
+  """{prompt id: ({question number: text}, {question number: [parents]})} of a Q_D file.
+
+  Raises:
+    ValueError: an entry is malformed; names the file and the prompt id.
+  """
+  with open(path, encoding="utf-8") as file:
+    table = json.load(file)
+  by_number = lambda entry: {int(n): value for n, value in (
+      json.loads(entry) if isinstance(entry, str) else entry).items()}
+  result = {}
+  for key, entry in table.items():
+    try:
+      asked, dependency = by_number(entry["question"]), by_number(entry["dependency"])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+      raise ValueError(f"{path}: prompt {key}: question and dependency must be objects by number "
+                       f"({e})") from e
+    if set(asked) != set(dependency):
+      raise ValueError(f"{path}: prompt {key}: questions and dependencies differ in number")
+    result[key] = asked, dependency
+  return result
+
+
+def read_texts(path) -> dict[str, str]:
+  """{prompt id: the raw text to draw} of text_content.csv; ValueError names file and line."""
+  entries = records.csv_rows(path, ("id", "text_content"))
+  numbers = [entry.record["id"].zfill(3) for entry in entries]
+  for entry, number in zip(entries, numbers):
+    if not re.fullmatch(r"\d{3}", number):
+      raise ValueError(f"{entry.where}: needs an id of three digits and a text")
+  records.check_unique(entries, [f"id {number}" for number in numbers])
+  return {number: entry.record["text_content"] for number, entry in zip(numbers, entries)}
+
+
+class OneIG(base.Benchmark):
+  """The protocol of OneIG-Bench."""
+
+  name, title = "oneig", "OneIG-Bench, English"
+  columns, grid = ("OneIG-EN",), True
+  published = {"BAGEL, published": {"OneIG-EN": 0.361},
+               "BAGEL self-CoT, published": {"OneIG-EN": 0.324},
+               "IRG (2 rounds), published": {"OneIG-EN": 0.415}}
+  published_categories = {
+      "BAGEL, published": {"alignment": 0.769, "text": 0.244, "reasoning": 0.173,
+                           "style": 0.367, "diversity": 0.251, "overall": 0.361},
+      "BAGEL self-CoT, published": {"alignment": 0.793, "text": 0.020, "reasoning": 0.206,
+                                    "style": 0.390, "diversity": 0.209, "overall": 0.324},
+  }
+  caveats = (
+      "OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by others are "
+      "far from its official row (text 0.385 against 0.244).",
+  )
+  official = base.Official("Qwen2.5-VL-7B-Instruct for alignment and text", 0.0, 16)
+  templates = {"oneig_alignment": (ALIGNMENT_TEMPLATE, ("question",)),
+               "oneig_text": (TEXT_TEMPLATE, ())}
+  flags = (
+      base.path_flag("--questions", "DIR", "the folder scripts of its repository, or one with Q_D "
+                     "and text_content.csv"),
+      base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/oneig.py"),
+      base.Flag("--grid", "columns and rows of its images (2,2)", {
+          "default": "2,2", "metavar": "C,R"}),
+  )
+  examples = {
+      "generate": "--prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
+                  "      --checkpoint weights/irg-7b --out out/oneig",
+      "score": "--out out/oneig --prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
+               "      --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
+               "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct",
+  }
+  sources = ("the judge (alignment, text) and --measurements (reasoning, style, diversity); the\n"
+             "overall needs all five. Without --judge-url the measured parts are scored alone.")
+  tasks_help = "OneIG's folders"
+
+  def read_items(self, path):
+    columns = ("category", "id", "prompt_en", "type", "prompt_length", "class")
+    entries = records.csv_rows(records.file_in(path, "OneIG-Bench.csv"), columns)
+    for entry in entries:
+      if entry.record["category"] not in FOLDERS:
+        raise ValueError(f"{entry.where}: unknown category {entry.record['category']!r}; the "
+                         f"categories are {', '.join(FOLDERS)}")
+      if not re.fullmatch(r"\d{3}", entry.record["id"]):
+        raise ValueError(f"{entry.where}: id {entry.record['id']!r} must be three digits")
+      records.field(entry, "prompt_en", str)
+    records.check_unique(entries, [f"{e.record['category']} {e.record['id']}" for e in entries])
+    return [base.Item(self.name, f"{FOLDERS[e.record['category']]}/{e.record['id']}",
+                      e.record["prompt_en"], 4, e.record) for e in entries]
+
+  def counts(self, size):
+    return COUNTS
+
+  def image_path(self, item, image, round):
+    folder, number = item.id.split("/")
+    return base.round_root(round) / "images" / folder / base.MODEL / f"{number}.webp"
+
+  def questions(self, item, path, round, references=None, templates=None):
+    """A question for each cell with an image and question, or with a text to transcribe.
+
+    `references` are {"questions": {folder: what `read_questions` gave}, "texts": what `read_texts`
+    gave, "grid": (columns, rows)}.
+    """
+    folder, number = item.id.split("/")
+    asked = {}  # name: (its words, tokens of an answer, what is no answer)
+    if folder in ALIGNED:
+      wording = self.template("oneig_alignment", templates)
+      for n, question in references["questions"][folder].get(number, ({}, {}))[0].items():
+        asked[f"alignment{n}"] = (wording.fill(question=question), self.official.max_tokens,
+                                  _yes_or_no_fault)
+    elif folder == "text" and number in references["texts"]:
+      limit = transcription_limit(references["texts"][number])
+      asked[TEXT_QUESTION] = self.template("oneig_text", templates).fill(), limit, None
+    for cell in records.cells(path, *references.get("grid", (2, 2))) if asked else ():
+      for name, ((user, system), max_tokens, fault) in asked.items():
+        key = questions.key(self.name, item.id, cell.index, round, name)
+        yield questions.Question(key, (cell,), user, system, max_tokens, fault)
+
+  def score(self, folder, options, open_judge):
+    grid = parse_grid(options.grid)
+    table = score.read_measurements(options.measurements, MEASURED) if options.measurements else {}
+    extra = {"protocol": {"grid": options.grid,
+                          "measurements": str(options.measurements or "none")}}
+    if not options.judge_url:
+      if not options.measurements:
+        raise ValueError("oneig needs --judge-url (alignment, text), --measurements (reasoning, "
+                         "style, diversity), or both")
+      groups = score.with_measurements(score.unanswered(folder), table)
+      return score.score_answers(folder, lambda: Scorer(None), groups, extra)
+    if not options.questions:
+      raise ValueError("--questions: give the folder scripts of a copy of OneIG-Benchmark")
+    references = {
+        "questions": {name: read_questions(_find(options.questions, f"Q_D/{name}.json"))
+                      for name in ALIGNED},
+        "texts": read_texts(_find(options.questions, "text_content.csv")), "grid": grid}
+    return score.score_judged(folder, lambda: Scorer(references), open_judge, references, extra,
+                              table)
+
+  def categories(self, summary):
+    return {name: summary["parts"][name]["score"] for name in PARTS} | {
+        "overall": summary["overall"]}
+
+  def scored(self, summary):
+    return sum(part["prompts"] for part in summary["parts"].values())
+
+
+ONEIG = OneIG()
+
+
+def _find(folder, name):
+  """A file of the official scripts, where it lies there or side by side."""
+  places = [folder / part / name for part in ("alignment", "text", ".")]
+  for path in places:
+    if path.is_file():
+      return path
+  raise ValueError(f"--questions {folder}: no {name} in there, nor in alignment or text below it")
+
+
+def _yes_or_no_fault(text):
+  """Looser than the score, which takes "Yes" alone for a yes: other texts give no answer."""
+  return None if re.match(r"\W*(yes|no)\b", text, re.IGNORECASE) else "neither yes nor no"

@@ -1,54 +1,67 @@
-"""One `irg eval score`: every picture's score, streamed, and a summary of each round.
+"""Scoring: the images of a run in, a streamed line for each, and a summary of each round.
 
   OUT/scores.json   summaries by round, with the run's settings and the judge's
-  OUT/items.jsonl   a line a prompt and round (GenEval, mini: an image): scores, or why there is
-                    none, and the judge's words
+  OUT/items.jsonl   a line for each prompt and round (each image, where a benchmark scores images one
+                    by one): scores, or why there is none, and the judge's words
 
-Both are written aside and appear whole. A score that cannot be had is a reason, never a number.
+Both appear whole. A score that cannot be had is a reason, never a number. A scorer adds up one
+round: `add(item, answers)` returns the end of a prompt's line (see `item_line`), `value()` the
+summary. `answers` maps (cell, name of the question) to a `questions.Answer`.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
+import importlib
 import json
+import math
+import os
 import pathlib
 import re
+import sys
 
-from irg_jax.evaluate import geneval
-from irg_jax.evaluate import layout
-from irg_jax.evaluate import prompts
-from irg_jax.evaluate import run_folder
-from irg_jax.evaluate import tally
+from irg_jax import runs
+from irg_jax.evaluate import base
+from irg_jax.evaluate import questions
+from irg_jax.evaluate import records
+from irg_jax.progress import counting
+from irg_jax.storage import atomic_file
 
-SCORES, ITEMS = run_folder.SCORES, "items.jsonl"
+RUN, SCORES, ITEMS = "run.json", "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
-_GENEVAL_FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ImageFolder:
   """A folder of images to score.
 
   Attributes:
     out: folder of `irg eval generate`, or one in its layout.
-    benchmark: whose.
-    items: the prompts to score: of GenEval and mini all, else those with an image in any round.
+    benchmark: a `base.Benchmark`.
+    items: the prompts to score: all where images are scored one by one, else those with an image
+      in any round.
     rounds: numbers of the rounds that are there, from 1.
-    record: what run.json says, or {} where there is none.
+    record: the content of run.json, or {} where there is none.
     absent: prompts of the file without any image; they are counted, not asked about.
     whole: the file has as many prompts as published.
   """
 
   out: pathlib.Path
-  benchmark: str
+  benchmark: base.Benchmark
   items: tuple
   rounds: tuple[int, ...]
   record: dict
   absent: int = 0
   whole: bool = True
 
+  def path(self, item, image: int, round: int) -> pathlib.Path:
+    """The file of an image."""
+    return pathlib.Path(self.out / self.benchmark.image_path(item, image, round))
 
-def open_run(benchmark: str, out, prompts_path=None) -> Run:
-  """Looks at a folder; reads the prompts.
+
+def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolder:
+  """Finds the rounds of a folder and reads its prompts.
 
   Raises:
     ValueError: no such folder, no rounds in it, or it is of another benchmark.
@@ -56,49 +69,32 @@ def open_run(benchmark: str, out, prompts_path=None) -> Run:
   out = pathlib.Path(out)
   if not out.is_dir():
     raise ValueError(f"--out {out}: no such folder; it is what irg eval generate wrote")
-  record = {}
-  if (out / "run.json").is_file():
-    record = run_folder.read_run(out)
-    if (found := record["settings"].get("benchmark", benchmark)) != benchmark:
-      raise ValueError(f"--out {out}: holds images of {found}, not of {benchmark}")
+  record = runs.read(out / RUN) if (out / RUN).is_file() else {}
+  settings = record.get("settings", {})
+  if (found := settings.get("benchmark", benchmark.name)) != benchmark.name:
+    raise ValueError(f"--out {out}: holds images of {found}, not of {benchmark.name}")
   rounds = sorted(int(m[1]) for p in out.iterdir() if (m := _ROUND.fullmatch(p.name)))
   if not rounds:
     raise ValueError(f"--out {out}: has no round1, round2, ...; it is what irg eval generate wrote")
-  every = prompts.read(benchmark, prompts_path)
-  _check_same_prompts(record, every, out)
-  items = [item for item in every if benchmark in layout.SAMPLES or _drawn(out, item, rounds)]
-  return Run(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items),
-             _is_whole(every))
+  every = benchmark.read(prompts_path)
+  # Images of other prompts would be scored without complaint.
+  if (count := settings.get("prompts", {}).get("count", len(every))) != len(every):
+    raise ValueError(f"--prompts: has {len(every)} prompts, but {out} was generated from {count}; "
+                     "give the same path as to irg eval generate")
+  has_image = lambda item: any((out / benchmark.image_path(item, image, r)).is_file()
+                               for r in rounds for image in range(item.images))
+  items = [item for item in every if benchmark.each_image or has_image(item)]
+  return ImageFolder(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items),
+                     _is_whole(benchmark, every))
 
 
-def _is_whole(items):
-  try:
-    prompts.check_counts(items)
-  except ValueError:
-    return False
-  return True
-
-
-def _drawn(out, item, rounds):
-  return any((out / layout.image_path(item.benchmark, item, p, r)).is_file()
-             for r in rounds for p in range(item.images))
-
-
-def _check_same_prompts(record, items, out):
-  """Pictures of other prompts would be scored without complaint, so run.json is asked."""
-  count = record.get("settings", {}).get("prompts", {}).get("count", len(items))
-  if count != len(items):
-    raise ValueError(f"--prompts: has {len(items)} prompts, but {out} was drawn from {count}; give "
-                     "the same path as to irg eval generate")
-
-
-def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
+def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict) -> dict:
   """Scores a stream of answers and writes both files.
 
   Args:
-    make_scorer: () -> one of `scorers`; a round gets one of its own, so none are pooled.
+    make_scorer: () -> a scorer; a round gets one of its own, so that no rounds are pooled.
     groups: iterable of (item, round, answers); a prompt and round comes once.
-    extra: more entries for scores.json; those that are functions are called at the end.
+    extra: more entries for scores.json.
 
   Returns:
     The content of scores.json.
@@ -106,166 +102,241 @@ def score_answers(run: Run, make_scorer, groups, extra: dict) -> dict:
   Raises:
     ValueError: a prompt and round comes twice.
   """
-  rounds = {number: make_scorer() for number in run.rounds}
-  done = {number: set() for number in run.rounds}  # of prompts, so it does not grow with cells
-  with _writing(run.out / ITEMS) as write:
+  rounds = {number: make_scorer() for number in folder.rounds}
+  done = {number: set() for number in folder.rounds}
+  with item_writer(folder) as write:
     for item, number, answers in groups:
       if item.id in done[number]:
         raise ValueError(f"{item.id}, round {number}: answers came twice")
       done[number].add(item.id)
-      result = rounds[number].add(item, answers)
-      write(_line(item, number, 0, item.images) | result)
-  return _finish(run, {n: scorer.value() for n, scorer in rounds.items()},
-                 {n: run.absent + len(run.items) - len(ids) for n, ids in done.items()}, extra)
+      write(item, number, 0, item.images, rounds[number].add(item, answers))
+  missing = {n: folder.absent + len(folder.items) - len(ids) for n, ids in done.items()}
+  return finish(folder, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
 
 
-def score_images(run: Run, make_scorer, images, extra: dict) -> dict:
-  """Scores a stream of images, each by itself, and writes both files.
+def score_images(folder: ImageFolder, make_scorer, extra: dict) -> dict:
+  """Scores every image that is there by itself, and writes both files.
 
   Args:
-    make_scorer: () -> an object with `add(item, path)` and `value()`, like those of `scorers`.
-    images: iterable of (item, round, image); each comes once.
+    make_scorer: () -> an object with `add(item, path)` and `value()`, otherwise like a scorer.
     extra: more entries for scores.json.
   """
-  rounds = {number: make_scorer() for number in run.rounds}
-  missing = dict.fromkeys(run.rounds, sum(item.images for item in run.items))
-  with _writing(run.out / ITEMS) as write:
-    for item, number, image in images:
+  rounds = {number: make_scorer() for number in folder.rounds}
+  total = sum(item.images for item in folder.items)
+  missing = dict.fromkeys(folder.rounds, total)
+  with (item_writer(folder) as write, counting("scoring", total * len(rounds)) as count):
+    for item, number, image in count(images_there(folder)):
       missing[number] -= 1
-      line = _line(item, number, image, 1)
-      write(line | rounds[number].add(item, run.out / line["file"]))
-  return _finish(run, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
+      result = rounds[number].add(item, folder.path(item, image, number))
+      write(item, number, image, 1, result)
+  return finish(folder, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
 
 
-def images_there(run: Run):
-  """(item, round, image) of every image of the prompts to score that is there."""
-  for number in run.rounds:
-    for item in run.items:
+def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, extra=None,
+                 measured=None) -> dict:
+  """Asks a judge and scores its answers.
+
+  Args:
+    open_judge: () -> context manager of a `questions.OpenJudge`.
+    references: for the benchmark's `questions`.
+    extra: more entries for scores.json.
+    measured: figures to add to the answers, from `read_measurements`.
+  """
+  with (open_judge() as judge,
+        counting("asking the judge", len(folder.items) * len(folder.rounds)) as count):
+    groups = count(judged(folder, judge.ask, references, judge.templates))
+    return score_answers(folder, make_scorer, with_measurements(groups, measured or {}),
+                         {"judge": judge.record, **(extra or {})})
+
+
+def judged(folder: ImageFolder, ask, references=None, templates=None):
+  """Yields (item, round, answers) of a judge, every item of every round once."""
+  return questions.answers(
+      folder.items, folder.rounds, ask, lambda item, round: folder.benchmark.questions(
+          item, folder.path(item, 0, round), round, references, templates))
+
+
+def measured_by(folder: ImageFolder, function, name: str, cache_path, question: str):
+  """Yields (item, round, answers) of a function of the user's: (path, prompt) -> 0 to 1.
+
+  Scores are cached by the image's content, so that a run that was stopped goes on.
+
+  Args:
+    name: of the function; scores of others are not taken from the cache.
+    question: the name under which an answer is handed on.
+
+  Raises:
+    ValueError: image after image failed.
+  """
+  failures = 0
+  with records.Cache(cache_path, "digest") as cache:
+    for round in folder.rounds:
+      for item in folder.items:
+        key = questions.key(item.benchmark, item.id, 0, round, question)
+        answer = _measure(item, key, folder.path(item, 0, round), function, name, cache)
+        failed = answer.error and not answer.error.startswith("picture")
+        failures = failures + 1 if failed else 0
+        if failures >= base.GIVE_UP_AFTER:
+          raise ValueError(f"{name} failed at {failures} images in a row: {answer.error}")
+        yield item, round, {(0, question): answer}
+
+
+def read_measurements(path, parts: dict) -> dict[tuple[int, str, str], list[float]]:
+  """Reads figures of other models than a judge, a JSON line a prompt, round and part:
+
+    {"round": 1, "part": PART, "id": prompt id, "values": [...]}
+
+  Args:
+    parts: {name: function from an entry of "values" to a number}.
+
+  Returns:
+    {(round, part, prompt id): numbers}.
+
+  Raises:
+    ValueError: names the file and the line: malformed, or the same thing twice.
+  """
+  found = {}
+  for number, record in records.read_lines(path):
+    where = f"{path}, line {number}"
+    try:
+      key = record["round"], record["part"], record["id"]
+      convert = parts.get(key[1], lambda value: value)
+      values = [convert(value) for value in record["values"]]
+    except (KeyError, TypeError) as e:
+      raise ValueError(f"{where}: must be an object with round, part, id and values, which are "
+                       f"numbers, or pairs where the part needs them ({e!r})") from e
+    if key[1] not in parts:
+      raise ValueError(f"{where}: part {key[1]!r} is none of {', '.join(parts)}")
+    if bad := [v for v in values if not base.is_number(v)]:
+      raise ValueError(f"{where}: {bad[0]!r} is not a number")
+    if key in found:
+      raise ValueError(f"{where}: {key[2]} of round {key[0]} is there already")
+    found[key] = values
+  return found
+
+
+def with_measurements(groups, table: dict):
+  """Adds the numbers of `read_measurements` to answers, as (part, "values")."""
+  parts = dict.fromkeys(part for _, part, _ in table)
+  for item, number, answers in groups:
+    added = {(part, "values"): table[number, part, item.id]
+             for part in parts if (number, part, item.id) in table}
+    yield item, number, {**answers, **added}
+
+
+def unanswered(folder: ImageFolder):
+  """Yields (item, round, {}), for what measurements alone score."""
+  return ((item, number, {}) for number in folder.rounds for item in folder.items)
+
+
+def images_there(folder: ImageFolder):
+  """Yields (item, round, image) of every image that is there."""
+  for number in folder.rounds:
+    for item in folder.items:
       for image in range(item.images):
-        if (run.out / layout.image_path(run.benchmark, item, image, number)).is_file():
+        if folder.path(item, image, number).is_file():
           yield item, number, image
 
 
-def _line(item, number, image, in_file):
-  """The beginning of a line of items.jsonl."""
-  path = layout.image_path(item.benchmark, item, image, number)
-  return {"id": item.id, "round": number, "picture": image, "in_file": in_file,
-          "prompt": item.prompt, "tasks": list(prompts.tasks(item)), "file": str(path)}
+def item_line(answer, scores: dict, why: str | None = None) -> dict:
+  """The end of a line of items.jsonl: scores, "reason: detail" of none, the judge's words."""
+  return {"scores": scores, "why": why, "words": getattr(answer, "text", None)}
 
 
-def read_detections(paths):
-  """Yields (where, record or None) of files of detections, a line at a time."""
-  for path in paths:
-    for number, record in tally.read_lines(path):
-      yield f"{path}, line {number}", record
+@contextlib.contextmanager
+def item_writer(folder: ImageFolder):
+  """Yields write(item, round, image, images in the file, line); items.jsonl appears at the end."""
+  def write(item, number, image, in_file, line):
+    benchmark = folder.benchmark
+    place = {"id": item.id, "round": number, "picture": image, "in_file": in_file,
+             "prompt": item.prompt, "tasks": list(benchmark.tasks(item)),
+             "file": str(benchmark.image_path(item, image, number))}
+    file.write(json.dumps(place | line, ensure_ascii=False) + "\n")
+
+  with new_text(folder.out / ITEMS) as file:
+    yield write
 
 
-def score_detections(run: Run, records, options: geneval.Options, extra: dict,
-                     default_round: int | None = None) -> dict:
-  """GenEval: scores a stream of (where, record of detections; see `geneval`), each once.
-
-  An image is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
-  `default_round`. An image that comes a second time is counted as such, and not again.
-
-  Raises:
-    ValueError: a name without a round, and no `default_round`.
-  """
-  by_id = {item.id: item for item in run.items}
-  rounds = {number: _GenEvalRound() for number in run.rounds}
-  with _writing(run.out / ITEMS) as write:
-    for where, record in records:
-      _add_image(rounds, by_id, record, where, options, default_round, write)
-  expected = sum(item.images for item in run.items)
-  summaries = {n: r.value() for n, r in rounds.items()}
-  missing = {n: expected - r.seen_count() for n, r in rounds.items()}
-  return _finish(run, summaries, missing, extra)
-
-
-class _GenEvalRound:
-  """A round's summary, what has no verdict, and which images came: a bit each."""
-
-  def __init__(self):
-    self.summary, self.unscored = geneval.Summary(), tally.Unscored()
-    self._seen = {}
-
-  def is_new(self, item_id, image):
-    bit, seen = 1 << image, self._seen.get(item_id, 0)
-    self._seen[item_id] = seen | bit
-    return not seen & bit
-
-  def seen_count(self):
-    return sum(bits.bit_count() for bits in self._seen.values())
-
-  def value(self):
-    return self.summary.value() | {"unscored": self.unscored.summary()}
-
-
-def _add_image(rounds, by_id, record, where, options, default_round, write):
-  name = str(record.get("filename", "")) if record else ""
-  match = _GENEVAL_FILE.search(name)
-  number = int(match[1]) if match and match[1] else default_round or min(rounds)
-  if match and not match[1] and default_round is None and len(rounds) > 1:
-    raise ValueError(f"{where}: {name} does not say of which round it is; score one round at a "
-                     "time with --round N")
-  if number not in rounds:
-    raise ValueError(f"{where}: {name} is of round {number}, which the run does not have")
-  target = rounds[number]
-  item = by_id.get(match[2]) if match else None
-  image = int(match[3]) if match else 0
-  if record is None or item is None or image >= item.images:
-    return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
-  if not target.is_new(item.id, image):
-    return target.unscored.add(name, "came twice")
-  result = _verdict(target, item, record, name, options)
-  write(_line(item, number, image, 1) | result)
-
-
-def _verdict(target, item, record, name, options):
-  try:
-    if "metadata" in record and _plain(record["metadata"]) != item.extra:
-      raise geneval.Unscorable("detected for another prompt", str(record["metadata"])[:100])
-    if error := record.get("error"):
-      reason, _, detail = str(error).partition(": ")
-      raise geneval.Unscorable(reason, detail)
-    result = geneval.score_image(record | {"metadata": item.extra}, options, details=False)
-  except geneval.Unscorable as e:
-    target.unscored.add(name, e.reason, e.detail)
-    return {"scores": {}, "why": str(e), "words": None}
-  target.summary.add(result)
-  return {"scores": {"correct": int(result["correct"])}, "why": None,
-          "words": result["reason"] or "correct"}
-
-
-def _plain(metadata):
-  if not isinstance(metadata, str):
-    return metadata
-  try:
-    return json.loads(metadata)
-  except ValueError:
-    return None
-
-
-def _finish(run, summaries, missing, extra):
+def finish(folder: ImageFolder, summaries: dict, missing: dict, extra: dict) -> dict:
+  """Writes scores.json from summaries and counts of missing images by round; returns it."""
   rounds = {}
   for number, summary in summaries.items():
     unscored = summary["unscored"]["total"]
     rounds[str(number)] = summary | {
-        "missing": missing[number], "complete": run.whole and not (missing[number] or unscored)}
+        "missing": missing[number], "complete": folder.whole and not (missing[number] or unscored)}
   result = {
-      "benchmark": run.benchmark,
-      "prompts": len(run.items) + run.absent,
+      "benchmark": folder.benchmark.name,
+      "prompts": len(folder.items) + folder.absent,
       "rounds": rounds,
-      "run": run.record,
-      **{name: value() if callable(value) else value for name, value in extra.items()},
+      "run": folder.record,
+      **extra,
   }
-  with run_folder.new_text(run.out / SCORES) as file:
+  with new_text(folder.out / SCORES) as file:
     json.dump(result, file, indent=1, ensure_ascii=False)
     file.write("\n")
   return result
 
 
 @contextlib.contextmanager
-def _writing(path):
-  """Yields a function that adds a JSON line; the file appears when all are there."""
-  with run_folder.new_text(path) as file:
-    yield lambda value: file.write(json.dumps(value, ensure_ascii=False) + "\n")
+def new_text(path):
+  """Yields a text file that appears at `path` on success.
+
+  Partial files of killed writers go away; one that is being written has a lock.
+  """
+  path = pathlib.Path(path)
+  for left in path.parent.glob(f".{'[0-9a-f]' * 8}.partial"):
+    with contextlib.suppress(OSError), open(left, encoding="utf-8") as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      left.unlink()
+  with atomic_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield file
+
+
+def load_function(spec: str, flag: str):
+  """The function of the user's that MODULE:FUNCTION names, in the working directory as well.
+
+  Raises:
+    ValueError: names the flag and the part of `spec` at fault.
+  """
+  module_name, _, name = spec.partition(":")
+  if not module_name or not name:
+    raise ValueError(f"{flag} {spec!r}: write MODULE:FUNCTION")
+  if os.getcwd() not in sys.path and "" not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  try:
+    module = importlib.import_module(module_name)
+  except ImportError as e:
+    raise ValueError(f"{flag} {spec!r}: cannot import {module_name} ({e})") from e
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise ValueError(f"{flag} {spec!r}: {module_name} has no function {name}")
+  return function
+
+
+def _is_whole(benchmark, items):
+  try:
+    benchmark.check_counts(items)
+  except ValueError:
+    return False
+  return True
+
+
+def _measure(item, key, path, function, name, cache):
+  answer = lambda **fields: questions.Answer(key, model=name, **fields)
+  try:
+    image = hashlib.sha256(path.read_bytes()).hexdigest()
+  except OSError as e:
+    return answer(error=f"picture: {path}: {e.strerror or e}")
+  digest = hashlib.sha256(repr((name, item.prompt, image)).encode()).hexdigest()
+  if (kept := cache.get(digest)) is not None:
+    return answer(probability=kept["score"], cached=True)
+  try:
+    score = float(function(path, item.prompt))
+  except Exception as e:  # a foreign function: one image that it cannot do is not the end
+    return answer(error=f"scorer: {type(e).__name__}: {e}")
+  if not 0 <= score <= 1 or math.isnan(score):
+    return answer(error=f"scorer: {score} is not from 0 to 1")
+  cache.add({"digest": digest, "picture": str(path), "model": name, "score": score})
+  return answer(probability=score)

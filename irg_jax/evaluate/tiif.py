@@ -2,16 +2,34 @@
 
 Short and long descriptions are scored apart, and so is each round: the official summary reads
 every .json of a folder, which pools the rounds that IRG's evaluator writes side by side.
-Also the text metric (GNED and recall of words), which is no part of the overall.
+
+  --prompts    the folder `testmini_prompts` or `test_prompts`
+  --questions  the folder `testmini_eval_prompts` or `test_eval_prompts`
+  item ids     "color+2d/short/0": type, length, line from 0; "extra" has them as "attribute",
+               "length" and "line"
+  images       roundN/color+2d/irg_jax/short_description/0.png
 """
 
-import json
 import pathlib
 import re
 
 import numpy as np
 
-from irg_jax.evaluate import tally
+from irg_jax.evaluate import base
+from irg_jax.evaluate import questions
+from irg_jax.evaluate import records
+from irg_jax.evaluate import score
+
+QUESTION = "answers"  # its name in the key of an answer
+TEMPLATE = questions.Template(
+    system="You check pictures against questions and report what you see, not what is likely.",
+    user="""\
+Look closely at the picture, then answer these {count} questions, one a line:
+{questions}
+
+Write {count} lines, the first for the first question and so on. The first word of every line is \
+yes or no, in plain letters with nothing before it, and after it comes why, in the same line. \
+Write nothing else.""")
 
 LENGTHS = ("short", "long")
 BASIC = {
@@ -45,7 +63,18 @@ OVERALL = "Overall average score of 9 sub-attributes"
 TYPES = sum(WHOLES.values(), ())
 
 _ANSWER = re.compile(r"(yes|no)\b", re.IGNORECASE)
-_ROUND_FILE = re.compile(r"(?:turn(\d+)_)?(\d+)\.json")
+# Prompts of a type in testmini and in the whole test set.
+_BY_COUNT = {
+    (8, 75): "2d_spatial_relation 3d_spatial_relation action+2d action+3d comparison "
+             "differentiation negation numeracy",
+    (5, 50): "action+color action+texture color+texture texture+color",
+    (4, 33): "color+2d color+3d shape+2d shape+3d texture+2d texture+3d",
+    (4, 40): "comparison+2d comparison+3d comparison+color comparison+texture "
+             "differentiation+2d differentiation+3d differentiation+color "
+             "differentiation+texture negation+2d negation+3d negation+color negation+texture "
+             "numeracy+2d numeracy+3d numeracy+color numeracy+texture",
+    (10, 100): "shape+color shape+texture", (25, 100): "real_world", (30, 300): "style text"}
+COUNTS = {name: counts for counts, names in _BY_COUNT.items() for name in names.split()}
 
 
 class Unparsable(ValueError):
@@ -69,12 +98,12 @@ class Summary:
   """Adds up answered items of one round."""
 
   def __init__(self):
-    self.unscored = tally.Unscored()
+    self.unscored = base.Unscored()
     self._counts = {}  # (type, length): [questions, right answers]
     self._items = 0
 
   def add(self, kind: str, length: str, expected, predicted) -> None:
-    """Counts one picture's questions; the longer of the two lists is cut to the other."""
+    """Counts one image's questions; the longer of the two lists is cut to the other."""
     pairs = list(zip(expected, predicted))
     right = sum(e.strip().lower() == p.strip().lower() for e, p in pairs)
     self._items += 1
@@ -111,92 +140,141 @@ class Summary:
     }
 
 
-def printed(value: float | None) -> float:
-  """A figure as the official summary rounds it, to four places; NaN where there is none."""
-  return float("nan") if value is None else float(np.round(value, 4))
-
-
-def read_results(folder, models: int = 1) -> dict[int, dict]:
-  """Scores a model's folder of an official result tree, TYPE/LENGTH/I.json, by round.
-
-  Files named turn1_0.json, as IRG's evaluator writes them, belong to round 1, and so on;
-  plain names are round 1. comparison_*.json hold no answers and are passed over. For `models`
-  see `Summary.value`.
+def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:
+  """{(type, line): (questions, right answers)} for the items, from the official question files.
 
   Raises:
-    ValueError: plain and turn names lie side by side, so that a round cannot be told.
+    ValueError: a file or line is missing or malformed; names it.
   """
-  rounds, styles = {}, set()
-  for path in sorted(pathlib.Path(folder).glob("*/*/*.json")):
-    match = _ROUND_FILE.fullmatch(path.name)
-    if not match or path.parent.name not in LENGTHS:
-      continue
-    styles.add(match[1] is not None)
-    if len(styles) > 1:
-      raise ValueError(f"{path}: lies beside files of the other naming (turn1_0.json and 0.json); "
-                       "which round the plain ones are is unknown: keep the rounds in folders "
-                       "apart")
-    summary = rounds.setdefault(int(match[1] or 1), Summary())
-    _add_file(summary, path, folder)
-  return {number: summary.value(models) for number, summary in sorted(rounds.items())}
+  found = {}
+  for kind in dict.fromkeys(item.extra["attribute"] for item in items):
+    path = pathlib.Path(folder) / f"{kind}_eval_prompts.jsonl"
+    if not path.is_file():
+      raise ValueError(f"--questions {folder}: no file {path.name} in there; give the folder "
+                       "testmini_eval_prompts (or the one that belongs to your prompts)")
+    for line, entry in enumerate(records.json_lines(path)):
+      found[kind, line] = _questions_and_answers(entry)
+  for item in items:
+    if _line(item) not in found:
+      kind, line = _line(item)
+      raise ValueError(f"{folder}: {kind}_eval_prompts.jsonl has no line {line + 1}, for the "
+                       f"prompt {item.id}; do prompts and questions belong together?")
+  return found
 
 
-def word_distance(expected: list[str], seen: list[str]) -> float:
-  """GNED: cost of the best matching of words, plus the difference in number, over the larger."""
-  from scipy import optimize
-  expected, seen = _words(expected, seen)
-  if not expected and not seen:
-    return 0.0
-  cost = np.array([[normalized_edit_distance(s, e) for e in expected] for s in seen])
-  cost = cost.reshape(len(seen), len(expected))
-  rows, columns = optimize.linear_sum_assignment(cost)
-  total = cost[rows, columns].sum() + abs(len(seen) - len(expected))
-  return float(total / max(len(seen), len(expected)))
+class Scorer:
+  """Adds up a round's answers, a yes or no to each question; see `score`.
 
-
-def word_recall(expected: list[str], seen: list[str], threshold: float = 0.3) -> float | None:
-  """Share of the expected words that are seen, matched greedily; None without expected words."""
-  expected, left = _words(expected, seen)
-  if not expected:
-    return None
-  hits = 0
-  for word in expected:
-    match = next((s for s in left if normalized_edit_distance(word, s) <= threshold), None)
-    if match is not None:
-      left.remove(match)
-      hits += 1
-  return hits / len(expected)
-
-
-def read_words(records: list[dict]) -> dict[str, float]:
-  """The four official means over OCR records.
-
-  A record has "text" (the expected words) and "short_image_ocr_results" and
-  "long_image_ocr_results", PaddleOCR lines [box, [text, confidence]].
+  `references` maps (type, line) to (questions, right answers).
   """
-  result = {}
-  for name, score in (("GNED", word_distance), ("Recall", word_recall)):
-    for length in LENGTHS:
-      scores = [score(r["text"], _ocr_texts(r[f"{length}_image_ocr_results"])) for r in records]
-      result[f"{name}_score_{length}"] = tally.mean(scores) or 0.0
-  return result
+
+  def __init__(self, references: dict):
+    self._references, self._summary = references, Summary()
+
+  def add(self, item, answers) -> dict:
+    answer, (asked, expected) = answers.get((0, QUESTION)), self._references[_line(item)]
+    if not (why := questions.failure(answer)):
+      try:
+        predicted = parse(answer.text, len(asked))
+      except Unparsable as e:
+        why = f"unparsable: {e}"
+    if why:
+      self._summary.unscored.add(item.id, *why.partition(": ")[::2])
+      return score.item_line(answer, {}, why)
+    self._summary.add(item.extra["attribute"], item.extra["length"], expected, predicted)
+    right = [e.strip().lower() == p for e, p in zip(expected, predicted)]
+    return score.item_line(answer, {"accuracy": sum(right) / len(right)}) | {
+        "questions": [[q, e, p] for q, e, p in zip(asked, expected, predicted)]}
+
+  def value(self) -> dict:
+    return self._summary.value()
 
 
-def edit_distance(a: str, b: str) -> int:
-  """Levenshtein distance."""
-  other = np.frombuffer(b.encode("utf-32-le", "surrogatepass"), np.uint32)
-  places = np.arange(len(b) + 1)
-  row = places
-  for letter in a:
-    changed = np.minimum(row[1:] + 1, row[:-1] + (other != ord(letter)))
-    # An insertion costs one a place: a running minimum of what is left after that.
-    row = np.minimum.accumulate(np.append(row[0] + 1, changed) - places) + places
-  return int(row[-1])
+class Tiif(base.Benchmark):
+  """The protocol of TIIF-Bench."""
+
+  name, title = "tiif", "TIIF-Bench"
+  columns, places = ("TIIF short", "TIIF long"), 2
+  published = {
+      "BAGEL, published": {"TIIF short": 70.97, "TIIF long": 71.79},
+      "BAGEL self-CoT, published": {"TIIF short": 68.06, "TIIF long": 68.78},
+      "IRG (2 rounds), published": {"TIIF short": 76.00, "TIIF long": 73.77},
+  }
+  caveats = (
+      "TIIF: the testmini prompts, judged by Qwen2.5-VL-72B-Instruct; figures times 100. The "
+      "official judge answers at temperature 1.0 to a template drawn at random, so that a second "
+      "run differs.",
+      "TIIF: the official summary pools the rounds that IRG's evaluator writes into one folder. "
+      "Here they are apart.",
+  )
+  official = base.Official("Qwen2.5-VL-72B-Instruct, or gpt-4o", 1.0, 4096)
+  templates = {"tiif": (TEMPLATE, ("questions",))}
+  flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)
+  examples = {
+      "generate": "--prompts TIIF-Bench/data/testmini_prompts \\\n"
+                  "      --checkpoint weights/irg-7b --out out/tiif",
+      "score": "--out out/tiif --prompts TIIF-Bench/data/testmini_prompts \\\n"
+               "      --questions TIIF-Bench/data/testmini_eval_prompts \\\n"
+               "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct",
+  }
+  sources = "the judge."
+  tasks_help = "TIIF's types"
+
+  def read_items(self, path):
+    suffix = "_prompts.jsonl"
+    files = sorted(path.glob(f"*{suffix}"))
+    if not files:
+      raise ValueError(f"--prompts {path}: no files TYPE{suffix} in there; give the folder "
+                       "testmini_prompts (or test_prompts)")
+    items = []
+    for file in files:
+      attribute = file.name.removesuffix(suffix)
+      if attribute not in COUNTS:
+        raise ValueError(f"{file}: {attribute!r} is not one of TIIF's {len(COUNTS)} types; the "
+                         "prompts are in testmini_prompts, the questions elsewhere")
+      for line, entry in enumerate(records.json_lines(file)):
+        records.field(entry, "type", str)
+        items += [self._item(entry, attribute, length, line) for length in LENGTHS]
+    return items
+
+  def _item(self, entry, attribute, length, line):
+    prompt = records.field(entry, f"{length}_description", str)
+    added = {"attribute": attribute, "length": length, "line": line}
+    return base.Item(self.name, f"{attribute}/{length}/{line}", prompt, 1, entry.record | added)
+
+  def counts(self, size):
+    mini, full = (sum(c[which] for c in COUNTS.values()) for which in (0, 1))
+    which = size > mini + full  # two items a prompt: whichever is nearer
+    return {name: 2 * counts[which] for name, counts in COUNTS.items()}
+
+  def image_path(self, item, image, round):
+    attribute, length, line = item.id.split("/")
+    return base.round_root(round) / attribute / base.MODEL / f"{length}_description" / f"{line}.png"
+
+  def questions(self, item, path, round, references=None, templates=None):
+    asked = [q.strip() for q in references[_line(item)][0]]
+    user, system = self.template("tiif", templates).fill(
+        questions="\n".join(asked), count=len(asked))
+    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
+                             system, self.official.max_tokens, _fault(len(asked)))
+
+  def score(self, folder, options, open_judge):
+    if not options.questions:
+      raise ValueError("--questions: give the folder testmini_eval_prompts (or the one that "
+                       "belongs to your prompts)")
+    references = read_questions(options.questions, folder.items)
+    return score.score_judged(folder, lambda: Scorer(references), open_judge, references)
+
+  def headline(self, summary):
+    return {f"TIIF {n}": _percent(summary["overall"][n]) for n in LENGTHS}
+
+  def categories(self, summary):
+    named = {name.split(" - ")[0].replace("_", ": ", 1): row
+             for name, row in summary["groups"].items()} | {"overall": summary["overall"]}
+    return {f"{name}, {n}": _percent(row[n]) for n in LENGTHS for name, row in named.items()}
 
 
-def normalized_edit_distance(a: str, b: str) -> float:
-  longest = max(len(a), len(b))
-  return edit_distance(a, b) / longest if longest else 0.0
+TIIF = Tiif()
 
 
 def _by_length(accuracy, types, models):
@@ -206,25 +284,35 @@ def _by_length(accuracy, types, models):
 def _mean(values, models):
   found = [v for v in values if v is not None]
   if not found or models > 1:
-    return tally.mean(found)
+    return base.mean(found)
   return float(np.sum(np.array(found)) / len(found))
 
 
-def _add_file(summary, path, folder):
-  name = str(path.relative_to(folder))
-  try:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    expected, predicted = record["gt_answers"], record["model_pred"]
-    summary.add(path.parent.parent.name, path.parent.name, expected, predicted)
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    summary.unscored.add(name, "unreadable result file", str(e))
+def _line(item):
+  return item.extra["attribute"], item.extra["line"]
 
 
-def _ocr_texts(lines):
-  # An image without any text counts as one empty word, as upstream.
-  return [line[1][0] for line in lines] if lines else [""]
+def _percent(value):
+  return None if value is None else 100 * value
 
 
-def _words(expected, seen):
-  """Lower-cased; what is seen is cut at single spaces."""
-  return [w.lower() for w in expected], [w for s in seen for w in s.lower().split(" ")]
+def _questions_and_answers(entry):
+  asked, answers = (records.field(entry, name, list) for name in ("yn_question_list",
+                                                                  "yn_answer_list"))
+  if not asked or len(asked) != len(answers):
+    raise ValueError(f"{entry.where}: {len(asked)} questions and {len(answers)} answers")
+  if bad := [v for v in asked + answers if not isinstance(v, str) or not v.strip()]:
+    raise ValueError(f"{entry.where}: {bad[0]!r} is not a text")
+  if bad := [a for a in answers if a.strip().lower() not in ("yes", "no")]:
+    raise ValueError(f"{entry.where}: the answer {bad[0]!r} is neither yes nor no")
+  return asked, answers
+
+
+def _fault(count):
+  def fault(text):
+    try:
+      parse(text, count)
+    except Unparsable as e:
+      return str(e)
+    return None
+  return fault

@@ -1,13 +1,46 @@
-"""WISE: the judge's words to three scores, and both ways in which an overall is published.
+"""WISE: a judge's three scores for each image, and both ways in which an overall is published.
 
 The official script weights the categories by their number of items; the script that BAGEL and
 IRG ship takes the plain mean of the six. Both are reported, side by side.
+
+  --prompts    the folder with the three files, or one of them, or `final_data.json`
+  item ids     "901", the prompt_id
+  images       roundN/901.png
 """
 
 import dataclasses
 import re
 
-from irg_jax.evaluate import tally
+from irg_jax.evaluate import base
+from irg_jax.evaluate import questions
+from irg_jax.evaluate import records
+from irg_jax.evaluate import score
+
+QUESTION = "scores"  # its name in the key of an answer
+
+TEMPLATE = questions.Template(
+    system="You grade pictures and you are hard to please. Only what can be seen counts.",
+    user="""\
+Somebody drew this picture for the prompt below. The explanation tells what a viewer who knows \
+the subject expects to see. Grade the picture on three scales, each for itself, with 0, 1 or 2.
+
+Consistency: is what the prompt means, by the explanation, in the picture?
+  0: the main thing is absent or wrong. 1: it is there in part. 2: it is there, with every detail.
+Realism: could it be a photograph of something that obeys physics, in materials, light, \
+proportions and space?
+  0: it plainly could not. 1: it could, but for faults that one notices. 2: one finds no fault.
+Aesthetic Quality: composition, colour, sharpness, and the pleasure of looking at it.
+  0: unpleasant or botched. 1: ordinary. 2: outstanding.
+
+Most pictures do not earn a 2 on any scale. Where you hesitate between two grades, give the lower.
+
+Prompt: "{prompt}"
+Explanation: "{explanation}"
+
+Answer in exactly three lines, each ending in its grade, without anything before or after:
+Consistency: 0, 1 or 2
+Realism: 0, 1 or 2
+Aesthetic Quality: 0, 1 or 2""")
 
 FIELDS = ("consistency", "realism", "aesthetic_quality")
 FIELD_WEIGHTS = (0.7, 0.2, 0.1)  # of a score from 0 to 2 each
@@ -27,6 +60,11 @@ class Variant:
   ranges: dict
   weights: dict
   groups: tuple = ((1, 400), (401, 700), (701, 1000))  # the files: as many records as ids
+
+  def category(self, number: int) -> str | None:
+    """The category of a prompt_id; None outside all."""
+    return next((name for name, (first, last) in self.ranges.items() if first <= number <= last),
+                None)
 
 
 LEGACY = Variant(
@@ -81,8 +119,8 @@ class Summary:
 
   def __init__(self, variant: Variant = LEGACY):
     self.variant = variant
-    self.unscored = tally.Unscored()
-    self._categories = {name: tally.Mean() for name in variant.ranges}
+    self.unscored = base.Unscored()
+    self._categories = {name: base.Mean() for name in variant.ranges}
     self._groups = [0] * len(variant.groups)  # records with a score
     self._present = set()  # of at most 1000 ids
 
@@ -94,12 +132,12 @@ class Summary:
     number = record.get("prompt_id")
     if not isinstance(number, int):
       return self.unscored.add(where, "no integer prompt_id", str(number))
-    category = self._category(number)
+    category = self.variant.category(number)
     if category is None:
       return self.unscored.add(where, "prompt_id outside 1 to 1000", str(number))
     self._present.add(number)
     fields = FIELDS if self.variant is LEGACY else ("score",)
-    if not all(tally.is_number(record.get(f)) for f in fields):
+    if not all(base.is_number(record.get(f)) for f in fields):
       return self.unscored.add(where, "no score", str({f: record.get(f) for f in fields}))
     if fields == ("score",) and record["score"] not in (0, 1):
       return self.unscored.add(where, "score is not 0 or 1", str(record["score"]))
@@ -137,8 +175,120 @@ class Summary:
         "unscored": self.unscored.summary(),
     }
 
-  def _category(self, number):
-    for name, (first, last) in self.variant.ranges.items():
-      if first <= number <= last:
-        return name
-    return None
+
+class Scorer:
+  """Adds up a round's answers, three scores each; see `score`."""
+
+  def __init__(self):
+    self._summary, self._unscored = Summary(), base.Unscored()
+
+  def add(self, item, answers) -> dict:
+    answer, scores = answers.get((0, QUESTION)), {}
+    if not (why := questions.failure(answer)):
+      scores = parse(answer.text)
+      if absent := [f for f in FIELDS if f not in scores]:
+        why = f"unparsable: no {', no '.join(absent)}"
+    if why:
+      self._unscored.add(item.id, *why.partition(": ")[::2])
+      return score.item_line(answer, {}, why)
+    record = {"prompt_id": item.extra["prompt_id"], **scores}
+    self._summary.add(record)
+    return score.item_line(answer, scores | {"WiScore": item_score(record)})
+
+  def value(self) -> dict:
+    return self._summary.value() | {"unscored": self._unscored.summary()}
+
+
+class Wise(base.Benchmark):
+  """The protocol of WISE."""
+
+  name, title = "wise", "WISE"
+  columns = ("WISE, plain mean", "WISE, weighted")
+  # WISE stands in the column of the formula that gives the published figure.
+  published = {
+      "BAGEL, published": {"WISE, plain mean": 0.52},
+      "BAGEL self-CoT, published": {"WISE, plain mean": 0.70},
+      "IRG (2 rounds), published": {"WISE, plain mean": 0.77},
+  }
+  published_categories = {
+      "BAGEL, published": {"CULTURE": 0.44, "TIME": 0.55, "SPACE": 0.68, "BIOLOGY": 0.44,
+                           "PHYSICS": 0.60, "CHEMISTRY": 0.39, "plain mean": 0.52},
+      "BAGEL self-CoT, published": {"CULTURE": 0.76, "TIME": 0.69, "SPACE": 0.75,
+                                    "BIOLOGY": 0.65, "PHYSICS": 0.75, "CHEMISTRY": 0.58,
+                                    "plain mean": 0.70},
+  }
+  caveats = (
+      "WISE: BAGEL's figures are plain means of the six categories (0.517, self-CoT 0.697); the "
+      "official weights make 0.501 and 0.717 of the same categories. IRG's 0.77 is most likely a "
+      "plain mean, too, since its repository has that script; nothing says so.",
+      "WISE: the official judge is gpt-4o-2024-05-13; BAGEL and IRG used gpt-4o-2024-11-20. "
+      "WISE_Verified of 2026 has other prompts, another judge and other weights.",
+      "WISE: a review quotes the paper's Table 4 with 0.79 for IRG's first round and 0.77 for its "
+      "second, so the second round need not be the better one.",
+  )
+  official = base.Official(
+      "gpt-4o-2024-05-13 (BAGEL's and IRG's script: gpt-4o-2024-11-20)", 0.0, 2000)
+  templates = {"wise": (TEMPLATE, ("prompt", "explanation"))}
+  examples = {
+      "generate": "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise",
+      "score": "--out out/wise --prompts WISE/data \\\n"
+               "      --judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20",
+  }
+  sources = "the judge."
+  tasks_help = "WISE's categories (CULTURE, ...)"
+
+  def read_items(self, path):
+    entries = [entry for file in _files(path) for entry in records.json_records(file)]
+    for entry in entries:
+      for name in ("Prompt", "Explanation", "Category", "Subcategory"):
+        records.field(entry, name, str)
+      if not 1 <= records.field(entry, "prompt_id", int) <= 1000:
+        raise ValueError(f"{entry.where}: prompt_id {entry.record['prompt_id']} is not from 1 to "
+                         "1000")
+    records.check_unique(entries, [f"prompt_id {e.record['prompt_id']}" for e in entries])
+    entries.sort(key=lambda e: e.record["prompt_id"])
+    return [base.Item(self.name, str(e.record["prompt_id"]), e.record["Prompt"], 1, e.record)
+            for e in entries]
+
+  def tasks(self, item):
+    return (LEGACY.category(int(item.id)),)
+
+  def counts(self, size):
+    return {name: last - first + 1 for name, (first, last) in LEGACY.ranges.items()}
+
+  def image_path(self, item, image, round):
+    return base.round_root(round) / f"{item.id}.png"
+
+  def questions(self, item, path, round, references=None, templates=None):
+    user, system = self.template("wise", templates).fill(
+        prompt=item.prompt, explanation=item.extra["Explanation"])
+    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
+                             system, self.official.max_tokens, _fault)
+
+  def score(self, folder, options, open_judge):
+    return score.score_judged(folder, Scorer, open_judge)
+
+  def headline(self, summary):
+    return dict(zip(self.columns, (summary["unweighted_partial"], summary["weighted_partial"])))
+
+  def categories(self, summary):
+    return {name: summary["categories"][name]["score"] for name in LEGACY.ranges} | {
+        "plain mean": summary["unweighted_partial"], "weighted": summary["weighted_partial"]}
+
+
+WISE = Wise()
+
+
+def _files(path):
+  if path.is_file():
+    return [path]
+  three = [path / f"{name}.json" for name in (
+      "cultural_common_sense", "spatio-temporal_reasoning", "natural_science")]
+  if (path / "final_data.json").is_file() and not any(f.exists() for f in three):
+    return [path / "final_data.json"]
+  return [records.file_in(path, file.name) for file in three]
+
+
+def _fault(text):
+  missing = [f for f in FIELDS if f not in parse(text)]
+  return f"no score for {' and '.join(missing)}" if missing else None

@@ -1,0 +1,289 @@
+"""The protocol of a benchmark, and what all benchmarks share: prompt items, seeds, means.
+
+A benchmark is a subclass of `Benchmark` in a file of its own. It is registered in
+`evaluate/__init__.py`; nothing else names it.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import typing
+
+MODEL = "irg_jax"  # the model's name where an official layout has one
+GIVE_UP_AFTER = 20  # failures in a row: then the judge or function is at fault, not the images
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One prompt of a benchmark.
+
+  Attributes:
+    benchmark: name of the benchmark.
+    id: stable and unique within the benchmark; "/" may separate its parts.
+    prompt: the text to generate from.
+    images: number of images generated from it.
+    extra: the official record, with the fields that the benchmark's `read_items` adds.
+  """
+
+  benchmark: str
+  id: str
+  prompt: str
+  images: int
+  extra: dict
+
+
+class Flag(typing.NamedTuple):
+  """A command line flag that a benchmark adds to `irg eval score`.
+
+  Attributes:
+    name: with its dashes.
+    help: its line in --help.
+    options: further arguments of `argparse.ArgumentParser.add_argument`.
+  """
+
+  name: str
+  help: str
+  options: dict = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Official:
+  """How a benchmark's own scripts ask their judge: the model in words, and decoding settings."""
+
+  judge: str
+  temperature: float
+  max_tokens: int
+
+
+def path_flag(name: str, metavar: str, help: str, **options) -> Flag:
+  """A flag that takes a path."""
+  return Flag(name, help, {"type": pathlib.Path, "metavar": metavar} | options)
+
+
+def positive(text: str) -> int:
+  """The whole number, 1 or more, of a flag."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+  return int(text)
+
+
+class Benchmark:
+  """One benchmark. Subclasses set the attributes and override the methods that differ.
+
+  Attributes:
+    name, title: on the command line and in reports.
+    packaged: the prompt file that comes with this package; None: `--prompts` is required.
+    columns: its columns in the main table of the report.
+    places: decimal places of its figures.
+    published, published_categories: {row of the table: {column or category: figure}}.
+    caveats: sentences to read before comparing with the published figures.
+    official: how the official scripts ask a judge; None: no judge is used.
+    templates: {name: (`questions.Template`, fields that a replacement must have)}.
+    grid: the images of a prompt are the cells of one 2 x 2 grid.
+    each_image: images are scored one by one, prompts without images are counted as missing.
+    flags: of `irg eval score`.
+    examples: {"generate", "score", "more": example command lines for --help}.
+    sources, tasks_help: where scores come from, and what `--tasks` takes, for --help.
+  """
+
+  name = title = ""
+  packaged: pathlib.Path | None = None
+  columns: tuple[str, ...] = ()
+  places = 3
+  published: dict = {}
+  published_categories: dict = {}
+  caveats: tuple[str, ...] = ()
+  official: Official | None = None
+  templates: dict = {}
+  grid = each_image = False
+  flags: tuple[Flag, ...] = ()
+  examples: dict = {}
+  sources = tasks_help = ""
+
+  def read(self, path=None) -> list[Item]:
+    """Reads and checks the official prompt files, in their order.
+
+    Args:
+      path: a file or folder as published; None: the file that comes with this package.
+
+    Raises:
+      ValueError: names the file, the line and the fault.
+    """
+    if path is None and self.packaged is None:
+      raise ValueError(f"--prompts: give the path of your copy of {self.name}'s prompts")
+    path = pathlib.Path(self.packaged if path is None else path)
+    if not path.exists():
+      raise ValueError(f"--prompts {path}: no such file or folder")
+    items = self.read_items(path)
+    if not items:
+      raise ValueError(f"--prompts {path}: holds no prompts")
+    return items
+
+  def read_items(self, path: pathlib.Path) -> list[Item]:
+    """Reads the items of an existing file or folder; see `read`."""
+    raise NotImplementedError
+
+  def tasks(self, item: Item) -> tuple[str, ...]:
+    """The names by which `--tasks` selects an item."""
+    return (item.id.split("/")[0],)
+
+  def counts(self, size: int) -> dict[str, int]:
+    """Published number of items by task; `size` is the number of items at hand."""
+    raise NotImplementedError
+
+  def check_counts(self, items: list[Item]) -> None:
+    """Raises ValueError unless the items are the whole published set; names the first count."""
+    have = collections.Counter(task for item in items for task in self.tasks(item))
+    for task, wanted in self.counts(len(items)).items():
+      if have[task] != wanted:
+        raise ValueError(f"{have[task]} prompts of {task}, but {self.name} as published has "
+                         f"{wanted}")
+
+  def image_path(self, item: Item, image: int, round: int) -> pathlib.PurePath:
+    """Path of an image below the run's folder, where the official scorer expects it.
+
+    Args:
+      image: from 0; the images of a grid share a path.
+      round: from 1. Every round has a root of its own, `round_root`.
+    """
+    raise NotImplementedError
+
+  def beside(self, item: Item, round: int) -> dict[pathlib.PurePath, bytes]:
+    """Files that the official scorer expects beside the images of a prompt, by path."""
+    return {}
+
+  def questions(self, item: Item, path, round: int, references=None, templates=None):
+    """Yields the `questions.Question`s about a prompt's image (or grid) of one round.
+
+    Args:
+      path: of the image.
+      references: what the benchmark reads from its question files.
+      templates: {name: Template} in place of the built-in ones.
+    """
+    raise NotImplementedError
+
+  def template(self, name: str, templates=None):
+    """The wording to use: from `templates`, else the built-in one."""
+    return (templates or {}).get(name) or self.templates[name][0]
+
+  def score(self, folder, options, open_judge) -> dict:
+    """Scores a run's images, writes scores.json and items.jsonl, and returns the former.
+
+    Args:
+      folder: a `score.ImageFolder`.
+      options: the parsed flags.
+      open_judge: () -> context manager of a `questions.Panel`; refuses missing judge flags.
+
+    Raises:
+      ValueError: a flag or file is missing or unfit; names it.
+    """
+    raise NotImplementedError
+
+  def headline(self, summary: dict) -> dict[str, float | None]:
+    """Figures of a round's summary for the main table, by column."""
+    return {self.columns[0]: summary["overall"]}
+
+  def categories(self, summary: dict) -> dict[str, float | None]:
+    """A round's figures by category, the overall last."""
+    raise NotImplementedError
+
+  def scored(self, summary: dict) -> int:
+    """Number of images or prompts of a round that have a score."""
+    return summary["items"]
+
+
+def seed(benchmark: str, item_id: str, image: int) -> int:
+  """Seed of an image, 0 to 2**32 - 1: a function of these three arguments alone."""
+  digest = hashlib.sha256(json.dumps([benchmark, item_id, image]).encode()).digest()
+  return int.from_bytes(digest[:4], "big")
+
+
+def round_root(round: int) -> pathlib.PurePath:
+  """The folder to hand to the official scorer; rounds count from 1."""
+  return pathlib.PurePath(f"round{round}")
+
+
+class Mean:
+  """A running mean, added up in order of arrival, as the official scripts do."""
+
+  def __init__(self):
+    self.sum, self.count = 0.0, 0
+
+  def add(self, value) -> None:
+    self.sum += value
+    self.count += 1
+
+  def value(self) -> float | None:
+    """The mean; None where nothing was added."""
+    return self.sum / self.count if self.count else None
+
+
+class Unscored:
+  """Items without a score, counted by reason; the first few are named.
+
+  Attributes:
+    counts: {reason: number of items}.
+    examples: the first `limit` of them, as {"item": str, "reason": str, "detail": str}.
+  """
+
+  def __init__(self, limit: int = 20):
+    self.counts, self.examples, self._limit = {}, [], limit
+
+  def add(self, item: str, reason: str, detail: str = "") -> None:
+    """Counts an item; `reason` is a short constant phrase, `detail` what was found."""
+    self.counts[reason] = self.counts.get(reason, 0) + 1
+    if len(self.examples) < self._limit:
+      self.examples.append({"item": item, "reason": reason, "detail": detail[:200]})
+
+  def total(self) -> int:
+    return sum(self.counts.values())
+
+  def summary(self) -> dict:
+    return {"total": self.total(), "by_reason": dict(self.counts), "examples": self.examples}
+
+
+class GroupMeans:
+  """The mean over prompts of the mean of each prompt's values, overall and by group.
+
+  Attributes:
+    unscored: prompts without a score.
+  """
+
+  def __init__(self):
+    self.unscored, self._groups = Unscored(), collections.defaultdict(Mean)
+
+  def add(self, group: str, number: str, values) -> float | None:
+    """Adds a prompt's values and returns their mean.
+
+    None among the values, or no value at all, makes a prompt without a score.
+    """
+    values = list(values)
+    if not values or any(v is None for v in values):
+      reason = "a cell has no score" if values else "no cell to score"
+      self.unscored.add(f"{group}_{number}", reason)
+      return None
+    score = sum(values) / len(values)
+    self._groups[group].add(score)
+    return score
+
+  def value(self) -> dict:
+    total = sum(mean.sum for mean in self._groups.values())
+    count = sum(mean.count for mean in self._groups.values())
+    return {"score": total / count if count else None, "prompts": count,
+            "folders": {name: mean.value() for name, mean in self._groups.items()},
+            "unscored": self.unscored.summary()}
+
+
+def mean(values) -> float | None:
+  """The mean of the values that are not None; None where there is none."""
+  found = [v for v in values if v is not None]
+  return sum(found) / len(found) if found else None
+
+
+def is_number(value) -> bool:
+  """Whether `value` is a finite number; true, null and NaN of a JSON file are not."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,351 @@
+"""Benchmarks whose prompts are clauses: objects with class, count, colour and position.
+
+The official record of a prompt is
+
+  {"tag": task, "prompt": str, "include": [{"class", "count", "color", "position"}, ...],
+   "exclude": [...]}
+
+where "position" is [relation, index of an earlier clause]. Four images are generated from a prompt
+and each is right or wrong; the overall is the mean over tasks. `records` gets boxes for the images
+from any detector and colour classifier that are given as functions:
+
+  detect(image, classes)  ->  {class: [{"box": [x1, y1, x2, y2], "score": s, "mask": m}, ...]}
+  classify(crop, name)    ->  one of COLORS
+
+`image` is an RGB `PIL.Image`, upright; boxes are in pixels, all that the detector has, whatever
+their score. `mask` is optional: a boolean array [height, width] of the object's pixels. `crop` shows
+one object of class `name`: its box, grey outside the mask. A record of detections is
+
+  {"filename": "00000/samples/00000.png", "metadata": the prompt's official record,
+   "detections": {class: [{"box": [...], "score": s, "color": c where a clause asks for it}]}}
+
+or has "error": "reason: detail" in place of "detections".
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from irg_jax.evaluate import base
+from irg_jax.evaluate import records as records_lib
+from irg_jax.evaluate.records import field
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+_GREY = 153
+_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
+              "a photo of a {color} object")
+
+
+class ClauseBenchmark(base.Benchmark):
+  """Layout, tasks and figures: ID/samples/00000.png ... 00003.png beside ID/metadata.jsonl."""
+
+  each_image = True
+
+  def tasks(self, item):
+    return (item.extra["tag"],)
+
+  def image_path(self, item, image, round):
+    return base.round_root(round) / item.id / "samples" / f"{image:05}.png"
+
+  def beside(self, item, round):
+    return {base.round_root(round) / item.id / "metadata.jsonl": json.dumps(item.extra).encode()}
+
+  def categories(self, summary):
+    parts = {"": summary} | {f", {name}": s for name, s in summary.get("splits", {}).items()}
+    return {f"{task}{which}": value for which, part in parts.items() for task, value in (
+        *((tag, task["score"]) for tag, task in part["tasks"].items()),
+        ("overall", part["overall"]))}
+
+  def scored(self, summary):
+    return summary["pictures"]
+
+  def clause_items(self, path, tags, splits=()) -> list[base.Item]:
+    """Reads and checks a file of official records; with `splits`, "split" must be one of them."""
+    entries = records_lib.json_lines(path)
+    for entry in entries:
+      _check_clauses(entry, tags)
+      if splits and field(entry, "split", str) not in splits:
+        raise ValueError(f"{entry.where}: unknown split {entry.record['split']!r}; it must be "
+                         f"{' or '.join(splits)}")
+    records_lib.check_unique(entries, [f"the prompt {e.record['prompt']!r}" for e in entries])
+    return [base.Item(self.name, f"{i:05}", e.record["prompt"], 4, e.record)
+            for i, e in enumerate(entries)]
+
+
+class TaskSummary:
+  """Shares of right images by task. Memory grows by a few bytes a prompt.
+
+  `tasks` are those of a complete run.
+  """
+
+  def __init__(self, tasks):
+    self._expected = tasks
+    self._tasks = {}  # tag: Mean
+    self._prompts = {}  # digest of the metadata: any image right
+    self._images = base.Mean()
+
+  def add(self, result: dict) -> None:
+    """Adds an image: {"correct": bool, "tag": task, "metadata": text that tells prompts apart}."""
+    correct = bool(result["correct"])
+    self._images.add(correct)
+    self._tasks.setdefault(result["tag"], base.Mean()).add(correct)
+    key = hashlib.blake2b(result["metadata"].encode(), digest_size=8).digest()
+    self._prompts[key] = self._prompts.get(key, False) or correct
+
+  def value(self) -> dict:
+    """The official figures; tasks in order of first appearance."""
+    tasks = {tag: {"score": mean.value(), "correct": int(mean.sum), "count": mean.count}
+             for tag, mean in self._tasks.items()}
+    return {
+        "overall": base.mean(task["score"] for task in tasks.values()),
+        "tasks": tasks,
+        "missing_tasks": [tag for tag in self._expected if tag not in tasks],
+        "pictures": self._images.count,
+        "prompts": len(self._prompts),
+        "correct_pictures": self._images.value(),
+        "correct_prompts": base.mean(self._prompts.values()),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Which boxes count; the defaults are official. `max_overlap` 1 keeps overlapping boxes."""
+
+  threshold: float = 0.3
+  counting_threshold: float = 0.9
+  max_objects: int = 16
+  max_overlap: float = 1.0
+  position_threshold: float = 0.1
+
+
+class Unscorable(ValueError):
+  """A record of detections without a verdict; `reason` is a short constant phrase."""
+
+  def __init__(self, reason: str, detail: str = ""):
+    super().__init__(f"{reason}: {detail}" if detail else reason)
+    self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+  """A box that counts: `values` is float32 [5], x1 y1 x2 y2 score, as the detector has it."""
+
+  values: np.ndarray
+  color: str | None
+
+
+def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict[str, list[Box]]:
+  """Boxes that count, by class, highest score first; a class without any is absent.
+
+  Their score is above the threshold, and they are at most `max_objects` a class. Scores are
+  compared as float32, so that 0.3 is not above 0.3. Raises Unscorable for a malformed box.
+  """
+  limit = options.counting_threshold if tag == "counting" else options.threshold
+  found = {}
+  for name, entries in detections.items():
+    rows = _rows(name, entries)
+    # Ascending and reversed: of equal scores the later one comes first, as upstream.
+    order = np.argsort(rows[:, 4], kind="stable")[::-1]
+    order = order[rows[order, 4] > np.float32(limit)][: options.max_objects].tolist()
+    if order:
+      boxes = [Box(rows[i], entries[i].get("color")) for i in order]
+      found[name] = boxes if options.max_overlap == 1 else _without_overlaps(boxes, options)
+  return found
+
+
+def records(images, classes, detect, classify, cache_path, names: str):
+  """Yields a record of detections an image, in order; finished ones come from the cache.
+
+  Args:
+    images: iterable of (path, filename, metadata): the file, and what its record shall hold.
+    classes: the class names to detect.
+    detect, classify: see the top of this file; `classify` may be None where no colours are asked.
+    cache_path: keeps the finished records, by the images' content.
+    names: of the two functions; records of others are not taken from the cache.
+
+  Raises:
+    ValueError: one image after another failed.
+  """
+  failures = 0
+  with records_lib.Cache(cache_path, "digest") as cache:
+    for path, filename, metadata in images:
+      record = {"filename": filename, "metadata": metadata}
+      try:
+        record["detections"] = _cached(pathlib.Path(path), metadata, tuple(classes), detect,
+                                       classify, cache, names)
+      except _Failed as e:
+        record["error"] = str(e)
+      failures = failures + 1 if record.get("error", "").startswith("detector") else 0
+      if failures >= base.GIVE_UP_AFTER:
+        raise ValueError(f"the detector failed at {failures} images in a row, lastly at {path}: "
+                         f"{record['error']}")
+      yield record
+
+
+def clip_classifier(encode_image, encode_text):
+  """A `classify` function from the two halves of a CLIP model, by the official recipe.
+
+  Args:
+    encode_image: RGB `PIL.Image` -> [D], its own preprocessing included.
+    encode_text: list of N texts -> [N, D].
+  """
+  weights = {}
+
+  def classify(crop, name):
+    if name not in weights:
+      weights[name] = np.stack([_unit(np.mean([_unit(t) for t in np.asarray(encode_text(
+          [template.format(color=color, name=name) for template in _TEMPLATES]))], axis=0))
+          for color in COLORS])
+    similar = weights[name] @ _unit(np.asarray(encode_image(crop)))
+    return COLORS[int(np.argmax(similar))]
+
+  return classify
+
+
+def object_crop(image: Image.Image, box, mask=None) -> Image.Image:
+  """An object for the colour classifier: grey outside the mask, cropped to the rounded box.
+
+  Raises:
+    ValueError: the mask is not of the image's size, or the box holds no pixel.
+  """
+  if mask is not None:
+    pixels, mask = np.array(image), np.asarray(mask, bool)
+    if mask.shape != pixels.shape[:2]:
+      raise ValueError(f"a mask {mask.shape} for an image {pixels.shape[:2]} (height, width)")
+    pixels[~mask] = _GREY
+    image = Image.fromarray(pixels)
+  crop = image.crop(tuple(float(v) for v in box))
+  if not crop.width or not crop.height:
+    raise ValueError(f"the box {list(box)} holds no pixel")
+  return crop
+
+
+def _check_clauses(entry, tags):
+  field(entry, "prompt", str)
+  if field(entry, "tag", str) not in tags:
+    raise ValueError(f"{entry.where}: unknown tag {entry.record['tag']!r}; the tags are "
+                     f"{', '.join(tags)}")
+  include = field(entry, "include", list)
+  if not include:
+    raise ValueError(f"{entry.where}: 'include' is empty")
+  if "exclude" in entry.record:
+    field(entry, "exclude", list)
+  for number, clause in enumerate([*include, *entry.record.get("exclude", ())]):
+    if not isinstance(clause, dict):
+      raise ValueError(f"{entry.where}: {clause!r} is not an object with 'class' and 'count'")
+    _check_clause(entry._replace(record=clause), number)
+
+
+def _check_clause(entry, number):
+  clause = entry.record
+  field(entry, "class", str)
+  if field(entry, "count", int) < 1:
+    raise ValueError(f"{entry.where}: 'count' is {clause['count']}, but must be 1 or more")
+  if "color" in clause:
+    field(entry, "color", str)
+  if "position" in clause:
+    position = field(entry, "position", list)
+    if not (len(position) == 2 and position[0] in RELATIONS and type(position[1]) is int
+            and 0 <= position[1] < number):
+      raise ValueError(f"{entry.where}: position {position} must be [relation, index of an earlier "
+                       f"clause], the relation one of {', '.join(RELATIONS)}")
+
+
+def _rows(name, entries):
+  """The boxes of a class as float32 [N, 5]."""
+  try:
+    rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
+  except (KeyError, TypeError, ValueError) as e:
+    raise Unscorable("malformed box", f"{name}: {e!r}") from e
+  if not entries:
+    return rows.reshape(0, 5)
+  if rows.shape != (len(entries), 5) or not np.isfinite(rows).all():
+    raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
+  return rows
+
+
+def _without_overlaps(boxes, options):
+  """Greedily drops boxes that overlap one of higher score by `max_overlap` or more."""
+  left, kept = list(boxes), []
+  while left:
+    best = left.pop(0)
+    kept.append(best)
+    left = [b for b in left if _overlap(best.values, b.values) < options.max_overlap]
+  return kept
+
+
+def _overlap(a, b):
+  """Intersection over union; areas count the edge pixels, as upstream."""
+  area = lambda low, high: float(np.prod(np.maximum(high - low + 1, 0)))
+  shared = area(np.maximum(a[:2], b[:2]), np.minimum(a[2:4], b[2:4]))
+  union = area(a[:2], a[2:4]) + area(b[:2], b[2:4]) - shared
+  return shared / union if union else 0.0
+
+
+class _Failed(Exception):
+  """An image without boxes: "reason: detail"."""
+
+
+def _cached(path, metadata, classes, detect, classify, cache, names):
+  try:
+    data = path.read_bytes()
+  except OSError as e:
+    raise _Failed(f"picture: {path}: {e.strerror or e}") from e
+  colored = sorted({c["class"] for c in metadata.get("include", ()) if "color" in c})
+  asked = repr((names, classes, metadata.get("tag"), colored)).encode()
+  digest = hashlib.sha256(hashlib.sha256(data).digest() + asked).hexdigest()
+  if (kept := cache.get(digest)) is not None:
+    return kept["detections"]
+  try:
+    with Image.open(io.BytesIO(data)) as opened:
+      image = ImageOps.exif_transpose(opened).convert("RGB")
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    raise _Failed(f"picture: {path} cannot be read ({e})") from e
+  try:
+    found = _checked(detect(image, classes), classes)
+    _add_colors(image, found, metadata, colored, classify)
+  except Exception as e:  # a foreign function: one image that it cannot do is not the end
+    raise _Failed(f"detector: {type(e).__name__}: {e}") from e
+  for entry in (e for entries in found.values() for e in entries):
+    entry.pop("mask", None)
+  cache.add({"digest": digest, "picture": str(path), "detections": found})
+  return found
+
+
+def _checked(found, classes):
+  """Detections as plain numbers, which JSON can hold; ValueError where the form is another."""
+  result = {}
+  for name, entries in found.items():
+    if name not in classes:
+      raise ValueError(f"a box of {name!r}, which is not among the classes")
+    result[name] = []
+    for entry in entries:
+      box, score = [float(v) for v in entry["box"]], float(entry["score"])
+      if len(box) != 4 or not np.isfinite([*box, score]).all():
+        raise ValueError(f"a box of {name!r} is {box} with score {score}")
+      result[name].append({"box": box, "score": score, "mask": entry.get("mask")})
+  return result
+
+
+def _add_colors(image, found, metadata, colored, classify):
+  """Classifies the colours of the boxes that count, of classes whose colour a clause asks for."""
+  for name in colored:
+    numbered = [entry | {"color": i} for i, entry in enumerate(found.get(name, ()))]
+    kept = kept_boxes({name: numbered}, metadata["tag"]).get(name, ())
+    for entry in (found[name][box.color] for box in kept):
+      if classify is None:
+        raise ValueError("colours are asked for: name a classifier")
+      entry["color"] = classify(object_crop(image, entry["box"], entry["mask"]), name)
+      if entry["color"] not in COLORS:
+        raise ValueError(f"the classifier says {entry['color']!r}, which is none of the colours")
+
+
+def _unit(vector):
+  vector = np.asarray(vector, np.float32)
+  return vector / np.linalg.norm(vector)

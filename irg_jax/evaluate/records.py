@@ -1,0 +1,338 @@
+"""Files: records as JSON lines, JSON and CSV, images to send, and the cache of paid answers.
+
+The readers keep the place of every record: an error names the file and, where there is one, the
+line.
+"""
+
+import base64
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import pathlib
+import re
+import sqlite3
+import typing
+
+from PIL import Image
+
+_BETWEEN = re.compile(r"[\s,:]*")
+_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
+_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+_SQLITE = b"SQLite format 3\0"
+
+
+class Entry(typing.NamedTuple):
+  """A record of an official file.
+
+  Attributes:
+    where: "FILE, line N", for messages.
+    key: its key where the file is one JSON object of records, else None.
+    record: as published.
+  """
+
+  where: str
+  key: str | None
+  record: dict
+
+
+def file_in(path: pathlib.Path, name: str) -> pathlib.Path:
+  """`path` itself, or the file `name` in the folder `path`."""
+  file = path / name if path.is_dir() else path
+  if not file.is_file():
+    raise ValueError(f"--prompts {path}: no file {name} in there")
+  return file
+
+
+def read_lines(path):
+  """Yields (line number from 1, object or None) of a JSON-lines file; None: not an object.
+
+  Blank lines are skipped. A last line without its end is what a killed writer leaves.
+  """
+  with open(path, encoding="utf-8", errors="replace") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        value = json.loads(line)
+      except ValueError:
+        value = None
+      yield number, value if isinstance(value, dict) else None
+
+
+def json_lines(path) -> list[Entry]:
+  """Records of a JSON-lines file. Every line must be an object: ValueError names the first bad."""
+  entries = []
+  for number, line in enumerate(_read(path).rstrip().split("\n"), 1):
+    where = f"{path}, line {number}"
+    if not line.strip():
+      raise ValueError(f"{where}: is empty, but every line must be a JSON object")
+    entries.append(Entry(where, None, _object(_parse(line, where), where)))
+  return entries
+
+
+def json_records(path) -> list[Entry]:
+  """Records of a JSON array of objects, or of a JSON object of objects, in the file's order."""
+  text = _read(path)
+  if not isinstance(_parse(text, str(path)), list | dict):
+    raise ValueError(f"{path}: must be a JSON array or object of records")
+  # `json.loads` forgets where records stand, and all but the last of those with one key. The
+  # text is known to be valid by now, so that what is between two values can be skipped.
+  decode, entries, keyed = json.JSONDecoder().raw_decode, [], text.lstrip()[0] == "{"
+  at = _BETWEEN.match(text, text.index("{" if keyed else "[") + 1).end()
+  while text[at] not in "]}":
+    where, key = f"{path}, line {text.count(chr(10), 0, at) + 1}", None
+    if keyed:
+      key, at = decode(text, at)
+      at = _BETWEEN.match(text, at).end()
+    record, at = decode(text, at)
+    entries.append(Entry(where, key, _object(record, where)))
+    at = _BETWEEN.match(text, at).end()
+  return entries
+
+
+def csv_rows(path, columns) -> list[Entry]:
+  """Rows of a CSV file with a header; `where` is the line at which a row begins."""
+  rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+  entries, line = [], 1
+  try:
+    if missing := [c for c in columns if c not in (rows.fieldnames or ())]:
+      raise ValueError(f"{path}, line 1: no column {missing[0]!r}; the columns must be "
+                       f"{', '.join(columns)}")
+    line = rows.line_num + 1
+    for row in rows:
+      where = f"{path}, line {line}"
+      if None in row or None in row.values():
+        raise ValueError(f"{where}: has another number of fields than the header")
+      entries.append(Entry(where, None, row))
+      line = rows.line_num + 1
+  except csv.Error as e:
+    raise ValueError(f"{path}, line {line}: not CSV: {e}") from e
+  return entries
+
+
+def field(entry: Entry, name: str, kind: type):
+  """A field of a record. Raises ValueError where it is missing, empty or of another type."""
+  value = entry.record.get(name)
+  if type(value) is not kind:
+    have = f"has no field {name!r}" if name not in entry.record else f"{name!r} is {value!r}"
+    raise ValueError(f"{entry.where}: {have}; it must be {_KINDS[kind]}")
+  if kind is str and not value.strip():
+    raise ValueError(f"{entry.where}: {name!r} is empty")
+  return value
+
+
+def check_unique(entries, ids) -> None:
+  """Raises ValueError with both places where two records have one id."""
+  first = {}
+  for entry, name in zip(entries, ids):
+    if name in first:
+      raise ValueError(f"{entry.where}: {name} is there already, at {first[name]}")
+    first[name] = entry.where
+
+
+class Unusable(ValueError):
+  """An image that is missing or cannot be decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """Cell number `index`, row by row, of the grid in the image at `path`."""
+
+  path: pathlib.Path
+  columns: int
+  rows: int
+  index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """An image to send. Attributes: `digest` of its bytes; `url`, a data URL."""
+
+  data: bytes
+  type: str
+
+  @functools.cached_property
+  def digest(self) -> str:
+    return hashlib.sha256(self.data).hexdigest()
+
+  @property
+  def url(self) -> str:
+    return f"data:{self.type};base64,{base64.b64encode(self.data).decode()}"
+
+
+def encode(image) -> Encoded:
+  """The bytes to send of a path or a Cell.
+
+  A cell becomes a JPEG of Pillow's default quality, as official scripts send it. A file of a type
+  that endpoints take is sent unchanged.
+
+  Raises:
+    Unusable: names the file.
+  """
+  cell = isinstance(image, Cell)
+  path = image.path if cell else pathlib.Path(image)
+  try:
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as opened:
+      opened.load()  # a truncated file must not be judged
+      if not cell and opened.format in _TYPES:
+        return Encoded(data, _TYPES[opened.format])
+      opened = opened.convert("RGB")
+  except FileNotFoundError:
+    raise Unusable(f"{path} is missing") from None
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    raise Unusable(f"{path} cannot be read ({e})") from e
+  if cell:
+    opened = opened.crop(_box(opened.size, image))
+  out = io.BytesIO()
+  opened.save(out, format="JPEG" if cell else "PNG")
+  return Encoded(out.getvalue(), "image/jpeg" if cell else "image/png")
+
+
+def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
+  """The cells of a grid, without the wholly black ones: images that could not be generated.
+
+  Of a grid that cannot be read, all cells: asking about them reports why.
+  """
+  every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
+  try:
+    with Image.open(path) as opened:
+      opened = opened.convert("RGB")
+      return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    return every
+
+
+class Cache:
+  """Records by name in an sqlite3 file. All that were added are kept; the last of a name counts.
+
+  A record is in the file when `add` returns, so a killed run loses none. Threads may share a
+  cache, processes may not. Caches of older versions were JSON lines: the first opening imports
+  the `.jsonl` file that lies at or beside the path, and leaves it as it is.
+
+  Attributes:
+    path: of the sqlite3 file.
+    lost: lines of an imported file that could not be read.
+  """
+
+  def __init__(self, path, field: str):
+    """Opens or makes the file; its folder is made.
+
+    Args:
+      field: the entry of a record that is its name, a string.
+
+    Raises:
+      ValueError: another process has it open, or it is a file of another kind.
+    """
+    self.path, old = _cache_paths(pathlib.Path(path))
+    self.lost, self._field = 0, field
+    lines = self._old_records(old) if old.is_file() else []
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+      for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"):
+        self._db.execute(f"PRAGMA {pragma}")
+      self._db.execute("BEGIN EXCLUSIVE")
+      self._db.execute("CREATE TABLE IF NOT EXISTS records "
+                       "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL)")
+      self._db.execute("CREATE INDEX IF NOT EXISTS by_name ON records (name)")
+      if self._db.execute("PRAGMA user_version").fetchone()[0]:
+        self.lost = 0  # imported before
+      else:
+        self._db.executemany("INSERT INTO records (name, record) VALUES (?, ?)", lines)
+        self._db.execute("PRAGMA user_version=1")
+      self._db.execute("COMMIT")
+    except sqlite3.DatabaseError as e:
+      self._db.close()
+      why = ("another process is writing it; wait for that one, or name another file"
+             if "locked" in str(e) else f"not a cache ({e}); name another file")
+      raise ValueError(f"{self.path}: {why}") from None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def __len__(self):
+    return self._db.execute("SELECT COUNT(DISTINCT name) FROM records").fetchone()[0]
+
+  def get(self, name: str) -> dict | None:
+    """The last record of that name, or None."""
+    found = self._db.execute("SELECT record FROM records WHERE name = ? ORDER BY number DESC "
+                             "LIMIT 1", (name,)).fetchone()
+    return json.loads(found[0]) if found else None
+
+  def add(self, record: dict) -> None:
+    """Adds a record; sqlite3.Error where it cannot be written, as on a full disk."""
+    self._db.execute("INSERT INTO records (name, record) VALUES (?, ?)",
+                     (record[self._field], json.dumps(record)))
+
+  def records(self):
+    """Yields every record, in the order of their adding."""
+    for text, in self._db.execute("SELECT record FROM records ORDER BY number"):
+      yield json.loads(text)
+
+  def close(self) -> None:
+    self._db.close()
+
+  def _old_records(self, path):
+    """(name, record as JSON) of each readable line of a cache in JSON lines."""
+    lines = path.read_bytes().split(b"\n")
+    found = [(name, line.decode()) for line in lines[:-1] if (name := self._name(line)) is not None]
+    self.lost = len(lines) - 1 - len(found) + bool(lines[-1])
+    if self.lost and not found and not (len(lines) == 1 and lines[0].startswith(b"{")):
+      raise ValueError(f"{path}: no line of it is a record with {self._field!r}; name another "
+                       "file")
+    return found
+
+  def _name(self, line):
+    try:
+      name = json.loads(line)[self._field]
+    except (ValueError, LookupError, TypeError, RecursionError):
+      return None
+    return name if isinstance(name, str) else None
+
+
+def _read(path):
+  try:
+    return pathlib.Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+  except UnicodeDecodeError as e:
+    line = e.object.count(b"\n", 0, e.start) + 1
+    raise ValueError(f"{path}, line {line}: not UTF-8 text") from e
+  except OSError as e:
+    raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def _parse(text, where):
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as e:
+    place = where if ", line " in where else f"{where}, line {e.lineno}"
+    raise ValueError(f"{place}: not JSON: {e.msg} (column {e.colno})") from e
+
+
+def _object(value, where):
+  if not isinstance(value, dict):
+    raise ValueError(f"{where}: must be a JSON object, not {str(value)[:40]!r}")
+  return value
+
+
+def _cache_paths(path):
+  """The sqlite3 file, and the JSON-lines file to import, for the path that a user gives."""
+  with_lines = path.suffix == ".jsonl"
+  if path.is_file() and not with_lines:
+    with path.open("rb") as file:
+      head = file.read(len(_SQLITE))
+    with_lines = bool(head) and head != _SQLITE
+  return (path.with_suffix(".sqlite"), path) if with_lines else (path, path.with_suffix(".jsonl"))
+
+
+def _box(size, cell):
+  """Left, top, right, bottom. Surplus pixels at the right and the bottom belong to no cell."""
+  width, height = size[0] // cell.columns, size[1] // cell.rows
+  left, top = cell.index % cell.columns * width, cell.index // cell.columns * height
+  return left, top, left + width, top + height

@@ -1,0 +1,191 @@
+"""Official inputs and outputs that no command needs: what the golden cases are compared with."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from scipy import optimize
+
+from irg_jax.evaluate import base
+from irg_jax.evaluate import clauses
+from irg_jax.evaluate import genai_bench
+from irg_jax.evaluate import geneval
+from irg_jax.evaluate import tiif
+
+_ROUND_FILE = re.compile(r"(?:turn(\d+)_)?(\d+)\.json")
+
+
+# GenEval.
+
+
+def geneval_summary(results) -> dict:
+  """The summary of an iterable of results, which is read once."""
+  summary = clauses.TaskSummary(geneval.TASKS)
+  for result in results:
+    summary.add(result)
+  return summary.value()
+
+
+def geneval_text(summary: dict) -> str:
+  """The summary as the official script prints it."""
+  lines = ["Summary", "=======", f"Total images: {summary['pictures']}",
+           f"Total prompts: {summary['prompts']}"]
+  if summary["pictures"]:
+    lines += [f"% correct images: {summary['correct_pictures']:.2%}",
+              f"% correct prompts: {summary['correct_prompts']:.2%}"]
+  lines += ["", "Task breakdown", "=============="]
+  for tag, task in summary["tasks"].items():
+    lines.append(f"{tag:<16} = {task['score']:.2%} ({task['correct']} / {task['count']})")
+  if summary["overall"] is not None:
+    lines += ["", f"Overall score (avg. over tasks): {summary['overall']:.5f}"]
+  return "\n".join(lines) + "\n"
+
+
+# TIIF.
+
+
+def read_tiif_results(folder, models: int = 1) -> dict[int, dict]:
+  """Scores a model's folder of an official result tree, TYPE/LENGTH/I.json, by round.
+
+  Files named turn1_0.json, as IRG's evaluator writes them, belong to round 1, and so on;
+  plain names are round 1. comparison_*.json hold no answers and are passed over. For `models`
+  see `tiif.Summary.value`.
+
+  Raises:
+    ValueError: plain and turn names lie side by side, so that a round cannot be told.
+  """
+  rounds, styles = {}, set()
+  for path in sorted(pathlib.Path(folder).glob("*/*/*.json")):
+    match = _ROUND_FILE.fullmatch(path.name)
+    if not match or path.parent.name not in tiif.LENGTHS:
+      continue
+    styles.add(match[1] is not None)
+    if len(styles) > 1:
+      raise ValueError(f"{path}: lies beside files of the other naming (turn1_0.json and 0.json); "
+                       "which round the plain ones are is unknown: keep the rounds in folders "
+                       "apart")
+    summary = rounds.setdefault(int(match[1] or 1), tiif.Summary())
+    _add_file(summary, path, folder)
+  return {number: summary.value(models) for number, summary in sorted(rounds.items())}
+
+
+def _add_file(summary, path, folder):
+  name = str(path.relative_to(folder))
+  try:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    expected, predicted = record["gt_answers"], record["model_pred"]
+    summary.add(path.parent.parent.name, path.parent.name, expected, predicted)
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    summary.unscored.add(name, "unreadable result file", str(e))
+
+
+def tiif_printed(value: float | None) -> float:
+  """A figure as the official summary rounds it, to four places; NaN where there is none."""
+  return float("nan") if value is None else float(np.round(value, 4))
+
+
+def word_distance(expected: list[str], seen: list[str]) -> float:
+  """GNED: cost of the best matching of words, plus the difference in number, over the larger."""
+  expected, seen = _words(expected, seen)
+  if not expected and not seen:
+    return 0.0
+  cost = np.array([[normalized_edit_distance(s, e) for e in expected] for s in seen])
+  cost = cost.reshape(len(seen), len(expected))
+  rows, columns = optimize.linear_sum_assignment(cost)
+  total = cost[rows, columns].sum() + abs(len(seen) - len(expected))
+  return float(total / max(len(seen), len(expected)))
+
+
+def word_recall(expected: list[str], seen: list[str], threshold: float = 0.3) -> float | None:
+  """Share of the expected words that are seen, matched greedily; None without expected words."""
+  expected, left = _words(expected, seen)
+  if not expected:
+    return None
+  hits = 0
+  for word in expected:
+    match = next((s for s in left if normalized_edit_distance(word, s) <= threshold), None)
+    if match is not None:
+      left.remove(match)
+      hits += 1
+  return hits / len(expected)
+
+
+def read_words(records: list[dict]) -> dict[str, float]:
+  """The four official means over OCR records.
+
+  A record has "text" (the expected words) and "short_image_ocr_results" and
+  "long_image_ocr_results", PaddleOCR lines [box, [text, confidence]].
+  """
+  result = {}
+  for name, metric in (("GNED", word_distance), ("Recall", word_recall)):
+    for length in tiif.LENGTHS:
+      scores = [metric(r["text"], _ocr_texts(r[f"{length}_image_ocr_results"])) for r in records]
+      result[f"{name}_score_{length}"] = base.mean(scores) or 0.0
+  return result
+
+
+def normalized_edit_distance(a: str, b: str) -> float:
+  """Levenshtein distance over the length of the longer text."""
+  longest = max(len(a), len(b))
+  return Levenshtein.distance(a, b) / longest if longest else 0.0
+
+
+def _ocr_texts(lines):
+  # An image without any text counts as one empty word, as upstream.
+  return [line[1][0] for line in lines] if lines else [""]
+
+
+def _words(expected, seen):
+  """Lower-cased; what is seen is cut at single spaces."""
+  return [w.lower() for w in expected], [w for s in seen for w in s.lower().split(" ")]
+
+
+# GenAI-Bench.
+
+
+def genai_printed(tag: dict) -> tuple[str, str]:
+  """Mean and deviation as the official script prints them."""
+  show = lambda value: "nan" if value is None else f"{value:.2f}"
+  return show(tag["score"]), show(tag["deviation"])
+
+
+def genai_text(result: dict, model: str) -> str:
+  """The three tables of the official script."""
+  lines = []
+  for group, tags in genai_bench.TAG_GROUPS.items():
+    cells = [" +- ".join(genai_printed(result["tags"][tag])) for tag in tags]
+    lines += [f"Tag Group: {group} (metric performance)",
+              f"{'Model':<20}" + " ".join(f"{tag:<20}" for tag in tags),
+              f"{model:<20}" + " ".join(f"{cell:<20}" for cell in cells)]
+  return "\n".join(lines) + "\n"
+
+
+# OneIG-Bench.
+
+
+def split_grid(image: np.ndarray, columns: int = 2, rows: int = 2) -> list[np.ndarray]:
+  """The cells of a grid [H, W, 3], row by row; black cells, failed images, are left out.
+
+  Sizes are floored, so pixels that are over at the right and the bottom belong to no cell.
+  """
+  height, width = image.shape[0] // rows, image.shape[1] // columns
+  cells = [image[r * height : (r + 1) * height, c * width : (c + 1) * width]
+           for r in range(rows) for c in range(columns)]
+  return [cell for cell in cells if cell.any()]
+
+
+def largest_similarity(embedding, references) -> float:
+  """Largest dot product of an embedding [D] with references [N, D], all of length one.
+
+  float32, as the official models answer, added from left to right: no library decides the last
+  digit.
+  """
+  products = np.asarray(references, np.float32) * np.asarray(embedding, np.float32)
+  return float(np.cumsum(products, axis=1, dtype=np.float32)[:, -1].max())
+
+
+def style_name(name: str) -> str:
+  """A class of the prompt file as the reference embeddings name it."""
+  return name.lower().replace(" ", "_")
