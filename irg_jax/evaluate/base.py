@@ -1,4 +1,4 @@
-"""The protocol of a benchmark, and what all benchmarks share: prompt items, seeds, means.
+"""The protocol of a benchmark, and what all benchmarks share: items, seeds, traces, means.
 
 A benchmark is a subclass of `Benchmark` in a file of its own. It is registered in
 `evaluate/__init__.py`; nothing else names it.
@@ -205,6 +205,24 @@ def seed(benchmark: str, item_id: str, image: int) -> int:
 def round_root(round: int) -> pathlib.PurePath:
   """The folder to hand to the official scorer; rounds count from 1."""
   return pathlib.PurePath(f"round{round}")
+
+
+def trace_path(item: Item, image: int) -> pathlib.PurePath:
+  """The trace of an image; where it is, all files of the image are."""
+  return pathlib.PurePath("traces", item.id, f"{image}.json")
+
+
+def read_trace(out, item: Item, image: int) -> dict | None:
+  """The trace of an image, or None where it is not done.
+
+  {"benchmark", "id", "picture", "prompt", "seed", "rounds": [{"think": str or None,
+  "think_tokens", "hit_limit", "tokens_cut", "picture": path under `out`, or None if it
+  failed, "seconds": of the whole batch by phase}]}
+  """
+  try:
+    return json.loads((pathlib.Path(out) / trace_path(item, image)).read_text("utf-8"))
+  except FileNotFoundError:
+    return None
 
 
 class Mean:

@@ -16,6 +16,7 @@ import re
 import sqlite3
 import typing
 
+import numpy as np
 from PIL import Image
 
 _BETWEEN = re.compile(r"[\s,:]*")
@@ -204,6 +205,16 @@ def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
       return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
     return every
+
+
+def paste_cells(cells: list[np.ndarray | None], height: int, width: int) -> np.ndarray:
+  """Four images [height, width, 3] as one of two rows and two columns, row by row.
+
+  None is an image that failed: a black cell, which official code leaves out.
+  """
+  black = np.zeros((height, width, 3), np.uint8)
+  a, b, c, d = (black if cell is None else cell for cell in cells)
+  return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
 
 
 class Cache:

@@ -1,97 +1,91 @@
-"""The paper's table of runs that have been scored: Markdown, JSON, and pages with the images."""
+"""The report of scored runs: the main table in Markdown, JSON and HTML, and pages with the images.
+
+Images are linked, not copied: a page shows them as long as the runs' folders stay in place.
+"""
 
 import dataclasses
 import json
+import os
 import pathlib
+import re
+import urllib.parse
 
-from irg_jax.evaluate import layout
-from irg_jax.evaluate import oneig
-from irg_jax.evaluate import prompts
-from irg_jax.evaluate import published
-from irg_jax.evaluate import score
-from irg_jax.evaluate import tiif
-from irg_jax.evaluate import wise
-from irg_jax.storage import atomic_file
+from irg_jax import evaluate
+from irg_jax.evaluate import base
+from irg_jax.evaluate.score import ITEMS, SCORES
+from irg_jax.reports import pages, tables
+from irg_jax.storage import write_text
 
-TITLES = {"geneval": "GenEval", "wise": "WISE", "tiif": "TIIF-Bench", "genai_bench": "GenAI-Bench",
-          "oneig": "OneIG-Bench, English", "mini": "Mini world"}
 SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
          '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
+SETTINGS_CAVEAT = (
+    "The settings of the published IRG rows are known for TIIF only; for the other benchmarks "
+    "they are taken to be the same.")
+COVERAGE = ("benchmark", "round", "scored", "not there", "no score", "why")
+_PROMPTS_A_PAGE = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Scored:
   """A scored run: its folder and the content of its scores.json."""
 
   out: pathlib.Path
   scores: dict
 
   @property
-  def benchmark(self) -> str:
-    return self.scores["benchmark"]
+  def benchmark(self) -> base.Benchmark:
+    return evaluate.get(self.scores["benchmark"])
 
   @property
-  def rounds(self) -> list[int]:
-    return sorted(map(int, self.scores["rounds"]))
+  def rounds(self) -> dict[int, dict]:
+    """Summaries by round, in order."""
+    return dict(sorted((int(n), summary) for n, summary in self.scores["rounds"].items()))
 
 
-def load(folders) -> list[Run]:
-  """Reads the scores of runs, a benchmark at most once, in the order of the paper.
+def load(folders) -> list[Scored]:
+  """Reads the scores of runs, a benchmark at most once; returns them in the table's order.
 
   Raises:
     ValueError: no scores there, or two runs of one benchmark.
   """
   found = {}
   for out in map(pathlib.Path, folders):
-    path = out / score.SCORES
+    path = out / SCORES
     try:
       scores = json.loads(path.read_text(encoding="utf-8"))
       name = scores["benchmark"]
       rounds = {int(number) for number in scores["rounds"]}
     except FileNotFoundError:
-      raise ValueError(f"{out}: has no {score.SCORES}; run irg eval score first") from None
+      raise ValueError(f"{out}: has no {SCORES}; run irg eval score first") from None
     except (ValueError, KeyError, TypeError) as e:
       raise ValueError(f"{path}: cannot be read ({e}); run irg eval score again") from e
-    if name in found or name not in prompts.BENCHMARKS or not rounds:
+    if name in found or name not in evaluate.BENCHMARKS or not rounds:
       why = f"{found[name].out} is of {name}, too" if name in found else "is of no benchmark"
       raise ValueError(f"{out}: {why}; a report has one run of each benchmark")
-    found[name] = Run(out, scores)
-  return [found[name] for name in prompts.BENCHMARKS if name in found]
+    found[name] = Scored(out, scores)
+  return [found[name] for name in evaluate.BENCHMARKS if name in found]
 
 
-def headline(benchmark: str, summary: dict) -> dict[str, float | None]:
-  """The columns of the main table that a round's summary fills; TIIF times 100."""
-  if benchmark == "wise":
-    return {"WISE, plain mean": summary["unweighted_partial"],
-            "WISE, weighted": summary["weighted_partial"]}
-  if benchmark == "tiif":
-    return {f"TIIF {n}": _percent(summary["overall"][n]) for n in tiif.LENGTHS}
-  column = {"geneval": "GenEval", "genai_bench": "GenAI-Bench", "oneig": "OneIG-EN",
-            "mini": "Mini world"}[benchmark]
-  return {column: summary["overall"]}
+def columns() -> list[str]:
+  """The columns of the main table that have published figures."""
+  return [c for b in evaluate.BENCHMARKS.values() if b.published for c in b.columns]
 
 
-def categories(benchmark: str, summary: dict) -> dict[str, float | None]:
-  """A round's figures by category, the benchmark's overall last."""
-  if benchmark in layout.SAMPLES:
-    parts = {"": summary} | {f", {name}": s for name, s in summary.get("splits", {}).items()}
-    return {f"{task}{which}": value for which, part in parts.items() for task, value in (
-        *((tag, task["score"]) for tag, task in part["tasks"].items()),
-        ("overall", part["overall"]))}
-  if benchmark == "wise":
-    return {name: summary["categories"][name]["score"] for name in wise.LEGACY.ranges} | {
-        "plain mean": summary["unweighted_partial"], "weighted": summary["weighted_partial"]}
-  if benchmark == "tiif":
-    named = {name.split(" - ")[0].replace("_", ": ", 1): row
-             for name, row in summary["groups"].items()} | {"overall": summary["overall"]}
-    return {f"{name}, {n}": _percent(row[n]) for n in tiif.LENGTHS for name, row in named.items()}
-  if benchmark == "genai_bench":
-    return {tag: entry["score"] for tag, entry in summary["tags"].items()}
-  return {name: summary["parts"][name]["score"] for name in oneig.PARTS} | {
-      "overall": summary["overall"]}
+def published_rows() -> dict[str, dict[str, float]]:
+  """Published figures of the main table, by row and column."""
+  rows = {}
+  for benchmark in evaluate.BENCHMARKS.values():
+    for name, values in benchmark.published.items():
+      rows.setdefault(name, {}).update(values)
+  return rows
 
 
-def build(runs: list[Run]) -> dict:
+def caveats() -> list[str]:
+  """Sentences to read before comparing with published figures."""
+  return [text for b in evaluate.BENCHMARKS.values() for text in b.caveats] + [SETTINGS_CAVEAT]
+
+
+def build(runs: list[Scored]) -> dict:
   """The report as plain data; the pages and the Markdown say nothing else.
 
   {"columns", "rows": [{"name", "published": bool, "values": {column: number},
@@ -99,53 +93,64 @@ def build(runs: list[Run]) -> dict:
    "names": [row name, ...]}}, "settings": {...}, "coverage": [...], "notes": [...]}
   """
   rows = [{"name": name, "published": True, "values": values, "partial": []}
-          for name, values in published.ROWS.items()]
+          for name, values in published_rows().items()]
   for number in sorted({n for run in runs for n in run.rounds}):
     row = {"name": f"this run, round {number}", "published": False, "values": {}, "partial": []}
-    for run in runs:
-      if str(number) in run.scores["rounds"]:
-        summary = run.scores["rounds"][str(number)]
-        values = headline(run.benchmark, summary)
-        row["values"] |= values
-        row["partial"] += [c for c, v in values.items() if v is not None
-                           and not summary["complete"]]
+    for run in (run for run in runs if number in run.rounds):
+      values = run.benchmark.headline(run.rounds[number])
+      row["values"] |= values
+      row["partial"] += [c for c, v in values.items() if v is not None
+                         and not run.rounds[number]["complete"]]
     rows.append(row)
-  columns = dict.fromkeys([*published.COLUMNS, *(c for row in rows for c in row["values"])])
-  return {"columns": list(columns), "rows": rows,
-          "categories": {run.benchmark: _category_table(run) for run in runs},
+  every = dict.fromkeys([*columns(), *(c for row in rows for c in row["values"])])
+  return {"columns": list(every), "rows": rows,
+          "categories": {run.benchmark.name: _category_table(run) for run in runs},
           "settings": _settings(runs), "coverage": [c for r in runs for c in _coverage(r)],
-          "notes": _notes(runs), "caveats": list(published.CAVEATS)}
+          "notes": _notes(runs), "caveats": caveats()}
 
 
-def write(runs: list[Run], folder) -> pathlib.Path:
+def write(runs: list[Scored], folder) -> pathlib.Path:
   """Writes report.json, report.md, report.html and pages/; returns the page's path."""
-  from irg_jax.evaluate import report_page
   folder = pathlib.Path(folder)
   (folder / "pages").mkdir(parents=True, exist_ok=True)
   report = build(runs)
-  links = {run.benchmark: report_page.write_pages(run, folder / "pages") for run in runs}
+  links = {run.benchmark.name: write_pages(run, folder / "pages") for run in runs}
   write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
   write_text(folder / "report.md", markdown(report))
-  write_text(folder / "report.html", report_page.report_html(report, links))
+  write_text(folder / "report.html", pages.render(
+      "evaluation", sections=sections(report), links=links, notes=report["notes"],
+      caveats=report["caveats"], partial=is_partial(report)))
   return folder / "report.html"
 
 
-def markdown(report: dict) -> str:
-  """The report's tables."""
-  parts = ["# Results", table_text(report)]
-  if any(row["partial"] for row in report["rows"]):
-    parts.append("\\* of a part of the prompts: see what is missing below.")
+def sections(report: dict) -> list[dict]:
+  """The tables: [{"title", "head", "rows", "benchmark": name or None}], all cells as text."""
+  title = lambda name: evaluate.get(name).title
+  found = [{"title": "Results", "head": ["", *report["columns"]], "rows": [
+      [row["name"], *(show(row["values"].get(c), c) + "*" * (c in row["partial"])
+                      for c in report["columns"])] for row in report["rows"]]}]
   for name, table in report["categories"].items():
-    head = ["", *table["names"]]
-    body = [[category, *(show(values.get(n), name) for n in table["names"])]
-            for category, values in table["rows"].items()]
-    parts += [f"## {TITLES[name]}", _markdown_table(head, body)]
-  parts += ["## What was scored", _markdown_table(list(COVERAGE.values()),
-                                                  [_coverage_cells(c) for c in report["coverage"]])]
-  names = list(report["settings"])
-  keys = list(dict.fromkeys(k for values in report["settings"].values() for k in values))
-  parts += ["## Settings", _markdown_table(["", *map(TITLES.get, names)], [
-      [key, *(_cell(report["settings"][n].get(key)) for n in names)] for key in keys])]
+    found.append({"title": title(name), "benchmark": name, "head": ["", *table["names"]], "rows": [
+        [category, *(show(values.get(n), name) for n in table["names"])]
+        for category, values in table["rows"].items()]})
+  found.append({"title": "What was scored", "head": list(COVERAGE), "rows": [
+      [_cell(value) for value in (*list(entry.values())[:-1], "; ".join(
+          f"{reason}: {count}" for reason, count in entry["reasons"].items()))]
+      for entry in report["coverage"]]})
+  settings = report["settings"]
+  keys = dict.fromkeys(key for values in settings.values() for key in values)
+  found.append({"title": "Settings", "head": ["", *map(title, settings)], "rows": [
+      [key, *(_cell(values.get(key)) for values in settings.values())] for key in keys]})
+  return found
+
+
+def markdown(report: dict) -> str:
+  """The report's tables and notes."""
+  parts = []
+  for level, section in enumerate(sections(report)):
+    parts += [f"{'##' if level else '#'} {section['title']}", _markdown_table(section)]
+    if not level and is_partial(report):
+      parts.append("\\* of a part of the prompts: see what is missing below.")
   parts += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
   parts += ["## Before comparing", "\n".join(f"- {text}" for text in report["caveats"])]
   return "\n\n".join(parts) + "\n"
@@ -153,54 +158,127 @@ def markdown(report: dict) -> str:
 
 def table_text(report: dict) -> str:
   """The main table alone, as Markdown."""
-  return _markdown_table(["", *report["columns"]], [
-      [row["name"], *(show(row["values"].get(c), c) + "\\*" * (c in row["partial"])
-                      for c in report["columns"])] for row in report["rows"]])
+  return _markdown_table(sections(report)[0])
+
+
+def is_partial(report: dict) -> bool:
+  """Whether a figure of the main table is of a part of the prompts."""
+  return any(row["partial"] for row in report["rows"])
+
+
+def round_lines(run: Scored):
+  """Yields a line for each round's figures, and one for each reason without a score."""
+  for number, summary in run.rounds.items():
+    figures = ", ".join(f"{name} {show(value, name)}"
+                        for name, value in run.benchmark.headline(summary).items())
+    yield (f"round {number}: {figures} ({run.benchmark.scored(summary)} scored, "
+           f"{summary['missing']} not there, {summary['unscored']['total']} without a score)")
+    for reason, count in summary["unscored"]["by_reason"].items():
+      yield f"  no score: {reason}: {count}"
 
 
 def show(value: float | None, column: str = "") -> str:
-  """A figure as the paper has it: TIIF's, times 100, with two places, others with three."""
-  if value is None:
-    return "–"
-  return f"{value:.2f}" if column.lower().startswith("tiif") else f"{value:.3f}"
+  """A figure with the published number of decimal places; `column`: of it, or a benchmark."""
+  places = next((b.places for b in evaluate.BENCHMARKS.values()
+                 if column == b.name or column in b.columns), 3)
+  return "–" if value is None else f"{value:.{places}f}"
 
 
-COVERAGE = {"benchmark": "benchmark", "round": "round", "scored": "scored", "missing":
-            "not there", "unscored": "no score", "reasons": "why"}
+def write_pages(run: Scored, folder) -> list[str]:
+  """Writes the pages of a run's prompts into `folder`; returns their names, in order.
+
+  Only the places of the lines of items.jsonl are held, not the lines.
+  """
+  folder, places = pathlib.Path(folder), _places(run.out / ITEMS)
+  ids, names = list(places), []
+  with open(run.out / ITEMS, "rb") as file:
+    for start in range(0, len(ids), _PROMPTS_A_PAGE):
+      chosen = ids[start : start + _PROMPTS_A_PAGE]
+      names.append(f"{run.benchmark.name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
+      write_text(folder / names[-1], pages.render(
+          "evaluation_prompts", total=len(ids),
+          title=f"{run.benchmark.title}, prompts {start + 1} to {start + len(chosen)}",
+          prompts=[_prompt(run, folder, _lines(file, places[i])) for i in chosen]))
+  for path in folder.glob(f"{run.benchmark.name}-*.html"):  # of an earlier and longer report
+    if re.fullmatch(rf"{run.benchmark.name}-\d{{3,}}\.html", path.name) and path.name not in names:
+      path.unlink()
+  return names
+
+
+def _prompt(run, folder, lines):
+  """A prompt of a page: its images, each with its seeds and its rounds side by side."""
+  images = []
+  for image in sorted({line["picture"] for line in lines}):
+    found = {line["round"]: line for line in lines if line["picture"] == image}
+    # A file may hold several images, as the cells of a grid.
+    seeds = [base.seed(run.benchmark.name, lines[0]["id"], image + i)
+             for i in range(lines[0]["in_file"])]
+    images.append({"number": image + 1, "seeds": seeds, "rounds": [
+        _round(run, folder, number, found.get(number)) for number in run.rounds]})
+  return {"id": lines[0]["id"], "tasks": lines[0]["tasks"], "prompt": lines[0]["prompt"],
+          "images": images}
+
+
+def _round(run, folder, number, line):
+  if line is None:
+    return {"number": number}
+  path = run.out / line["file"]
+  link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
+  return {"number": number, "link": link, "words": _words(line), "why": line["why"],
+          "alt": f"Round {number}, drawn for: {pages.short(line['prompt'], 300)}",
+          "scores": " · ".join(f"{name} {value:g}" for name, value in line["scores"].items())}
+
+
+def _words(line):
+  """The judge's words, beside each question where there are several."""
+  if line.get("questions"):
+    asked = "\n".join(f"{q} expected {e.strip().lower()}, said {p}"
+                      for q, e, p in line["questions"])
+    return f"{asked}\n\n{line['words']}"
+  if not isinstance(line["words"], dict):
+    return line["words"] or ""
+  parts = []
+  for cell, said in line["words"].items():
+    parts.append(f"cell {int(cell) + 1}")
+    parts += [f"  {q} {a}" for q, a in said.items()] if isinstance(said, dict) else [f"  {said}"]
+  return "\n".join(parts)
+
+
+def _places(path):
+  """{prompt id: positions of its lines}, in the order of the file."""
+  places, position = {}, 0
+  with open(path, "rb") as file:
+    for line in file:
+      places.setdefault(json.loads(line)["id"], []).append(position)
+      position += len(line)
+  return places
+
+
+def _lines(file, positions):
+  lines = []
+  for position in positions:
+    file.seek(position)
+    lines.append(json.loads(file.readline()))
+  return lines
 
 
 def _coverage(run):
-  for number in run.rounds:
-    summary = run.scores["rounds"][str(number)]
+  for number, summary in run.rounds.items():
     reasons = dict(summary["unscored"]["by_reason"])
     if irregular := summary.get("irregular", {}).get("total"):
       reasons["scored as 0: neither Yes nor No"] = irregular
-    yield {"benchmark": TITLES[run.benchmark], "round": number, "scored": scored(run, summary),
-           "missing": summary["missing"], "unscored": summary["unscored"]["total"],
-           "reasons": reasons}
-
-
-def scored(run: Run, summary: dict) -> int:
-  """Pictures (GenEval, mini), prompts of a part (OneIG) or prompts that have a score."""
-  if run.benchmark in layout.SAMPLES:
-    return summary["pictures"]
-  if run.benchmark == "oneig":
-    return sum(part["prompts"] for part in summary["parts"].values())
-  return summary["items"]
-
-
-def _coverage_cells(entry):
-  why = "; ".join(f"{reason}: {count}" for reason, count in entry["reasons"].items())
-  return [_cell(value) for value in (entry | {"reasons": why}).values()]
+    yield {"benchmark": run.benchmark.title, "round": number,
+           "scored": run.benchmark.scored(summary), "missing": summary["missing"],
+           "unscored": summary["unscored"]["total"], "reasons": reasons}
 
 
 def _category_table(run):
-  ours = {f"this run, round {n}": categories(run.benchmark, run.scores["rounds"][str(n)])
-          for n in run.rounds}
-  columns = published.CATEGORIES.get(run.benchmark, {}) | ours
+  ours = {f"this run, round {n}": run.benchmark.categories(summary)
+          for n, summary in run.rounds.items()}
+  every = run.benchmark.published_categories | ours
   order = list(dict.fromkeys(c for values in ours.values() for c in values))
-  return {"names": list(columns),
-          "rows": {c: {name: values.get(c) for name, values in columns.items()} for c in order}}
+  return {"names": list(every),
+          "rows": {c: {name: values.get(c) for name, values in every.items()} for c in order}}
 
 
 def _settings(runs):
@@ -208,7 +286,7 @@ def _settings(runs):
   result = {}
   for run in runs:
     record = run.scores.get("run") or {}
-    result[run.benchmark] = dict(flat({
+    result[run.benchmark.name] = dict(_flat({
         "prompts": run.scores["prompts"],
         **{k: v for k, v in record.get("settings", {}).items() if k != "benchmark"},
         **record.get("notes", {}),
@@ -218,11 +296,11 @@ def _settings(runs):
   return result
 
 
-def flat(values: dict, prefix: str = ""):
+def _flat(values: dict, prefix: str = ""):
   """(dotted name, value) of every leaf that is not None."""
   for name, value in values.items():
     if isinstance(value, dict):
-      yield from flat(value, f"{prefix}{name}.")
+      yield from _flat(value, f"{prefix}{name}.")
     elif value is not None:
       yield prefix + str(name), value
 
@@ -233,27 +311,14 @@ def _notes(runs):
   if len(checkpoints) > 1:
     notes.append("Caution: not all runs are of the same checkpoint, so a row of the main table is "
                  "not of one model.")
-  for run in runs:
-    if not (run.scores.get("run") or {}):
-      notes.append(f"{TITLES[run.benchmark]}: the folder has no run.json, so how its images were "
-                   "made is unknown.")
-  return notes
+  return notes + [f"{run.benchmark.title}: the folder has no run.json, so how its images were made "
+                  "is unknown." for run in runs if not run.scores.get("run")]
 
 
-def _percent(value):
-  return None if value is None else 100 * value
-
-
-def _markdown_table(head, body):
-  lines = [head, ["---"] * len(head), *body]
-  return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _markdown_table(section):
+  cell = lambda text: text.replace("|", "\\|").replace("*", "\\*")
+  return tables.table(section["head"], [[row[0], *map(cell, row[1:])] for row in section["rows"]])
 
 
 def _cell(value):
-  return "" if value is None else " ".join(str(value).replace("|", "\\|").split())
-
-
-def write_text(path, text: str) -> None:
-  """Writes a file whole."""
-  with atomic_file(path) as aside:
-    aside.write_text(text, encoding="utf-8", errors="replace")
+  return "" if value is None else " ".join(str(value).split())

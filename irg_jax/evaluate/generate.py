@@ -1,0 +1,355 @@
+"""Generation of a benchmark's images: those that are missing, each with a trace.
+
+  OUT/run.json        settings; a start with others is refused
+  OUT/roundN/...      images where the official scorer expects them, every round under its own root
+  OUT/traces/...      thoughts and seeds, a JSON file an image
+  OUT/cells/...       images of a grid until it is complete
+  OUT/.aside/...      files being written, each renamed into its place when it is complete
+
+The unit of work is an image with all its rounds. Its files come first and its trace last, so an
+image with a trace is done, and a start after a kill at any time generates only the others.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from irg_jax import runs, sharding, storage, weights
+from irg_jax.evaluate import base, records
+from irg_jax.evaluate.score import RUN, SCORES
+from irg_jax.generate import irg
+from irg_jax.generate import run as generate_run
+from irg_jax.generate.settings import Settings
+from irg_jax.generate.slots import plan_cache
+from irg_jax.progress import Progress
+from irg_jax.tokenizer import load_tokenizer
+
+# Losses of the images' own format would be judged as the model's.
+_FORMATS = {".png": {"format": "PNG"}, ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+            ".webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0}}
+_ASIDE, _SAMPLE = ".aside", 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """All that a run needs; nothing here has touched the weights.
+
+  Attributes:
+    benchmark: whose prompts these are.
+    items: all prompts of the files; they belong to the run's identity.
+    selected: those of them to generate images for.
+    out: folder of the run, new or to be continued.
+    checkpoint, settings, system_prompt, dtype: as for `irg generate`.
+    batch_size: images generated side by side.
+    mesh: mesh sizes by axis name, or None for all devices on one axis.
+    process_id, num_processes: this process takes every num_processes-th prompt.
+  """
+
+  benchmark: base.Benchmark
+  items: tuple[base.Item, ...]
+  selected: tuple[base.Item, ...]
+  out: pathlib.Path
+  checkpoint: pathlib.Path
+  settings: Settings
+  system_prompt: str
+  batch_size: int
+  mesh: dict[str, int] | None = None
+  dtype: str | None = None
+  process_id: int = 0
+  num_processes: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """The outcome of this process's share.
+
+  Attributes:
+    drawn, kept: images generated now, and there already.
+    failed: "ITEM, image N, round N" of every image that could not be generated.
+  """
+
+  drawn: int
+  kept: int
+  failed: list[str]
+
+
+class OutFolder:
+  """Writes complete files into `out`, which any number of processes may share."""
+
+  def __init__(self, out: pathlib.Path, aside: pathlib.Path):
+    self.out, self._aside = out, aside
+
+  def write(self, relative, data: bytes) -> None:
+    """Writes a file atomically."""
+    path = self.out / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(path, data, self._aside)
+
+  def exists(self, relative) -> bool:
+    return (self.out / relative).is_file()
+
+
+def generate_images(request: Request) -> Result:
+  """Generates the images that are not there yet.
+
+  Raises:
+    ValueError, OSError: with a message for the user; before the weights are read wherever
+      that is possible.
+  """
+  config = weights.read_config(request.checkpoint)
+  request.settings.validate(config)
+  tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
+  _check_prompts(request, tokenizer)
+  plan_cache(config, request.settings, len(tokenizer.encode(request.system_prompt)))
+  storage.check_output_folder(request.out)
+  mesh = sharding.make_mesh(request.mesh)
+  process = f"{request.process_id}-of-{request.num_processes}"
+  with open_run(request.out, identity(request), _notes(request), process) as folder:
+    batches = _open_batches(request, folder)
+    before = _count_done(request, folder)
+    if batches:
+      with Progress() as progress, jax.set_mesh(mesh):
+        model, params = generate_run.load_model(request.checkpoint, mesh, request.dtype, progress)
+        _generate_batches(request, folder, model, params, tokenizer, batches, progress)
+    for item in _share(request):
+      _paste(request, folder, item)
+    after = _count_done(request, folder)
+    return Result(after - before, before, list(_failures(request, folder)))
+
+
+def identity(request: Request) -> dict:
+  """All that decides a run's files: not how many devices, processes or rows work on it."""
+  lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
+  settings = dataclasses.asdict(request.settings)
+  return json.loads(json.dumps({
+      "benchmark": request.benchmark.name,
+      "prompts": {"count": len(request.items),
+                  "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
+      "generation": settings,
+      "system_prompt": request.system_prompt,
+      "checkpoint": fingerprint(request.checkpoint),
+      "dtype": request.dtype,
+  }))
+
+
+def fingerprint(folder) -> str:
+  """A short text that differs for other weights or another tokenizer.
+
+  Of every file: its name, its size, and its beginning, middle and end. Copies agree; another
+  layout of the same weights does not. Scores that a checkpoint got since are no part of it.
+  """
+  folder, digest = pathlib.Path(folder), hashlib.sha256()
+  files = [p for p in sorted(folder.rglob("*")) if p.is_file() and _counts(p.relative_to(folder))]
+  for path in files:
+    size = path.stat().st_size
+    digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+    with path.open("rb") as f:
+      for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+        f.seek(max(0, start))
+        digest.update(f.read(_SAMPLE))
+  return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def open_run(out, settings: dict, notes: dict, process: str):
+  """Yields the `OutFolder` of a new run, or of one with the same settings to be continued.
+
+  Args:
+    settings: JSON; what decides every file. Recorded, and compared from then on.
+    notes: JSON; recorded beside them, not compared.
+    process: names this process among those that share the folder.
+
+  Raises:
+    ValueError: the folder is of other settings or of something else, or a process of that
+      name is at work in it.
+  """
+  out = pathlib.Path(out)
+  _check_run(out, settings)
+  aside = out / _ASIDE / process
+  with _alone(aside, out):
+    for left in aside.iterdir():  # by a run that was killed
+      left.unlink()
+    runs.create(out / RUN, {"settings": settings, "notes": notes})
+    _check_run(out, settings)  # another process may have been first
+    yield OutFolder(out, aside)
+    shutil.rmtree(aside)
+    with contextlib.suppress(OSError):  # others are at work in it
+      aside.parent.rmdir()
+
+
+def _check_run(out, settings):
+  """Raises ValueError unless `out` is new, empty, or a run with these settings."""
+  runs.check_folder(out / RUN, "a run of irg eval generate", ignore=(_ASIDE,))
+  if (out / RUN).is_file():
+    runs.check_same(runs.read(out / RUN).get("settings", {}), settings, f"--out {out}")
+
+
+@contextlib.contextmanager
+def _alone(folder, out):
+  """Makes a folder and holds a lock on it that ends with the process, however that ends."""
+  folder.mkdir(parents=True, exist_ok=True)
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    os.close(handle)
+    raise ValueError(f"--out {out}: another process with the same --process-id and "
+                     "--num-processes is at work in it") from e
+  except OSError:  # a file system without locks: the user sees to it
+    pass
+  folder.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
+  try:
+    yield
+  finally:
+    os.close(handle)
+
+
+def _counts(path):
+  hidden = any(part.startswith(".") for part in path.parts)
+  weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
+  return not hidden and (weighs or len(path.parts) > 1)
+
+
+def _notes(request):
+  return {"checkpoint": str(request.checkpoint), "batch_size": request.batch_size,
+          "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+          "versions": generate_run.versions()}
+
+
+def _check_prompts(request, tokenizer):
+  limit = request.settings.max_prompt_tokens
+  for item in request.selected:
+    count = len(tokenizer.encode(item.prompt))
+    if count > limit:
+      raise ValueError(f"{item.benchmark} {item.id}: the prompt has {count} tokens, more than the "
+                       f"{limit} of max_prompt_tokens; give --config.max_prompt_tokens={count}")
+
+
+def _share(request):
+  """The prompts of this process."""
+  return request.selected[request.process_id::request.num_processes]
+
+
+def _open_batches(request, folder):
+  """The batches in which an image is missing.
+
+  A batch's rows stay together whatever is missing: so a run that was stopped gives the very
+  bytes of one that was not, although a row's last bits may depend on the size of its batch.
+  """
+  rows = [(item, image) for item in _share(request) for image in range(item.images)]
+  size = request.batch_size
+  batches = [rows[i:i + size] for i in range(0, len(rows), size)]
+  return [batch for batch in batches if not all(_is_done(request, folder, *row) for row in batch)]
+
+
+def _count_done(request, folder):
+  return sum(_is_done(request, folder, item, image)
+             for item in _share(request) for image in range(item.images))
+
+
+def _is_done(request, folder, item, image):
+  record = base.read_trace(folder.out, item, image)
+  return record is not None and all(
+      entry["picture"] is None or folder.exists(entry["picture"])
+      or request.benchmark.grid and folder.exists(_cell_path(item, image, number))
+      for number, entry in enumerate(record["rounds"], 1))
+
+
+def _generate_batches(request, folder, model, params, tokenizer, batches, progress):
+  total, drawn, ends = sum(map(len, batches)), 0, []
+  size = min(request.batch_size, sum(item.images for item in _share(request)))
+  for batch in batches:
+    progress.prefix = f"{drawn} of {total} images{_left(ends, len(batches))}: "
+    # A batch that is not full repeats its last row: another size would compile anew.
+    padded = [*batch, *[batch[-1]] * (size - len(batch))]
+    trajectories = irg.generate(
+        model, params, tokenizer, [item.prompt for item, _ in padded],
+        seeds=[base.seed(item.benchmark, item.id, image) for item, image in padded],
+        settings=request.settings, system_prompt=request.system_prompt, on_progress=progress)
+    for (item, image), trajectory in zip(batch, trajectories):
+      if not _is_done(request, folder, item, image):
+        _write(request, folder, item, image, trajectory)
+      _paste(request, folder, item)
+    drawn += len(batch)
+    ends.append(time.monotonic())
+
+
+def _left(ends, batches):
+  """The remaining time, from when batches ended; the first one compiles and says nothing."""
+  if len(ends) < 2:
+    return ""
+  minutes = (ends[-1] - ends[0]) / (len(ends) - 1) * (batches - len(ends)) / 60
+  return f", {minutes / 60:.1f} h left" if minutes >= 90 else f", {minutes:.0f} min left"
+
+
+def _write(request, folder, item, image, trajectory):
+  """Writes the files of an image, its trace last."""
+  rounds = []
+  for number, r in enumerate(trajectory.rounds, 1):
+    path = request.benchmark.image_path(item, image, number)
+    for beside, data in request.benchmark.beside(item, number).items():
+      if not folder.exists(beside):
+        folder.write(beside, data)
+    fails = not np.isfinite(r.latents).all()
+    if not fails:
+      place = _cell_path(item, image, number) if request.benchmark.grid else path
+      folder.write(place, _encoded(r.image, place.suffix))
+    rounds.append({
+        "think": r.thought.text if request.settings.think else None,
+        "think_tokens": len(r.thought.ids), "hit_limit": r.thought.hit_limit,
+        "tokens_cut": r.thought.cut, "picture": None if fails else path.as_posix(),
+        "seconds": r.seconds})
+  record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
+            "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}
+  folder.write(base.trace_path(item, image),
+               (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def _cell_path(item, image, round):
+  return pathlib.PurePath("cells", f"round{round}", item.id, f"{image}.png")
+
+
+def _paste(request, folder, item):
+  """Makes the grids of a prompt once all its cells are there, then removes the cells."""
+  traces = [base.read_trace(folder.out, item, image) for image in range(item.images)]
+  if not request.benchmark.grid or not all(traces):
+    return
+  places = []
+  for number in range(1, request.settings.rounds + 1):
+    place = request.benchmark.image_path(item, 0, number)
+    paths = [_cell_path(item, image, number) for image in range(item.images)]
+    fails = [trace["rounds"][number - 1]["picture"] is None for trace in traces]
+    if not folder.exists(place) and all(f or folder.exists(p) for f, p in zip(fails, paths)):
+      images = [None if f else np.array(Image.open(folder.out / p)) for f, p in zip(fails, paths)]
+      whole = records.paste_cells(images, request.settings.height, request.settings.width)
+      folder.write(place, _encoded(whole, place.suffix))
+    places.append((place, paths[0].parent))
+  if all(folder.exists(place) for place, _ in places):
+    for _, cells in places:
+      shutil.rmtree(folder.out / cells, ignore_errors=True)
+
+
+def _failures(request, folder):
+  for item in _share(request):
+    for image in range(item.images):
+      record = base.read_trace(folder.out, item, image) or {"rounds": ()}
+      for number, entry in enumerate(record["rounds"], 1):
+        if entry["picture"] is None:
+          yield f"{item.id}, image {image}, round {number}"
+
+
+def _encoded(image, suffix):
+  data = io.BytesIO()
+  Image.fromarray(image).save(data, **_FORMATS[suffix])
+  return data.getvalue()
