@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from irg_jax.evaluate import detectors
+from irg_jax.evaluate import clauses
 from irg_jax.evaluate import geneval
-from irg_jax.evaluate import plugins
-from irg_jax.evaluate import prompts
+from irg_jax.evaluate import score
 
 CLASSES = ("dog", "car", "bus")
 RED = {"tag": "colors", "prompt": "a photo of a red car",
@@ -36,7 +35,7 @@ def image(tmp_path):
 
 
 def run(tmp_path, images, detect, classify=None, names="d"):
-  return list(detectors.records(images, CLASSES, detect, classify, tmp_path / "cache.jsonl",
+  return list(clauses.records(images, CLASSES, detect, classify, tmp_path / "cache.sqlite",
                                 names))
 
 
@@ -64,13 +63,13 @@ def test_the_crop_is_grey_outside_the_mask_and_rounds_the_box():
   image = Image.new("RGB", (10, 8), (1, 2, 3))
   mask = np.zeros((8, 10), bool)
   mask[2:4, 2:4] = True
-  crop = np.asarray(detectors.object_crop(image, (1.6, 1.4, 5.5, 6.5), mask))
+  crop = np.asarray(clauses.object_crop(image, (1.6, 1.4, 5.5, 6.5), mask))
   assert crop.shape == (5, 4, 3)  # Python rounds halves to even: 5.5 to 6, 6.5 to 6
   assert (crop[1:3, 0:2] == (1, 2, 3)).all() and (crop[3:] == 153).all()
   with pytest.raises(ValueError, match="mask"):
-    detectors.object_crop(image, (0, 0, 5, 5), mask.T)
+    clauses.object_crop(image, (0, 0, 5, 5), mask.T)
   with pytest.raises(ValueError, match="no pixel"):
-    detectors.object_crop(image, (3, 3, 3.2, 8))
+    clauses.object_crop(image, (3, 3, 3.2, 8))
 
 
 def test_masks_reach_the_classifier_and_not_the_record(tmp_path, image):
@@ -150,31 +149,31 @@ def test_clip_takes_the_colour_nearest_to_the_mean_of_its_unit_texts():
   texts = []
   def encode_text(batch):
     texts.append(batch)
-    index = next(i for i, c in enumerate(geneval.COLORS) if f" {c}" in batch[0])
+    index = next(i for i, c in enumerate(clauses.COLORS) if f" {c}" in batch[0])
     return [np.eye(10)[index] * scale for scale in (1.0, 50.0, 0.1)]
-  classify = detectors.clip_classifier(lambda crop: np.eye(10)[geneval.COLORS.index(crop)] * 3,
+  classify = clauses.clip_classifier(lambda crop: np.eye(10)[clauses.COLORS.index(crop)] * 3,
                                        encode_text)
-  assert [classify(color, "car") for color in geneval.COLORS] == list(geneval.COLORS)
+  assert [classify(color, "car") for color in clauses.COLORS] == list(clauses.COLORS)
   assert len(texts) == 10 and all(len(batch) == 3 for batch in texts)  # texts are encoded once
-  tie = detectors.clip_classifier(lambda crop: np.ones(10), encode_text)
+  tie = clauses.clip_classifier(lambda crop: np.ones(10), encode_text)
   assert tie(None, "car") == "red"
 
 
 def test_the_eighty_names_come_with_the_package():
-  assert len(detectors.class_names(prompts.GENEVAL_FILES / "object_names.txt")) == 80
+  assert len(geneval.class_names(geneval.FILES / "object_names.txt")) == 80
 
 
 def test_a_wrong_list_of_names_is_refused(tmp_path):
   (tmp_path / "names.txt").write_text("dog\ndog\n")
   with pytest.raises(ValueError, match="names.txt: holds 1 different"):
-    detectors.class_names(tmp_path / "names.txt")
+    geneval.class_names(tmp_path / "names.txt")
 
 
 def test_a_function_is_found_by_name_in_the_working_directory(tmp_path):
   (tmp_path / "mine_for_test.py").write_text("def detect(image, classes): return {}\nx = 3\n")
   root = pathlib.Path(__file__).resolve().parents[1]
-  code = ("from irg_jax.evaluate import plugins\n"
-          "print(plugins.load('mine_for_test:detect', '--detector')(1, 2))")
+  code = ("from irg_jax.evaluate import score\n"
+          "print(score.load_function('mine_for_test:detect', '--detector')(1, 2))")
   done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                         env=os.environ | {"PYTHONPATH": str(root)})
   assert done.stdout == "{}\n", done.stderr
@@ -185,4 +184,4 @@ def test_a_function_is_found_by_name_in_the_working_directory(tmp_path):
     ("json:no_such", "no function no_such"), ("json:__name__", "no function __name__")])
 def test_a_function_that_is_not_there_is_named_with_its_flag(spec, words):
   with pytest.raises(ValueError, match=rf"--detector.*{words}"):
-    plugins.load(spec, "--detector")
+    score.load_function(spec, "--detector")

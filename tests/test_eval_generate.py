@@ -20,7 +20,10 @@ import pytest
 from PIL import Image
 
 from irg_jax import cli
-from irg_jax.evaluate import layout, prompts, run_folder, runner
+from irg_jax import evaluate, storage
+from irg_jax.commands import eval as eval_verb
+from irg_jax.evaluate import base, geneval
+from irg_jax.evaluate import generate as runner
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 from irg_jax.progress import Progress
@@ -120,39 +123,39 @@ LAYOUTS = {
 LAYOUTS["mini"] = LAYOUTS["geneval"]
 
 
-@pytest.mark.parametrize("benchmark", prompts.BENCHMARKS)
+@pytest.mark.parametrize("benchmark", eval_verb.benchmarks())
 def test_each_round_has_the_official_layout_to_itself(benchmark, engine, generate, tmp_path,
                                                       files, capsys):
   assert generate(benchmark, tmp_path, "--limit", 2, "--batch-size", 3) == 0
-  items = prompts.read(benchmark, files[benchmark])[:2]
+  items = evaluate.get(benchmark).read(files[benchmark])[:2]
   images = [(item, p) for item in items for p in range(item.images)]
   for number in (1, 2):
     root = tmp_path / f"round{number}"
     assert {f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file()} \
         == LAYOUTS[benchmark]
   for item, p in images:
-    record = runner.read_trace(tmp_path, item, p)
-    seed = layout.seed(benchmark, item.id, p)
+    record = base.read_trace(tmp_path, item, p)
+    seed = base.seed(benchmark, item.id, p)
     assert (record["prompt"], record["seed"]) == (item.prompt, seed)
     assert [r["think"] for r in record["rounds"]] == [f"thought {seed} 0", f"thought {seed} 1"]
     for number, entry in enumerate(record["rounds"], 1):
-      assert entry["picture"] == layout.image_path(benchmark, item, p, number).as_posix()
+      assert entry["picture"] == evaluate.get(benchmark).image_path(item, p, number).as_posix()
   assert not list(tmp_path.rglob(".aside"))
   assert f"{len(images)} images drawn, 0 were there already" in capsys.readouterr().out
   assert {row for batch in engine.batches for row in batch} \
-      == {(i.prompt, layout.seed(benchmark, i.id, p)) for i, p in images}
+      == {(i.prompt, base.seed(benchmark, i.id, p)) for i, p in images}
 
 
 def test_geneval_s_record_is_as_published(engine, generate, tmp_path):
   assert generate("geneval", tmp_path, "--tasks", "counting", "--limit", 1) == 0
-  line = prompts.GENEVAL_FILES.joinpath("evaluation_metadata.jsonl").read_text().split("\n")[179]
+  line = geneval.FILES.joinpath("evaluation_metadata.jsonl").read_text().split("\n")[179]
   assert json.loads((tmp_path / "round2/00179/metadata.jsonl").read_text()) == json.loads(line)
 
 
 def test_oneig_s_grid_holds_the_four_images_and_black_for_one_that_failed(
     engine, generate, tmp_path, files, capsys):
-  item = prompts.read("oneig", files["oneig"])[0]
-  seeds = [layout.seed("oneig", item.id, p) for p in range(4)]
+  item = evaluate.get("oneig").read(files["oneig"])[0]
+  seeds = [base.seed("oneig", item.id, p) for p in range(4)]
   engine.fails = {(seeds[2], 1)}
   assert generate("oneig", tmp_path, "--limit", 1) == 0
   settings = dataclasses.replace(runner.Settings(), height=32, width=32)
@@ -172,7 +175,7 @@ def test_oneig_s_grid_holds_the_four_images_and_black_for_one_that_failed(
 
 
 def test_a_image_that_failed_is_no_image(engine, generate, tmp_path):
-  engine.fails = {(layout.seed("wise", "1", 0), 0)}
+  engine.fails = {(base.seed("wise", "1", 0), 0)}
   assert generate("wise", tmp_path) == 0
   assert not (tmp_path / "round1/1.png").exists() and (tmp_path / "round2/1.png").exists()
 
@@ -216,20 +219,20 @@ class Killed(BaseException):
 @pytest.mark.parametrize("benchmark", ["oneig", "geneval"])
 def test_a_kill_at_any_file_leaves_nothing_torn_and_is_made_good(
     benchmark, engine, generate, tmp_path, monkeypatch):
-  asked, draw = [], runner.run_generate
-  monkeypatch.setattr(runner, "run_generate", lambda request: asked.append(request) or draw(request))
+  asked, draw = [], runner.generate_images
+  monkeypatch.setattr(runner, "generate_images", lambda request: asked.append(request) or draw(request))
   monkeypatch.setattr(os, "fsync", lambda _: None)  # for power cuts, and slow
   assert generate(benchmark, tmp_path / "whole", "--limit", 1, "--batch-size", 3,
                   "--rounds", 2 if benchmark == "oneig" else 1) == 0
   want, place, made = tree(tmp_path / "whole"), os.replace, []
-  written, left = run_folder._written, [0]
+  written, left = storage.write_bytes, [0]
 
-  def torn(folder, data):
+  def torn(path, data, folder):
     left[0] -= 1
     if left[0] == 0:
       (folder / "half").write_bytes(data[:len(data) // 2])
       raise Killed
-    return written(folder, data)
+    written(path, data, folder)
 
   def unplaced(source, destination):
     left[0] -= 1
@@ -238,8 +241,8 @@ def test_a_kill_at_any_file_leaves_nothing_torn_and_is_made_good(
     made.append(destination)
     place(source, destination)
 
-  monkeypatch.setattr(run_folder, "_written", torn)
-  monkeypatch.setattr(run_folder.os, "replace", unplaced)
+  monkeypatch.setattr(storage, "write_bytes", torn)
+  monkeypatch.setattr(os, "replace", unplaced)
   for last in range(1, 2 * len(want) + 40):
     out = tmp_path / str(last)
     left[0], made[:] = last, []
@@ -269,10 +272,10 @@ def tree_of_whole(out):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--rounds", "1"], "generation.rounds was 2, now 1"),
-    (["--steps", "9"], "generation.steps was 10, now 9"),
-    (["--config.later.text_scale=3.0"], "generation.later.text_scale was 4.0, now 3.0"),
-    (["--dtype", "bfloat16"], "dtype was None, now bfloat16"),
+    (["--rounds", "1"], "generation.rounds=2, not 1"),
+    (["--steps", "9"], "generation.steps=10, not 9"),
+    (["--config.later.text_scale=3.0"], "generation.later.text_scale=4.0, not 3.0"),
+    (["--dtype", "bfloat16"], "dtype=None, not bfloat16"),
 ])
 def test_a_run_goes_on_with_its_own_settings_only(argv, message, engine, generate, tmp_path,
                                                   capsys):
@@ -287,21 +290,21 @@ def test_other_prompts_weights_or_a_folder_of_something_else_are_refused(
     engine, generate, tmp_path, files, checkpoint, capsys, monkeypatch):
   assert generate("wise", tmp_path / "a", "--limit", 1) == 0
   assert generate("genai_bench", tmp_path / "a") == 2
-  assert "benchmark was wise, now genai_bench" in capsys.readouterr().err
+  assert "benchmark=wise, not genai_bench" in capsys.readouterr().err
   other = json.loads(files["wise"].read_text())
   other[2]["Prompt"] = "another"
   (tmp_path / "w.json").write_text(json.dumps(other))
   assert generate("wise", tmp_path / "a", "--prompts", tmp_path / "w.json") == 2
-  assert "prompts.sha256 was" in capsys.readouterr().err
+  assert "prompts.sha256=" in capsys.readouterr().err
   config = str(ROOT / "configs" / "tiny.py")
   assert cli.main(["init", "--config", config, "--out", str(tmp_path / "weights"), "--seed", "1",
                    "--config.model.llm.num_layers=1"]) == 0
   assert generate("wise", tmp_path / "a", "--checkpoint", tmp_path / "weights") == 2
-  assert "checkpoint was" in capsys.readouterr().err
+  assert "checkpoint=" in capsys.readouterr().err
   (tmp_path / "b").mkdir()
   (tmp_path / "b" / "thesis.tex").touch()
   assert generate("wise", tmp_path / "b") == 2
-  assert "holds 'thesis.tex' but no run.json" in capsys.readouterr().err
+  assert "holds thesis.tex, but no run.json" in capsys.readouterr().err
   copy = tmp_path / "copy"
   shutil.copytree(checkpoint, copy)
   assert generate("wise", tmp_path / "a", "--checkpoint", copy, "--limit", 1) == 0  # the same
@@ -309,19 +312,19 @@ def test_other_prompts_weights_or_a_folder_of_something_else_are_refused(
 
 def test_a_second_process_of_the_same_number_is_refused(engine, generate, tmp_path, capsys):
   settings = {"a": 1}
-  with run_folder.open_run(tmp_path, settings, {}, "0-of-1"):
+  with runner.open_run(tmp_path, settings, {}, "0-of-1"):
     with pytest.raises(ValueError, match="another process with the same --process-id"):
-      with run_folder.open_run(tmp_path, settings, {}, "0-of-1"):
+      with runner.open_run(tmp_path, settings, {}, "0-of-1"):
         pass
-    with run_folder.open_run(tmp_path, settings, {}, "1-of-2"):
+    with runner.open_run(tmp_path, settings, {}, "1-of-2"):
       pass
-  with run_folder.open_run(tmp_path, settings, {}, "0-of-1"):
+  with runner.open_run(tmp_path, settings, {}, "0-of-1"):
     pass
 
 
 @pytest.mark.parametrize("benchmark, argv, message", [
     ("wise", ["--tasks", "MAGIC"], "--tasks MAGIC: no such task; there are CULTURE, TIME, CHEM"),
-    ("genai_bench", ["--tasks", "counting"], "put genai_skills.json beside the prompts"),
+    ("genai_bench", ["--tasks", "counting"], "with genai_skills.json beside the prompts"),
     ("wise", ["--process-id", "2", "--num-processes", "2"], "--process-id 2: must be from 0 to 1"),
     ("wise", ["--config.max_prompt_tokens=3"], "wise 1: the prompt has 8 tokens, more than the 3"),
     ("wise", ["--size", "40"], "40 is not a positive multiple of 16"),
@@ -346,10 +349,10 @@ def test_help_shows_the_paper_s_setting_and_it_is_the_default(capsys, engine, ge
   with pytest.raises(SystemExit):
     cli.main(["eval", "generate", "--help"])
   text = capsys.readouterr().out
-  for benchmark in prompts.BENCHMARKS:
+  for benchmark in eval_verb.benchmarks():
     assert f"irg eval generate {benchmark} " in text
   asked = []
-  monkeypatch.setattr(runner, "run_generate",
+  monkeypatch.setattr(runner, "generate_images",
                       lambda request: asked.append(request) or runner.Result(0, 0, []))
   shown = text.split("which is the same as ")[1].split("\n\n")[0].replace("\\\n", " ")
   argv = [part.replace('"', "") for part in shown.replace(", ", ",").split()]

@@ -7,11 +7,27 @@ import pathlib
 
 import pytest
 
-from irg_jax.evaluate import layout, prompts
-from irg_jax.evaluate.prompts import check_counts, known_tasks, read, tasks
+from irg_jax import evaluate
+from irg_jax.evaluate import base, geneval, oneig, tiif, wise
 
-GENEVAL = prompts.GENEVAL_FILES / "evaluation_metadata.jsonl"
+GENEVAL = geneval.FILES / "evaluation_metadata.jsonl"
 ONEIG_COLUMNS = ["category", "id", "prompt_en", "type", "prompt_length", "class"]
+
+
+def read(benchmark, path=None):
+  return evaluate.get(benchmark).read(path)
+
+
+def check_counts(items):
+  evaluate.get(items[0].benchmark).check_counts(items)
+
+
+def tasks(item):
+  return evaluate.get(item.benchmark).tasks(item)
+
+
+def known_tasks(items):
+  return list(dict.fromkeys(task for item in items for task in tasks(item)))
 
 
 def wise_records(ids):
@@ -50,11 +66,11 @@ def test_the_prompts_of_geneval_come_with_the_package():
   check_counts(items)
   assert [i.id for i in items[:2]] == ["00000", "00001"] and items[-1].id == "00552"
   assert {i.images for i in items} == {4}
-  assert collections.Counter(t for i in items for t in tasks(i)) == prompts.GENEVAL_TASKS
+  assert collections.Counter(t for i in items for t in tasks(i)) == geneval.COUNTS
   assert [i.extra for i in items] == [json.loads(line) for line in GENEVAL.open()]
-  names = (prompts.GENEVAL_FILES / "object_names.txt").read_text().split("\n")[:-1]
+  names = (geneval.FILES / "object_names.txt").read_text().split("\n")[:-1]
   assert len(names) == 80 and {c["class"] for i in items for c in i.extra["include"]} <= set(names)
-  assert "MIT License" in (prompts.GENEVAL_FILES / "LICENSE").read_text()
+  assert "MIT License" in (geneval.FILES / "LICENSE").read_text()
 
 
 def test_wise_reads_alike_from_three_files_and_from_one(tmp_path):
@@ -66,7 +82,7 @@ def test_wise_reads_alike_from_three_files_and_from_one(tmp_path):
   items = read("wise", tmp_path)
   check_counts(items)
   assert items == read("wise", one)
-  assert known_tasks(items) == list(prompts.WISE_CATEGORIES)
+  assert known_tasks(items) == list(wise.LEGACY.ranges)
   by_task = collections.Counter(t for i in items for t in tasks(i))
   assert by_task == {"CULTURE": 400, "TIME": 167, "SPACE": 133, "BIOLOGY": 100, "PHYSICS": 100,
                      "CHEMISTRY": 100}
@@ -78,7 +94,7 @@ def test_wise_reads_alike_from_three_files_and_from_one(tmp_path):
 
 
 def test_tiif_takes_short_and_long_for_two_items(tmp_path):
-  for name, (mini, _) in prompts.TIIF_TYPES.items():
+  for name, (mini, _) in tiif.COUNTS.items():
     write_lines(tmp_path / f"{name}_prompts.jsonl", tiif_records(mini, name))
   items = read("tiif", tmp_path)
   check_counts(items)
@@ -107,7 +123,7 @@ def test_genai_bench_is_indexed_by_key(tmp_path):
 
 def test_oneig_ids_start_anew_in_each_category(tmp_path):
   rows = [(c, f"{i:03}", f'{c}, "{i}",\nin two lines', "T, P", "short", "")
-          for c, n in zip(prompts.ONEIG_FOLDERS, (245, 244, 206, 200, 225)) for i in range(n)]
+          for c, n in zip(oneig.FOLDERS, (245, 244, 206, 200, 225)) for i in range(n)]
   path = write_oneig(tmp_path / "OneIG-Bench.csv", rows)
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel saves it
   items = read("oneig", tmp_path)
@@ -221,7 +237,7 @@ def test_what_cannot_be_read_at_all_is_named(tmp_path):
 
 
 def item(benchmark, name):
-  return prompts.Item(benchmark, name, "p", 1, {})
+  return base.Item(benchmark, name, "p", 1, {})
 
 
 @pytest.mark.parametrize("benchmark, name, image, path", [
@@ -233,20 +249,20 @@ def item(benchmark, name):
     ("oneig", "anime/000", 3, "round2/images/anime/irg_jax/000.webp"),
 ])
 def test_images_are_where_the_official_scorer_looks(benchmark, name, image, path):
-  found = layout.image_path(benchmark, item(benchmark, name), image, 2)
+  found = evaluate.get(benchmark).image_path(item(benchmark, name), image, 2)
   assert found == pathlib.PurePath(path)
 
 
 def test_no_two_images_of_a_benchmark_share_seed_or_place():
   items = read("geneval")
   all_of = [(i, p) for i in items for p in range(4)]
-  assert len({layout.seed("geneval", i.id, p) for i, p in all_of}) == len(all_of)
-  paths = {layout.image_path("geneval", i, p, r) for i, p in all_of for r in (1, 2)}
+  assert len({base.seed("geneval", i.id, p) for i, p in all_of}) == len(all_of)
+  paths = {geneval.GENEVAL.image_path(i, p, r) for i, p in all_of for r in (1, 2)}
   assert len(paths) == 2 * len(all_of)
 
 
 def test_seeds_never_change():
   # Of published images: whoever changes the rule can no longer draw them again.
-  assert layout.seed("geneval", "00000", 0) == 3928742260
-  assert layout.seed("geneval", "00000", 1) != layout.seed("geneval", "00000", 0)
-  assert layout.seed("wise", "1", 0) != layout.seed("genai_bench", "1", 0)
+  assert base.seed("geneval", "00000", 0) == 3928742260
+  assert base.seed("geneval", "00000", 1) != base.seed("geneval", "00000", 0)
+  assert base.seed("wise", "1", 0) != base.seed("genai_bench", "1", 0)

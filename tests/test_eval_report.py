@@ -8,28 +8,31 @@ from PIL import Image
 import pytest
 
 from irg_jax import cli
-from irg_jax.evaluate import layout
+from irg_jax import evaluate
+from irg_jax.evaluate import base
+from irg_jax.evaluate import clauses
 from irg_jax.evaluate import genai_bench
+from irg_jax.evaluate import geneval as geneval_lib
 from irg_jax.evaluate import oneig
-from irg_jax.evaluate import prompts
-from irg_jax.evaluate import published
 from irg_jax.evaluate import report
 from irg_jax.evaluate import score
+from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
+from irg_jax.mini import benchmark as mini
 
 
 def draw(out, benchmark, items, rounds=(1, 2)):
   for item in items:
     for number in rounds:
       for image in range(item.images):
-        path = out / layout.image_path(benchmark, item, image, number)
+        path = out / evaluate.get(benchmark).image_path(item, image, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)).save(path)
 
 
 def geneval(root, right):
   """A scored GenEval run of two prompts; `right(round, image)` are found."""
-  out, items = root / "geneval", prompts.read("geneval")[:2]
+  out, items = root / "geneval", evaluate.get("geneval").read()[:2]
   draw(out, "geneval", items)
   lines = []
   for item in items:
@@ -37,7 +40,7 @@ def geneval(root, right):
     for number in (1, 2):
       for image in range(4):
         score_of = 0.9 if right(number, image) else 0.1
-        lines.append({"filename": str(layout.image_path("geneval", item, image, number)),
+        lines.append({"filename": str(geneval_lib.GENEVAL.image_path(item, image, number)),
                       "detections": {name: [{"box": [0, 0, 4, 4], "score": score_of}]}})
   boxes = root / "boxes.jsonl"
   boxes.write_text("\n".join(map(json.dumps, lines)))
@@ -53,7 +56,7 @@ def genai(root):
   (folder / "genai_image.json").write_text(json.dumps(records))
   tags = (*genai_bench.BASIC, *genai_bench.ADVANCED)
   (folder / "genai_skills.json").write_text(json.dumps({tag: [1, 2] for tag in tags}))
-  items = prompts.read("genai_bench", folder)
+  items = evaluate.get("genai_bench").read(folder)
   draw(out, "genai_bench", items[:1])
   measured = root / "vqa.jsonl"
   measured.write_text("\n".join(json.dumps({"round": n, "part": "vqascore", "id": "00001",
@@ -74,7 +77,7 @@ def built(tmp_path_factory):
 def test_a_row_a_round_stands_below_the_published_rows(built):
   got = json.loads((built / "report/report.json").read_text())
   names = [row["name"] for row in got["rows"]]
-  assert names == [*published.ROWS, "this run, round 1", "this run, round 2"]
+  assert names == [*report.published_rows(), "this run, round 1", "this run, round 2"]
   assert [row["values"] for row in got["rows"][-2:]] == [
       {"GenEval": 0.25, "GenAI-Bench": 0.25}, {"GenEval": 0.5, "GenAI-Bench": 0.5}]
   assert got["rows"][-1]["partial"] == ["GenEval", "GenAI-Bench"]
@@ -96,7 +99,7 @@ def test_markdown_and_page_show_the_same_figures_as_the_json(built):
                          for c in got["columns"]]
     shown = re.search(rf"<th>{re.escape(row['name'])}</th>(.*?)</tr>", page)[1]
     assert re.findall(r">([^<>]+)</td>", shown) == cells[1:]
-  for caveat in published.CAVEATS:
+  for caveat in report.caveats():
     assert caveat in text
 
 
@@ -111,7 +114,7 @@ def test_a_page_shows_a_prompts_rounds_side_by_side_with_seed_and_words(built):
     assert [re.search(r"/(round\d)/", i)[1] for i in images] == ["round1", "round2"]
     assert all((folder / i).is_file() for i in images)
   assert "correct 1" in pairs[0] and "expected" in pairs[3] and "found 0" in pairs[3]
-  assert f"seed {layout.seed('geneval', '00000', 3)}" in page
+  assert f"seed {base.seed('geneval', '00000', 3)}" in page
   assert "&lt;b&gt;&amp;1" in (folder / "genai_bench-001.html").read_text()
 
 
@@ -144,14 +147,13 @@ def test_settings_and_unlike_checkpoints_are_shown(built, tmp_path):
 
 def summaries():
   """A summary without a single score, of each benchmark."""
-  from irg_jax.evaluate import geneval as ge, mini, scorers
-  return {"geneval": ge.summarize([]), "wise": scorers.Wise().value(),
-          "tiif": scorers.Tiif({}).value(), "oneig": scorers.OneIG(None).value(),
+  return {"geneval": clauses.TaskSummary(geneval_lib.TASKS).value(), "wise": wise.Scorer().value(),
+          "tiif": tiif.Scorer({}).value(), "oneig": oneig.Scorer(None).value(),
           "mini": mini.Verified().value(),
-          "genai_bench": scorers.GenAIBench({"basic": [1]}).value()}
+          "genai_bench": genai_bench.Scorer({"basic": [1]}).value()}
 
 
-@pytest.mark.parametrize("benchmark", prompts.BENCHMARKS)
+@pytest.mark.parametrize("benchmark", evaluate.BENCHMARKS)
 def test_a_run_without_a_score_has_dashes_not_numbers(tmp_path, benchmark):
   summary = {"unscored": {"total": 0, "by_reason": {}, "examples": []}} | summaries()[benchmark]
   scores = {"benchmark": benchmark, "prompts": 1, "run": {},
@@ -169,12 +171,12 @@ def test_a_figure_has_the_papers_places():
 
 
 def test_every_published_figure_stands_in_a_column_of_the_table():
-  for values in published.ROWS.values():
-    assert set(values) < set(published.COLUMNS)
+  for values in report.published_rows().values():
+    assert set(values) < set(report.columns())
   mean = lambda row, names: sum(row[n] for n in names) / len(names)
-  for row in published.CATEGORIES["oneig"].values():
+  for row in oneig.ONEIG.published_categories.values():
     assert mean(row, oneig.PARTS) == pytest.approx(row["overall"], abs=5e-4)
-  for row in published.CATEGORIES["wise"].values():
+  for row in wise.WISE.published_categories.values():
     assert mean(row, wise.LEGACY.ranges) == pytest.approx(row["plain mean"], abs=5e-3)
 
 
@@ -204,4 +206,4 @@ def test_help_has_the_papers_setting_for_every_benchmark(capsys):
   with pytest.raises(SystemExit):
     cli.main(["eval", "score", "--help"])
   text = capsys.readouterr().out
-  assert all(f"irg eval score {name} " in text for name in prompts.BENCHMARKS)
+  assert all(f"irg eval score {name} " in text for name in evaluate.BENCHMARKS)

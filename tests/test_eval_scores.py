@@ -6,20 +6,19 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import official
+from rapidfuzz.distance import Levenshtein
+
+from irg_jax.evaluate import base
+from irg_jax.evaluate import clauses
 from irg_jax.evaluate import genai_bench
 from irg_jax.evaluate import geneval
-from irg_jax.evaluate import layout
-from irg_jax.evaluate import measurements
 from irg_jax.evaluate import oneig
-from irg_jax.evaluate import prompts
-from irg_jax.evaluate import run_folder
 from irg_jax.evaluate import score
-from irg_jax.evaluate import scorers
-from irg_jax.evaluate import tally
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
-from irg_jax.evaluate.judge_types import Answer
-from irg_jax.evaluate.prompts import Item
+from irg_jax.evaluate.base import Item
+from irg_jax.evaluate.questions import Answer
 
 
 def box(score, left=0.0, top=0.0, size=10.0, **more):
@@ -58,11 +57,11 @@ def test_only_the_surest_boxes_are_asked_for_their_colour():
 
 def test_a_class_has_sixteen_boxes_at_most_and_overlaps_go_only_if_asked():
   boxes = [box(0.5 + i / 100) for i in range(20)]
-  assert len(geneval.kept_boxes({"cup": boxes}, "colors")["cup"]) == 16
-  apart = geneval.Options(max_overlap=0.5)
-  kept = geneval.kept_boxes({"cup": [*boxes, box(0.4, left=50)]}, "colors", apart)["cup"]
+  assert len(clauses.kept_boxes({"cup": boxes}, "colors")["cup"]) == 16
+  apart = clauses.Options(max_overlap=0.5)
+  kept = clauses.kept_boxes({"cup": [*boxes, box(0.4, left=50)]}, "colors", apart)["cup"]
   assert [round(float(b.values[4]), 2) for b in kept] == [0.69]  # the far one is the 21st
-  kept = geneval.kept_boxes({"cup": [*boxes[:3], box(0.4, left=50)]}, "colors", apart)["cup"]
+  kept = clauses.kept_boxes({"cup": [*boxes[:3], box(0.4, left=50)]}, "colors", apart)["cup"]
   assert len(kept) == 2
 
 
@@ -86,17 +85,17 @@ def test_a_position_is_not_looked_at_where_its_target_fails():
     ({"dog": [box(0.9, color="mauve")]}, "unknown colour")])
 def test_a_record_that_says_too_little_has_no_verdict(detections, reason):
   clause = [{"class": "dog", "count": 1, "color": "red"}]
-  with pytest.raises(geneval.Unscorable) as caught:
+  with pytest.raises(clauses.Unscorable) as caught:
     geneval.score_image(image("colors", clause, detections))
   assert caught.value.reason == reason
 
 
 def geneval_run(tmp_path, rounds=(1, 2)):
-  return score.Run(tmp_path, "geneval", tuple(prompts.read("geneval")[:3]), rounds, {})
+  return score.ImageFolder(tmp_path, geneval.GENEVAL, tuple(geneval.GENEVAL.read()[:3]), rounds, {})
 
 
 def detected(item, number, sample, score=0.99):
-  path = layout.image_path("geneval", item, sample, number)
+  path = geneval.GENEVAL.image_path(item, sample, number)
   return {"filename": str(path), "metadata": item.extra,
           "detections": {item.extra["include"][0]["class"]: [box(score)]}}
 
@@ -104,7 +103,7 @@ def detected(item, number, sample, score=0.99):
 def score_lines(run, records, tmp_path, default_round=None):
   path = tmp_path / "boxes.jsonl"
   path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
-  return score.score_detections(run, score.read_detections([path]), geneval.Options(), {},
+  return geneval.score_detections(run, geneval.read_detections([path]), clauses.Options(), {},
                                 default_round)
 
 
@@ -143,7 +142,7 @@ def test_a_image_of_an_unknown_round_is_refused(tmp_path):
 
 def peak(run, records):
   tracemalloc.start()
-  score.score_detections(run, (("", r) for r in records), geneval.Options(), {})
+  geneval.score_detections(run, (("", r) for r in records), clauses.Options(), {})
   return tracemalloc.get_traced_memory()[1], tracemalloc.stop()
 
 
@@ -151,7 +150,7 @@ def test_more_images_need_no_more_memory(tmp_path):
   items = tuple(Item("geneval", f"{i:05}", "p", 400, {
       "tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": f"p{i}"})
                 for i in range(4))
-  run = score.Run(tmp_path, "geneval", items, (1,), {})
+  run = score.ImageFolder(tmp_path, geneval.GENEVAL, items, (1,), {})
   records = lambda n: (detected(item, 1, p) for item in items for p in range(n))
   peak(run, records(1))  # imports and caches
   # The least of some tries: another thread of the process may allocate meanwhile.
@@ -163,7 +162,7 @@ def test_more_images_need_no_more_memory(tmp_path):
 
 
 def test_a_wise_item_without_all_three_scores_has_none(tmp_path):
-  scorer = scorers.Wise()
+  scorer = wise.Scorer()
   items = [Item("wise", str(i), "p", 1, {"prompt_id": i}) for i in (1, 401, 402)]
   good = "Consistency: 2\nRealism: 1\nAesthetic Quality: 0"
   assert scorer.add(items[0], {(0, "scores"): said(good)})["scores"] == {
@@ -216,11 +215,11 @@ def test_the_rounds_of_a_tiif_tree_are_never_pooled(tmp_path):
     write_result(tmp_path, f"turn1_{i}.json", "no")
     write_result(tmp_path, f"turn2_{i}.json", "yes")
     write_result(tmp_path, f"comparison_{i}.json", "no")
-  got = tiif.read_results(tmp_path)
+  got = official.read_tiif_results(tmp_path)
   assert {n: r["accuracy"]["style/short"] for n, r in got.items()} == {1: 0.0, 2: 1.0}
   write_result(tmp_path, "0.json", "yes")
   with pytest.raises(ValueError, match="apart"):
-    tiif.read_results(tmp_path)
+    official.read_tiif_results(tmp_path)
 
 
 def test_an_unreadable_tiif_file_is_counted_and_scores_nothing(tmp_path):
@@ -228,16 +227,16 @@ def test_an_unreadable_tiif_file_is_counted_and_scores_nothing(tmp_path):
   for number, text in enumerate(("{", '{"gt_answers": ["yes"]}', '{"gt_answers": [1], '
                                  '"model_pred": ["yes"]}', "[]"), 1):
     (tmp_path / f"style/short/{number}.json").write_text(text)
-  got = tiif.read_results(tmp_path)[1]
+  got = official.read_tiif_results(tmp_path)[1]
   assert got["counts"] == {"style/short": {"questions": 1, "right": 1}}
   assert got["unscored"]["by_reason"] == {"unreadable result file": 4}
 
 
 def test_a_tiif_answer_with_a_line_too_many_scores_nothing():
-  scorer = scorers.Tiif({("text", 0): (["a?", "b?"], ["Yes", "yes"])})
+  scorer = tiif.Scorer({("text", 0): (["a?", "b?"], ["Yes", "yes"])})
   item = Item("tiif", "text/long/0", "p", 1, {"attribute": "text", "length": "long", "line": 0})
-  assert scorer.add(item, {(0, scorers.TIIF): said("yes\nno")})["scores"] == {"accuracy": 0.5}
-  assert scorer.add(item, {(0, scorers.TIIF): said("yes\nno\nno")})["scores"] == {}
+  assert scorer.add(item, {(0, tiif.QUESTION): said("yes\nno")})["scores"] == {"accuracy": 0.5}
+  assert scorer.add(item, {(0, tiif.QUESTION): said("yes\nno\nno")})["scores"] == {}
   got = scorer.value()
   assert got["counts"] == {"text/long": {"questions": 2, "right": 1}}
   assert got["unscored"]["by_reason"] == {"unparsable": 1}
@@ -246,7 +245,7 @@ def test_a_tiif_answer_with_a_line_too_many_scores_nothing():
 
 def test_there_are_nine_tiif_groups_of_38_types_and_the_real_world():
   assert len(tiif.GROUPS) == 9 and len(set(tiif.TYPES)) == len(tiif.TYPES) == 39
-  assert sorted(sum(tiif.GROUPS.values(), ())) == sorted(prompts.TIIF_TYPES)
+  assert sorted(sum(tiif.GROUPS.values(), ())) == sorted(tiif.COUNTS)
 
 
 @pytest.mark.parametrize("a, b", [("", ""), ("abc", ""), ("kitten", "sitting"), ("ab", "ba"),
@@ -256,14 +255,14 @@ def test_edit_distance_is_that_of_the_plain_recursion(a, b):
     if not a or not b:
       return len(a) + len(b)
     return min(plain(a[1:], b) + 1, plain(a, b[1:]) + 1, plain(a[1:], b[1:]) + (a[0] != b[0]))
-  assert tiif.edit_distance(a, b) == tiif.edit_distance(b, a) == plain(a, b)
+  assert Levenshtein.distance(a, b) == Levenshtein.distance(b, a) == plain(a, b)
 
 
 def test_words_that_are_missing_or_too_many_cost_one_each():
-  assert tiif.word_distance(["a", "b"], ["A"]) == 0.5
-  assert tiif.word_distance([], []) == 0.0
-  assert tiif.word_recall(["night"], ["nigth night"]) == 1.0
-  assert tiif.word_recall([], ["x"]) is None
+  assert official.word_distance(["a", "b"], ["A"]) == 0.5
+  assert official.word_distance([], []) == 0.0
+  assert official.word_recall(["night"], ["nigth night"]) == 1.0
+  assert official.word_recall([], ["x"]) is None
 
 
 # GenAI-Bench.
@@ -277,10 +276,10 @@ def test_all_is_the_union_of_tags_and_leaves_the_untagged_out():
 
 
 def test_a_prompt_without_a_vqascore_is_absent_not_zero():
-  scorer = scorers.GenAIBench({"basic": [0, 1, 2], "advanced": [3]})
+  scorer = genai_bench.Scorer({"basic": [0, 1, 2], "advanced": [3]})
   for number, probability in enumerate((0.5, None, 7.0)):
     item = Item("genai_bench", f"{number:05}", "p", 1, {})
-    scorer.add(item, {(0, scorers.VQA): Answer("k", probability=probability)})
+    scorer.add(item, {(0, genai_bench.QUESTION): Answer("k", probability=probability)})
   got = scorer.value()
   assert got["tags"]["basic"] == {"score": 0.5, "deviation": None, "count": 1, "absent": 2}
   assert got["tags"]["advanced"]["score"] is None
@@ -303,7 +302,7 @@ def test_skills_must_fit_the_prompts(change, message):
 def test_black_cells_are_dropped_and_the_rest_keeps_its_order():
   grid = np.zeros((5, 7, 3), np.uint8)
   grid[0, 3], grid[2, 0] = 7, 9  # the second and the third cell; the rest is black
-  cells = oneig.split_grid(grid)
+  cells = official.split_grid(grid)
   assert [c.shape for c in cells] == [(2, 3, 3), (2, 3, 3)]
   assert [int(c.max()) for c in cells] == [7, 9]
   assert oneig.parse_grid("2") == (2, 2) and oneig.parse_grid("1, 4") == (1, 4)
@@ -331,7 +330,7 @@ ANIME = Item("oneig", "anime/000", "p", 4, {"class": "line art"})
 
 
 def test_an_oneig_prompt_is_scored_in_its_parts_only():
-  scorer = scorers.OneIG(ONEIG)
+  scorer = oneig.Scorer(ONEIG)
   answers = {(0, "alignment1"): said("Yes"), (0, "alignment2"): said("yes"),
              ("style", "values"): [0.25, 0.75], ("diversity", "values"): [0.5]}
   got = scorer.add(ANIME, answers)
@@ -346,7 +345,7 @@ def test_an_oneig_prompt_is_scored_in_its_parts_only():
 
 
 def test_an_oneig_cell_without_an_answer_leaves_its_prompt_without_a_score():
-  scorer = scorers.OneIG(ONEIG)
+  scorer = oneig.Scorer(ONEIG)
   answers = {(0, "alignment1"): said("Yes"), (0, "alignment2"): Answer("k", error="timeout: x"),
              (1, "alignment1"): said("Yes"), (1, "alignment2"): said("Yes")}
   got = scorer.add(ANIME, answers)
@@ -372,7 +371,7 @@ def test_a_measurement_that_cannot_be_is_refused_with_its_line(tmp_path, line, m
   path = tmp_path / "m.jsonl"
   path.write_text(line)
   with pytest.raises(ValueError, match=message):
-    measurements.read(path, "oneig")
+    score.read_measurements(path, oneig.MEASURED)
 
 
 # Any benchmark.
@@ -380,22 +379,22 @@ def test_a_measurement_that_cannot_be_is_refused_with_its_line(tmp_path, line, m
 
 def test_a_prompt_that_comes_twice_is_refused_and_leaves_no_files(tmp_path):
   item = Item("wise", "1", "p", 1, {"prompt_id": 1})
-  run = score.Run(tmp_path, "wise", (item,), (1,), {})
+  run = score.ImageFolder(tmp_path, wise.WISE, (item,), (1,), {})
   with pytest.raises(ValueError, match="came twice"):
-    score.score_answers(run, scorers.Wise, [(item, 1, {}), (item, 1, {})], {})
+    score.score_answers(run, wise.Scorer, [(item, 1, {}), (item, 1, {})], {})
   assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_writer_left_goes_away_and_what_is_being_written_stays(tmp_path):
   (tmp_path / ".0123abcd.partial").write_text("half a li")
-  with run_folder.new_text(tmp_path / "a") as a, run_folder.new_text(tmp_path / "b") as b:
+  with score.new_text(tmp_path / "a") as a, score.new_text(tmp_path / "b") as b:
     a.write("1")
     b.write("2")
   assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "1", "b": "2"}
 
 
 def test_unscored_items_are_all_counted_and_a_few_are_named():
-  unscored = tally.Unscored(limit=2)
+  unscored = base.Unscored(limit=2)
   for i in range(5):
     unscored.add(str(i), "empty" if i else "late")
   assert unscored.summary()["by_reason"] == {"late": 1, "empty": 4}

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from irg_jax.evaluate import judge_calls
-from irg_jax.evaluate import judge_images
-from irg_jax.evaluate.judge import Judge, Request, Settings
+from irg_jax.evaluate import judge as judge_lib
+from irg_jax.evaluate import records
+from irg_jax.evaluate.judge import Judge
+from irg_jax.evaluate.questions import JudgeSettings, Question
 
 pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
 
@@ -31,12 +32,12 @@ def image(tmp_path):
 
 
 def settings(server, **changes):
-  return Settings(**{"url": server.url, "model": "m", "timeout": 5.0, "first_wait": 0.01,
+  return JudgeSettings(**{"url": server.url, "model": "m", "timeout": 5.0, "first_wait": 0.01,
                      "concurrency": 4} | changes)
 
 
 def requests(image, count, **fields):
-  return [Request(f"k{i}", (image,), f"question {i}", **fields) for i in range(count)]
+  return [Question(f"k{i}", (image,), f"question {i}", **fields) for i in range(count)]
 
 
 def echo(body):
@@ -45,7 +46,7 @@ def echo(body):
 
 def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(tmp_path, image):
   with JudgeServer(echo, seconds=0.002) as server:
-    with Judge(settings(server, temperature=0.5), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, temperature=0.5), tmp_path / "cache.sqlite") as judge:
       asked = requests(image, 40, system="be strict", max_tokens=77)
       answers = list(judge.ask(iter(asked)))
     assert [a.key for a in answers] == [r.key for r in asked]
@@ -55,7 +56,7 @@ def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(
   assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 77)
   assert body["messages"][0] == {"role": "system", "content": "be strict"}
   url = body["messages"][1]["content"][0]["image_url"]["url"]
-  assert url == judge_images.encode(image).url
+  assert url == records.encode(image).url
   assert server.most <= 4 and set(server.keys) == {f"Bearer {KEY}"}
 
 
@@ -66,7 +67,7 @@ def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path,
       taken.append(request.key)
       yield request
   with JudgeServer(echo, seconds=0.001) as server:
-    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
       for i, _ in enumerate(judge.ask(stream())):
         assert len(taken) - i <= 2 * 8 + 1
     assert server.most == 2
@@ -75,7 +76,7 @@ def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path,
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_try_after_each_kind_of_failure_gives_the_answer(tmp_path, image, fault):
   with JudgeServer(echo, lambda n, _: fault if n % 2 == 0 else None) as server:
-    with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, concurrency=1), tmp_path / "cache.sqlite") as judge:
       answers = list(judge.ask(requests(image, 3)))
       account = judge.account
   assert [a.text for a in answers] == [f"answer to question {i}" for i in range(3)]
@@ -89,11 +90,11 @@ def test_all_failures_at_random_lose_and_double_nothing(tmp_path, image):
   plan = [dice.choice((*FAULTS, None, None)) for _ in range(4000)]
   asked = requests(image, 60)
   with JudgeServer(echo, lambda n, _: plan[n]) as server:
-    with Judge(settings(server, tries=12, first_wait=0.001), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, tries=12, first_wait=0.001), tmp_path / "cache.sqlite") as judge:
       answers = list(judge.ask(asked))
       account = judge.account
     assert [a.key for a in answers] == [r.key for r in asked]
-    assert account.requests == 60 == account.answered + account.failed.total()
+    assert account.questions == 60 == account.answered + account.failed.total()
     for answer in answers:
       if answer.error is None:
         assert answer.text == "answer to question " + answer.key[1:]
@@ -105,7 +106,7 @@ def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, ima
   always = {"question 1": "500", "question 3": "empty", "question 5": "malformed",
             "question 6": "drop", "question 7": "400", "question 8": "filtered"}
   with JudgeServer(echo, lambda _, body: always.get(prompt_of(body))) as server:
-    with Judge(settings(server, tries=3), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, tries=3), tmp_path / "cache.sqlite") as judge:
       answers = {a.key: a for a in judge.ask(requests(image, 10))}
       account = judge.account
     tries = collections.Counter(map(prompt_of, server.bodies))
@@ -119,10 +120,10 @@ def test_what_fails_every_time_is_reported_by_reason_and_only_that(tmp_path, ima
 def test_failures_are_asked_again_by_the_next_run_and_answers_are_not(tmp_path, image):
   broken = True
   with JudgeServer(echo, lambda _, b: "500" if broken and "1" in prompt_of(b) else None) as server:
-    with Judge(settings(server, tries=1), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, tries=1), tmp_path / "cache.sqlite") as judge:
       assert sum(a.error is not None for a in judge.ask(requests(image, 5))) == 1
     broken, before = False, len(server.bodies)
-    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
       again = list(judge.ask(requests(image, 5)))
       assert (judge.account.cached, judge.account.answered) == (4, 1)
     assert len(server.bodies) == before + 1
@@ -131,10 +132,10 @@ def test_failures_are_asked_again_by_the_next_run_and_answers_are_not(tmp_path, 
 
 def test_a_second_run_costs_nothing_and_gives_the_same_answers(tmp_path, image):
   with JudgeServer(echo) as server:
-    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
       first = [(a.key, a.text, a.model) for a in judge.ask(requests(image, 30))]
   unreachable = settings(server, url="http://127.0.0.1:9/v1")
-  with Judge(unreachable, tmp_path / "cache.jsonl") as judge:
+  with Judge(unreachable, tmp_path / "cache.sqlite") as judge:
     assert [(a.key, a.text, a.model) for a in judge.ask(requests(image, 30))] == first
     assert judge.account.cached == 30 and judge.account.calls == 0
 
@@ -144,32 +145,32 @@ def test_the_cache_knows_images_by_content_and_tells_every_setting_apart(tmp_pat
   copy.write_bytes(image.read_bytes())
   other = tmp_path / "other.png"
   Image.new("RGB", (8, 8)).save(other)
-  base = Request("a", (image,), "q")
-  changed = [Request("a", (other,), "q"), Request("a", (image,), "r"),
-             Request("a", (image,), "q", system="s"), Request("a", (image,), "q", max_tokens=9),
-             Request("a", (image, image), "q")]
+  base = Question("a", (image,), "q")
+  changed = [Question("a", (other,), "q"), Question("a", (image,), "r"),
+             Question("a", (image,), "q", system="s"), Question("a", (image,), "q", max_tokens=9),
+             Question("a", (image, image), "q")]
   with JudgeServer(echo) as server:
     def calls(request, **changes):
-      with Judge(settings(server, **changes), tmp_path / "cache.jsonl") as judge:
+      with Judge(settings(server, **changes), tmp_path / "cache.sqlite") as judge:
         assert next(judge.ask([request])).error is None
         return judge.account.calls
     assert calls(base) == 1
-    assert calls(base) == calls(Request("b", (copy,), "q")) == calls(base, temperature=0) == 0
+    assert calls(base) == calls(Question("b", (copy,), "q")) == calls(base, temperature=0) == 0
     assert [calls(request) for request in changed] == [1] * len(changed)
     assert calls(base, temperature=0.1) == calls(base, model="n") == 1
 
 
 def test_the_same_question_at_the_same_time_is_asked_once(tmp_path, image):
   with JudgeServer(echo, seconds=0.03) as server:
-    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-      answers = list(judge.ask(Request(f"k{i}", (image,), "same") for i in range(12)))
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
+      answers = list(judge.ask(Question(f"k{i}", (image,), "same") for i in range(12)))
       assert (judge.account.answered, judge.account.cached) == (1, 11)
   assert len(server.bodies) == 1 and {a.text for a in answers} == {"answer to same"}
 
 
 def test_two_requests_of_one_key_are_refused(tmp_path, image):
-  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
-    with pytest.raises(ValueError, match="two requests.*'k0'"):
+  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.sqlite") as judge:
+    with pytest.raises(ValueError, match="two questions.*'k0'"):
       list(judge.ask(requests(image, 2) + requests(image, 1)))
 
 
@@ -180,11 +181,11 @@ def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_reported_wi
   ask = lambda judge: list(judge.ask(requests(image, 2, fault=fault)))
   with JudgeServer(lambda _: next(texts)) as server:
     one = settings(server, concurrency=1)
-    with Judge(one, tmp_path / "cache.jsonl") as judge:
+    with Judge(one, tmp_path / "cache.sqlite") as judge:
       good, bad = ask(judge)
     assert (good.text, good.error) == ("2", None)
     assert (bad.text, bad.error) == ("hm", "unparsable: no digit")
-    with Judge(one, tmp_path / "cache.jsonl") as judge:  # it has had its three answers
+    with Judge(one, tmp_path / "cache.sqlite") as judge:  # it has had its three answers
       assert [(a.text, a.error) for a in ask(judge)] == [("2", None), ("hm", bad.error)]
       assert judge.account.calls == 0 and judge.account.failed == {"unparsable": 1}
   assert len(server.bodies) == 6
@@ -193,9 +194,9 @@ def test_an_answer_that_cannot_be_parsed_is_asked_for_again_and_then_reported_wi
 def test_a_missing_or_torn_image_is_reported_and_never_sent(tmp_path, image):
   torn = tmp_path / "torn.png"
   torn.write_bytes(image.read_bytes()[:-30])
-  asked = [Request("gone", (tmp_path / "gone.png",), "q"), Request("torn", (torn,), "q"),
-           Request("good", (image,), "q")]
-  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+  asked = [Question("gone", (tmp_path / "gone.png",), "q"), Question("torn", (torn,), "q"),
+           Question("good", (image,), "q")]
+  with JudgeServer(echo) as server, Judge(settings(server), tmp_path / "cache.sqlite") as judge:
     gone, bad, good = judge.ask(asked)
     assert gone.error.startswith("picture: ") and "gone.png is missing" in gone.error
     assert "torn.png cannot be read" in bad.error
@@ -207,43 +208,44 @@ def test_a_missing_or_torn_image_is_reported_and_never_sent(tmp_path, image):
     ("404", "--judge-model"), ("quota", "quota is used up"), ("429 later", "wait 86400 s")])
 def test_what_asking_on_cannot_help_stops_the_run_at_once(tmp_path, image, fault, words):
   with JudgeServer(echo, lambda n, _: fault if n >= 6 else None) as server:
-    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
       with pytest.raises(ValueError, match=words) as stop:
         list(judge.ask(requests(image, 200)))
     assert len(server.bodies) <= 6 + 2 * 2
     assert KEY not in str(stop.value)
-    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 6  # kept for next time
+    with records.Cache(tmp_path / "cache.sqlite", "digest") as cache:
+      assert len(list(cache.records())) == 6  # kept for next time
 
 
 def test_an_endpoint_that_only_fails_ends_the_run_with_the_reason(tmp_path, image):
   with JudgeServer(echo) as server:
     pass  # nobody listens any more
-  with Judge(settings(server, tries=2), tmp_path / "cache.jsonl") as judge:
-    with pytest.raises(judge_calls.Stop, match="20 requests in a row failed.*connection"):
+  with Judge(settings(server, tries=2), tmp_path / "cache.sqlite") as judge:
+    with pytest.raises(judge_lib.Stop, match="20 questions in a row failed.*connection"):
       list(judge.ask(requests(image, 100)))
 
 
 def test_a_busy_endpoint_is_left_alone_for_as_long_as_it_says(tmp_path, image, monkeypatch):
   waits = []
-  monkeypatch.setattr(judge_calls, "retry_after", lambda headers: waits.append(1) or 0.3)
+  monkeypatch.setattr(judge_lib, "retry_after", lambda headers: waits.append(1) or 0.3)
   with JudgeServer(echo, lambda n, _: "429" if n == 0 else None) as server:
-    with Judge(settings(server, concurrency=1), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, concurrency=1), tmp_path / "cache.sqlite") as judge:
       begin = time.monotonic()
       assert [a.error for a in judge.ask(requests(image, 2))] == [None, None]
       assert time.monotonic() - begin >= 0.3 and waits == [1]
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
-  read = lambda value: judge_calls.retry_after({"retry-after": value})
+  read = lambda value: judge_lib.retry_after({"retry-after": value})
   assert read("2.5") == 2.5 and read("-3") == 0.0
   assert read("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
   assert read("Wed, 21 Oct 2093 07:28:00 GMT") > 1e9
-  assert read("soon") is None and read("nan") is None and judge_calls.retry_after({}) is None
+  assert read("soon") is None and read("nan") is None and judge_lib.retry_after({}) is None
 
 
 def test_an_answer_that_drips_is_cut_off_at_the_time_limit(tmp_path, image):
   with JudgeServer(echo, lambda n, _: "dribble" if n == 0 else None) as server:
-    with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, timeout=0.3), tmp_path / "cache.sqlite") as judge:
       (answer,) = judge.ask(requests(image, 1))
       assert answer.text == "answer to question 0" and judge.account.faults == {"timeout": 1}
 
@@ -256,7 +258,7 @@ def test_an_answer_that_does_not_come_is_tried_again(tmp_path, image):
       time.sleep(0.6)
     return "fine"
   with JudgeServer(answer) as server:
-    with Judge(settings(server, timeout=0.3), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, timeout=0.3), tmp_path / "cache.sqlite") as judge:
       (answer,) = judge.ask(requests(image, 1))
       assert answer.text == "fine" and judge.account.faults == {"timeout": 1}
 
@@ -266,7 +268,7 @@ def test_the_key_is_in_no_file_or_message_even_if_the_endpoint_quotes_it(tmp_pat
   quoting = lambda body: f"your key is Bearer {KEY}, {prompt_of(body)}"
   faults = {"question 2": "400", "question 4": "500"}
   with JudgeServer(quoting, lambda _, body: faults.get(prompt_of(body))) as server:
-    with Judge(settings(server, tries=2), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, tries=2), tmp_path / "cache.sqlite") as judge:
       answers = list(judge.ask(requests(image, 6)))
     assert set(server.keys) == {f"Bearer {KEY}"}
   assert KEY not in repr(answers) + str(judge.account)
@@ -278,7 +280,7 @@ def test_the_key_is_in_no_file_or_message_even_if_the_endpoint_quotes_it(tmp_pat
                                  "localhost:8000", "http://host:99999/v1", ""])
 def test_an_address_that_cannot_be_or_holds_a_secret_is_refused_without_repeating_it(url):
   with pytest.raises(ValueError, match="judge's address") as refusal:
-    Settings(url=url, model="m")
+    JudgeSettings(url=url, model="m")
   assert "secret-word" not in str(refusal.value)
 
 
@@ -287,7 +289,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(
     tmp_path, monkeypatch, key):
   monkeypatch.setenv("OPENAI_API_KEY", key)
   with pytest.raises(ValueError, match="OPENAI_API_KEY has a blank") as refusal:
-    Judge(Settings(url="http://127.0.0.1:9/v1", model="m"), tmp_path / "cache.jsonl")
+    Judge(JudgeSettings(url="http://127.0.0.1:9/v1", model="m"), tmp_path / "cache.sqlite")
   assert key.strip() not in str(refusal.value)
 
 
@@ -296,7 +298,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(
     ("timeout", 0.0)])
 def test_a_setting_that_cannot_be_is_refused_by_name(field, value):
   with pytest.raises(ValueError, match=field):
-    Settings(**{"url": "http://host/v1", "model": "m", field: value})
+    JudgeSettings(**{"url": "http://host/v1", "model": "m", field: value})
 
 
 def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_path, image):
@@ -309,9 +311,9 @@ def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_pat
           "question 2": choice((" ", 0.5), ("yes", 0.4)),  # a blank is what was drawn
           "question 3": choice(("No", 0.5), ("Maybe", 0.4)), "question 4": "Yes"}
   with JudgeServer(lambda body: said[prompt_of(body)]) as server:
-    with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, asks=1), tmp_path / "cache.sqlite") as judge:
       first = list(judge.ask(requests(image, 5, probability=True)))
-    with Judge(settings(server, asks=1), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, asks=1), tmp_path / "cache.sqlite") as judge:
       again = list(judge.ask(requests(image, 5, probability=True)))
     body = server.bodies[0]
   assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
@@ -324,19 +326,19 @@ def test_the_probability_of_yes_comes_from_the_first_tokens_alternatives(tmp_pat
 
 def test_half_a_character_in_an_answer_is_replaced_so_that_it_can_be_written(tmp_path, image):
   with JudgeServer(lambda _: "a \ud800 b") as server:
-    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
       (answer,) = judge.ask(requests(image, 1))
   assert answer.text == "a ? b"
 
 
 def test_a_reader_that_leaves_early_leaves_no_request_waiting(tmp_path, image):
   with JudgeServer(echo, seconds=0.01) as server:
-    with Judge(settings(server, concurrency=2), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
       answers = judge.ask(requests(image, 100))
       next(answers)
       answers.close()
       time.sleep(0.1)
       assert len(server.bodies) < 12
-    with Judge(settings(server), tmp_path / "cache.jsonl") as judge:
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
       assert len(list(judge.ask(requests(image, 100)))) == 100
   assert all(n == 1 for n in server.told.values())

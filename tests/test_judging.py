@@ -1,6 +1,7 @@
 """A judge's answers about a run's images become its scores, benchmark by benchmark."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -17,14 +18,18 @@ from PIL import Image
 import pytest
 
 from irg_jax import cli
-from irg_jax.commands import judge_flags
-from irg_jax.evaluate import judging
-from irg_jax.evaluate import layout
+from irg_jax import evaluate
+from irg_jax.commands import eval as eval_verb
+from irg_jax.evaluate import genai_bench
+from irg_jax.evaluate import judge as judge_lib
+from irg_jax.evaluate import oneig
+from irg_jax.evaluate import questions
 from irg_jax.evaluate import score
-from irg_jax.evaluate import scorers
-from irg_jax.evaluate import templates
-from irg_jax.evaluate.judge import Judge, Settings
-from irg_jax.evaluate.prompts import Item
+from irg_jax.evaluate import tiif
+from irg_jax.evaluate import wise
+from irg_jax.evaluate.base import Item
+from irg_jax.evaluate.judge import Judge
+from irg_jax.evaluate.questions import JudgeSettings
 
 pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
 
@@ -48,11 +53,11 @@ def make_run(out, benchmark):
   items, dice = ITEMS[benchmark], np.random.default_rng(0)
   for number in (1, 2):
     for item in items:
-      path = out / layout.image_path(benchmark, item, 0, number)
+      path = out / evaluate.get(benchmark).image_path(item, 0, number)
       if (number, item) != (2, items[-1]):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(dice.integers(1, 255, (8, 8, 3), dtype=np.uint8)).save(path)
-  return score.Run(out, benchmark, tuple(items), (1, 2), {})
+  return score.ImageFolder(out, evaluate.get(benchmark), tuple(items), (1, 2), {})
 
 
 def answer(body):
@@ -69,17 +74,17 @@ def answer(body):
   return "OPEN LATE" if "read" in text else "Yes"
 
 
-SCORERS = {"wise": scorers.Wise, "tiif": lambda: scorers.Tiif(TIIF),
-           "genai_bench": lambda: scorers.GenAIBench(SKILLS), "oneig": lambda: scorers.OneIG(ONEIG)}
+SCORERS = {"wise": wise.Scorer, "tiif": lambda: tiif.Scorer(TIIF),
+           "genai_bench": lambda: genai_bench.Scorer(SKILLS), "oneig": lambda: oneig.Scorer(ONEIG)}
 REFERENCES = {"tiif": TIIF, "oneig": ONEIG}
 
 
 def score_with(server, run, **changes):
-  settings = Settings(server.url, "m", **{"first_wait": 0.001, "tries": 12} | changes)
-  with Judge(settings, run.out / "judge_cache.jsonl") as judge:
+  settings = JudgeSettings(server.url, "m", **{"first_wait": 0.001, "tries": 12} | changes)
+  with Judge(settings, run.out / "judge_cache.sqlite") as judge:
     groups = ((item, r, found | {("diversity", "values"): []})  # that part has no judge
-              for item, r, found in judging.judged(run, judge, REFERENCES.get(run.benchmark)))
-    return score.score_answers(run, SCORERS[run.benchmark], groups, {}), judge.account
+              for item, r, found in score.judged(run, judge.ask, REFERENCES.get(run.benchmark.name)))
+    return score.score_answers(run, SCORERS[run.benchmark.name], groups, {}), judge.account
 
 
 @pytest.mark.parametrize("benchmark", list(ITEMS))
@@ -135,7 +140,7 @@ sys.path.insert(0, {tests!r})
 import test_judging as t
 class Server:
   url = sys.argv[1]
-run = t.score.Run(pathlib.Path({out!r}), "wise", tuple(t.ITEMS["wise"]), (1, 2), {{}})
+run = t.score.ImageFolder(pathlib.Path({out!r}), t.wise.WISE, tuple(t.ITEMS["wise"]), (1, 2), {{}})
 t.score_with(Server, run, concurrency=2)
 """
 
@@ -146,7 +151,7 @@ def test_a_scoring_function_is_asked_once_a_image_and_its_failures_are_reported(
     calls.append(path)
     return {"<2>": 1.5, "<3>": float("nan")}.get(prompt, 0.25)
   def scored():
-    groups = judging.measured(run, function, "mine", tmp_path / "cache.jsonl")
+    groups = score.measured_by(run, function, "mine", tmp_path / "cache.sqlite", "vqascore")
     return score.score_answers(run, SCORERS["genai_bench"], groups, {})
   first = scored()
   assert len(calls) == 15 and first["rounds"]["1"]["tags"]["advanced"]["score"] == 0.25
@@ -155,41 +160,57 @@ def test_a_scoring_function_is_asked_once_a_image_and_its_failures_are_reported(
   assert scored() == first and len(calls) == 15 + 4  # only what has no score is asked again
 
 
-def flags(*words):
+def opened(monkeypatch, benchmark, *words):
+  """The settings and the `OpenJudge` that the command makes of flags."""
+  made = []
+  class Stub(contextlib.nullcontext):
+    lost, account, ask = 0, "", None
+    def __init__(self, settings, cache):
+      super().__init__(self)
+      made.append(settings)
+  monkeypatch.setattr(judge_lib, "Judge", Stub)
   parser = argparse.ArgumentParser()
-  judge_flags.add(parser)
-  return parser.parse_args(words)
+  eval_verb._add_judge(parser.add_argument)
+  args = parser.parse_args(words)
+  args.out = pathlib.Path("out")
+  with eval_verb._open_judge(args, evaluate.get(benchmark)) as judge:
+    return made[0], judge
 
 
-def test_the_official_temperature_holds_unless_a_flag_says_otherwise():
-  named = ("--judge-url", "http://host/v1", "--judge-model", "m")
-  temperatures = [judge_flags.settings(flags(*named), b).temperature for b in ITEMS]
+NAMED = ("--judge-url", "http://host/v1", "--judge-model", "m")
+
+
+def test_the_official_temperature_holds_unless_a_flag_says_otherwise(monkeypatch):
+  temperature = lambda *words: opened(monkeypatch, *words)[0].temperature
+  temperatures = [temperature(b, *NAMED) for b in ITEMS]
   assert dict(zip(ITEMS, temperatures)) == {"wise": 0, "tiif": 1, "genai_bench": 1, "oneig": 0}
-  assert judge_flags.settings(flags(*named, "--temperature", "0"), "tiif").temperature == 0
+  assert temperature("tiif", *NAMED, "--temperature", "0") == 0
 
 
-def test_a_missing_judge_is_named_with_the_official_one():
+def test_a_missing_judge_is_named_with_the_official_one(monkeypatch):
   with pytest.raises(ValueError, match="--judge-url.*Qwen2.5-VL-72B"):
-    judge_flags.settings(flags(), "tiif")
+    opened(monkeypatch, "tiif")
   with pytest.raises(ValueError, match="--judge-model.*gpt-4o"):
-    judge_flags.settings(flags("--judge-url", "http://host/v1"), "wise")
+    opened(monkeypatch, "wise", "--judge-url", "http://host/v1")
 
 
-def test_a_wording_of_ones_own_is_used_and_recorded(tmp_path):
+def test_a_wording_of_ones_own_is_used_and_recorded(tmp_path, monkeypatch):
   path = tmp_path / "words.json"
   path.write_text('{"user": "{question}!"}')
-  words = judge_flags.wording(flags("--template", f"alignment={path}"), "oneig")
-  assert words == {"oneig_alignment": templates.Template("{question}!")}
-  recorded = judge_flags.describe(Settings("http://host/v1", "m"), "oneig", words)["templates"]
+  words = questions.chosen_templates(oneig.ONEIG, [f"alignment={path}"])
+  assert words == {"oneig_alignment": questions.Template("{question}!")}
+  _, judge = opened(monkeypatch, "oneig", *NAMED, "--template", f"alignment={path}")
+  assert judge.templates == words
+  recorded = judge.record["templates"]
   assert recorded["oneig_alignment"]["user"] == "{question}!" and len(recorded) == 2
   run = make_run(tmp_path / "run", "oneig")
   with JudgeServer(answer) as server:
-    with Judge(Settings(server.url, "m"), tmp_path / "cache.jsonl") as judge:
-      list(judging.judged(run, judge, ONEIG, words))
+    with Judge(JudgeSettings(server.url, "m"), tmp_path / "cache.sqlite") as judge:
+      list(score.judged(run, judge.ask, ONEIG, words))
     assert {prompt_of(b) for b in server.bodies} >= {"<1> fox?!", "<2> red?!"}
   for name in (f"sideways={path}", str(path)):
     with pytest.raises(ValueError, match="oneig knows alignment, text"):
-      judge_flags.wording(flags("--template", name), "oneig")
+      questions.chosen_templates(oneig.ONEIG, [name])
 
 
 KEY = "sk-test-9sQxZr71LmWc"
@@ -217,10 +238,10 @@ def test_the_command_stops_at_a_wrong_key_and_accounts_for_every_question(
     assert cli.main(words) == 0
     done = capfd.readouterr()
     assert "judge: 24 questions: 0 from the cache, 23 answered, 1 without" in done.out
-    assert "(1 image)" in done.out and "server (5xx)" in done.out
+    assert "(1 picture)" in done.out and "server (5xx)" in done.out
     assert cli.main(words) == 0
   again = capfd.readouterr()
-  assert "23 from the cache, 0 answered, 1 without an answer (1 image); 0 calls" in again.out
+  assert "23 from the cache, 0 answered, 1 without an answer (1 picture); 0 calls" in again.out
   assert KEY not in "".join((refused.stdout, refused.stderr, *done, *again))
   for path in tmp_path.rglob("*"):
     assert not path.is_file() or KEY.encode() not in path.read_bytes(), path

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from irg_jax import sharding, weights
-from irg_jax.evaluate import mini, score
+from irg_jax.evaluate import score
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
-from irg_jax.mini import report_tables, tasks, thoughts, vae, verifier
+from irg_jax.mini import benchmark, report_tables, tasks, thoughts, vae, verifier
 from irg_jax.tokenizer import load_tokenizer
 
 FOLDER = defaults.CHECKPOINT
@@ -68,7 +68,7 @@ def test_both_images_of_the_demo_s_prompt_are_right(alone):
   for entry in alone.rounds:
     verdict = verifier.score(entry.image, DEMO | {"exclude": []})
     assert verdict.correct, verdict.faults
-    assert mini.seen_grid(verdict.seen) == thoughts.read_grid(entry.thought.text)
+    assert benchmark.seen_grid(verdict.seen) == thoughts.read_grid(entry.thought.text)
 
 
 def test_batch_sixteen_draws_what_batch_one_draws(alone, one_device):

@@ -14,30 +14,33 @@ import pytest
 from PIL import Image
 
 from irg_jax import cli, sharding, weights
-from irg_jax.evaluate import layout, mini, prompts, runner, score
-from irg_jax.evaluate.run_folder import fingerprint
+from irg_jax.evaluate import base
+from irg_jax.evaluate import generate as runner
+from irg_jax.evaluate import score
+from irg_jax.evaluate.generate import fingerprint
 from irg_jax.generate import defaults, request
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import (
-    evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts, verifier)
+    benchmark, evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts,
+    verifier)
 from irg_jax.mini import settings as mini_settings
 from irg_jax.mini.painter import paint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RECORDS = [item.extra for item in prompts.read("mini")]
+RECORDS = [item.extra for item in benchmark.MINI.read()]
 
 
 def test_the_test_s_file_is_what_the_tasks_give_and_shares_no_prompt_with_training():
   rng = np.random.default_rng([0, 4])
-  seen, unseen = prompts.MINI_SPLITS.values()
+  seen, unseen = benchmark.SPLITS.values()
   want = tasks.test_records(seen, rng, unseen=False)
   want += tasks.test_records(unseen, rng, unseen=True)
   assert RECORDS == json.loads(json.dumps(want))
   assert all(tasks.is_for_test(r) for r in RECORDS)
   assert [tasks.is_unseen(r) for r in RECORDS] == [r["split"] == "unseen" for r in RECORDS]
   assert {r["tag"] for r in RECORDS} == set(tasks.TASKS)
-  prompts.check_counts(prompts.read("mini"))
+  benchmark.MINI.check_counts(benchmark.MINI.read())
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -46,7 +49,7 @@ def test_the_test_s_file_is_what_the_tasks_give_and_shares_no_prompt_with_traini
 def test_a_broken_record_is_named(tmp_path, changed, message):
   (tmp_path / "test.jsonl").write_text(json.dumps(RECORDS[0] | changed))
   with pytest.raises(ValueError, match=f"test.jsonl, line 1: {message}"):
-    prompts.read("mini", tmp_path)
+    benchmark.MINI.read(tmp_path)
 
 
 # A hand-made arm: what each of its images is, round by round, right (1) or wrong (0).
@@ -68,12 +71,12 @@ def scored(folder):
 
 def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
   """Pictures, traces and scores as `evaluate.evaluate` leaves them."""
-  items, rng = prompts.read("mini"), np.random.default_rng(0)
+  items, rng = benchmark.MINI.read(), np.random.default_rng(0)
   for (i, image), rights in patterns.items():
     item, rounds, verdict = items[i], [], None
     for number, right in enumerate(rights, 1):
       scene = scene_of(item.extra, right, rng)
-      path = layout.image_path("mini", item, image, number)
+      path = benchmark.MINI.image_path(item, image, number)
       (folder / path).parent.mkdir(parents=True, exist_ok=True)
       Image.fromarray(paint(scene)).save(folder / path)
       think = thoughts.plan(item.extra, scene)
@@ -83,7 +86,7 @@ def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
       verdict = verifier.score(paint(scene), item.extra)
       assert verdict.correct == right
       rounds.append({"think": think, "picture": str(path), "seconds": {"draw": 2.0, "think": 1.0}})
-    trace = folder / layout.trace_path(item, image)
+    trace = folder / base.trace_path(item, image)
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text(json.dumps({"prompt": item.prompt, "seed": 7, "rounds": rounds}))
   return scored(folder)
@@ -118,8 +121,8 @@ def test_scores_are_genevals_by_split_and_what_is_missing_is_counted(arm):
 
 def test_a_file_that_is_no_image_of_the_world_has_no_score(tmp_path):
   write_arm(tmp_path, {(0, 0): (1,), (0, 1): (1,)})
-  item = prompts.read("mini")[0]
-  Image.new("RGB", (32, 32)).save(tmp_path / layout.image_path("mini", item, 0, 1))
+  item = benchmark.MINI.read()[0]
+  Image.new("RGB", (32, 32)).save(tmp_path / benchmark.MINI.image_path(item, 0, 1))
   (tmp_path / score.SCORES).unlink()
   got = scored(tmp_path)["rounds"]["1"]
   assert got["unscored"]["by_reason"] == {"not an image of the mini world": 1}
@@ -129,15 +132,15 @@ def test_a_file_that_is_no_image_of_the_world_has_no_score(tmp_path):
 def test_images_are_scored_anew_only_if_they_or_the_verifier_are_new(tmp_path, monkeypatch):
   write_arm(tmp_path, {(0, 0): (1,)})
   asked = []
-  add = mini.Verified.add
-  monkeypatch.setattr(mini.Verified, "add", lambda *a: asked.append(a[2].name) or add(*a))
+  add = benchmark.Verified.add
+  monkeypatch.setattr(benchmark.Verified, "add", lambda *a: asked.append(a[2].name) or add(*a))
   evaluate.score_new(tmp_path)
   assert asked == []
-  source = tmp_path / layout.image_path("mini", prompts.read("mini")[0], 0, 1)
+  source = tmp_path / benchmark.MINI.image_path(benchmark.MINI.read()[0], 0, 1)
   source.with_name("00001.png").write_bytes(source.read_bytes())
   evaluate.score_new(tmp_path)
   assert asked == ["00000.png", "00001.png"]
-  monkeypatch.setattr(mini, "protocol", lambda: {"verifier": "another"})
+  monkeypatch.setattr(benchmark, "protocol", lambda: {"verifier": "another"})
   evaluate.score_new(tmp_path)
   assert len(asked) == 4
 
@@ -187,7 +190,7 @@ def test_an_interval_is_around_the_mean_over_tasks_and_narrows_with_prompts():
 
 
 def test_a_paired_difference_is_sure_where_each_prompt_improves_alike():
-  items = prompts.read("mini")
+  items = benchmark.MINI.read()
   before = np.random.default_rng(0).integers(0, 4, len(items)) / 4
   got = figures.difference([*(before + 0.25)[:-1], None], before, items)
   for split, count in (("all", 263), ("seen", 168), ("unseen", 95)):
@@ -328,7 +331,7 @@ def checkpoint(tmp_path_factory):
 def test_a_checkpoint_s_own_settings_are_the_defaults_and_flags_win(checkpoint, monkeypatch):
   folder, settings = checkpoint
   asked = []
-  monkeypatch.setattr(runner, "run_generate",
+  monkeypatch.setattr(runner, "generate_images",
                       lambda r: asked.append(r) or runner.Result(0, 0, []))
   base = ["eval", "generate", "mini", "--out", "x", "--checkpoint"]
   assert cli.main([*base, str(folder)]) == 0

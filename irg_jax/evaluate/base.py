@@ -86,8 +86,10 @@ class Benchmark:
     grid: the images of a prompt are the cells of one 2 x 2 grid.
     each_image: images are scored one by one, prompts without images are counted as missing.
     flags: of `irg eval score`.
-    examples: {"generate", "score", "more": example command lines for --help}.
-    sources, tasks_help: where scores come from, and what `--tasks` takes, for --help.
+    images_help, tasks_help, sources: images of a prompt, what `--tasks` takes, and where scores come
+      from, for --help.
+    generate_examples, score_examples: command lines for --help after "irg eval STEP NAME"; the
+      first is the paper's.
   """
 
   name = title = ""
@@ -101,8 +103,9 @@ class Benchmark:
   templates: dict = {}
   grid = each_image = False
   flags: tuple[Flag, ...] = ()
-  examples: dict = {}
-  sources = tasks_help = ""
+  images_help = tasks_help = sources = ""
+  generate_examples: tuple[str, ...] = ()
+  score_examples: tuple[str, ...] = ()
 
   def read(self, path=None) -> list[Item]:
     """Reads and checks the official prompt files, in their order.
@@ -142,6 +145,14 @@ class Benchmark:
       if have[task] != wanted:
         raise ValueError(f"{have[task]} prompts of {task}, but {self.name} as published has "
                          f"{wanted}")
+
+  def select(self, items: list[Item], tasks=None, limit: int | None = None) -> list[Item]:
+    """The items of some tasks, the first `limit` of them; ValueError for an unknown task."""
+    known = dict.fromkeys(task for item in items for task in self.tasks(item))
+    if unknown := [task for task in tasks or () if task not in known]:
+      raise ValueError(f"--tasks {unknown[0]}: no such task; there are "
+                       f"{', '.join(known) or f'none ({self.tasks_help})'}")
+    return [i for i in items if not tasks or set(tasks) & set(self.tasks(i))][:limit]
 
   def image_path(self, item: Item, image: int, round: int) -> pathlib.PurePath:
     """Path of an image below the run's folder, where the official scorer expects it.

@@ -127,14 +127,15 @@ class GenAIBench(base.Benchmark):
       base.Flag("--scorer", "(path, prompt) -> score from 0 to 1", {"metavar": "MODULE:FUNCTION"}),
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/genai_bench.py"),
   )
-  examples = {
-      "generate": "--prompts GenAI-Bench-1600/genai_image.json \\\n"
-                  "      --checkpoint weights/irg-7b --out out/genai_bench",
-      "score": "--out out/genai_bench \\\n"
-               "      --prompts GenAI-Bench-1600/genai_image.json --measurements vqascores.jsonl",
-      "more": "--out out/genai_bench --prompts genai_image.json \\\n"
-              "      --scorer my_models:vqascore",
-  }
+  images_help = "1"
+  generate_examples = (
+      "--prompts GenAI-Bench-1600/genai_image.json \\\n"
+      "      --checkpoint weights/irg-7b --out out/genai_bench",)
+  score_examples = (
+      "--out out/genai_bench \\\n"
+      "      --prompts GenAI-Bench-1600/genai_image.json --measurements vqascores.jsonl",
+      "--out out/genai_bench --prompts genai_image.json \\\n"
+      "      --scorer my_models:vqascore")
   sources = ("--measurements or --scorer (officially clip-flant5-xxl), or the judge's probability\n"
              "of Yes. Needs genai_skills.json beside the prompts, or --skills.")
   tasks_help = "GenAI-Bench's tags (with genai_skills.json beside the prompts)"

@@ -126,11 +126,15 @@ class GenEval(clauses.ClauseBenchmark):
           "metavar": "N" if name == "max_objects" else "X"})
         for name, value in vars(clauses.Options()).items()),
   )
-  examples = {
-      "generate": "--checkpoint weights/irg-7b --out out/geneval",
-      "score": "--out out/geneval --detections out/geneval/detections.jsonl",
-      "more": "--out out/geneval --detector my_models:detect --classifier my_models:color",
-  }
+  images_help = "4"
+  generate_examples = (
+      "--checkpoint weights/irg-7b --out out/geneval",
+      "--checkpoint weights/irg-7b --out out/some --tasks counting --limit 8",
+      "--checkpoint weights/bagel-7b --out out/bagel --rounds 1 --no-think \\\n"
+      "      --config.first.interval=\"(0.0, 1.0)\"")
+  score_examples = (
+      "--out out/geneval --detections out/geneval/detections.jsonl",
+      "--out out/geneval --detector my_models:detect --classifier my_models:color")
   sources = ("--detections, records as irg_jax/evaluate/clauses.py documents them, or --detector\n"
              "and --classifier, functions of yours (see there). Officially Mask2Former Swin-S\n"
              "(mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) and CLIP ViT-L-14.")

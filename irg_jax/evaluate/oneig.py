@@ -284,13 +284,14 @@ class OneIG(base.Benchmark):
       base.Flag("--grid", "columns and rows of its images (2,2)", {
           "default": "2,2", "metavar": "C,R"}),
   )
-  examples = {
-      "generate": "--prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
-                  "      --checkpoint weights/irg-7b --out out/oneig",
-      "score": "--out out/oneig --prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
-               "      --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
-               "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct",
-  }
+  images_help = "4, pasted into one grid"
+  generate_examples = (
+      "--prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
+      "      --checkpoint weights/irg-7b --out out/oneig",)
+  score_examples = (
+      "--out out/oneig --prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
+      "      --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
+      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct",)
   sources = ("the judge (alignment, text) and --measurements (reasoning, style, diversity); the\n"
              "overall needs all five. Without --judge-url the measured parts are scored alone.")
   tasks_help = "OneIG's folders"

@@ -124,9 +124,10 @@ def write(runs: list[Scored], folder) -> pathlib.Path:
 
 
 def sections(report: dict) -> list[dict]:
-  """The tables: [{"title", "head", "rows", "benchmark": name or None}], all cells as text."""
+  """The tables: [{"title", "head", "rows", optional "benchmark" and "published" rows}], as text."""
   title = lambda name: evaluate.get(name).title
-  found = [{"title": "Results", "head": ["", *report["columns"]], "rows": [
+  published = sum(row["published"] for row in report["rows"])
+  found = [{"title": "Results", "published": published, "head": ["", *report["columns"]], "rows": [
       [row["name"], *(show(row["values"].get(c), c) + "*" * (c in row["partial"])
                       for c in report["columns"])] for row in report["rows"]]}]
   for name, table in report["categories"].items():

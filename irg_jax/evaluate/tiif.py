@@ -210,13 +210,14 @@ class Tiif(base.Benchmark):
   official = base.Official("Qwen2.5-VL-72B-Instruct, or gpt-4o", 1.0, 4096)
   templates = {"tiif": (TEMPLATE, ("questions",))}
   flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)
-  examples = {
-      "generate": "--prompts TIIF-Bench/data/testmini_prompts \\\n"
-                  "      --checkpoint weights/irg-7b --out out/tiif",
-      "score": "--out out/tiif --prompts TIIF-Bench/data/testmini_prompts \\\n"
-               "      --questions TIIF-Bench/data/testmini_eval_prompts \\\n"
-               "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct",
-  }
+  images_help = "1, for the short and the long description each"
+  generate_examples = (
+      "--prompts TIIF-Bench/data/testmini_prompts \\\n"
+      "      --checkpoint weights/irg-7b --out out/tiif",)
+  score_examples = (
+      "--out out/tiif --prompts TIIF-Bench/data/testmini_prompts \\\n"
+      "      --questions TIIF-Bench/data/testmini_eval_prompts \\\n"
+      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct",)
   sources = "the judge."
   tasks_help = "TIIF's types"
 

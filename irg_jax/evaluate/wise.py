@@ -229,11 +229,14 @@ class Wise(base.Benchmark):
   official = base.Official(
       "gpt-4o-2024-05-13 (BAGEL's and IRG's script: gpt-4o-2024-11-20)", 0.0, 2000)
   templates = {"wise": (TEMPLATE, ("prompt", "explanation"))}
-  examples = {
-      "generate": "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise",
-      "score": "--out out/wise --prompts WISE/data \\\n"
-               "      --judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20",
-  }
+  images_help = "1"
+  generate_examples = (
+      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise",
+      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
+      "      --process-id 0 --num-processes 4              on the first of four hosts")
+  score_examples = (
+      "--out out/wise --prompts WISE/data \\\n"
+      "      --judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20",)
   sources = "the judge."
   tasks_help = "WISE's categories (CULTURE, ...)"
 

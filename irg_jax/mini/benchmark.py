@@ -32,10 +32,11 @@ class Mini(clauses.ClauseBenchmark):
 
   name, title, packaged = "mini", "Mini world", FILES
   columns = ("Mini world",)
-  examples = {
-      "generate": "--checkpoint out/mini/checkpoint --out out/mini-test",
-      "score": "--out out/mini-test",
-  }
+  images_help = "4"
+  generate_examples = (
+      "--checkpoint out/mini/checkpoint --out out/mini-test",)
+  score_examples = (
+      "--out out/mini-test",)
   sources = "the verifier of the mini world (irg_jax/mini/verifier.py)."
   tasks_help = "mini's tags, seen, unseen"
 

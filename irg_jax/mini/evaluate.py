@@ -14,11 +14,11 @@ import sys
 import numpy as np
 
 from irg_jax import weights
-from irg_jax.evaluate import mini, prompts, runner, score
+from irg_jax.evaluate import base, generate, score
 from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults
+from irg_jax.mini import benchmark
 from irg_jax.mini import vae
-from irg_jax.progress import counting
 
 FOLDER, COST, AUTOENCODER = "evaluation", "cost.json", "autoencoder.json"
 _SCENES = 2  # of each prompt, for the autoencoder
@@ -55,12 +55,12 @@ FINAL = ARMS[-1]
 class Size:
   """How much of the test is drawn: prompts of each split, images of a prompt, side by side."""
 
-  seen: int = prompts.MINI_SPLITS["seen"]
-  unseen: int = prompts.MINI_SPLITS["unseen"]
+  seen: int = benchmark.SPLITS["seen"]
+  unseen: int = benchmark.SPLITS["unseen"]
   images: int = 4
   batch_size: int = 64
 
-  def select(self, items) -> list[prompts.Item]:
+  def select(self, items) -> list[base.Item]:
     """The first prompts of each split, in the order of the file."""
     split = lambda name: [item for item in items if item.extra["split"] == name]
     chosen = split("seen")[:self.seen] + split("unseen")[:self.unseen]
@@ -99,9 +99,9 @@ def evaluate(out, size: Size, arms=ARMS, checkpoint=None) -> None:
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
   """Draws the images of an arm that are not there yet, with the checkpoint's own settings."""
   settings, system_prompt = defaults.read(checkpoint)
-  items = prompts.read("mini")
-  result = runner.run_generate(runner.Request(
-      items=tuple(items), selected=tuple(size.select(items)), out=folder, checkpoint=checkpoint,
+  items = benchmark.MINI.read()
+  result = generate.generate_images(generate.Request(
+      benchmark=benchmark.MINI, items=tuple(items), selected=tuple(size.select(items)), out=folder, checkpoint=checkpoint,
       settings=dataclasses.replace(settings, rounds=arm.rounds, think=arm.think),
       system_prompt=system_prompt if arm.think else "", batch_size=size.batch_size))
   if result.drawn:
@@ -112,19 +112,14 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, size: Size) -> None:
 
 def score_new(folder) -> None:
   """Lets the verifier judge an arm's images, unless this very verifier has judged all of them."""
-  run = score.open_run("mini", folder)
-  there, path = list(score.images_there(run)), run.out / score.SCORES
+  images = score.open_folder(benchmark.MINI, folder)
+  there, path = list(score.images_there(images)), images.out / score.SCORES
   if path.is_file():
     before = json.loads(path.read_text(encoding="utf-8"))
     judged = sum(r["pictures"] + r["unscored"]["total"] for r in before["rounds"].values())
-    if before["protocol"] == mini.protocol() and judged == len(there):
+    if before["protocol"] == benchmark.protocol() and judged == len(there):
       return
-  _score(run, there)
-
-
-def _score(run, there):
-  with counting("scoring", len(there)) as count:
-    score.score_images(run, mini.Verified, count(there), {"protocol": mini.protocol()})
+  benchmark.MINI.score(images)
 
 
 def measure_autoencoder(checkpoint, folder: pathlib.Path, size: Size) -> None:
@@ -133,7 +128,7 @@ def measure_autoencoder(checkpoint, folder: pathlib.Path, size: Size) -> None:
     return
   config, params = weights.load_checkpoint(checkpoint, part="vae", dtype="float32",
                                            compute_dtype="float32")
-  records = [item.extra for item in size.select(prompts.read("mini")) for _ in range(_SCENES)]
+  records = [item.extra for item in size.select(benchmark.MINI.read()) for _ in range(_SCENES)]
   right = vae.round_trip(config.vae, params["vae"], records, np.random.default_rng(0))
   with atomic_file(folder / AUTOENCODER) as aside:
     aside.write_text(json.dumps({"right": int(right.sum()), "pictures": len(right)}))

@@ -6,8 +6,8 @@ import pathlib
 
 import numpy as np
 
-from irg_jax.evaluate import mini, prompts, runner, score, tally
-from irg_jax.mini import evaluate, tasks, thoughts
+from irg_jax.evaluate import base, records, score
+from irg_jax.mini import benchmark, evaluate, tasks, thoughts
 
 SPLITS = ("all", "seen", "unseen")
 RESAMPLES, SEED = 2000, 0
@@ -40,14 +40,14 @@ class Drawn:
 
 def read(folder) -> Drawn:
   """Reads a folder that `evaluate.evaluate` has drawn and scored."""
-  folder, items = pathlib.Path(folder), prompts.read("mini")
+  folder, items = pathlib.Path(folder), benchmark.MINI.read()
   numbers = {item.id: i for i, item in enumerate(items)}
   lines = {(numbers[line["id"]], line["picture"], line["round"]): line
-           for _, line in tally.read_lines(folder / score.ITEMS)}
+           for _, line in records.read_lines(folder / score.ITEMS)}
   traces = {}
   for i, item in enumerate(items):
     for image in range(item.images):
-      if trace := runner.read_trace(folder, item, image):
+      if trace := base.read_trace(folder, item, image):
         traces[i, image] = trace
   rounds = max((number for _, _, number in lines), default=1)
   right = np.full((rounds, len(items), max(item.images for item in items)), np.nan)
@@ -156,7 +156,7 @@ def reflections(drawn: Drawn, number: int) -> dict:
     if line is None or not line["scores"] or len(trace["rounds"]) < number:
       continue
     said = thoughts.read_faults(trace["rounds"][number - 1]["think"] or "")
-    actual = mini.faults(line["words"])
+    actual = benchmark.faults(line["words"])
     looked = (trace["rounds"][number - 1]["think"] or "").split("What falls short:")[0]
     rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),
                  bool(actual), line["grid"] is not None

@@ -9,10 +9,10 @@
 import json
 import pathlib
 
-from irg_jax.evaluate import prompts, score
+from irg_jax.evaluate import score
 from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults
-from irg_jax.mini import card, evaluate, figures, plots, report_page, report_tables, tasks
+from irg_jax.mini import benchmark, card, evaluate, figures, plots, report_page, report_tables, tasks
 
 FOLDER = "report"
 # (name, (arm, round), less (arm, round))
@@ -116,7 +116,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
                         **figures.arm_figures(drawn[arm.name])}
     elif arm.name in (others or {}):
       arms[arm.name] = others[arm.name]
-  items = prompts.read("mini")
+  items = benchmark.MINI.read()
   values = {(name, number): entry["by_prompt"] for name, arm in arms.items()
             for number, entry in arm["rounds"].items()}
   return {
@@ -126,7 +126,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
                       if after in values and before in values},
       "intervals": f"95 %, bootstrap over the prompts of each task, {figures.RESAMPLES} resamples, "
                    f"seed {figures.SEED}",
-      "test": {"prompts": len(items), **prompts.MINI_SPLITS},
+      "test": {"prompts": len(items), **benchmark.SPLITS},
   }
 
 

@@ -5,8 +5,7 @@ import base64
 import numpy as np
 
 from irg_jax.reports import pages
-from irg_jax.evaluate import mini
-from irg_jax.mini import report_tables
+from irg_jax.mini import benchmark, report_tables
 from irg_jax.reports.pages import escape
 
 # (title, right before, right after, how many are shown)
@@ -55,7 +54,7 @@ def _example(drawn, kind, i, image):
     line = drawn.lines[i, image, number]
     turns.append({"thought": trace["rounds"][number - 1]["think"],
                   "picture": (drawn.folder / line["file"]).read_bytes(),
-                  "faults": mini.faults(line["words"])})
+                  "faults": benchmark.faults(line["words"])})
   return {"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
           "tasks": drawn.lines[i, image, 1]["tasks"], "turns": turns}
 

@@ -2,6 +2,9 @@
 
 import html
 
+import jinja2
+import markupsafe
+
 _CSS = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #23211d; --soft: #6d685f;
   --line: #e2ded4; --card: #f3f0e9; --accent: #9a5b2c; }
@@ -92,3 +95,15 @@ def short(text: str, length: int = 80) -> str:
   """The text on one line, cut to `length` characters."""
   text = " ".join(text.split())
   return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def render(template: str, **values) -> str:
+  """The page of templates/TEMPLATE.html; values are escaped."""
+  return _TEMPLATES.get_template(f"{template}.html").render(values)
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=True, trim_blocks=True,
+    lstrip_blocks=True)
+_TEMPLATES.filters["short"] = short
+_TEMPLATES.globals["style"] = markupsafe.Markup(_CSS)

@@ -17,10 +17,12 @@ from PIL import Image
 import pytest
 
 from conftest import ROOT
+import official
+from irg_jax.evaluate import base
 from irg_jax.evaluate import genai_bench
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import oneig
-from irg_jax.evaluate import tally
+from irg_jax.evaluate import records as records_lib
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
 
@@ -46,7 +48,7 @@ def read(path):
 
 
 def lines(path):
-  return [record for _, record in tally.read_lines(path)]
+  return [record for _, record in records_lib.read_lines(path)]
 
 
 @pytest.mark.parametrize("path", listed("*/*/expected.json"))
@@ -65,7 +67,7 @@ def test_every_case_folder_is_of_a_kind_that_a_test_scores(path):
 @pytest.mark.parametrize("path", listed("geneval/*/results.jsonl"))
 def test_geneval_summaries(path):
   expected = read(path.parent / "expected.json")
-  summary = geneval.summarize(lines(path))
+  summary = official.geneval_summary(lines(path))
   assert summary["pictures"] == expected["total_images"]
   assert summary["prompts"] == expected["total_prompts"]
   assert f"{summary['correct_pictures']:.2%}" == expected["pct_correct_images"]
@@ -78,7 +80,7 @@ def test_geneval_summaries(path):
     assert found["score"] == near(task["accuracy"])
   assert f"{summary['overall']:.5f}" == expected["overall"]
   printed = path.parent / "official_stdout.txt"
-  assert geneval.summary_text(summary).split() == printed.read_text().split()
+  assert official.geneval_text(summary).split() == printed.read_text().split()
   scores = [task["score"] for task in summary["tasks"].values()] + [summary["overall"]]
   row = expected["irg_geneval_results_txt"].splitlines()[1]
   assert " ".join(f"{score:.2f}" for score in scores) == row
@@ -112,7 +114,7 @@ def test_wise_categories_and_both_overalls(path):
   summary = wise.Summary(variant)
   files = expected.get("file_order") or sorted(p.name for p in path.parent.glob("*.jsonl"))
   for name in files:
-    for number, record in tally.read_lines(path.parent / name):
+    for number, record in records_lib.read_lines(path.parent / name):
       summary.add(record, f"{name}:{number}")
   got = summary.value()
   for name, want in official["exact_category_avg"].items():
@@ -164,7 +166,7 @@ def test_tiif_result_trees(path, tmp_path):
   expected = read(path.parent / "expected.json")
   write_results(path, tmp_path)
   for model, accuracy in expected["accuracy"].items():
-    by_round = tiif.read_results(tmp_path / model, models=len(expected["accuracy"]))
+    by_round = official.read_tiif_results(tmp_path / model, models=len(expected["accuracy"]))
     assert list(by_round) == [1]
     got = by_round[1]
     check_accuracy(got, accuracy)
@@ -201,7 +203,7 @@ def check_dimensions(got, model, dimensions):
   for name, models in dimensions.items():
     for length, want in models[model].items():
       length = length.removeprefix("overall-")
-      assert tiif.printed(ours[name][length]) == pytest.approx(float(want), abs=1e-12,
+      assert official.tiif_printed(ours[name][length]) == pytest.approx(float(want), abs=1e-12,
                                                                nan_ok=True), (name, length)
 
 
@@ -219,7 +221,7 @@ def test_tiif_parser(path):
 @pytest.mark.parametrize("path", listed("tiif/gned_cases.json"))
 def test_tiif_word_metric(path):
   for case in read(path)["cases"]:
-    got = tiif.read_words(case["input"])
+    got = official.read_words(case["input"])
     want = {k: v for k, v in case["expected"].items() if k in got}
     assert len(want) == 4
     assert got == {k: near(v) for k, v in want.items()}
@@ -239,10 +241,10 @@ def test_genai_bench_means(path):
   for group, tags in expected["printed"].items():
     assert set(tags) == set(genai_bench.TAG_GROUPS[group])
     for tag, want in tags.items():
-      assert genai_bench.printed(got["tags"][tag]) == (want["mean"], want["std"])
+      assert official.genai_printed(got["tags"][tag]) == (want["mean"], want["std"])
   text = (path.parent / "official_stdout.txt").read_text()
   model = text.splitlines()[2].split()[0]
-  assert genai_bench.table_text(got, model).split() == text.split()
+  assert official.genai_text(got, model).split() == text.split()
 
 
 @pytest.fixture(params=listed("oneig/*/stub_model_outputs.json"))
@@ -257,13 +259,13 @@ def grids(folder, stub, name):
   columns, rows = oneig.parse_grid(stub["grid"])
   for path in sorted((folder / "images" / name).glob("*/*")):
     image = np.asarray(Image.open(path).convert("RGB"))
-    cells = oneig.split_grid(image, columns, rows)
+    cells = official.split_grid(image, columns, rows)
     yield path.stem, len(cells)
 
 
 def test_oneig_alignment(one):
   folder, stub, expected = one
-  summary = oneig.PromptMeans()
+  summary = base.GroupMeans()
   for name in oneig.ALIGNED:
     table = oneig.read_questions(folder / "Q_D" / f"{name}.json")
     for number, cells in grids(folder, stub, name):
@@ -296,7 +298,7 @@ def test_oneig_text(one):
 
 def test_oneig_reasoning_style_and_diversity(one):
   folder, stub, expected = one
-  reasoning, style, diversity = (oneig.PromptMeans() for _ in range(3))
+  reasoning, style, diversity = (base.GroupMeans() for _ in range(3))
   for number, cells in grids(folder, stub, "reasoning"):
     reasoning.add("reasoning", number, stub["reasoning_similarity"][number][:cells])
   assert reasoning.value()["score"] == near(expected["reasoning"])
@@ -321,8 +323,8 @@ def test_oneig_reasoning_style_and_diversity(one):
 def _style(stub, style, number, cell):
   best = []
   for model, embeddings in stub["style_image_embeddings"].items():
-    references = stub["style_reference_embeddings"][model][oneig.style_name(style)]
-    best.append(oneig.largest_similarity(embeddings[number][cell], references))
+    references = stub["style_reference_embeddings"][model][official.style_name(style)]
+    best.append(official.largest_similarity(embeddings[number][cell], references))
   return oneig.style_cell(*best)
 
 
