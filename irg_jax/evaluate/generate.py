@@ -190,9 +190,9 @@ def open_run(out, settings: dict, notes: dict, process: str):
 
 def _check_run(out, settings):
   """Raises ValueError unless `out` is new, empty, or a run with these settings."""
-  runs.check_folder(out / RUN, "a run of irg eval generate", ignore=(_ASIDE,))
+  runs.check_folder(out / RUN, "a run of irg eval generate")
   if (out / RUN).is_file():
-    runs.check_same(runs.read(out / RUN).get("settings", {}), settings, f"--out {out}")
+    runs.check_same(runs.read(out / RUN, ("settings",))["settings"], settings, f"--out {out}")
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolde
   out = pathlib.Path(out)
   if not out.is_dir():
     raise ValueError(f"--out {out}: no such folder; it is what irg eval generate wrote")
-  record = runs.read(out / RUN) if (out / RUN).is_file() else {}
+  record = runs.read(out / RUN, ("settings", "notes")) if (out / RUN).is_file() else {}
   settings = record.get("settings", {})
   if (found := settings.get("benchmark", benchmark.name)) != benchmark.name:
     raise ValueError(f"--out {out}: holds images of {found}, not of {benchmark.name}")
