@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 
-# A quarter of the compile time: tests compile far more than they compute.
-os.environ["XLA_FLAGS"] = " ".join((
-    os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true",
-    "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"))
+# A quarter of the compile time: tests compile far more than they compute. IRG_OPTIMIZED=1 leaves
+# XLA as users run it (tests/test_optimized.py).
+if os.environ.get("IRG_OPTIMIZED") != "1":
+  os.environ["XLA_FLAGS"] = " ".join((
+      os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true",
+      "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"))
 
 import jax
 import numpy as np
