@@ -10,7 +10,7 @@ from irg_jax import sharding, weights
 from irg_jax.evaluate import score
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
-from irg_jax.mini import benchmark, report_tables, tasks, thoughts, vae, verifier
+from irg_jax.mini import benchmark, report_tables, thoughts, vae, verifier, world
 from irg_jax.tokenizer import load_tokenizer
 
 FOLDER = defaults.CHECKPOINT
@@ -74,7 +74,7 @@ def test_both_images_of_the_demo_s_prompt_are_right(alone):
 def test_batch_sixteen_draws_what_batch_one_draws(alone, one_device):
   model, params, words, mesh = one_device
   rng = np.random.default_rng(3)
-  others = [tasks.training_record(rng)["prompt"] for _ in range(15)]
+  others = [world.training_record(rng)["prompt"] for _ in range(15)]
   drawn = draw(model, params, words, mesh, [*others[:7], DEMO["prompt"], *others[7:]],
                [*range(1, 8), 0, *range(8, 16)])
   assert_same(drawn[7], alone)
@@ -91,7 +91,7 @@ def test_the_autoencoder_alone_keeps_a_image_right():
   config, params = weights.load_checkpoint(FOLDER, part="vae", dtype="float32",
                                            compute_dtype="float32")
   rng = np.random.default_rng(9)
-  records = [tasks.training_record(rng) for _ in range(128)]
+  records = [world.training_record(rng) for _ in range(128)]
   assert np.mean(vae.round_trip(config.vae, params["vae"], records, rng)) >= 0.97
   report = json.loads((FOLDER / score.SCORES).read_text())["autoencoder"]
   assert report["right"] >= 0.99 * report["pictures"] and report["pictures"] == 528

@@ -22,10 +22,11 @@ from irg_jax.generate import defaults, request
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import (
-    benchmark, evaluate, figures, plots, report, report_page, report_tables, tasks, thoughts,
-    verifier)
+    benchmark, evaluate, figures, plots, report, report_page, report_tables, thoughts, verifier,
+    world)
 from irg_jax.mini import settings as mini_settings
-from irg_jax.mini.painter import paint
+from irg_jax.mini.world import paint
+from mini_records import records_of_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = [item.extra for item in benchmark.MINI.read()]
@@ -34,12 +35,12 @@ RECORDS = [item.extra for item in benchmark.MINI.read()]
 def test_the_test_s_file_is_what_the_tasks_give_and_shares_no_prompt_with_training():
   rng = np.random.default_rng([0, 4])
   seen, unseen = benchmark.SPLITS.values()
-  want = tasks.test_records(seen, rng, unseen=False)
-  want += tasks.test_records(unseen, rng, unseen=True)
+  want = records_of_test(seen, rng, unseen=False)
+  want += records_of_test(unseen, rng, unseen=True)
   assert RECORDS == json.loads(json.dumps(want))
-  assert all(tasks.is_for_test(r) for r in RECORDS)
-  assert [tasks.is_unseen(r) for r in RECORDS] == [r["split"] == "unseen" for r in RECORDS]
-  assert {r["tag"] for r in RECORDS} == set(tasks.TASKS)
+  assert all(world.is_for_test(r) for r in RECORDS)
+  assert [world.is_unseen(r) for r in RECORDS] == [r["split"] == "unseen" for r in RECORDS]
+  assert {r["tag"] for r in RECORDS} == set(world.TASKS)
   benchmark.MINI.check_counts(benchmark.MINI.read())
 
 
@@ -60,7 +61,7 @@ PATTERNS = {(0, 0): (0, 1), (0, 1): (1, 1), (1, 0): (0, 0), (1, 1): (1, 0), (2, 
 
 def scene_of(record, right, rng):
   """A scene for a record, or one that lacks a thing of it."""
-  scene = tasks.sample_scene(record, rng)
+  scene = world.sample_scene(record, rng)
   return scene if right else dataclasses.replace(scene, things=scene.things[1:])
 
 

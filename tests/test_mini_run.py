@@ -12,8 +12,8 @@ from irg_jax.data import irgl, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import defaults
 from irg_jax.generate.run import load_model
-from irg_jax.mini import pipeline, settings, tasks, thoughts
-from irg_jax.mini.painter import paint
+from irg_jax.mini import pipeline, settings, thoughts, world
+from irg_jax.mini.world import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_pictures=2", "base_rows=120", "trajectories=12",
         "sample_batch=8", "model.llm.num_layers=1", "model.llm.hidden_size=48",
@@ -30,12 +30,12 @@ def first_images(folder, tiny):
   """Batches as the base model would leave them, here of painted images, half of them wrong."""
   folder.mkdir()
   rng = np.random.default_rng(0)
-  records = [tasks.training_record(rng) for _ in range(8)]
-  scenes = [tasks.sample_scene(r if i % 2 else tasks.training_record(rng), rng)
+  records = [world.training_record(rng) for _ in range(8)]
+  scenes = [world.sample_scene(r if i % 2 else world.training_record(rng), rng)
             for i, r in enumerate(records)]
   np.savez(folder / "000000.npz", records=json.dumps(records),
            thoughts=[thoughts.plan(r, s) for r, s in zip(records, scenes)],
-           images=np.stack([paint(s) for s in scenes]))
+           pictures=np.stack([paint(s) for s in scenes]))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
@@ -74,22 +74,22 @@ def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
 
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_images(tmp_path / "first", tiny)
-  with pipeline.datasets.ParquetWriter(tmp_path / "rows") as writer:
+  with pipeline.PublishedWriter(tmp_path / "rows") as writer:
     counts = pipeline.write_trajectories(tiny, tmp_path / "first", writer)
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   irgl.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)
   assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8) | {
-      pipeline.datasets.TOLD: 8 * 3}  # with words alone that are replayed
+      pipeline.datasets.TELL: 8 * 3}  # with words alone that are replayed
 
 
 def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
   (tmp_path / "first_rounds").mkdir()
   rng = np.random.default_rng(0)
-  records = [tasks.training_record(rng) for _ in range(tiny.trajectories)]
+  records = [world.training_record(rng) for _ in range(tiny.trajectories)]
   red = np.zeros((len(records), 64, 64, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
   for start in (0, 8):
-    np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", images=red[start:start + 8],
+    np.savez(tmp_path / "first_rounds" / f"{start:06}.npz", pictures=red[start:start + 8],
              records=json.dumps(records[start:start + 8]),
              thoughts=["?"] * len(red[start:start + 8]))
   with pytest.raises(ValueError, match="no known ground': 12"):

@@ -15,8 +15,8 @@ from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
 from irg_jax.generate import defaults
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import (
-    datasets, pipeline, settings, tasks, thoughts, tokenizer, vae, verifier, world)
-from irg_jax.mini.painter import paint
+    datasets, pipeline, settings, thoughts, tokenizer, vae, verifier, world)
+from irg_jax.mini.world import paint
 from irg_jax.model.vae import Vae, sample_latents
 from irg_jax.tokenizer import load_tokenizer
 
@@ -26,8 +26,8 @@ ROOT_CONFIG = "configs/mini.py"
 def cases(count, seed=0):
   rng = np.random.default_rng(seed)
   for _ in range(count):
-    record = tasks.training_record(rng)
-    yield record, tasks.sample_scene(record, rng), rng
+    record = world.training_record(rng)
+    yield record, world.sample_scene(record, rng), rng
 
 
 def seen(scene):
@@ -60,7 +60,7 @@ def test_a_text_without_a_grid_reads_as_none():
 
 def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_image():
   for record, scene, rng in cases(50, seed=1):
-    wrong = tasks.sample_scene(tasks.training_record(rng), rng)
+    wrong = world.sample_scene(world.training_record(rng), rng)
     verdict = verifier.judge(seen(wrong), record)
     better = thoughts.improve(record, verdict, rng)
     reflection = thoughts.reflect(record, verdict, better, thoughts.plan(record, scene))
@@ -132,7 +132,7 @@ def test_a_right_image_stays_as_it_is():
 
 def test_what_training_must_not_show_makes_no_trajectory():
   record, _, rng = next(cases(1))
-  shape, color = sorted(tasks.UNSEEN_PAIRS)[0]
+  shape, color = sorted(world.UNSEEN_PAIRS)[0]
   shown = verifier.Seen("grey", (world.Thing(shape, color, 20.0, 20.0, 6.0),), ())
   with pytest.raises(thoughts.Inexpressible, match="must not show"):
     thoughts.improve(record, verifier.judge(shown, record), rng)
@@ -158,7 +158,7 @@ def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():
   for record, names in (({"include": include}, ["star", "ring"]),
                         ({"include": [include[0], {"class": "star", "count": 1}]},
                          ["ring", "star"])):
-    scene = tasks.sample_scene(record, np.random.default_rng(0))
+    scene = world.sample_scene(record, np.random.default_rng(0))
     assert re.findall("ring|star", thoughts.request(record)) == names
     places = thoughts.plan(record, scene).split("Places:")[1].split("Cells:")[0]
     assert re.findall("ring|star", places) == names
@@ -168,7 +168,7 @@ def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
   record = {"include": [{"class": "ring", "count": 3},
                         {"class": "star", "count": 4, "position": ["below", 0]}]}
   for seed in range(20):
-    scene = tasks.sample_scene(record, np.random.default_rng(seed))
+    scene = world.sample_scene(record, np.random.default_rng(seed))
     named = thoughts.places(scene, record).split("Places: ")[1].rstrip(".").split(", ")
     words = [thing.split() for thing in named]
     assert [shape for _, shape, _ in words] == ["star"] * 4 + ["ring"] * 3
@@ -179,7 +179,7 @@ def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
 
 
 def test_replayed_rows_are_words_to_be_copied_and_never_a_pair_that_is_held_out():
-  rng, unseen = np.random.default_rng(0), {f"{color} {shape}" for shape, color in tasks.UNSEEN_PAIRS}
+  rng, unseen = np.random.default_rng(0), {f"{color} {shape}" for shape, color in world.UNSEEN_PAIRS}
   for _ in range(40):
     (_, reflected), (mode, copied) = datasets.replayed_rows(rng)
     assert parse_conversation(json.dumps(reflected), mode, 0).parts[-1].need_loss
@@ -245,7 +245,7 @@ def test_the_base_looks_at_images_that_are_not_as_planned_and_says_what_is_uncle
 
 
 def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
-  unseen = {f"{color} {shape}" for shape, color in tasks.UNSEEN_PAIRS}
+  unseen = {f"{color} {shape}" for shape, color in world.UNSEEN_PAIRS}
   for mode, row in datasets.base_rows(300, np.random.default_rng(0)):
     parse_conversation(json.dumps(row), mode, 0)
     assert not any(pair in words for words in datasets.texts(row) for pair in unseen)
@@ -265,7 +265,7 @@ def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
 def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
   config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
   params = jax.device_get(vae._init(config, jax.random.key(0)))
-  images = vae.paint_crowded(3, np.random.default_rng(0))
+  images = vae.paint_both(6, np.random.default_rng(0))[:3]  # crowded scenes
   scaled = vae.normalise(config, params, images)
   model, pixels = Vae(config), to_pixels(images)
 
@@ -309,7 +309,7 @@ def test_settings_of_a_run_are_checked_by_name():
 
 
 def test_a_prompt_of_other_words_is_answered_with_what_the_model_knows(tmp_path):
-  defaults.write(tmp_path, Settings(), "", tasks.words(), "It draws shapes.")
+  defaults.write(tmp_path, Settings(), "", world.words(), "It draws shapes.")
   for record, _, _ in cases(200, seed=5):
     assert defaults.outside(tmp_path, record["prompt"]) is None
   note = defaults.outside(tmp_path, "A red fox and two red circles")

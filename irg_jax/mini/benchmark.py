@@ -16,8 +16,6 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate import clauses
 from irg_jax.evaluate import records
 from irg_jax.evaluate import score
-from irg_jax.mini import outlines
-from irg_jax.mini import tasks
 from irg_jax.mini import thoughts
 from irg_jax.mini import verifier
 from irg_jax.mini import world
@@ -41,7 +39,7 @@ class Mini(clauses.ClauseBenchmark):
   tasks_help = "mini's tags, seen, unseen"
 
   def read_items(self, path):
-    return self.clause_items(records.file_in(path, "test.jsonl"), tasks.TASKS, SPLITS)
+    return self.clause_items(records.file_in(path, "test.jsonl"), world.TASKS, SPLITS)
 
   def tasks(self, item):
     return (item.extra["tag"], item.extra["split"])
@@ -60,7 +58,7 @@ evaluate.register(MINI)
 def protocol() -> dict:
   """All that decides a score: the verifier, by a digest of its sources."""
   digest = hashlib.sha256()
-  for module in (verifier, outlines, world, tasks):
+  for module in (verifier, world):
     digest.update(pathlib.Path(module.__file__).read_bytes())
   return {"verifier": verifier.__name__, "sha256": digest.hexdigest()[:16]}
 
@@ -73,7 +71,7 @@ class Verified:
   """
 
   def __init__(self):
-    self._all = clauses.TaskSummary(tasks.TASKS)
+    self._all = clauses.TaskSummary(world.TASKS)
     self._splits = {name: clauses.TaskSummary(()) for name in SPLITS}
     self._unscored = base.Unscored()
 

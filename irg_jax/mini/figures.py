@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from irg_jax.evaluate import base, records, score
-from irg_jax.mini import benchmark, evaluate, tasks, thoughts
+from irg_jax.mini import benchmark, evaluate, thoughts, world
 
 SPLITS = ("all", "seen", "unseen")
 RESAMPLES, SEED = 2000, 0
@@ -95,7 +95,7 @@ def round_scores(values: np.ndarray, items) -> dict:
   scores = {}
   for split in SPLITS:
     own = np.where(_in_split(items, split), values, np.nan)
-    found = {task: interval(np.where(tags == task, own, np.nan), tags) for task in tasks.TASKS}
+    found = {task: interval(np.where(tags == task, own, np.nan), tags) for task in world.TASKS}
     scores[split] = {"tasks": {t: v for t, v in found.items() if v},
                      "overall": interval(own, tags)}
   return {"scores": scores, "by_prompt": [None if np.isnan(v) else float(v) for v in values]}

@@ -23,11 +23,12 @@ import numpy as np
 
 from irg_jax import sharding, weights
 from irg_jax.data import encode, irgl, latents, sources
+from irg_jax.data.published import PublishedWriter
 from irg_jax.storage import atomic_file, atomic_folder, write_json
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
 from irg_jax.mini import (
-    datasets, report, tasks, thoughts, tokenizer, vae, verifier, world)
+    datasets, report, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.settings import MiniSettings
 from irg_jax.mini.steps import STEPS
 from irg_jax.progress import Progress
@@ -40,7 +41,7 @@ _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
          'red circles left of a blue star". For anything else, give --checkpoint a model that was '
          "trained on it.")
-BASE_MODES = (datasets.TOLD, "initial_thinking_understanding_learning", "initial_full_learning")
+BASE_MODES = (datasets.TELL, "initial_thinking_understanding_learning", "initial_full_learning")
 
 
 def run(settings: MiniSettings, out, until: str | None = None) -> int:
@@ -75,7 +76,7 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     words.mkdir()
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
-    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, tasks.words(),
+    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, world.words(),
                    _NOTE, settings.model.dtype)
 
 
@@ -105,7 +106,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
 def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL: stage 1 is the language model that it began as."""
   if not (out / "base_rows").exists():
-    with atomic_folder(out / "base_rows") as folder, datasets.ParquetWriter(folder) as writer:
+    with atomic_folder(out / "base_rows") as folder, PublishedWriter(folder) as writer:
       for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
         writer.add(mode, row)
   _prepare(out / "base_rows", out / "base_data", BASE_MODES, out / "start" / "weights", settings)
@@ -122,7 +123,7 @@ def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
 
 
 def _write_judged(settings, out):
-  with atomic_folder(out / "trajectories") as folder, datasets.ParquetWriter(folder) as writer:
+  with atomic_folder(out / "trajectories") as folder, PublishedWriter(folder) as writer:
     counts = write_trajectories(settings, out / "first_rounds", writer)
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
@@ -135,7 +136,7 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
   """Thoughts and first images of training prompts: `out`/NNNN.npz, one a batch."""
   out.mkdir(exist_ok=True)
   rng = _rng(settings, "trajectories")
-  records = [tasks.training_record(rng) for _ in range(settings.trajectories)]
+  records = [world.training_record(rng) for _ in range(settings.trajectories)]
   size = settings.sample_batch
   mesh = sharding.make_mesh(None)
   with Progress() as progress, jax.set_mesh(mesh):
@@ -154,7 +155,7 @@ def sample_first_rounds(settings: MiniSettings, checkpoint, out: pathlib.Path) -
       firsts = [trajectory.rounds[0] for trajectory in drawn]
       with atomic_file(path) as aside, aside.open("wb") as file:
         np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
-                 images=np.stack([r.image for r in firsts]))
+                 pictures=np.stack([r.image for r in firsts]))
       progress("drawing first pictures", 0, start + size, len(records))
 
 

@@ -12,7 +12,7 @@ import pathlib
 from irg_jax.evaluate import score
 from irg_jax.storage import atomic_file
 from irg_jax.generate import defaults
-from irg_jax.mini import benchmark, card, evaluate, figures, plots, report_page, report_tables, tasks
+from irg_jax.mini import benchmark, card, evaluate, figures, plots, report_page, report_tables, world
 
 FOLDER = "report"
 # (name, (arm, round), less (arm, round))
@@ -144,6 +144,6 @@ def charts(report: dict) -> dict[str, bytes]:
             for arm, number in wanted if number in rounds(arm)]
   if series:
     found["tasks.png"] = plots.bar_chart(
-        "By task, seen and unseen together", list(tasks.TASKS),
-        [(name, [scores["tasks"].get(t) for t in tasks.TASKS]) for name, scores in series])
+        "By task, seen and unseen together", list(world.TASKS),
+        [(name, [scores["tasks"].get(t) for t in world.TASKS]) for name, scores in series])
   return found

@@ -1,6 +1,6 @@
 """The report's figures as text: tables and notes for Markdown, page and model card."""
 
-from irg_jax.mini import tasks
+from irg_jax.mini import world
 
 HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
 _TEXTS = {
@@ -88,7 +88,7 @@ def _overall_table(report):
 
 
 def _task_table(report, split):
-  found = [t for t in tasks.TASKS
+  found = [t for t in world.TASKS
            if any(t in entry["scores"][split]["tasks"] for _, entry in rows_of(report))]
   rows = [[name, *(show(entry["scores"][split]["tasks"].get(t)) for t in found)]
           for name, entry in rows_of(report)]

@@ -1,27 +1,25 @@
-"""The texts of the mini world: plans, descriptions, reflections, and the better image.
+"""Texts of the mini world: plans, descriptions, reflections; and the improved scene.
 
 The cells of an image have letters, A to D in the first row and M to P in the last. A plan first
-chooses a place for each thing, then goes through the image cell by cell. The places are
-choices that a low temperature makes as well as any other; the cells follow from them, and give
-each image token its own words. A cell is a letter and two words, so that a model finds what it
-looks for by a letter that it has read before, and by a distance that is always the same.
+chooses a cell for each thing, then lists the content of all cells. The choices are robust to a low
+temperature; the cells follow from them, and give each image token words of its own. Each cell is a
+letter and two words, so a model finds a cell by its letter, at a constant distance.
 
-  <think> The image shows two red circles left of one blue star. The ground is grey. Places:
+  <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
-A reflection has the four parts of IRGL's: what falls short (after what is seen), the
-improvements, the steps, and the final prompt. What falls short need not be counted: the things
-seen are listed in the order of the places that the thought before named, so the two lists agree
-where nothing is amiss.
+A reflection has the four parts of IRGL: the faults (after what is seen), the improvements, the
+steps, and the final prompt. No counting is needed to find the faults: the things seen are listed in
+the order of the places in the thought before, so the two lists are equal if nothing is wrong.
 
   <think> I see: The ground is grey. Cells: A empty ground ... Things: E red circle, I empty
   ground, G blue star. What falls short: one red circle is missing. Improvements: the prompt asks
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-The steps name a cell after the thing, as a plan's places do, so that the cells of the final prompt
-are looked up as those of a plan are; where no step names a cell, they are those seen. What is
-listed of those has the letter first: the other way round it would be looked up in their place.
+Steps name a cell after its thing, as the places of a plan do, so the cells of the final prompt are
+looked up like those of a plan; all other cells are copied from those seen. The list of things has
+the letter first, so that it is not looked up in place of the steps.
 """
 
 import itertools
@@ -29,7 +27,7 @@ import re
 
 import numpy as np
 
-from irg_jax.mini import tasks, world
+from irg_jax.mini import verifier, world
 
 SYSTEM_PROMPT = "Think, draw, look, and draw again."
 QUESTION = "What does the picture show?"
@@ -39,17 +37,17 @@ _LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
 
 
 class Inexpressible(ValueError):
-  """The image cannot be put into words cell by cell, or not into words of the training."""
+  """The scene cannot be put into words, or not into words that training may show."""
+
+
+# --- Writing ---
 
 
 def request(record: dict) -> str:
-  """What a record asks for, in the one form that thoughts use."""
-  include = record["include"]
-  nouns = [tasks.noun(c["count"], c["class"], c.get("color"), article=False) for c in include]
-  for noun, clause in zip(nouns, include):
-    if "position" in clause:
-      relation, other = clause["position"]
-      return f"{noun} {relation} {nouns[other]}"
+  """The include clauses of a record in the fixed wording of thoughts."""
+  nouns = world.nouns(record["include"], article=False)
+  for i, relation, other in world.relations(record["include"]):
+    return f"{nouns[i]} {relation} {nouns[other]}"
   return ", ".join(nouns)
 
 
@@ -57,34 +55,34 @@ def plan(record: dict, scene: world.Scene, cells=None) -> str:
   """The thought before the first image.
 
   Args:
-    cells: where they do not follow from the places, as in a careless plan.
+    cells: content of each cell, where it does not follow from the places (a careless plan).
   """
   return (f"<think> The picture shows {request(record)}. {places(scene, record)} "
           f"{grid_text(cells or grid(scene.things))} </think>")
 
 
 def describe(seen) -> str:
-  """What an image shows; `seen` has background, things and unclear (a Scene has no unclear)."""
+  """The background and cells of a `Scene` or a `verifier.Seen`."""
   return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
 
 
 def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
-  """The thought after an image: what falls short and how it becomes `better`.
+  """The thought after an image: its faults, and the steps to the scene `better`.
 
   Args:
-    record, verdict: what was asked for, and the verifier's on the image.
-    before: the thought that the image was drawn after.
+    record, verdict: the request, and the verifier's verdict on the image.
+    before: the thought before the image.
 
   Raises:
-    Inexpressible: as `read_places` of `before`.
+    Inexpressible: `before` has no readable places.
   """
   seen = verdict.seen
   cells = grid(seen.things, seen.unclear)
-  steps = edits(cells, grid(better.things))
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
   return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before))} "
-          f"What falls short: {short}. Improvements: {wanted}. Steps: {', '.join(steps)}. "
+          f"What falls short: {short}. Improvements: {wanted}. "
+          f"Steps: {', '.join(edits(cells, grid(better.things)))}. "
           f"Final prompt: {describe(better)} </think>")
 
 
@@ -95,35 +93,17 @@ def edits(before, after) -> list[str]:
 
 
 def places(scene: world.Scene, record: dict | None = None) -> str:
-  """The ground, and what stands where; with a record see `_in_prompt_order`."""
-  things = scene.things if record is None else _in_prompt_order(scene, record)
+  """The ground and the cell of each thing; with a record, in the order of its prompt."""
+  things = _in_prompt_order(scene, record) if record else scene.things
   named = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
   return f"The ground is {scene.background}. Places: {named or 'none'}."
 
 
-def _in_prompt_order(scene, record):
-  """The things as the prompt speaks of them, those of a clause from the first cell to the last.
-
-  So the next of several like things needs a later letter, and none is chosen twice by mistake.
-  """
-  things = iter(scene.things)
-  groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
-            for clause in record["include"]]
-  if any("position" in clause for clause in record["include"]):
-    groups.reverse()  # "a star above a cross": the cross is the first clause
-  return [thing for group in groups for thing in group]
-
-
-def _number(cell):
-  row, column = cell
-  return world.GRID * row + column
-
-
 def grid(things, unclear=()) -> list[str]:
-  """What stands in each cell, row by row: "red circle", "empty ground" or "unclear shape".
+  """The content of each cell, row by row: "red circle", "empty ground" or "unclear shape".
 
   Raises:
-    Inexpressible: two things in one cell, or a pair that training must not show.
+    Inexpressible: two things in one cell.
   """
   cells = [EMPTY] * world.GRID**2
   named = [(t.cell, f"{t.color} {t.shape}") for t in things]
@@ -134,35 +114,52 @@ def grid(things, unclear=()) -> list[str]:
   return cells
 
 
-def listed(cells, first=()) -> str:
-  """What stands in a list of cells: at the letters `first`, in their order, then elsewhere.
+def grid_text(cells) -> str:
+  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(_LETTERS, cells))}."
 
-  The empty cells are left out, but not those of `first`.
-  """
+
+def listed(cells, first=()) -> str:
+  """The cells at the letters `first`, in their order, then all others that are not empty."""
   there = dict(zip(_LETTERS, cells))
   others = [at for at, cell in there.items() if cell != EMPTY and at not in first]
   return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
 
 
-def grid_text(cells) -> str:
-  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(_LETTERS, cells))}."
+def _in_prompt_order(scene, record):
+  """The things in the order of the prompt; those of one clause from the first cell to the last.
+
+  So each of several like things has a later letter than the one before, and none comes twice.
+  """
+  things, include = iter(scene.things), record["include"]
+  groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
+            for clause in include]
+  if world.relations(include):
+    groups.reverse()  # "a star above a cross": the cross is the first clause
+  return itertools.chain(*groups)
+
+
+def _number(cell):
+  return world.GRID * cell[0] + cell[1]
+
+
+# --- Reading ---
 
 
 def read_grid(text: str) -> list[str] | None:
-  """The last list of cells that a text speaks of; None if there is none."""
+  """The last list of cells in a text; None if there is none."""
   pattern = " ".join(rf"{letter} ([a-z]+ [a-z]+)" for letter in _LETTERS)
   found = re.findall(rf"Cells: {pattern}\.", text)
   return list(found[-1]) if found else None
 
 
 def read_places(text: str) -> list[str]:
-  """The letters of the cells that a thought wants things in, a letter perhaps twice.
+  """The letters of the cells where a thought wants things, possibly with repeats.
 
-  Those of a plan are in its order; a reflection has no places, so they are those of the things in
-  its final prompt.
+  Those of a plan are in its order. A reflection has no places: its letters are those of the
+  things in its final prompt.
 
   Raises:
-    Inexpressible: they cannot be read.
+    Inexpressible: neither can be read.
   """
   if found := re.findall(r"Places: ([^.]*)\.", text):
     named = [re.fullmatch("[a-z]+ [a-z]+ ([A-P])", place) for place in found[-1].split(", ")]
@@ -174,46 +171,47 @@ def read_places(text: str) -> list[str]:
 
 
 def read_scene(text: str) -> world.Scene | None:
-  """The scene of the last ground and cells that a text speaks of; None if there is none.
+  """The scene of the last ground and cells in a text; None if there is none.
 
-  Its things are of middle size and stand in the middle of their cells. A cell whose words are no
-  colour and shape is taken as empty.
+  Things have a medium size and stand in the middle of their cells. A cell whose words are no
+  colour and shape counts as empty.
   """
   grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
   if not grounds or cells is None:
     return None
-  radius = (world.MIN_RADIUS + world.MAX_RADIUS) / 2
-  things = []
+  radius, things = (world.MIN_RADIUS + world.MAX_RADIUS) / 2, []
   for i, cell in enumerate(cells):
     color, shape = cell.split()
     if shape in world.SHAPES and color in world.COLORS:
-      row, column = divmod(i, world.GRID)
-      things.append(world.Thing(shape, color, (column + 0.5) * world.CELL,
-                                (row + 0.5) * world.CELL, radius))
+      y, x = ((k + 0.5) * world.CELL for k in divmod(i, world.GRID))
+      things.append(world.Thing(shape, color, x, y, radius))
   return world.Scene(grounds[-1], tuple(things))
 
 
 def read_faults(text: str) -> tuple[str, ...] | None:
-  """What a reflection says falls short; None if it says nothing readable."""
+  """The faults that a reflection names; None if it cannot be read."""
   found = re.search(r"What falls short: ([^.]*)\.", text)
   if not found:
     return None
   return () if found[1] == "nothing" else tuple(found[1].split(", "))
 
 
-def improve(record: dict, verdict, rng) -> world.Scene:
-  """The better image: what was asked for, with as much of the seen image as may stay.
+# --- The improved scene ---
 
-  Its things stand in the order of the prompt.
+
+def improve(record: dict, verdict, rng) -> world.Scene:
+  """A scene that is correct and keeps as much of the image seen as possible.
+
+  Its things are in the order of the prompt.
 
   Raises:
-    Inexpressible: the seen image shows what training must not, or no arrangement was found.
+    Inexpressible: the image shows what training must not, or no arrangement was found.
   """
   seen = verdict.seen
   check_showable(seen)
-  matches = _matches(record["include"], seen.things)
+  matches, _ = verifier.assign(seen.things, record["include"])
   if verdict.correct:
-    return _checked(world.Scene(seen.background, tuple(t for group in matches for t in group)))
+    return _checked(world.Scene(seen.background, tuple(itertools.chain(*matches))))
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
@@ -224,12 +222,12 @@ def improve(record: dict, verdict, rng) -> world.Scene:
 
 
 def check_showable(seen) -> None:
-  """Refuses what was seen in an image that training must not show.
+  """Refuses an image that training must not show.
 
   Raises:
-    Inexpressible: an unseen pair, or no known ground.
+    Inexpressible: it has an unseen pair, or no known ground.
   """
-  if any((t.shape, t.color) in tasks.UNSEEN_PAIRS for t in seen.things):
+  if any((t.shape, t.color) in world.UNSEEN_PAIRS for t in seen.things):
     raise Inexpressible("a pair that training must not show")
   if seen.background is None:
     raise Inexpressible("no known ground")
@@ -240,26 +238,12 @@ def _checked(scene):
   return scene
 
 
-def _matches(include, things):
-  """The things that each clause can claim, no more than it asks for; coloured clauses first."""
-  left, matches = list(things), [[] for _ in include]
-  for i in sorted(range(len(include)), key=lambda i: "color" not in include[i]):
-    clause = include[i]
-    for thing in list(left):
-      if (len(matches[i]) < clause["count"] and thing.shape == clause["class"]
-          and thing.color == clause.get("color", thing.color)):
-        matches[i].append(thing)
-        left.remove(thing)
-  return matches
-
-
 def _complete(include, kept, seen, rng, lure):
-  """Things for all clauses around those kept; None if this draw does not fit.
+  """Things for all clauses, around those kept; None if this sample does not fit.
 
-  A thing that is wrong is best replaced where it stands: such cells are `lure` times as likely.
+  A wrong thing is best replaced where it stands, so its cell is `lure` times as likely.
   """
   fixed = [t for group in kept for t in group]
-  owners = [i for i, group in enumerate(kept) for _ in group]
   free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
   free = [c for c in free if c not in {t.cell for t in fixed}]
   wrong = {t.cell for t in seen.things if t not in fixed} | set(_unclear(seen))
@@ -269,18 +253,18 @@ def _complete(include, kept, seen, rng, lure):
   cells = [free[i] for i in picked]
   groups = [[t.cell for t in kept[i]] + [c for c, owner in zip(cells, missing) if owner == i]
             for i in range(len(include))]
-  if not tasks.relations_hold(include, groups):
+  if not world.relations_hold(include, groups):
     return None
-  places = [(t.x, t.y, t.radius) for t in fixed]
-  things = list(fixed)
+  places_, things = [(t.x, t.y, t.radius) for t in fixed], list(fixed)
   for cell, owner in zip(cells, missing):
-    place = world.place_beside(cell, places, rng)
+    place = world.place_beside(cell, places_, rng)
     if place is None:
       return None
-    places.append(place)
-    things.append(world.Thing(include[owner]["class"], tasks.color_of(include[owner], rng), *place))
-  return tuple(things[i] for i in np.argsort(owners + missing, kind="stable"))
+    places_.append(place)
+    things.append(world.Thing(include[owner]["class"], world.color_of(include[owner], rng), *place))
+  owners = [i for i, group in enumerate(kept) for _ in group] + missing
+  return tuple(things[i] for i in np.argsort(owners, kind="stable"))
 
 
 def _unclear(seen):
-  return getattr(seen, "unclear", ())
+  return getattr(seen, "unclear", ())  # a Scene has none

@@ -1,4 +1,4 @@
-"""Trains the small autoencoder that the mini world draws through; it is frozen afterwards."""
+"""Trains the small autoencoder of the mini world; it is frozen afterwards."""
 
 import functools
 import pathlib
@@ -10,11 +10,10 @@ import numpy as np
 import optax
 import optax.contrib
 
-from irg_jax.images import to_pixels
+from irg_jax import storage
 from irg_jax.config import VaeConfig
-from irg_jax.storage import atomic_file
-from irg_jax.mini import tasks, verifier, world
-from irg_jax.mini.painter import paint
+from irg_jax.images import to_pixels
+from irg_jax.mini import verifier, world
 from irg_jax.model.vae import Vae, sample_latents, to_uint8
 
 KL_WEIGHT = 1e-6
@@ -22,14 +21,14 @@ KL_WEIGHT = 1e-6
 
 def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: float,
           images: int, seed: int, save_every: int = 50, progress=None) -> dict:
-  """Trains on painted scenes; what a killed run did is in `path` and is gone on with.
+  """Trains on painted scenes; continues from the state in `path` if there is one.
 
   Args:
     path: file of the state.
     steps, batch: updates, and images of each.
-    learning_rate: at its peak; it falls along a cosine, and along a lower one once more.
-    images: different images that the batches are drawn from.
-    seed: of everything.
+    learning_rate: peak; it falls along a cosine, and once more from a lower peak.
+    images: number of different images to train on.
+    seed: of images, parameters, batches and noise.
     save_every: updates between two writes of the state.
     progress: see `irg_jax.progress.Progress`.
 
@@ -37,52 +36,44 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
     parameters of `Vae`, see `normalise`.
   """
   painted = paint_both(images, np.random.default_rng(seed))
-  optimizer = _optimizer(steps, learning_rate)
+  optimizer, path = _optimizer(steps, learning_rate), pathlib.Path(path)
   params = _init(config, jax.random.key(seed))
   state = (0, params, optimizer.init(params))
-  path = pathlib.Path(path)
   if path.exists():
     state = flax.serialization.from_bytes(state, path.read_bytes())
-  start, params, opt_state = state
-  step = _make_step(config, optimizer)
+  start, *state = state
   for i in range(start, steps):
     rows = np.random.default_rng([seed, i]).integers(0, images, batch)
     key = jax.random.fold_in(jax.random.key(seed + 1), i)
-    params, opt_state, error = step(params, opt_state, to_pixels(painted[rows]), key)
+    state = _step(*state, to_pixels(painted[rows]), key, config, optimizer.update)
     if progress:
       progress("training the autoencoder", 0, i + 1, steps)
     if (i + 1) % save_every == 0 or i + 1 == steps:
-      with atomic_file(path) as aside:
-        aside.write_bytes(flax.serialization.to_bytes((i + 1, params, opt_state)))
-  return normalise(config, params, painted[-256:])
+      storage.write_bytes(path, flax.serialization.to_bytes((i + 1, *state)))
+  return normalise(config, state[0], painted[-256:])
 
 
 def paint_both(count: int, rng) -> np.ndarray:
-  """Half of the images crowded, half scenes of the training, uint8 [count, 64, 64, 3]."""
-  scenes = (tasks.training_scene(rng) for _ in range(count // 2))
-  return np.concatenate([paint_crowded(count - count // 2, rng), *([paint(s)] for s in scenes)])
+  """Images to train on, half of crowded scenes, half of training scenes, uint8 [count, 64, 64, 3].
 
-
-def paint_crowded(count: int, rng) -> np.ndarray:
-  """Pictures with things in most cells, uint8 [count, 64, 64, 3].
-
-  An autoencoder learns what things look like from images that are not mostly ground.
+  Crowded images have less background, so more of the loss is on shapes.
   """
-  return np.stack([paint(tasks.crowded_scene(rng)) for _ in range(count)])
+  crowded = [world.paint(world.crowded_scene(rng)) for _ in range(count - count // 2)]
+  return np.stack(crowded + [world.paint(world.training_scene(rng)) for _ in range(count // 2)])
 
 
 def loss_fn(params, config: VaeConfig, pixels, key):
-  """Error of the reconstruction, edges counted too, and a light pull towards N(0, 1).
+  """Reconstruction error, also of edges, and a weak KL divergence from N(0, 1).
 
-  Squares weigh more than absolute values: a thing that is missing must outweigh a ground
-  that is a little off, of which there is so much more.
+  Squared errors have more weight than absolute ones: a missing shape must cost more than a
+  background that is slightly off everywhere.
 
   Args:
     pixels: float32 [B, height, width, 3] in [-1, 1].
-    key: of the draw from the posterior.
+    key: of the sample from the posterior.
 
   Returns:
-    (loss, mean absolute error), float32 scalars.
+    loss, float32 scalar.
   """
   vae = Vae(config)
   mean, logvar = vae.apply({"params": params}, pixels, method="encode")
@@ -91,16 +82,15 @@ def loss_fn(params, config: VaeConfig, pixels, key):
   edges = sum((jnp.diff(error, axis=axis)**2).mean() for axis in (1, 2))
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
   absolute = jnp.abs(error).mean()
-  loss = 4.0 * (error**2).mean() + 2.0 * edges + 0.3 * absolute + KL_WEIGHT * kl
-  return loss, absolute
+  return 4.0 * (error**2).mean() + 2.0 * edges + 0.3 * absolute + KL_WEIGHT * kl
 
 
 def normalise(config: VaeConfig, params: dict, images: np.ndarray) -> dict:
-  """The same autoencoder with latents whose root mean square is 1 in every channel.
+  """Scales the latents to a root mean square of 1 in each channel; reconstructions stay the same.
 
-  The change goes into the encoder's last and the decoder's first convolution, so that the
-  published scale stays. It is a factor alone: a shift would not agree with the zeros that the
-  decoder's first convolution sees around the image.
+  The encoder's last and the decoder's first convolution absorb the factors, so the published
+  scale factor stays. Latents are not shifted: that would not match the zero padding of the
+  decoder's first convolution.
 
   Args:
     images: uint8 [B, height, width, 3] to measure on.
@@ -110,20 +100,19 @@ def normalise(config: VaeConfig, params: dict, images: np.ndarray) -> dict:
                          for i in range(0, len(images), 32)])
   ratio = 1.0 / (np.sqrt((mean**2).mean((0, 1, 2))) * config.scale_factor)
   last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
-  one, zero = np.ones_like(ratio), np.zeros_like(ratio)
-  factor = np.concatenate([ratio, one])  # the second half are log-variances
-  last = {"kernel": last["kernel"] * factor,
-          "bias": last["bias"] * factor + np.concatenate([zero, 2 * np.log(ratio)])}
+  factor = np.concatenate([ratio, np.ones_like(ratio)])  # the second half are log-variances
+  shift = np.concatenate([np.zeros_like(ratio), 2 * np.log(ratio)])
+  last = {"kernel": last["kernel"] * factor, "bias": last["bias"] * factor + shift}
   first = first | {"kernel": first["kernel"] / ratio[:, None]}
   return {"encoder": params["encoder"] | {"conv_out": last},
           "decoder": params["decoder"] | {"conv_in": first}}
 
 
 def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
-  """Whether painted images of `records` are still right once encoded and decoded.
+  """Whether painted images of `records` are still correct once encoded and decoded.
 
   Args:
-    records: see `tasks`; a new scene of each is painted.
+    records: see `world`; a new scene of each is painted.
     rng: numpy Generator, of the scenes.
 
   Returns:
@@ -137,14 +126,13 @@ def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
     latents = sample_latents(config, *moments)
     return to_uint8(vae.apply({"params": params}, latents, method="decode"))
 
-  scenes = [tasks.sample_scene(record, rng) for record in records]
-  images = [np.asarray(there_and_back(params, to_pixels(paint(scene)[None])))[0]
-              for scene in scenes]
+  images = [world.paint(world.sample_scene(record, rng)) for record in records]
+  images = [np.asarray(there_and_back(params, to_pixels(image[None])))[0] for image in images]
   return np.array([verifier.score(*pair).correct for pair in zip(images, records)])
 
 
 def _init(config, key):
-  """Fresh parameters with a posterior that is narrow from the start."""
+  """Random parameters, with a narrow posterior."""
   params = Vae(config).init(key, jnp.zeros((1, world.SIZE, world.SIZE, 3)))["params"]
   last = params["encoder"]["conv_out"]
   params["encoder"]["conv_out"] = last | {"bias": last["bias"].at[config.z_channels:].set(-6.0)}
@@ -152,7 +140,7 @@ def _init(config, key):
 
 
 def _optimizer(steps, learning_rate):
-  """Muon for the kernels, Adam for the rest: it takes fewer steps than Adam alone."""
+  """Muon for kernels, Adam for the rest: fewer steps than Adam alone."""
   first = -(-2 * steps // 3)
   fall = lambda rate, steps: dict(
       init_value=0.0, peak_value=rate, warmup_steps=min(50, steps // 2),
@@ -167,11 +155,8 @@ def _optimizer(steps, learning_rate):
               lambda x: matrix if x.ndim == 4 else None, params)))
 
 
-def _make_step(config, optimizer):
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, opt_state, pixels, key):
-    (_, error), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, config, pixels, key)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, error
-
-  return step
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(4, 5))
+def _step(params, opt_state, pixels, key, config, update):
+  gradients = jax.grad(loss_fn)(params, config, pixels, key)
+  updates, opt_state = update(gradients, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state

@@ -1,48 +1,54 @@
-"""Reads an image alone, says what stands where, and scores it against a record.
+"""Verifier: reads an image alone, finds the things in it, and judges them against a record.
 
-Nothing here knows how an image was painted: the shapes are drawn anew from their corners, and
-only their names, the palette and the size of the image come from the world's description.
+It shares no code with the painter. It draws the shapes itself, from their corners; only names,
+colours and sizes come from `world`.
 
-An image is read in three steps. What is clearly unlike the background falls into blobs. Each
-blob's area and middle say how large and where each shape would have to be; all are drawn so, and
-the one that explains the blob's pixels names it, if it does so well and well before the second.
-Last, what the shapes found leave unexplained makes them, or the place it stands at, unclear.
+An image is read in three steps. Pixels unlike the background form blobs. The area and middle of a
+blob give the size and place that each shape would have; all seven are drawn there, and the best
+match names the blob if its error is small and well below the second. Last, a thing or place is
+unclear where the things found do not explain the pixels.
 """
 
 import dataclasses
+import functools
+import typing
 
 import numpy as np
 from scipy import ndimage
 
-from irg_jax.mini import outlines, tasks, world
+from irg_jax.mini import world
 
-# Levels are distances between colours, of 0 to 442. The limits lie between what painted images
-# show after slight blur, noise and shifts of colour, and what damaged ones show.
+# Levels are distances between colours, 0 to 442. The limits lie between the values of painted
+# images after slight blur, noise and shifts of colour, and those of damaged images.
 _UNLIKE = 26.0  # levels from the background that make a pixel part of a blob, ...
 _BESIDE = 0.3  # ... and the share of the strongest pixel nearby, so that soft edges do not join
 _BACKGROUND = 34.0  # levels around a named background
 _COLOR = 28.0  # levels around a named colour; half-way between two is at least 38
-_AREA = 10  # pixels; smaller specks are passed over
+_AREA = 10  # pixels; smaller specks are ignored
 _RADII = (5.0, 8.3)
-_NOISE = 60.0  # levels squared a pixel that may count as noise, all three channels together
+_NOISE = 60.0  # squared levels a pixel that may count as noise, all three channels together
 _ERROR = 0.11  # squared error of the cover by pixel of outline
-_AHEAD = 1.7  # by how much the second shape's error is larger than the first's
+_AHEAD = 1.7  # least ratio of the second shape's error to the best one's
 _GAP = 0.23  # error of the cover, averaged over 3 x 3 pixels: a part is missing or added
-_LEFT = 24.0  # levels, averaged over 3 x 3 pixels, that nothing found explains
+_LEFT = 24.0  # unexplained levels, averaged over 3 x 3 pixels
 _WINDOW = 26  # pixels a side around the largest blob that can be a thing
 
-_APART = 6.0  # pixels that a thing stands in the direction of a relation, at least, ...
-_STRAIGHT = 0.5  # ... and the share of the whole way
+_APART = 6.0  # pixels in the direction of a relation, at least, ...
+_STRAIGHT = 0.5  # ... and their share of the whole distance
+
+_FINE = 128  # samples to a radius in the tables of the shapes
+_REACH = 1.2  # radii from the middle to the edge of the tables
+_SQUARE = np.ones((3, 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What an image shows.
+  """The content of an image.
 
   Attributes:
-    background: its name, or None if it is none of the world's.
+    background: its name; None if it is no background of the world.
     things: in reading order of their cells; places and radii in pixels.
-    unclear: cells (row, column) of what is clearly there and no known shape in a known colour.
+    unclear: cells (row, column) of objects that are no known shape in a known colour.
   """
 
   background: str | None
@@ -52,7 +58,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Whether an image is what was asked for, and each fault in words."""
+  """Whether an image is correct, and each fault in words."""
 
   correct: bool
   faults: tuple[str, ...]
@@ -60,15 +66,12 @@ class Verdict:
 
 
 def score(image, record: dict) -> Verdict:
-  """Reads an image, uint8 [64, 64, 3], and judges it against a record of the tasks."""
+  """Reads an image, uint8 [64, 64, 3], and judges it against a record of `world`."""
   return judge(look(image), record)
 
 
 def look(image) -> Seen:
-  """What an image shows.
-
-  Args:
-    image: uint8 [64, 64, 3].
+  """Finds the background and the things of an image, uint8 [64, 64, 3].
 
   Raises:
     ValueError: for another size or type.
@@ -88,20 +91,18 @@ def look(image) -> Seen:
 
 
 def judge(seen: Seen, record: dict) -> Verdict:
-  """Judges what is seen against a record: each clause's count exactly, and nothing else.
+  """Judges the content of an image: the exact count of each clause, and nothing else.
 
   Args:
     seen: from `look`.
-    record: as in the tasks.
+    record: see `world`.
 
   Returns:
-    the verdict; its faults stand in this order: unclear, missing, too many, wrongly placed.
+    the verdict; its faults are in this order: unclear, missing, too many, wrongly placed.
   """
   include = record["include"]
-  groups, extra = _assign(seen.things, include)
-  faults = []
-  if seen.unclear:
-    faults.append(_sentence(len(seen.unclear), "shape", None, "unclear"))
+  groups, extra = assign(seen.things, include)
+  faults = [_sentence(len(seen.unclear), "shape", None, "unclear")] if seen.unclear else []
   for clause, group in zip(include, groups):
     if len(group) < clause["count"]:
       lacking = clause["count"] - len(group)
@@ -112,8 +113,8 @@ def judge(seen: Seen, record: dict) -> Verdict:
   return Verdict(not faults, tuple(faults), seen)
 
 
-def _assign(things, include):
-  """(the things of each clause, the rest): clauses that name a colour choose first."""
+def assign(things, include) -> tuple[list[list], list]:
+  """(things of each clause, the rest); clauses with a colour choose first."""
   groups, left = [[] for _ in include], list(things)
   for i in sorted(range(len(include)), key=lambda i: "color" not in include[i]):
     clause = include[i]
@@ -125,72 +126,33 @@ def _assign(things, include):
 
 
 def _misplaced(include, groups):
-  """A sentence for each relation that a pair of the things there does not keep."""
-  faults = []
-  for clause, group in zip(include, groups):
-    if "position" in clause:
-      relation, other = clause["position"]
-      if not all(_stands(a, relation, b) for a in group for b in groups[other]):
-        verb = "is" if clause["count"] == 1 else "are"
-        faults.append(f"the {_name(clause)} {verb} not {relation} the {_name(include[other])}")
+  """A sentence for each relation that a pair of things does not keep."""
+  faults, names = [], [n.split(" ", 1)[1] for n in world.nouns(include)]
+  for i, relation, other in world.relations(include):
+    if not all(_stands(a, relation, b) for a in groups[i] for b in groups[other]):
+      verb = "is" if include[i]["count"] == 1 else "are"
+      faults.append(f"the {names[i]} {verb} not {relation} the {names[other]}")
   return faults
 
 
 def _stands(a, relation, b):
-  """Whether a thing stands clearly so, seen from another: far enough, and not far to the side."""
+  """Whether the relation holds clearly: far enough apart, and not far to the side."""
   right, down = a.x - b.x, a.y - b.y
   ahead = {"left of": -right, "right of": right, "above": -down, "below": down}[relation]
   return ahead >= _APART and ahead >= _STRAIGHT * np.hypot(right, down)
 
 
-def _name(clause):
-  return tasks.noun(clause["count"], clause["class"], clause.get("color"), False).split(" ", 1)[1]
-
-
 def _sentence(count, shape, color, fault):
   """"one red circle is missing", "two shapes are unclear"."""
-  noun = tasks.noun(min(count, 5), shape, color, False)
-  if count > 5:
-    noun = "many " + noun.split(" ", 1)[1]
-  return f"{noun} {'is' if count == 1 else 'are'} {fault}"
+  number, noun = world.noun(min(count, 5), shape, color, False).split(" ", 1)
+  return f"{number if count <= 5 else 'many'} {noun} {'is' if count == 1 else 'are'} {fault}"
 
 
-def _ground(image):
-  """The background's colour [3] and the noise around it, in levels squared a pixel."""
-  ground = np.median(image[::2, ::2].reshape(-1, 3), axis=0)
-  for _ in range(2):
-    square = _square(image - ground)
-    near = (square < _UNLIKE**2).astype(np.float32)
-    if not near.any():
-      return ground, 0.0
-    ground = np.einsum("hw,hwc->c", near, image) / near.sum()
-  return ground, min(float((square * near).sum() / near.sum()), _NOISE)
+# --- Reading an image ---
 
 
-def _square(offsets):
-  """The squared lengths of colours, [..., 3] to [...]."""
-  return np.einsum("...c,...c->...", offsets, offsets)
-
-
-def _blobs(offset):
-  """Labels [64, 64] of what is unlike the background, and how many blobs there are.
-
-  Args:
-    offset: the image less its background, float32 [64, 64, 3].
-  """
-  level = np.sqrt(_square(offset))
-  strongest = ndimage.maximum_filter(level, 5)
-  labels, count = ndimage.label((level > _UNLIKE) & (level > _BESIDE * strongest), np.ones((3, 3)))
-  sizes = np.bincount(labels.ravel(), minlength=count + 1)
-  keep = sizes >= _AREA
-  keep[0] = False
-  names = np.where(keep, np.cumsum(keep), 0)
-  return names[labels], int(keep.sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-  """A blob read as a shape: its place, its colour less the background's, and how it explains it."""
+class _Fit(typing.NamedTuple):
+  """A blob read as a shape; `offset` is its colour less the background's."""
 
   shape: str
   x: float
@@ -203,15 +165,41 @@ class _Fit:
   second: float
 
 
+def _square(offsets):
+  """Squared lengths of colours, [..., 3] to [...]."""
+  return np.einsum("...c,...c->...", offsets, offsets)
+
+
+def _ground(image):
+  """The background's colour [3], and the noise on it in squared levels a pixel."""
+  ground = np.median(image[::2, ::2].reshape(-1, 3), axis=0)
+  for _ in range(2):
+    square = _square(image - ground)
+    near = (square < _UNLIKE**2).astype(np.float32)
+    if not near.any():
+      return ground, 0.0
+    ground = np.einsum("hw,hwc->c", near, image) / near.sum()
+  return ground, min(float((square * near).sum() / near.sum()), _NOISE)
+
+
+def _blobs(offset):
+  """Labels [64, 64] and number of the blobs; `offset` is the image less its background."""
+  level = np.sqrt(_square(offset))
+  strongest = ndimage.maximum_filter(level, 5)
+  labels, count = ndimage.label((level > _UNLIKE) & (level > _BESIDE * strongest), _SQUARE)
+  keep = np.bincount(labels.ravel(), minlength=count + 1) >= _AREA
+  keep[0] = False
+  return np.where(keep, np.cumsum(keep), 0)[labels], int(keep.sum())
+
+
 def _fit(offset, blobs, label, box, noise) -> _Fit | None:
   """The shape that explains a blob best; None if it is too large to be a thing.
 
   Args:
     offset: the image less its background, float32 [64, 64, 3].
     blobs: labels [64, 64].
-    label: the blob's.
-    box: the slices around it.
-    noise: levels squared a pixel.
+    label, box: the blob's label and bounding slices.
+    noise: squared levels a pixel.
   """
   if max(s.stop - s.start for s in box) + 4 > _WINDOW:
     return None
@@ -222,33 +210,31 @@ def _fit(offset, blobs, label, box, noise) -> _Fit | None:
   size = max(float(color @ color), 1.0)
   cover = near @ color / size * free
   area = max(float(cover.sum()), 1.0)
-  table = outlines.table()
-  radius = np.sqrt(area / table.areas)
+  areas, middles, lengths, _ = _shapes()
+  radius = np.sqrt(area / areas)
   rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) + 0.5 for s in window)
-  y = float(cover.sum(1) @ rows) / area - table.middles * radius
+  y = float(cover.sum(1) @ rows) / area - middles * radius
   x = np.full_like(y, float(cover.sum(0) @ columns) / area)
-  drawn = outlines.draw(x, y, radius, window)
+  drawn = _draw(x, y, radius, window)
   aside = (_square(near)[free].sum() - (cover**2).sum() * size) / size
   error = ((cover - drawn * free) ** 2).sum((1, 2)) + aside - free.sum() * noise / size
-  error = np.maximum(error, 0) / (table.lengths * radius)
+  error = np.maximum(error, 0) / (lengths * radius)
   best, second = np.argsort(error)[:2]
   return _Fit(world.SHAPES[best], float(x[best]), float(y[best]), float(radius[best]), color,
               window, drawn[best], float(error[best]), float(error[second]))
 
 
 def _core(offsets):
-  """The colour of a blob less the background's: the middle of its strongest pixels."""
-  level = _square(offsets)
-  strongest = np.argpartition(level, int(0.6 * len(level)))[int(0.6 * len(level)):]
-  return np.median(offsets[strongest], axis=0)
+  """The colour of a blob less the background's: the median of its strongest pixels."""
+  level, weak = _square(offsets), int(0.6 * len(offsets))
+  return np.median(offsets[np.argpartition(level, weak)[weak:]], axis=0)
 
 
 def _explained(offset, blobs, fits, ground):
-  """(things, unclear cells): which fits hold, and what they leave unexplained."""
+  """(things, unclear cells): the fits that hold, and the pixels they leave unexplained."""
   rest = offset.copy()
-  for fit in fits:
-    if fit is not None:
-      rest[fit.window] -= fit.cover[..., None] * fit.offset
+  for fit in filter(None, fits):
+    rest[fit.window] -= fit.cover[..., None] * fit.offset
   unlike = _square(rest) > _UNLIKE**2
   rest = np.sqrt(_square(ndimage.uniform_filter(rest, (3, 3, 1))))
   things, unclear = [], []
@@ -259,26 +245,100 @@ def _explained(offset, blobs, fits, ground):
     else:
       unclear.append(_middle_cell(blobs == label))
   known = ndimage.maximum_filter(blobs > 0, 5)
-  strays, count = ndimage.label((rest > _LEFT) & unlike & ~known, np.ones((3, 3)))
+  strays, count = ndimage.label((rest > _LEFT) & unlike & ~known, _SQUARE)
   unclear += [_middle_cell(strays == i + 1) for i in range(count)
               if (strays == i + 1).sum() >= _AREA]
   return things, unclear
 
 
 def _is_clear(fit, rest):
-  """Whether a fit explains its blob well, everywhere, and better than any other shape would."""
+  """Whether a fit explains its blob well, everywhere, and better than any other shape."""
   part = rest[fit.cover > 0].max(initial=0.0) / np.sqrt(fit.offset @ fit.offset)
   return (_RADII[0] <= fit.radius <= _RADII[1] and fit.error <= _ERROR
           and fit.second >= _AHEAD * fit.error and part <= _GAP)
 
 
 def _nearest(color, palette, within):
-  """The palette's name for a colour; None if none is as near as `within` levels."""
-  distances = {name: float(np.linalg.norm(color - np.asarray(levels)))
-               for name, levels in palette.items()}
+  """The name of the nearest colour of a palette; None if it is not `within` levels."""
+  distances = {name: float(np.linalg.norm(color - levels)) for name, levels in palette.items()}
   name = min(distances, key=distances.get)
   return name if distances[name] <= within else None
 
 
 def _middle_cell(mask):
-  return tuple(int(v.mean()) // world.CELL for v in np.nonzero(mask))
+  return tuple(int(v) // world.CELL for v in ndimage.center_of_mass(mask))
+
+
+# --- Drawing the shapes ---
+
+
+@functools.cache
+def _shapes():
+  """Tables of the seven shapes, in radii from their middle.
+
+  Returns:
+    areas [7]; offsets of the centres of area downwards [7]; lengths of the outlines [7];
+    integral images [7, samples, samples].
+  """
+  at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
+  drawn = [_disc(at, 0.5 * (shape == "ring")) if shape in ("circle", "ring")
+           else _fan(at, _corners(shape)) for shape in world.SHAPES]
+  masks = np.stack([mask for mask, _ in drawn]) / _FINE**2
+  areas, sums = masks.sum((1, 2)), masks.cumsum(1).cumsum(2)
+  return (areas, masks.sum(2) @ at / areas, np.array([length for _, length in drawn]),
+          np.pad(sums, ((0, 0), (1, 0), (1, 0))).astype(np.float32))
+
+
+def _disc(at, hole):
+  """(mask, length of the outline) of a disc with a hole of that radius."""
+  distance = np.hypot(at[None, :], at[:, None])
+  return (distance <= 1) & (distance >= hole), 2 * np.pi * (1 + hole)
+
+
+def _fan(at, corners):
+  """(mask, length of the outline) of a polygon: triangles from the middle to each side."""
+  x, y, (x0, y0) = at[None, :], at[:, None], corners.mean(0)
+  mask = np.zeros((len(at), len(at)), bool)
+  for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0)):
+    sides = (x0, y0, x1, y1), (x1, y1, x2, y2), (x2, y2, x0, y0)
+    mask |= np.all([(c - a) * (y - b) - (d - b) * (x - a) >= 0 for a, b, c, d in sides], axis=0)
+  return mask, np.hypot(*(corners - np.roll(corners, 1, 0)).T).sum()
+
+
+def _corners(shape):
+  """The corners of a shape, x to the right and y down, clockwise."""
+  if shape == "triangle":
+    return np.array([(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)])
+  if shape == "star":
+    turns = np.arange(10) * np.pi / 5
+    reach = np.where(np.arange(10) % 2, 0.42, 1.05)
+    return np.stack([reach * np.sin(turns), 0.08 - reach * np.cos(turns)], -1)
+  quarter = {"square": [0.88 - 0.88j], "diamond": [-1.05j],
+             "cross": [0.32 - 1j, 0.32 - 0.32j, 1 - 0.32j]}[shape]
+  corners = np.concatenate([np.array(quarter) * turn for turn in (1, 1j, -1, -1j)])
+  return np.stack([corners.real, corners.imag], -1)
+
+
+def _draw(x, y, radius, window):
+  """The share of each pixel of a window that each shape covers.
+
+  Args:
+    x, y, radius: [7], in pixels.
+    window: slices of the image, [rows, columns].
+
+  Returns:
+    float [7, rows, columns].
+  """
+  sums, corners = _shapes()[-1], []
+  for s, middle in zip(window, (y, x)):  # edges of pixels: the sample before, and the part beyond
+    at = ((np.arange(s.start, s.stop + 1) - middle[:, None]) / radius[:, None] + _REACH) * _FINE
+    at = np.clip(at, 0, len(sums[0]) - 1)
+    low = np.minimum(at.astype(int), len(sums[0]) - 2)
+    corners.append((low, at - low))
+  (row, down), (column, right) = corners
+  row, down, column, right = row[..., None], down[..., None], column[:, None], right[:, None]
+  at = lambda i, j: sums[np.arange(len(x))[:, None, None], row + i, column + j]
+  before, after = (at(0, j) * (1 - down) + at(1, j) * down for j in (0, 1))
+  # The integral image at the four corners of a pixel gives its share.
+  corner = before * (1 - right) + after * right
+  return np.diff(np.diff(corner, axis=1), axis=2) * (radius**2)[:, None, None]
