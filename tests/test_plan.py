@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,13 @@ from irg_jax.commands import plan as plan_command
 from irg_jax.generate.settings import Settings
 from irg_jax.plan import cost, programs, report
 from irg_jax.train import settings as train_settings
+
+
+@pytest.fixture(autouse=True)
+def environment():
+  """Undoes the changes of `chips.prepare_to_compile`."""
+  with unittest.mock.patch.dict(os.environ):
+    yield
 
 
 def flops(function, *args):
@@ -370,13 +378,7 @@ def test_a_program_by_its_old_name_is_accepted_with_a_note(capsys):
   assert "draw is now called denoise" in capsys.readouterr().err
 
 
-@pytest.fixture
-def environment(monkeypatch):
-  """Whatever a test does to the environment is undone."""
-  monkeypatch.setattr(os, "environ", os.environ.copy())
-
-
-def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys, environment):
+def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys):
   monkeypatch.setattr(plan, "libtpu", None)
   config = str(ROOT / "configs" / "tiny.py")
   assert cli.main(["plan", "--topology", "v5e:2x4", "--config", config]) == 2
