@@ -82,8 +82,9 @@ def _own_flops(eqn) -> float:
 
 # Control flow, names of other values, and ends of what counted where it started.
 _FREE = frozenset((
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-    "after-all", "partition-id", "replica-id", "custom-call", "iota", "async-start", "opt-barrier"))
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "custom-call", "iota", "async-start",
+    "opt-barrier"))
 # Share of its operand that a chip sends among n chips.
 _SHARES = {
     "all-gather": lambda n: n - 1, "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -135,7 +136,8 @@ class _Walk:
     total, ops = collections.Counter(), self.computations[name]
     for op in ops.values():
       total.update(self._inner(ops, op, fused))
-      if not fused and op["opcode"] not in _FREE and not op["opcode"].endswith(("-done", "-update")):
+      free = op["opcode"] in _FREE or op["opcode"].endswith(("-done", "-update"))
+      if not fused and not free:
         total["hbm"] += self._written(ops, op) + sum(
             min(sum(_sizes(ops[n]["shape"], hbm=True)), self._read([op], n))
             for n in _names(op["args"]))

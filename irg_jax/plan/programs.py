@@ -52,7 +52,8 @@ def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
   params = abstract_params(settings.model, jnp.float32)["transformer"]
   state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
   batch = _batch(settings, s.sizes)
-  step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings, mesh, state, batch)
+  model = UnifiedTransformer(settings.model)
+  step = make_train_step(model, optimizer, settings, mesh, state, batch)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return Program(
       f"train {stage}", f"an update of {count} rows of {s.sizes.und + s.sizes.gen} tokens", mesh,
@@ -100,8 +101,8 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   needed = functools.partial(_pass_flops, config, rows, cache)
 
   def made(unit, step, *args, needed=None, **static):
-    name = GENERATION[len(programs)]
-    programs.append(Program(name, unit, mesh, functools.partial(step.trace, *args, **static), needed))
+    trace = functools.partial(step.trace, *args, **static)
+    programs.append(Program(step.__name__, unit, mesh, trace, needed))
 
   programs = []
   made(f"a text of {text} tokens a row", steps.append_text, *on_context,
