@@ -1,4 +1,4 @@
-"""Seconds of a training step, optimizer included, against a matrix product.
+"""Time of a training step, optimizer included, relative to a matrix product.
 
   python benchmarks/train.py
   python benchmarks/train.py --rows 4 --repeat 10
@@ -6,8 +6,8 @@
 Random weights of `configs/bench.py`, float32. The batch is two improving_full samples (texts of
 60, 150 and 200 tokens, an image of 256 pixels as VAE latents and 252 as ViT patches, a target
 of 256) and two initial_full samples (60 and 150, a target of 256): 3460 tokens without padding.
-Prints the best step, the rate of a 2048-cubed matrix product timed between the steps, and
-what the step's own products need as a share of that rate.
+Prints the fastest step, the rate of a 2048-cubed matrix product timed between the steps, and
+the rate of the step's own products as a share of it.
 """
 
 import argparse
@@ -25,16 +25,15 @@ from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_row
 from irg_jax.data.records import MODES
 from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
-from irg_jax.tokens import allowed
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.settings import Switches
 from irg_jax.train.state import init_state, make_optimizer, state_shardings
-from irg_jax.train.step import make_train_step
+from irg_jax.train.step import attention_flops, make_train_step, token_counts, token_flops
 from irg_jax.weights.init import random_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOKENS = 3460
-# Which samples share a row, by the number of rows: two rows of equal length need no padding.
+# Samples of each row, by the number of rows. Two rows are of equal length: no padding.
 LAYOUTS = {1: [[0, 1, 2, 3]], 2: [[0, 2], [1, 3]], 4: [[0], [1], [2], [3]]}
 
 
@@ -61,7 +60,7 @@ def main():
     state, metrics = step(Switches(), state, batch, key)
     loss = float(metrics["loss"])
     jax.block_until_ready(state)
-    if i:  # the first one compiles
+    if i:  # the first step compiles
       seconds.append(time.perf_counter() - start)
       rates.append(matmul_rate())
     else:
@@ -70,7 +69,7 @@ def main():
 
 
 def make_batch(config, layout):
-  """The four samples, the first two improving_full, as rows without padding but at the end."""
+  """The four samples, the first two improving_full, packed into rows; padding only at the end."""
   vocab = config.llm.vocab_size
   special = SpecialTokens(text_start=vocab - 4, text_end=vocab - 3, image_start=vocab - 2,
                           image_end=vocab - 1)
@@ -94,20 +93,13 @@ def make_batch(config, layout):
 
 
 def needed_flops(config, batch):
-  """GFLOP of a step by part, backward pass included: tokens as they are, visible keys alone."""
-  llm, vit = config.llm, config.vit
-  width, kv = llm.hidden_size, llm.num_kv_heads * llm.head_dim
-  pairs = int(allowed(batch.tokens, batch.tokens).sum())
-  patches = int((batch.vit_image >= 0).sum())
-  predicted = int((batch.text_weight > 0).sum())
-  layer = 2 * (2 * width**2 + 2 * width * kv + 3 * width * llm.mlp_size)
-  vit_layer = 2 * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.mlp_size)
-  forward = {
-      "decoder": llm.num_layers * TOKENS * layer,
-      "attention": llm.num_layers * 4 * width * pairs,
-      "text head": 2 * predicted * width * llm.vocab_size,
-      "vit": vit.num_layers * patches * (vit_layer + 4 * vit.hidden_size * 18**2)}
-  return {name: 3 * x for name, x in forward.items()}
+  """FLOPs of a step by part, with the backward pass, without padding and invisible pairs."""
+  used = token_counts(batch)
+  pair = attention_flops(config, BufferSizes(und=1, gen=0, vit=1, text=0, samples=1))
+  forward = {name: used[f"used/{name}"] * flops for name, flops in token_flops(config).items()} | {
+      "attention": used["used/pairs"] * pair["decoder"],
+      "vit attention": used["used/vit_pairs"] * pair["vit"]}
+  return {name: 3 * float(flops) for name, flops in forward.items()}
 
 
 def matmul_rate(size=2048, repeat=3):

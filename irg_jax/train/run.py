@@ -38,6 +38,8 @@ from irg_jax.weights import init, names, published
 from irg_jax.weights.names import CheckpointError
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
+PROFILED_STEPS = 3  # of each stage, in a profiler trace
+
 # Settings that may change when a run is continued: the numbers do not depend on them, or they
 # say how far to train.
 FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
@@ -313,7 +315,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpo
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
   metrics_log = logs.LateMetrics(log, checkpoints.last_good, run.mesh)
-  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, 3)
+  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, PROFILED_STEPS)
   train_step = None
   for step in range(start + 1, s.steps + 1):
     batch, data = next(feed)

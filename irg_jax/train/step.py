@@ -1,7 +1,4 @@
-"""The train step: noise, losses and gradients over a global batch, then the optimizer.
-
-At the end, the FLOPs that a step needs.
-"""
+"""The train step (noise, losses, gradients, optimizer), its metrics, and the FLOPs it needs."""
 
 import functools
 
