@@ -34,7 +34,7 @@ from irg_jax.chips import CHIPS
 from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
-from irg_jax.data.streams import exceeded_limit
+from irg_jax.data.pipeline import exceeded_limit
 from irg_jax.model import attention
 from irg_jax.model.kernels import blockwise
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer

@@ -23,7 +23,7 @@ from irg_jax import sharding
 from irg_jax.config import SpecialTokens
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
-from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
+from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.settings import Switches

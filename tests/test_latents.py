@@ -11,14 +11,15 @@ from PIL import Image
 from irg_jax import cli, weights
 from irg_jax.images import ImageTransform, to_pixels
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
-from irg_jax.data import array_records, encode, pipeline
+from irg_jax.data import array_records, latents, pipeline
 from irg_jax.data.batch import BufferSizes
-from irg_jax.data.examples import draw_latents
+from irg_jax.data.samples import posterior_latents
 from irg_jax.data.latents import Encoder
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.sources import open_source
-from irg_jax.model.vae import Vae, patchify_latents, sample_latents
+from irg_jax.model.vae import Vae, encode_levels, patchify_latents, sample_latents
 from irg_jax.train.settings import DataSettings, Dropout
+from irg_jax.weights import init
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 MODEL = ModelConfig(
@@ -68,7 +69,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def encoder(params):
-  return Encoder(MODEL, params, jax.local_devices()[:2])
+  return Encoder(MODEL, params, encode_levels, jax.local_devices()[:2])
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +112,14 @@ def test_draws_are_those_of_the_model(params):
   noise = rng.standard_normal((1, 4, 6, 2), np.float32)
   tokens = lambda z: np.asarray(patchify_latents(z, 2)).reshape(2, 3, 8)
   want = tokens(sample_latents(MODEL.vae, moments[:1], moments[1:], noise))
-  np.testing.assert_allclose(draw_latents(moments, tokens(noise), MODEL), want, rtol=1e-5)
+  np.testing.assert_allclose(posterior_latents(moments, tokens(noise), MODEL), want, rtol=1e-5)
   want = tokens(sample_latents(MODEL.vae, moments[:1], moments[1:]))
-  np.testing.assert_allclose(draw_latents(moments, 0 * want, MODEL), want, rtol=1e-5)
+  np.testing.assert_allclose(posterior_latents(moments, 0 * want, MODEL), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("posterior", ["sample", "mean"])
 def test_latents_encoded_beforehand_and_on_the_fly_agree(tmp_path, encoder, tokenizer, posterior):
-  encode.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM, shard_records=2)
+  latents.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM, shard_records=2)
   before = batches(open_source(tmp_path, MODE), tokenizer, posterior=posterior)
   fly = batches(Source(), tokenizer, encoder, posterior=posterior)
   assert np.abs(before[0].latents).sum(-1).any()
@@ -133,7 +134,7 @@ def test_latents_encoded_beforehand_and_on_the_fly_agree(tmp_path, encoder, toke
 
 def test_float16_moments_differ_by_rounding_only(tmp_path, encoder):
   for dtype in ("float32", "float16"):
-    encode.encode_dataset({MODE: Source()}, tmp_path / dtype, encoder, TRANSFORM, dtype=dtype,
+    latents.encode_dataset({MODE: Source()}, tmp_path / dtype, encoder, TRANSFORM, dtype=dtype,
                           shard_records=2)
   full, half = (open_source(tmp_path / d, MODE)[1].parts[1].moments for d in ("float32", "float16"))
   assert full.dtype == np.float32 and half.dtype == np.float16
@@ -141,7 +142,7 @@ def test_float16_moments_differ_by_rounding_only(tmp_path, encoder):
 
 
 def test_processes_share_the_files_and_the_last_one_completes_them(tmp_path, encoder):
-  run = lambda i: encode.encode_dataset(
+  run = lambda i: latents.encode_dataset(
       {MODE: Source()}, tmp_path, encoder, TRANSFORM, shard_records=2, process_index=i,
       process_count=2)[MODE]
   assert run(1) == "waiting"
@@ -158,7 +159,7 @@ def test_processes_share_the_files_and_the_last_one_completes_them(tmp_path, enc
 
 
 def test_interrupted_encoding_goes_on_with_what_is_missing(tmp_path, encoder, monkeypatch):
-  run = lambda: encode.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM,
+  run = lambda: latents.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM,
                                       shard_records=2)[MODE]
   write, written = array_records.write_shard, []
 
@@ -179,7 +180,7 @@ def test_interrupted_encoding_goes_on_with_what_is_missing(tmp_path, encoder, mo
 
 @pytest.mark.parametrize("complete", [False, True], ids=["files of", "a complete"])
 def test_other_settings_do_not_mix_with_what_is_there(tmp_path, encoder, complete):
-  run = lambda **changes: encode.encode_dataset(
+  run = lambda **changes: latents.encode_dataset(
       {MODE: Source()}, tmp_path, encoder, changes.pop("transform", TRANSFORM), shard_records=2,
       process_count=1 if complete else 2, **changes)
   run()
@@ -192,12 +193,11 @@ def test_moments_that_are_not_finite_name_the_record(tmp_path, encoder, monkeypa
   monkeypatch.setattr(Encoder, "moments", lambda self, images: [
       np.full((2, 4, 4, 2), np.nan, np.float32) for _ in images])
   with pytest.raises(ValueError, match=rf"{MODE}, record 0: .*float16"):
-    encode.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM, dtype="float16")
+    latents.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM, dtype="float16")
 
 
 @pytest.fixture(scope="module")
 def checkpoint_folder(tmp_path_factory):
-  from irg_jax.weights import init
   folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
   init.write_random_checkpoint(folder, MODEL, 0)
   return folder
@@ -212,12 +212,11 @@ def test_only_the_vae_is_read_when_asked_for(checkpoint_folder):
 
 def test_command_encodes_a_built_dataset(tmp_path, checkpoint_folder, capsys, monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-  from irg_jax.data import irgl
   folder = array_records.mode_folder(tmp_path / "data", MODE)
   folder.mkdir(parents=True)
   count, size = array_records.write_shard(
       array_records.shard_path(folder, 0, 1), (Source()[i] for i in range(5)))
-  irgl.write_info(tmp_path / "data", MODE, [count], size, {})
+  array_records.write_info(tmp_path / "data", MODE, [count], size, {})
   argv = ["data", "encode-latents", str(tmp_path / "data"), "--checkpoint", str(checkpoint_folder),
           "--out", str(tmp_path / "out"), "--mode", MODE, "--size", "4", "16", "4"]
   monkeypatch.setattr("irg_jax.data.latents._GROUP_PIXELS", 64)

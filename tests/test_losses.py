@@ -11,7 +11,7 @@ from irg_jax import flow
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
-from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
+from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 
 VOCAB = 12

@@ -12,7 +12,7 @@ from conftest import relative_error
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
+from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.tokens import NOISE, PADDING, Tokens
 from irg_jax.model.layers import apply_rope, rope_table, sincos_2d, timestep_features
 from irg_jax.model.unified import UnifiedTransformer

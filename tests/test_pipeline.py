@@ -13,7 +13,7 @@ from PIL import Image
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import pipeline
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
-from irg_jax.data.examples import record_features
+from irg_jax.data.samples import record_features
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.images import ImageTransform
 from irg_jax.tokens import PADDING

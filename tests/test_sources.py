@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from irgl_rows import BAD, MODE, write_mode
 
-from irg_jax.data import array_records, irgl, published, sources
+from irg_jax.data import array_records, parquet, sources
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -55,7 +55,8 @@ def test_exactly_the_bad_rows_go_and_each_is_counted(folder):
 
 
 def test_built_and_published_records_are_the_same(folder, tmp_path):
-  reports = irgl.build(folder, tmp_path / "out", [MODE], max_rejected=0.9, shard_bytes=4000)
+  reports = array_records.build(folder, tmp_path / "out", [MODE], max_rejected=0.9,
+                                shard_bytes=4000)
   plain = sources.open_source(folder, MODE, max_rejected=0.9)
   built = sources.open_source(tmp_path / "out", MODE)
   assert list(built) == list(plain)
@@ -66,7 +67,7 @@ def test_built_and_published_records_are_the_same(folder, tmp_path):
 
 
 def test_random_access_agrees_with_reading_in_order(clean, tmp_path):
-  irgl.build(clean, tmp_path / "out", [MODE])
+  array_records.build(clean, tmp_path / "out", [MODE])
   order = np.random.default_rng(0).permutation(2 * GOOD) - GOOD
   for path in (clean, tmp_path / "out"):
     source = sources.open_source(path, MODE)
@@ -99,11 +100,11 @@ def test_a_mode_that_loses_too_much_stops_the_build_and_leaves_nothing(folder, t
   write_mode(folder, [irgl_rows.good(0)], mode=other)
   out = tmp_path / "new" / "out"
   with pytest.raises(ValueError) as e:
-    irgl.build(folder, out, [other, MODE])
+    array_records.build(folder, out, [other, MODE])
   message = str(e.value)
   assert MODE in message and "max_rejected" in message
   assert "part-0.parquet row 0: bad_json: the row is None, not a text" in message
-  assert message.count("\n  part-") == published.LISTED  # not one: enough to see what is wrong
+  assert message.count("\n  part-") == parquet.LISTED  # not one: enough to see what is wrong
   assert not out.parent.exists()
   with pytest.raises(ValueError, match="part-0.parquet row 0: bad_json"):
     sources.open_source(folder, MODE)
@@ -121,37 +122,37 @@ def test_the_limit_is_a_share_that_may_be_reached(tmp_path):
 def test_a_hopeless_mode_is_given_up_before_its_end(tmp_path):
   write_mode(tmp_path, ["{"] * 100)
   with pytest.raises(ValueError, match="10 of the first 10 of 100 rows"):
-    irgl.build(tmp_path, tmp_path / "out", [MODE])
+    array_records.build(tmp_path, tmp_path / "out", [MODE])
 
 
 def test_a_mode_without_a_usable_row_is_refused_whatever_the_limit(tmp_path):
   write_mode(tmp_path, ["{"])
   for call in (lambda: sources.open_source(tmp_path, MODE, max_rejected=1.0),
-               lambda: irgl.build(tmp_path, tmp_path / "out", [MODE], max_rejected=1.0)):
+               lambda: array_records.build(tmp_path, tmp_path / "out", [MODE], max_rejected=1.0)):
     with pytest.raises(ValueError, match="none of the 1 rows"):
       call()
   assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_overwritten(clean, tmp_path):
-  irgl.build(clean, tmp_path / "out", [MODE])
+  array_records.build(clean, tmp_path / "out", [MODE])
   with pytest.raises(ValueError, match="exists already"):
-    irgl.build(clean, tmp_path / "out", [MODE])
+    array_records.build(clean, tmp_path / "out", [MODE])
   assert len(sources.open_source(tmp_path / "out", MODE)) == GOOD
 
 
 def test_modes_can_be_built_one_after_the_other(clean, tmp_path):
   write_mode(clean, [irgl_rows.good(1)], mode=MODES[2])
   for mode in (MODE, MODES[2]):
-    irgl.build(clean, tmp_path / "out", [mode])
+    array_records.build(clean, tmp_path / "out", [mode])
   found = sources.open_sources(tmp_path / "out", [MODE, MODES[2]])
   assert {mode: len(source) for mode, source in found.items()} == {MODE: GOOD, MODES[2]: 1}
   assert [p.name for p in (tmp_path / "out").iterdir()] == ["irgl"]
 
 
 def test_the_builder_works_as_any_builder_of_its_library(clean, tmp_path):
-  builder = irgl.Irgl(config=MODE, data_dir=tmp_path / "tfds", file_format="array_record")
-  assert sorted(irgl.Irgl.builder_configs) == sorted(MODES)
+  builder = array_records.Irgl(config=MODE, data_dir=tmp_path / "tfds", file_format="array_record")
+  assert sorted(array_records.Irgl.builder_configs) == sorted(MODES)
   builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(manual_dir=str(clean)))
   example = builder.as_data_source("train")[0]
@@ -165,8 +166,8 @@ def test_the_builder_works_as_any_builder_of_its_library(clean, tmp_path):
 def test_tensorflow_and_jax_are_not_needed(clean, tmp_path):
   out = str(tmp_path / "out")
   code = (
-      "import sys; from irg_jax.data import irgl, sources\n"
-      f"irgl.build({str(clean)!r}, {out!r}, [{MODE!r}])\n"
+      "import sys; from irg_jax.data import array_records, sources\n"
+      f"array_records.build({str(clean)!r}, {out!r}, [{MODE!r}])\n"
       f"assert len([r for r in sources.open_source({out!r}, {MODE!r})]) == {GOOD}\n"
       "assert not {'tensorflow', 'jax', 'importlib_resources'} & set(sys.modules)")
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -183,7 +184,8 @@ def test_moments_are_kept_to_the_bit(tmp_path):
   written = [array_records.write_shard(array_records.shard_path(place, i, 2), [record])
              for i, record in enumerate(records)]
   metadata = {"rows": 5, "rejected": {"bad_json": 3}, "offenders": []}
-  irgl.write_info(tmp_path, MODE, [n for n, _ in written], sum(b for _, b in written), metadata)
+  array_records.write_info(tmp_path, MODE, [n for n, _ in written], sum(b for _, b in written),
+                           metadata)
   source = sources.open_source(tmp_path, MODE)
   assert list(source) == records and source.metadata == metadata
   for got, want in zip(source, records):
@@ -231,7 +233,7 @@ def test_parquet_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_a_damaged_dataset_is_named(clean, tmp_path):
-  irgl.build(clean, tmp_path / "out", [MODE], shard_bytes=4000)
+  array_records.build(clean, tmp_path / "out", [MODE], shard_bytes=4000)
   shards = sorted((tmp_path / "out").rglob("*array_record*"))
   data = shards[0].read_bytes()
   shards[0].write_bytes(data[:200] + bytes(b ^ 255 for b in data[200:300]) + data[300:])

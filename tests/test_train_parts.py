@@ -12,7 +12,7 @@ import pytest
 from irg_jax import chips, sharding
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import TextSplit, sample_features
+from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.train import feed, logs
 from irg_jax.train.step import row_flops, token_flops
 from irg_jax.weights import names

@@ -139,12 +139,12 @@ def _build(args, _):
   from irg_jax import progress
   from irg_jax.reports import trace
   trace.check_output_folder(args.out)
-  from irg_jax.data import irgl, published
+  from irg_jax.data import array_records, parquet
   with progress.Progress() as bar:
-    reports = irgl.build(args.source, args.out, modes, max_rejected=args.max_rejected,
+    reports = array_records.build(args.source, args.out, modes, max_rejected=args.max_rejected,
                          workers=args.workers, progress=bar)
   for mode, report in reports.items():
-    print(published.summary(mode, report))
+    print(parquet.summary(mode, report))
     for file, row, reason, detail in report["offenders"]:
       print(f"  {file} row {row}: {reason}: {detail}")
   print(f"wrote {args.out / 'irgl'}")
@@ -162,14 +162,14 @@ def _check(args, _):
     from irg_jax.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(_folder("--tokenizer", args.tokenizer), 2**31)
     count_text = lambda words: len(tokenizer.encode(words))
-  from irg_jax.data import check, published
+  from irg_jax.data import check, parquet
   with progress.Progress() as bar:
     reports = check.check(args.path, modes, count_text=count_text, samples=args.samples,
                           workers=args.workers, progress=bar)
   args.out.parent.mkdir(parents=True, exist_ok=True)
   check.write_page(args.out, args.path, reports, "tokens" if count_text else "bytes")
   for report in reports:
-    print(published.summary(report.mode, report.metadata))
+    print(parquet.summary(report.mode, report.metadata))
   print(f"wrote {args.out}")
 
 
@@ -185,7 +185,8 @@ def _encode(args, _):
   transform = images.ImageTransform(max_size=high, min_size=low, stride=stride)
   trace.check_output_folder(args.out)
   from irg_jax import weights
-  from irg_jax.data import encode, latents, sources
+  from irg_jax.data import latents, sources
+  from irg_jax.model.vae import encode_levels
   model = weights.read_config(args.checkpoint)
   if stride % model.pixel_stride:
     raise ValueError(f"--size: stride {stride} is not a multiple of the {model.pixel_stride} "
@@ -193,8 +194,8 @@ def _encode(args, _):
   with progress.Progress() as bar:
     opened = sources.open_sources(args.path, modes, max_rejected=args.max_rejected, progress=bar)
     _, params = weights.load_checkpoint(args.checkpoint, part="vae")
-    encoder = latents.Encoder(model, params["vae"])
-    result = encode.encode_dataset(
+    encoder = latents.Encoder(model, params["vae"], encode_levels)
+    result = latents.encode_dataset(
         opened, args.out, encoder, transform, dtype=args.dtype, process_index=args.process_id,
         process_count=args.num_processes, progress=bar)
   for mode, state in result.items():

@@ -1,7 +1,12 @@
-"""Records as ArrayRecord files, in the form of the `tensorflow-datasets` builder `irgl`.
+"""IRGL as ArrayRecord files: the `tensorflow-datasets` builder `irgl`, with a config a mode.
 
-A folder of one mode is `PATH/irgl/MODE/VERSION`. It may hold the moments of the images that
-the VAE encodes, or not yet; nothing else differs.
+  builder = Irgl(config="initial_full_learning", data_dir="data", file_format="array_record")
+  builder.download_and_prepare(
+      download_config=tfds.download.DownloadConfig(manual_dir="IRG-Toy-Dataset"))
+  source = builder.as_data_source("train")
+
+`build` does that for several modes and leaves nothing behind if it fails. The folder of a mode is
+PATH/irgl/MODE/VERSION. Its images may have VAE moments, see `latents.encode_dataset`.
 """
 
 import contextlib
@@ -14,24 +19,117 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from irg_jax.data.records import ImagePart, Record, TextPart
-from irg_jax.storage import atomic_file
+from irg_jax.data import parquet
+from irg_jax.data.records import MODES, ImagePart, Record, TextPart
+from irg_jax.storage import atomic_file, scratch_folder
 
 NAME = "irgl"
 VERSION = "1.0.0"
 SPLIT = "train"
+SHARD_BYTES = 512 * 2**20
 
-# One record a group, so that reading one record reads no other. Images and moments do not
-# compress.
+# One record a group: reading a record reads no other. Images and moments do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+class Irgl(tfds.core.GeneratorBasedBuilder):
+  """Builder of IRGL; needs no TensorFlow.
+
+  Args (beside those of every builder):
+    max_rejected: share of a mode's rows that may be unusable.
+    shard_bytes: size of a file.
+    workers, progress: see `parquet.read_good`.
+  """
+
+  VERSION = tfds.core.Version(VERSION)
+  BUILDER_CONFIGS = [
+      tfds.core.BuilderConfig(name=mode, description=f"The rows of {mode}.") for mode in MODES]
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+      "manual_dir is the published dataset: a folder a mode with parquet files of one column "
+      "'conversation'.")
+  # Nothing is downloaded, and a search for checksums would need a package that tfds leaves out
+  # of its requirements.
+  url_infos = {}
+
+  def __init__(self, *, max_rejected: float = 0.01, shard_bytes: int = SHARD_BYTES,
+               workers: int | None = None, progress=None, **kwargs):
+    self._max_rejected, self._shard_bytes = max_rejected, shard_bytes
+    self._workers, self._progress = workers, progress
+    super().__init__(**kwargs)
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+        builder=self, features=features(), disable_shuffling=True,
+        description="Interleaved thoughts and images: learning to plan, draw, and improve.",
+        metadata=tfds.core.MetadataDict())
+
+  def _split_generators(self, dl_manager):
+    return {SPLIT: self._generate_examples(dl_manager.manual_dir)}
+
+  def _generate_examples(self, path):
+    """(index, example) of the usable rows in order; the counts of others become metadata."""
+    mode = self.builder_config.name
+    files = parquet.mode_files(path, mode)
+    tally = parquet.Tally(mode, parquet.count_rows(files), self._max_rejected)
+    good = 0
+    for _, record in parquet.read_good(files, tally, workers=self._workers,
+                                       progress=self._progress):
+      good += 1
+      yield record.index, to_example(record)
+    if not good:
+      raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
+    self.info.metadata.update(tally.metadata)
+
+  def _generate_splits(self, dl_manager, download_config):
+    # A private hook, since tfds has no public one: its own writer sorts, and holds a whole mode
+    # in memory if the keys are in order.
+    examples = self._split_generators(dl_manager)[SPLIT]
+    lengths, size = write_shards(
+        self.data_path, (example for _, example in examples), self._shard_bytes)
+    return [_split_info(self.data_path, lengths, size)]
+
+
+def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int | None = None,
+          shard_bytes: int = SHARD_BYTES, progress=None) -> dict[str, dict]:
+  """Builds modes of the published dataset at `source` as `out/irgl/MODE`, all or none.
+
+  Returns:
+    By mode, `parquet.Tally.metadata`.
+
+  Raises:
+    ValueError: a mode has no files, exists already, or has too many unusable rows.
+  """
+  out = pathlib.Path(out)
+  for mode in modes:
+    parquet.mode_files(source, mode)
+    if mode_folder(out, mode).parent.exists():
+      raise ValueError(f"{mode_folder(out, mode).parent} exists already; remove it, or choose "
+                       "another folder")
+  with scratch_folder(out) as scratch:
+    reports = {mode: _build_mode(source, scratch, mode, max_rejected=max_rejected, workers=workers,
+                                 shard_bytes=shard_bytes, progress=progress) for mode in modes}
+    (out / NAME).mkdir(exist_ok=True)
+    for mode in modes:
+      mode_folder(scratch, mode).parent.rename(mode_folder(out, mode).parent)
+  return reports
+
+
+def mode_folder(path, mode: str) -> pathlib.Path:
+  """Folder of the ArrayRecord files of a mode under `path`."""
+  return pathlib.Path(path) / NAME / mode / VERSION
+
+
+def shard_path(folder, number: int, count: int) -> pathlib.Path:
+  """File `number` of `count` of a mode, named as by tfds."""
+  return pathlib.Path(folder) / f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{count:05d}"
 
 
 @functools.cache
 def features() -> tfds.features.FeaturesDict:
-  """Features of an example: plain numbers and bytes, which need no TensorFlow.
+  """Features of an example: numbers and bytes, which need no TensorFlow.
 
-  A part with an empty `image` is a text. `moments` is empty, or the array of
-  `ImagePart.moments` in numpy's own file format.
+  A part with an empty `picture` is a text. `moments` is empty, or `ImagePart.moments` in numpy's
+  file format.
   """
   binary = tfds.features.Tensor(shape=(), dtype=np.object_)
   flag = tfds.features.Scalar(np.bool_)
@@ -43,18 +141,13 @@ def features() -> tfds.features.FeaturesDict:
   })
 
 
-def mode_folder(path, mode: str) -> pathlib.Path:
-  """Where the ArrayRecord files of a mode are under `path`."""
-  return pathlib.Path(path) / NAME / mode / VERSION
-
-
 def to_example(record: Record) -> dict:
-  """A record as the features name it; the mode is the folder's."""
+  """Record -> example of `features`; its mode is in the folder's name."""
   return {"index": record.index, "parts": [_from_part(part) for part in record.parts]}
 
 
 def from_example(example: dict, mode: str) -> Record:
-  """The record of a decoded example."""
+  """Decoded example -> record."""
   parts = example["parts"]
   columns = zip(*(parts[name] for name in
                   ("text", "picture", "need_loss", "need_vae", "need_vit", "moments")))
@@ -62,21 +155,16 @@ def from_example(example: dict, mode: str) -> Record:
 
 
 def serialize(example: dict) -> bytes:
-  """An example as it stands in the file."""
+  """Example -> bytes of a record of the file."""
   return features().serialize_example(features().encode_example(example))
 
 
-def shard_path(folder, number: int, count: int) -> pathlib.Path:
-  """File `number` of `count` of a mode, as tensorflow-datasets names it."""
-  return pathlib.Path(folder) / f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{count:05d}"
-
-
 def write_shard(path, records) -> tuple[int, int]:
-  """Writes records to one file, which appears whole or not at all.
+  """Writes records to one file, atomically.
 
   Args:
     path: the file.
-    records: iterable of Record, at least one; or of bytes from `serialize`.
+    records: iterable of Record, or of bytes from `serialize`; at least one.
 
   Returns:
     Number of records, and of their bytes.
@@ -86,15 +174,15 @@ def write_shard(path, records) -> tuple[int, int]:
     OSError: the file cannot be written, for example because the disk is full.
   """
   path = pathlib.Path(path)
-  with atomic_file(path) as aside:
-    count, size = _write(aside, records)
+  with atomic_file(path) as partial:
+    count, size = _write(partial, records)
     if not count:
       raise ValueError(f"{path}: no record to write")
   return count, size
 
 
 def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
-  """Writes examples in order to as many files as it takes, holding one at a time.
+  """Writes examples in order to as many files as needed, holding one example at a time.
 
   Args:
     folder: an empty folder.
@@ -102,15 +190,46 @@ def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
     shard_bytes: a file ends with the record that reaches this size.
 
   Returns:
-    Number of records of each file, and of all bytes.
+    Number of records of each file, and of bytes of all.
   """
   folder, sizes = pathlib.Path(folder), []
   serialized = map(serialize, examples)
   for first in serialized:
     sizes.append(write_shard(folder / f"{len(sizes)}", _until_full(first, serialized, shard_bytes)))
-  for number in range(len(sizes)):  # the count is in each name, and known only now
+  for number in range(len(sizes)):  # each name has the number of files, which is known only now
     os.replace(folder / f"{number}", shard_path(folder, number, len(sizes)))
   return [count for count, _ in sizes], sum(size for _, size in sizes)
+
+
+def write_info(path, mode: str, shard_lengths: list[int], num_bytes: int, metadata: dict) -> None:
+  """Writes the descriptions that make a dataset of the files `shard_path`.
+
+  Args:
+    path: the folder above `irgl`; the files are in `mode_folder(path, mode)`.
+    shard_lengths, num_bytes: records of each file, and bytes of all (see `write_shard`).
+    metadata: of the source of the records (`source.metadata`).
+  """
+  folder = mode_folder(path, mode)
+  builder = Irgl(config=mode, data_dir=path, file_format="array_record")
+  builder.info.set_splits(tfds.core.SplitDict([_split_info(folder, shard_lengths, num_bytes)]))
+  builder.info.metadata.update(metadata)
+  builder.info.write_to_directory(folder)
+
+
+def _split_info(folder, lengths, size):
+  template = tfds.core.ShardedFileTemplate(
+      data_dir=tfds.core.as_path(folder), dataset_name=NAME, split=SPLIT,
+      filetype_suffix="array_record")
+  return tfds.core.SplitInfo(
+      name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
+
+
+def _build_mode(source, out, mode, **options):
+  builder = Irgl(config=mode, data_dir=os.fspath(out), file_format="array_record", **options)
+  config = tfds.download.DownloadConfig(manual_dir=os.fspath(source), try_download_gcs=False)
+  with contextlib.redirect_stdout(io.StringIO()):  # tfds prints there
+    builder.download_and_prepare(download_config=config)
+  return dict(builder.info.metadata)
 
 
 def _write(path, records):
@@ -131,7 +250,7 @@ def _write(path, records):
 
 @contextlib.contextmanager
 def _disk_errors(path):
-  """The library says RuntimeError where Python says OSError."""
+  """Turns the library's RuntimeError into an OSError."""
   try:
     yield
   except RuntimeError as e:

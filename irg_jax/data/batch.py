@@ -1,9 +1,8 @@
-"""The packed batch: several samples a row, in the two buffers of the decoder.
+"""Packed batches: several samples a row, in the two buffers of the decoder.
 
-A row holds the flat arrays of its samples (`sequence.sample_features`) one after the other.
-Grain's packer concatenates them for training, `pack_row` for everything else; what depends on
-the neighbours in the row (offsets, numbers of samples and images) is added by `finish_row`
-in both cases.
+A row is the concatenation of the flat arrays of its samples (`samples.sample_features`). Grain's
+packer makes it for training, `pack_row` elsewhere. `finish_row` then adds what depends on the
+neighbours in the row: offsets, and numbers of samples and images.
 """
 
 import dataclasses
@@ -14,15 +13,14 @@ import numpy as np
 from irg_jax.images import to_pixels
 from irg_jax.tokens import PADDING, Tokens
 
-# The feature that stands for its buffer: the number of its values is the buffer's fill.
+# Feature of each buffer whose number of values is the fill of the buffer.
 LENGTH_FEATURES = {"und": "und_ids", "gen": "gen_place", "vit": "vit_position",
                    "text": "text_place", "samples": "sample_mode"}
 
 
 @dataclasses.dataclass(frozen=True)
 class BufferSizes:
-  """What a row holds: understanding tokens, latent tokens, ViT patches, predicted text
-  positions, samples.
+  """Capacity of a row: und tokens, gen tokens, ViT patches, predicted text positions, samples.
 
   Raises:
     ValueError: a negative size, or no room for a single sample.
@@ -40,7 +38,7 @@ class BufferSizes:
         raise ValueError(f"buffer size {name}={size}: must be at least {int(name == 'samples')}")
 
   def of_feature(self, name: str) -> int:
-    """Size of the buffer that the feature `name` (for example "und_ids") is packed into."""
+    """Size of the buffer of the feature `name`, for example "und_ids"."""
     prefix = name.partition("_")[0]
     return getattr(self, "samples" if prefix == "sample" else prefix)
 
@@ -48,25 +46,24 @@ class BufferSizes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """B rows of U understanding tokens, G latent tokens, P ViT patches, L predicted text
-  positions and up to M samples.
+  """B rows of packed samples; dimensions as in `irg_jax.tokens`.
 
   Attributes:
-    tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G]; the
-      `sample` of a token is its sample's column in `sample_mode`.
+    tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G]; the `sample`
+      of a token is the column of its sample in `sample_mode`.
     text_ids: int32 [B, U]; ignored where `vit_index` >= 0.
-    vit_index: int32 [B, U], the patch whose ViT embedding stands here, or -1.
-    text_place: int32 [B, L], index in the und buffer of a token whose next one is predicted;
+    vit_index: int32 [B, U], patch whose ViT embedding is the token, or -1.
+    text_place: int32 [B, E], index in the und buffer of a token whose next one is predicted;
       0 on padding.
-    text_target: int32 [B, L], that next token.
-    text_weight: float32 [B, L], weight of the prediction in the mean; 0 on padding.
-    text_sample: int32 [B, L], as `tokens.sample`; PADDING on padding.
+    text_target: int32 [B, E], that next token.
+    text_weight: float32 [B, E], weight of the prediction in the mean; 0 on padding.
+    text_sample: int32 [B, E], as `tokens.sample`; PADDING on padding.
     latents: float32 [B, G, latent_dim], clean latents.
     latent_position: int32 [B, G], `row * max_latent_size + column`.
-    latent_image: int32 [B, G], number of the image in the row (one flow time for each).
+    latent_image: int32 [B, G], number of the image in the row (one timestep each).
     latent_weight: float32 [B, G], 1 on noised tokens (targets), else 0.
     vit_patches, vit_position, vit_image: see `model.vit.Vit`, [B, P, ...].
-    sample_mode, sample_index: int32 [B, M], mode id and record number of each sample; -1 on
+    sample_mode, sample_index: int32 [B, I], mode id and record number of each sample; -1 on
       padding.
   """
 
@@ -90,7 +87,7 @@ class Batch:
 
 
 def pack_row(samples, sizes: BufferSizes) -> Batch:
-  """Packs samples (from `sequence.sample_features`) into one row, a Batch without its B axis.
+  """Packs samples (`samples.sample_features`) into one row: a Batch without its B axis.
 
   Raises:
     ValueError: no sample, or samples that do not fit the buffers.
@@ -106,18 +103,17 @@ def pack_row(samples, sizes: BufferSizes) -> Batch:
 
 
 def finish_row(row, segments) -> Batch:
-  """Turns concatenated samples into a row, a Batch without its B axis.
+  """Concatenated samples -> row: a Batch without its B axis.
 
   Args:
-    row: dict of the features of `sequence.sample_features`, each padded to its buffer.
-    segments: dict of buffer name -> int [size]: 0 on padding, else 1 + the number of the
-      sample in the row.
+    row: dict of the features of `samples.sample_features`, each padded to its buffer.
+    segments: buffer name -> int [size]: 1 + the number of the sample in the row; 0 on padding.
   """
   und, gen, vit, text, samples = (segments[name] for name in LENGTH_FEATURES)
   before = lambda counts: np.concatenate([[0], np.cumsum(counts)])  # by segment; [0] is padding
   lengths = lambda segment: np.bincount(segment, minlength=len(samples) + 1)[1:]
   und_offset, vit_offset = before([0, *lengths(und)]), before([0, *lengths(vit)])
-  # Images are numbered through the row: the same number must not mean two images.
+  # Images are numbered through the row, so that no two of them share a number.
   images = np.zeros(len(samples) + 1, np.int64)
   for name, segment in (("gen_image", gen), ("vit_image", vit)):
     np.maximum.at(images, segment, np.where(segment > 0, row[name] + 1, 0))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import images
-from irg_jax.data import array_records, check_page, published, sources
+from irg_jax.data import array_records, check_page, parquet, sources
 from irg_jax.data.records import MODES, Record, TextPart
 from irg_jax.storage import write_text
 
@@ -25,7 +25,7 @@ class ModeReport:
   """What a mode holds.
 
   Attributes:
-    metadata: rows, rejected and offenders, as in `published.Tally`.
+    metadata: rows, rejected and offenders, as in `parquet.Tally`.
     lengths: tokens of each usable sample by kind (`KINDS`), int64 [samples].
     samples: a few records from all over the mode.
   """
@@ -44,7 +44,7 @@ def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int 
     path: the folder of the data.
     count_text: text -> number of its tokens without framing. Default: its UTF-8 bytes.
     samples: how many records a report keeps.
-    workers, progress: see `published.read_good`.
+    workers, progress: see `parquet.read_good`.
 
   Raises:
     ValueError: a mode is missing, or a file is damaged.
@@ -103,9 +103,9 @@ def _open(path, mode, workers, progress):
   if array_records.mode_folder(path, mode).parent.is_dir():
     source = sources.open_source(path, mode)
     return _read_all(source, progress), source.metadata
-  files = published.mode_files(path, mode)
-  tally = published.Tally(mode, published.count_rows(files), 1.0, listed=_LISTED)
-  good = published.read_good(files, tally, workers=workers, progress=progress)
+  files = parquet.mode_files(path, mode)
+  tally = parquet.Tally(mode, parquet.count_rows(files), 1.0, listed=_LISTED)
+  good = parquet.read_good(files, tally, workers=workers, progress=progress)
   return (record for _, record in good), tally.metadata
 
 

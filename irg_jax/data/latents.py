@@ -1,24 +1,33 @@
-"""Pictures to VAE moments, on a process's own devices: during training or once beforehand.
+"""VAE moments of images, computed on a process's own devices: during training or beforehand.
 
-Images are encoded in groups of equal size. A group is filled up with copies to one of few
-counts, so that few programs are compiled; an image itself is never padded (spec section 8).
+Images are encoded in groups of equal size. A group is filled with copies to one of a few sizes,
+so that few programs are compiled; no image is padded (docs/spec.md, section 8).
 """
 
+import concurrent.futures
 import dataclasses
-import functools
 import hashlib
+import itertools
+import json
+import os
+import pathlib
 
+import einops
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from irg_jax import sharding
 from irg_jax.config import ModelConfig
-from irg_jax.data.examples import draw_latents
-from irg_jax.model.vae import Vae
+from irg_jax.data import array_records
+from irg_jax.data.records import ImagePart
+from irg_jax.data.samples import posterior_latents
+from irg_jax.images import ImageTransform, decode_image
+from irg_jax.storage import scratch_folder, write_text
 
-# Of a group, on each device: the encoder's first layers need about 2 KiB for every pixel.
+# Of a group, on each device: the encoder's first layers need about 2 KiB a pixel.
 _GROUP_PIXELS = 1024 * 1024
+_WINDOW = 64  # records whose images are grouped together
+_UNFINISHED, _PLAN = ".encoding", "encoding.json"
 
 
 class Encoder:
@@ -27,13 +36,15 @@ class Encoder:
   Args:
     model: sizes, and the dtype of the arithmetic.
     params: the VAE's parameters, host or local arrays.
-    devices: those to use, a copy of the VAE on each; this process's own by default.
+    encode: `model.vae.encode_levels`: (model, params, uint8 [N, H, W, 3]) -> moments
+      float32 [N, 2, h, w, z].
+    devices: each gets a copy of the parameters; default: all of this process.
   """
 
-  def __init__(self, model: ModelConfig, params, devices=None):
-    self._model = model
-    mesh = sharding.make_mesh({"data": len(devices or jax.local_devices())},
-                              devices or jax.local_devices())
+  def __init__(self, model: ModelConfig, params, encode, devices=None):
+    self._model, self._encode = model, encode
+    devices = devices or jax.local_devices()
+    mesh = sharding.make_mesh({"data": len(devices)}, devices)
     place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.P(*axes))
     self._devices, self._rows = mesh.size, place("data")
     self._params = jax.device_put(params, place())
@@ -64,24 +75,27 @@ class Encoder:
       count *= 2
     filled = images + images[-1:] * (count - len(images))
     levels = jax.device_put(np.stack(filled), self._rows)
-    return np.asarray(_moments(self._model, self._params, levels))[:len(images)]
+    return np.asarray(self._encode(self._model, self._params, levels))[:len(images)]
 
   def __call__(self, batch, images):
-    """Completes a batch: replaces posterior draws in `batch.latents` by latents.
+    """Replaces the noise of posteriors in `batch.latents` by latents.
 
     Args:
       batch: `data.batch.Batch` of numpy arrays [B, ...].
       images: list of (row, first token in gen, uint8 [H, W, 3]).
+
+    Returns:
+      The completed batch.
     """
-    latents = batch.latents.copy()
-    stride, dim = self._model.pixel_stride, self._model.latent_dim
+    latents_BGC = batch.latents.copy()
     found = self.moments([pixels for _, _, pixels in images])
     for (row, first, pixels), moments in zip(images, found):
-      rows, columns = pixels.shape[0] // stride, pixels.shape[1] // stride
-      here = latents[row, first:first + rows * columns]
-      draw = here.reshape(rows, columns, dim)
-      here[:] = draw_latents(moments, draw, self._model).reshape(-1, dim)
-    return dataclasses.replace(batch, latents=latents)
+      rows, columns = (side // self._model.pixel_stride for side in pixels.shape[:2])
+      here_PC = latents_BGC[row, first:first + rows * columns]
+      noise_YXC = einops.rearrange(here_PC, "(y x) c -> y x c", y=rows)
+      here_PC[:] = einops.rearrange(
+          posterior_latents(moments, noise_YXC, self._model), "y x c -> (y x) c")
+    return dataclasses.replace(batch, latents=latents_BGC)
 
   def fingerprint(self) -> str:
     """A short text that differs for other weights."""
@@ -91,9 +105,119 @@ class Encoder:
     return digest.hexdigest()[:16]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(model, params, levels):
-  """uint8 [N, H, W, 3] -> float32 [N, 2, h, w, z]."""
-  pixels = (levels.astype(jnp.float32) / 255 - 0.5) / 0.5  # as images.to_pixels
-  vae = Vae(model.vae, model.dtype)
-  return jnp.stack(vae.apply({"params": params}, pixels, method="encode"), 1)
+def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
+                   dtype: str = "float32", process_index: int = 0, process_count: int = 1,
+                   shard_records: int = 256, progress=None) -> dict[str, str]:
+  """Writes the records of `sources` again, with the moments of the images that the VAE sees.
+
+  Every process writes each `process_count`-th file of a mode into OUT/.encoding. The process that
+  finds all files complete makes them the dataset OUT/irgl/MODE. Files of a run that was killed
+  are kept, and the same call continues it. Processes share `out` and nothing else.
+
+  Args:
+    sources: {mode: source}, see `sources.open_sources`.
+    transform: brings images to the size at which they are encoded.
+    dtype: of the stored moments, "float32" or "float16".
+    shard_records: records of a file.
+    progress: see `irg_jax.progress.Progress`.
+
+  Returns:
+    By mode: "written", "waiting" (for files of other processes) or "there" (already).
+
+  Raises:
+    ValueError: there are files of another VAE, transform or source; a record that cannot be
+      encoded.
+  """
+  settings = {"vae_transform": dataclasses.asdict(transform), "moments": dtype,
+              "vae": encoder.fingerprint()}
+  encode = lambda records: _with_moments(records, encoder, transform, dtype)
+  return {mode: _encode_mode(mode, source, pathlib.Path(out), encode, settings,
+                             (process_index, process_count), shard_records, progress)
+          for mode, source in sources.items()}
+
+
+def _encode_mode(mode, source, out, encode, settings, process, shard_records, progress):
+  home = array_records.mode_folder(out, mode)
+  folder = array_records.mode_folder(out / _UNFINISHED, mode)
+  metadata = dict(getattr(source, "metadata", {})) | settings
+  # Offenders are named by path, which may differ between hosts.
+  same = {name: value for name, value in metadata.items() if name != "offenders"}
+  plan = json.dumps({"records": len(source), "shard_records": shard_records} | same,
+                    sort_keys=True)
+  if home.parent.exists():
+    _check_plan(home / _PLAN, plan)
+    return "there"
+  folder.mkdir(parents=True, exist_ok=True)
+  if not (folder / _PLAN).exists():
+    write_text(folder / _PLAN, plan)
+  _check_plan(folder / _PLAN, plan)
+  starts = range(0, len(source), shard_records)
+  paths = [array_records.shard_path(folder, k, len(starts)) for k in range(len(starts))]
+  ends = [min(start + shard_records, len(source)) for start in starts]
+  for number in range(process[0], len(paths), process[1]):
+    if progress:
+      progress(f"encoding {mode}", 0, starts[number], len(source))
+    if not paths[number].exists():
+      records = (source[i] for i in range(starts[number], ends[number]))
+      array_records.write_shard(paths[number], encode(records))
+  return _finish(out, mode, paths, [e - s for s, e in zip(starts, ends)], metadata)
+
+
+def _check_plan(path, plan):
+  if not path.exists() or path.read_text() != plan:
+    raise ValueError(f"{path.parent} is of another VAE, vae_transform, dtype or source; remove "
+                     "it, or choose another folder")
+
+
+def _with_moments(records, encoder, transform, dtype):
+  """The records with moments in their images for the VAE, window by window."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    while window := list(itertools.islice(records, _WINDOW)):
+      wanted = [(r, p) for r, record in enumerate(window) for p, part in enumerate(record.parts)
+                if isinstance(part, ImagePart) and (part.need_loss or part.need_vae)]
+      read = lambda where: transform(decode_image(
+          window[where[0]].parts[where[1]].data,
+          f"{window[where[0]].mode}, record {window[where[0]].index}"))
+      moments = dict(zip(wanted, encoder.moments(list(pool.map(read, wanted)))))
+      for r, record in enumerate(window):
+        parts = [_with(part, moments.get((r, p)), dtype, record)
+                 for p, part in enumerate(record.parts)]
+        yield dataclasses.replace(record, parts=tuple(parts))
+
+
+def _with(part, moments, dtype, record):
+  if moments is None:
+    return part
+  with np.errstate(over="ignore"):  # reported below
+    moments = moments.astype(dtype)
+  if not np.isfinite(moments).all():
+    raise ValueError(f"{record.mode}, record {record.index}: the VAE gives moments that {dtype} "
+                     "cannot hold; check the checkpoint, or store float32")
+  return dataclasses.replace(part, moments=moments)
+
+
+def _finish(out, mode, paths, lengths, metadata):
+  """Makes the files a dataset if all are there; several processes may try at once."""
+  home, folder, unfinished = (
+      array_records.mode_folder(out, mode), paths[0].parent, out / _UNFINISHED)
+  if not all(path.exists() for path in paths):
+    return "there" if home.exists() else "waiting"
+  try:
+    with scratch_folder(unfinished) as scratch:
+      made = array_records.mode_folder(scratch, mode)
+      made.mkdir(parents=True)
+      size = sum(path.stat().st_size for path in paths)
+      array_records.write_info(scratch, mode, lengths, size, metadata)
+      for file in made.iterdir():
+        os.replace(file, folder / file.name)
+      home.parent.parent.mkdir(parents=True, exist_ok=True)
+      os.rename(folder.parent, home.parent)
+  except OSError:
+    if not home.exists():  # else another process was faster
+      raise
+  for empty in (unfinished / array_records.NAME, unfinished):
+    try:
+      empty.rmdir()
+    except OSError:  # other modes are in there
+      break
+  return "written"

@@ -1,51 +1,54 @@
-"""From records to packed batches with Grain: read, shuffle, mix, pack; resumable exactly.
+"""Records to packed batches with Grain: read, shuffle, mix, pack; resumable exactly.
 
-The data is cut into streams. Stream s of S reads records s, s + S, ... of every mode, and has
-a shuffle, a mixture, draws and a packer of its own; a global batch takes the same number of
-rows from each stream, in order. A process owns the streams that its rows come from. So what
-a batch holds depends on S and on the seed, but not on the number of processes, of worker
-processes or of devices, no process reads another's records, and a stream's state can be
-taken up by any process.
+The data is divided into streams. Stream s of S reads records s, s + S, ... of every mode, and has
+its own shuffle, mixture, random values and packer. A global batch takes the same number of rows
+from each stream, in order, and a process owns the streams of its rows. So the content of a batch
+depends on S and the seed, but not on the number of processes, worker processes or devices; no
+process reads another's records; and any process can continue a stream from its state.
 """
 
+import collections
 import copy
 import dataclasses
+import json
 import multiprocessing
 import os
 import threading
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
 from irg_jax.config import ModelConfig
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, finish_row, stack_rows
-from irg_jax.data.streams import open_stream
+from irg_jax.data.records import MODES
+from irg_jax.data.samples import record_features, sample_features
 
-_BUFFERED_ROWS = 2  # that a worker process is ahead of the training
+_BUFFERED_ROWS = 2  # of a stream, ahead of the training in a worker process
 
 
 def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict, sizes: BufferSizes,
                  seed: int, process_index: int = 0, process_count: int = 1, encode=None):
-  """An endless iterator of the packed rows that one process feeds.
+  """Opens an endless iterator of the packed rows that one process feeds.
 
   Args:
     data: `train.settings.DataSettings`.
     sources: random access to records by mode (`sources.open_sources`).
     tokenizer: `tokenizer.Tokenizer`.
     model: sizes.
-    mixture: weight of each mode by name, by samples; those of weight 0 are left out.
+    mixture: weight of each mode by name, per sample; modes of weight 0 are left out.
     sizes: the buffers of a row.
-    seed: of everything that is drawn, >= 0.
+    seed: of all random values, >= 0.
     process_index, process_count: which contiguous block of the global batch's rows to yield.
-    encode: `latents.Encoder`; needed where records come without moments.
+    encode: `latents.Encoder`; needed if records have no moments.
 
   Returns:
     `Batches`.
 
   Raises:
-    ValueError: streams, rows and processes that do not divide; a mode without a source, or
-      with fewer records than streams; moments made with another transform.
+    ValueError: streams, rows and processes that do not divide; a mode without a source, or with
+      fewer records than streams; moments of another image transform.
   """
   mixture = {mode: weight for mode, weight in mixture.items() if weight > 0}
   streams = data.streams or data.rows
@@ -61,14 +64,14 @@ class Batches:
   """Iterator of `data.batch.Batch` with this process's rows of each global batch.
 
   Attributes:
-    skipped: {mode: {limit: samples}}: samples left out so far, by the limit that they exceed:
-      a buffer of `BufferSizes`, or "max_sample_tokens". Those of this process's streams.
+    skipped: {mode: {limit: samples}}: samples of this process's streams left out so far, by the
+      limit that they exceed: a buffer of `BufferSizes`, or "max_sample_tokens".
   """
 
   def __init__(self, make, own, streams, rows, workers, encode):
     self._make, self._own, self._streams, self._rows = make, own, streams, rows
     self._workers, self._encode = workers, encode
-    self._groups = None  # [(streams, iterator)], made when the first batch is asked for
+    self._groups = None  # [(streams, iterator)], opened for the first batch
     self._reset(dict.fromkeys(own))
 
   def _reset(self, starts):
@@ -93,27 +96,26 @@ class Batches:
     rows = [row for stream in self._own for row in rows[stream]]
     self._count(rows)
     batch = stack_rows([_finish(row) for row in rows])
-    images = [(i, start, pixels) for i, row in enumerate(rows)
-                for start, pixels in _images(row)]
+    images = [(i, start, pixels) for i, row in enumerate(rows) for start, pixels in _images(row)]
     if images and self._encode is None:
       raise ValueError("there are images without latents: run irg data encode-latents first, "
                        "or give a checkpoint with a VAE")
     return self._encode(batch, images) if images else batch
 
   def get_state(self) -> dict[int, dict]:
-    """What to hand to `set_state` to get the batches that follow; by stream, JSON types."""
+    """State for `set_state` to continue after the last batch; by stream, JSON types."""
     return {stream: {"streams": self._streams, "position": self._starts[stream],
                      "skipped": copy.deepcopy(self.skipped) if stream == self._own[0] else {}}
             for stream in self._own}
 
   def set_state(self, state: dict) -> None:
-    """Goes on where `get_state` was called, on whatever number of processes.
+    """Continues where `get_state` was called, on any number of processes.
 
     Args:
       state: the states of all own streams (by number, or its text); others are ignored.
 
     Raises:
-      ValueError: a stream is missing, or the data was cut into another number of streams.
+      ValueError: a stream is missing, or the data was divided into another number of streams.
     """
     state = {int(stream): value for stream, value in state.items()}
     missing = [stream for stream in self._own if stream not in state]
@@ -144,8 +146,8 @@ class Batches:
     if not self._workers:
       return dataset
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain asks absl, which no command line here goes through
-    # One worker for each group: several in one would deal the records out among themselves.
+      flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags; irg parses none of them
+    # One worker a group: several in one would divide the records among themselves.
     options = grain.MultiprocessingOptions(
         num_workers=1, per_worker_buffer_size=_BUFFERED_ROWS * len(streams))
     return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
@@ -163,13 +165,128 @@ class Batches:
         mine[limit] = mine.get(limit, 0) + count
 
 
+def open_stream(stream: int, streams: int, data, sources, tokenizer, model: ModelConfig,
+                mixture: dict, sizes: BufferSizes, seed: int, start: str | None):
+  """Opens stream number `stream` of `streams`; other arguments as of `open_batches`.
+
+  Args:
+    start: "state" of the last row that was used; None: from the beginning.
+
+  Returns:
+    An endless grain.IterDataset of {"stream": its number, "row": packed features, "state": JSON
+    text of the state after this row}.
+  """
+  modes = []
+  for mode in mixture:
+    records = grain.MapDataset.source(sources[mode])[stream::streams]
+    key = (seed, stream, MODES.index(mode))
+    features = _Features(tokenizer, model, data, key, len(records))
+    samples = records.shuffle(seed=_number(key)).repeat().map_with_index(features)
+    # Without Grain's threads, which would hold hundreds of decoded images a mode.
+    samples = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    modes.append(_Mapped(samples, _SkipOversized, mode, sizes, data.max_sample_tokens,
+                         len(records)))
+  mixed = grain.IterDataset.mix(modes, list(mixture.values()))
+  names = [name for name in sample_features([], model, tokenizer.special) if name != "images"]
+  counted = LENGTH_FEATURES.values()  # those whose segment numbers are needed
+  rows = grain.experimental.FirstFitPackIterDataset(
+      mixed, length_struct={name: sizes.of_feature(name) for name in names},
+      num_packing_bins=data.bins, seed=_number((seed, stream)),
+      meta_features=[n for n in names if n not in counted] + ["images", "skipped"])
+  return _Mapped(rows, _Resumed, stream, start)
+
+
+def exceeded_limit(sample: dict, sizes: BufferSizes, max_sample_tokens: int) -> str | None:
+  """Name of the first limit that a sample's features exceed, or None."""
+  lengths = {buffer: len(sample[name]) for buffer, name in LENGTH_FEATURES.items()}
+  if lengths["und"] + lengths["gen"] > max_sample_tokens:
+    return "max_sample_tokens"
+  return next((b for b, length in lengths.items() if length > getattr(sizes, b)), None)
+
+
+class _Features:
+  """Record -> features, for `map_with_index`; the index counts on through the epochs."""
+
+  def __init__(self, tokenizer, model, data, key, records):
+    self._arguments, self._key, self._records = (tokenizer, model, data), key, records
+
+  def __call__(self, i, record):
+    # The key names the sample, so random values do not depend on processes or on resuming.
+    rng = np.random.default_rng((*self._key, record.index, i // self._records))
+    return record_features(record, *self._arguments, rng)
+
+
+class _Mapped(grain.IterDataset):
+  """Dataset whose iterator is `iterator(parent's iterator, *arguments)`."""
+
+  def __init__(self, parent, iterator, *arguments):
+    super().__init__(parent)
+    self._iterator, self._arguments = iterator, arguments
+
+  def __iter__(self):
+    return self._iterator(iter(self._parent), *self._arguments)
+
+
+class _SameState(grain.DatasetIterator):
+  """Iterator with no state beside its parent's."""
+
+  def get_state(self):
+    return self._parent.get_state()
+
+  def set_state(self, state):
+    self._parent.set_state(state)
+
+
+class _SkipOversized(_SameState):
+  """Leaves out the samples that no row can hold; the next sample names them, as `skipped`."""
+
+  def __init__(self, parent, mode, sizes, max_sample_tokens, records):
+    super().__init__(parent)
+    self._mode, self._sizes, self._records = mode, sizes, records
+    self._max_sample_tokens = max_sample_tokens
+
+  def __next__(self):
+    skipped = []
+    while len(skipped) < self._records:
+      sample = next(self._parent)
+      limit = exceeded_limit(sample, self._sizes, self._max_sample_tokens)
+      if limit is None:
+        return sample | {"skipped": skipped}
+      skipped.append((self._mode, limit))
+    limits = dict(collections.Counter(limit for _, limit in skipped))
+    raise ValueError(f"mode {self._mode}: not one of {self._records} samples fits a row; limits "
+                     f"that they exceed: {limits}; enlarge the buffers or make images smaller")
+
+
+class _Resumed(_SameState):
+  """Stream that starts at a state; each row comes with the state after it.
+
+  So it does not matter how many rows a worker process or a mixture of streams is ahead.
+  """
+
+  def __init__(self, parent, stream, start):
+    super().__init__(parent)
+    self._stream = stream
+    if start is not None:
+      parent.set_state(json.loads(start))
+
+  def __next__(self):
+    row = next(self._parent)
+    return {"stream": self._stream, "row": row, "state": json.dumps(self._parent.get_state())}
+
+
+def _number(key):
+  """A seed as a single number."""
+  return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def _finish(row):
   segments = {buffer: row[f"{name}_segment_ids"] for buffer, name in LENGTH_FEATURES.items()}
   return finish_row(row, segments)
 
 
 def _images(row):
-  """(first token in gen, pixels) of a row's images that are to be encoded."""
+  """(first token in gen, pixels) of a row's images to encode."""
   lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["images"]) + 1)[1:]
   starts = np.cumsum(lengths) - lengths
   return [(int(start) + first, pixels) for start, images in zip(starts, row["images"])
@@ -178,13 +295,12 @@ def _images(row):
 
 def _start_worker(index, count):
   del index, count
-  import jax
   jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training process
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-  """A worker waits for room in its buffer, and would so for ever when training was killed."""
+  """Ends the worker with its parent: else it would wait for room in its buffer for ever."""
   multiprocessing.parent_process().join()
   os._exit(1)
 

@@ -1,10 +1,10 @@
-"""A row of IRGL: its JSON text, strictly read into typed parts (spec section 5).
+"""Rows of IRGL: strict parsing of their JSON into typed parts (docs/spec.md, section 5).
 
-A row is a list of turns. A user turn's content is a string; an assistant turn's is a list of
-parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`, images
-in base64. Flags may be missing: need_loss is then true for the assistant's texts and false
-elsewhere, the others are false. One unusable part makes the whole row unusable: training on
-the rest would teach answers to a context that is not there.
+A row is a list of turns. The content of a user turn is a string; that of an assistant turn is a
+list of parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`,
+images in base64. Defaults of missing flags: need_loss is true for the assistant's texts and false
+elsewhere, the others are false. One unusable part makes the whole row unusable: training on the
+rest would teach answers to a context that is not there.
 """
 
 import base64
@@ -16,8 +16,8 @@ import numpy as np
 
 from irg_jax import images
 
-# The folders of the published form, in the order of spec section 5. A mode's number in a
-# batch is its index here.
+# Folders of the published form, in the order of docs/spec.md, section 5. The index of a mode is
+# its number in a batch.
 MODES = (
     "initial_thinking_understanding_learning",
     "initial_thinking_generation_learning",
@@ -32,7 +32,7 @@ _FLAGS = ("need_loss", "need_vae", "need_vit")
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-  """A text; predicted if `need_loss`."""
+  """A text; a target if `need_loss`."""
 
   text: str
   need_loss: bool
@@ -44,23 +44,23 @@ class ImagePart:
 
   Attributes:
     data: the encoded image file.
-    need_loss: it is a target.
-    need_vae, need_vit: it is seen, through the VAE, through the ViT.
-    moments: float16 or float32 [2, h, w, z], mean and log-variance of the VAE posterior,
-      unscaled; None where they have not been computed.
+    need_loss: the image is a target.
+    need_vae, need_vit: the image is a condition, seen by the VAE, by the ViT.
+    moments: float16 or float32 [2, Y, X, C], mean and log-variance of the VAE posterior,
+      unscaled; None: not computed yet.
   """
 
   data: bytes = dataclasses.field(repr=False)
   need_loss: bool
   need_vae: bool
   need_vit: bool
-  # An array has no equality that a dataclass could use; it follows from `data` anyway.
+  # Not compared: arrays have no single truth value, and the moments follow from `data`.
   moments: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One sample: `index` is its row among all rows of the mode, unusable ones counted too."""
+  """A usable row; `index` is its number among all rows of the mode, unusable ones included."""
 
   mode: str
   index: int
@@ -71,12 +71,12 @@ class Rejected(ValueError):
   """A row that cannot be used.
 
   Attributes:
-    reason: a short constant name, to count by.
-    detail: what exactly is wrong.
+    reason: a short constant name, for counting.
+    detail: the fault and where it is.
   """
 
   def __init__(self, reason: str, detail: str):
-    super().__init__(reason, detail)  # both as args, or the exception would not unpickle
+    super().__init__(reason, detail)  # both, else the exception could not be unpickled
     self.reason, self.detail = reason, detail
 
   def __str__(self):
@@ -84,17 +84,16 @@ class Rejected(ValueError):
 
 
 def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> Record:
-  """Reads one row of a published parquet file.
+  """Parses one row of a published parquet file.
 
   Args:
     text: the JSON, str or UTF-8 bytes; None for a null row.
-    mode, index: for the Record.
-    decode: also decode each image; false only for rows known to be good.
+    mode, index: of the Record.
+    decode: also decode each image; false only for rows that are known to be usable.
 
   Raises:
-    Rejected: with one of the reasons bad_json, bad_turn, unknown_role, no_assistant,
-      unknown_part, bad_content, bad_flag, empty_text, bad_text, bad_base64, bad_image,
-      unused_image, no_target.
+    Rejected: reason bad_json, bad_turn, unknown_role, no_assistant, unknown_part, bad_content,
+      bad_flag, empty_text, bad_text, bad_base64, bad_picture, unused_picture or no_target.
   """
   parts, roles = [], set()
   for number, turn in enumerate(_turns(text)):
@@ -182,10 +181,10 @@ def _part(part, where, decode):
 
 
 def _flags(part, where, need_loss):
-  """The three flags; `need_loss` is the default of that one."""
+  """The three flags; `need_loss` is its own default."""
   flags = {"need_loss": need_loss, "need_vae": False, "need_vit": False}
   for name in part:
-    # A misspelt flag would otherwise be a default that nobody asked for.
+    # A misspelt flag would silently leave the default in force.
     if name.startswith("need_") and name not in flags:
       raise Rejected("bad_flag", f"{where}: unknown flag {name!r}; known: {', '.join(_FLAGS)}")
   for name in flags.keys() & part.keys():
@@ -214,7 +213,7 @@ def _image_bytes(content, where):
     raise Rejected("bad_content", f"{where}: an image's content is {_type(content)}, "
                    "not a base64 string")
   try:
-    # Line breaks are allowed in base64 and mean nothing; any other stray character does.
+    # Base64 may have line breaks; any other stray character is an error.
     return base64.b64decode("".join(content.split()), validate=True)
   except (binascii.Error, ValueError) as e:
     raise Rejected("bad_base64", f"{where}: {e}") from e

@@ -9,7 +9,7 @@ import json
 
 from PIL import Image, ImageDraw
 
-from irg_jax.data.published import PublishedWriter
+from irg_jax.data import parquet
 from irg_jax.data.records import MODES, assistant, image_part, text_part, user
 from irg_jax.storage import atomic_folder
 
@@ -31,7 +31,7 @@ def write(folder) -> None:
   Raises:
     FileExistsError: `folder` exists and is not empty.
   """
-  with atomic_folder(folder) as partial, PublishedWriter(partial) as writer:
+  with atomic_folder(folder) as partial, parquet.Writer(partial) as writer:
     for mode in MODES:
       for number in range(ROWS):
         writer.add(mode, conversation(mode, number))

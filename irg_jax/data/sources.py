@@ -1,10 +1,9 @@
-"""Random access to the usable records of a mode, whichever form they are stored in.
+"""Random access to the usable records of a mode, in either of two forms; the first one wins.
 
-Two forms are found under a path, the first one wins:
-  PATH/irgl/MODE      ArrayRecord, written by `irg data build`: any record in one read.
-  PATH/MODE/*.parquet the published form. Every image of the mode is decoded once when it is
-                      opened, to know the usable rows, and a read decompresses part of a row
-                      group. Right for small sets; build large ones, and those of many hosts.
+  PATH/irgl/MODE       ArrayRecord, written by `irg data build`: one read a record.
+  PATH/MODE/*.parquet  the published form. Opening a mode decodes all its images once, to find
+                       the usable rows; reading a record decompresses part of a row group. For
+                       small sets: build large ones, and those that many hosts read.
 """
 
 import itertools
@@ -14,7 +13,7 @@ import threading
 import numpy as np
 import tensorflow_datasets as tfds
 
-from irg_jax.data import array_records, published
+from irg_jax.data import array_records, parquet
 from irg_jax.data.records import MODES, Record, parse_conversation
 
 
@@ -23,14 +22,13 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
 
   Args:
     path: see the top of this file.
-    max_rejected: the share of the mode's rows that may be unusable. Only the published form
-      can exceed it here: `irg data build` has a limit of its own.
-    progress: called as `irg_jax.progress.Progress` is while rows are checked.
+    max_rejected: share of the mode's rows that may be unusable; only for the published form,
+      since `irg data build` has a limit of its own.
+    progress: called while rows are checked, as `irg_jax.progress.Progress` is.
 
   Returns:
-    A source: `len(source)`, `source[i]` -> Record, `source.metadata`, which is {"rows": all
-    rows, "rejected": {reason: rows}, "offenders": [...]}. It can be pickled and used from
-    several threads.
+    A source: `len(source)`, `source[i]` -> Record, `source.metadata` as of `parquet.Tally`. It
+    can be pickled and used from several threads.
 
   Raises:
     ValueError: no such mode, nothing there, too many unusable rows, damaged files.
@@ -59,7 +57,7 @@ class BuiltSource:
       builder = tfds.builder_from_directory(folder)
       self._examples = builder.as_data_source(array_records.SPLIT)
       missing = [f for f in builder.info.splits[array_records.SPLIT].filepaths if not f.exists()]
-    except Exception as e:  # absl, tfds and array_record each raise their own
+    except Exception as e:  # absl, tfds and array_record have no common error
       raise ValueError(f"{folder}: not a dataset of this version that can be read: {e}; build it "
                        "again with irg data build") from e
     if missing:
@@ -87,9 +85,9 @@ class PublishedSource:
   """The parquet files of one mode; see `open_source`."""
 
   def __init__(self, path, mode: str, max_rejected: float = 0.01, progress=None):
-    self._files = published.mode_files(path, mode)
-    tally = published.Tally(mode, published.count_rows(self._files), max_rejected)
-    good = [row.index for row, _ in published.read_good(self._files, tally, progress=progress)]
+    self._files = parquet.mode_files(path, mode)
+    tally = parquet.Tally(mode, parquet.count_rows(self._files), max_rejected)
+    good = [row.index for row, _ in parquet.read_good(self._files, tally, progress=progress)]
     if not good:
       raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
     self.mode, self.metadata = mode, tally.metadata
@@ -109,14 +107,14 @@ class PublishedSource:
     return parse_conversation(self._text(index), self.mode, index, decode=False)
 
   def _text(self, index):
-    """One row. Reading on from the row before costs one row, not a row group."""
+    """One row. After the row before it, only this row is read, not the row group."""
     group = int(np.searchsorted(self._starts, index, side="right")) - 1
     offset = index - int(self._starts[group])
     with self._lock:
       current, position = self._next
       if current != group or position > offset:
         file, number, _ = self._groups[group]
-        self._texts, position = published.iterate_texts(file, number), 0
+        self._texts, position = parquet.iterate_texts(file, number), 0
       self._next = (-1, 0)  # in case reading fails
       text = next(itertools.islice(self._texts, offset - position, None), None)
       self._next = (group, offset + 1)
@@ -140,8 +138,8 @@ def _row_groups(files):
   """(file, number in the file, rows) of every row group, in order."""
   groups = []
   for file in files:
-    with published.open_file(file) as parquet:
-      meta = parquet.metadata
+    with parquet.open_file(file) as opened:
+      meta = opened.metadata
       groups += [(file, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
   return groups
 

@@ -22,8 +22,8 @@ from flax import traverse_util
 import numpy as np
 
 from irg_jax import sharding, weights
-from irg_jax.data import encode, irgl, latents, sources
-from irg_jax.data.published import PublishedWriter
+from irg_jax.data import array_records, latents, parquet, sources
+from irg_jax.data.records import MODES
 from irg_jax.storage import atomic_file, atomic_folder, write_json
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
@@ -31,6 +31,7 @@ from irg_jax.mini import (
     datasets, report, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.settings import MiniSettings
 from irg_jax.mini.steps import STEPS
+from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
@@ -106,7 +107,7 @@ def sample_texts(settings: MiniSettings, count: int = 6000) -> list[str]:
 def train_base(settings: MiniSettings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL: stage 1 is the language model that it began as."""
   if not (out / "base_rows").exists():
-    with atomic_folder(out / "base_rows") as folder, PublishedWriter(folder) as writer:
+    with atomic_folder(out / "base_rows") as folder, parquet.Writer(folder) as writer:
       for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
         writer.add(mode, row)
   _prepare(out / "base_rows", out / "base_data", BASE_MODES, out / "start" / "weights", settings)
@@ -118,12 +119,12 @@ def make_trajectories(settings: MiniSettings, out: pathlib.Path) -> None:
   if not (out / "trajectories").exists():
     sample_first_rounds(settings, base_weights(out), out / "first_rounds")
     _write_judged(settings, out)
-  _prepare(out / "trajectories", out / "irgl_data", irgl.MODES, out / "start" / "weights",
+  _prepare(out / "trajectories", out / "irgl_data", MODES, out / "start" / "weights",
            settings)
 
 
 def _write_judged(settings, out):
-  with atomic_folder(out / "trajectories") as folder, PublishedWriter(folder) as writer:
+  with atomic_folder(out / "trajectories") as folder, parquet.Writer(folder) as writer:
     counts = write_trajectories(settings, out / "first_rounds", writer)
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first pictures can be used ({counts}): train "
@@ -232,10 +233,11 @@ def _prepare(rows, out, modes, checkpoint, settings):
     return
   with Progress() as progress:
     if not built.exists():
-      irgl.build(rows, built, modes, progress=progress)
+      array_records.build(rows, built, modes, progress=progress)
     opened = sources.open_sources(built, modes, progress=progress)
     _, params = weights.load_checkpoint(checkpoint, part="vae")
-    encode.encode_dataset(opened, encoded, latents.Encoder(settings.model, params["vae"]),
+    encoder = latents.Encoder(settings.model, params["vae"], encode_levels)
+    latents.encode_dataset(opened, encoded, encoder,
                           settings.generate.vae_transform, progress=progress)
   encoded.rename(out)
   shutil.rmtree(built)

@@ -5,10 +5,13 @@ h = height / config.downsample. GroupNorm and the middle attention see the whole
 images of different sizes must never be padded into one batch: group them by size.
 """
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from irg_jax.config import VaeConfig
+from irg_jax.config import ModelConfig, VaeConfig
 from irg_jax.model.vae_layers import GROUPS, Attention, GroupNorm, ResBlock, UpsampleConv, conv3x3
 
 
@@ -193,6 +196,14 @@ def unpatchify_latents(tokens, h: int, w: int, patch: int):
     raise ValueError(f"tokens {tokens.shape} do not make {h} x {w} latents in patches of {patch}")
   x = tokens.reshape(b, h // patch, w // patch, patch, patch, -1)
   return jnp.transpose(x, (0, 1, 3, 2, 4, 5)).reshape(b, h, w, -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_levels(model: ModelConfig, params, levels):
+  """Posterior moments of 8-bit images, uint8 [B, H, W, 3] -> float32 [B, 2, h, w, z]."""
+  pixels = (levels.astype(jnp.float32) / 255 - 0.5) / 0.5  # as images.to_pixels
+  vae = Vae(model.vae, model.dtype)
+  return jnp.stack(vae.apply({"params": params}, pixels, method="encode"), 1)
 
 
 def to_uint8(pixels):

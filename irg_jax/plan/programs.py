@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from irg_jax import flow, sharding
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.data.batch import pack_row
-from irg_jax.data.sequence import TextSplit, sample_features
+from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, new_context, rung
 from irg_jax.generate.settings import Settings

@@ -25,6 +25,7 @@ from irg_jax.data.latents import Encoder
 from irg_jax.data.pipeline import open_batches
 from irg_jax.data.records import MODES
 from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 from irg_jax.train import logs
@@ -126,7 +127,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) 
     _, params = weights.load_checkpoint(base, dtype=np.float32, part="vae")
   run = Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
             sources=sources, vae=params["vae"], preemption=preemption,
-            encoder=Encoder(settings.model, params["vae"]),
+            encoder=Encoder(settings.model, params["vae"], encode_levels),
             log_folder=out if is_first else None)
   print_rejected(run)
   return run

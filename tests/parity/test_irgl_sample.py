@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from irg_jax.config import LlmConfig, ModelConfig, VitConfig
-from irg_jax.data import examples, irgl, sources
-from irg_jax.data.published import iterate_texts, mode_files
+from irg_jax.data import array_records, samples, sources
+from irg_jax.data.parquet import iterate_texts, mode_files
 from irg_jax.data.records import MODES, Rejected, TextPart, parse_conversation
-from irg_jax.data.sequence import DroppedImage, TextSplit
+from irg_jax.data.samples import DroppedImage, TextSplit
 from irg_jax.images import ImageTransform
 from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
@@ -45,7 +45,7 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   out = tmp_path_factory.mktemp("built")
-  irgl.build(SAMPLE, out, MODES, max_rejected=LIMIT)
+  array_records.build(SAMPLE, out, MODES, max_rejected=LIMIT)
   return out
 
 
@@ -58,7 +58,7 @@ def settings(vae=0.0, vit=0.0, words=0.0):
 
 def splits(record, tmp_path_factory, **dropout):
   folder = tmp_path_factory.getbasetemp()
-  return examples.record_splits(record, tokenizer(folder), MODEL, settings(**dropout),
+  return samples.record_splits(record, tokenizer(folder), MODEL, settings(**dropout),
                                 np.random.default_rng(0))
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import relative_error
 from irg_jax import flow
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import ImageSplit, TextSplit, sample_features
+from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.train.loss import loss_sums, mean_losses, token_losses
 from irg_jax.weights import names
 from irg_jax.tokens import allowed

@@ -8,7 +8,7 @@ import pytest
 
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
-from irg_jax.data.sequence import DroppedImage, ImageSplit, TextSplit, sample_features
+from irg_jax.data.samples import DroppedImage, ImageSplit, TextSplit, sample_features
 from irg_jax.images import to_pixels
 from irg_jax.tokens import CAUSAL, FULL, NOISE, PADDING, allowed
 

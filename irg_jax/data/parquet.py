@@ -1,4 +1,7 @@
-"""IRGL in its published form: a folder a mode, parquet files with one column `conversation`."""
+"""IRGL in its published form: a folder a mode, parquet files with one column `conversation`.
+
+Reading goes row by row and counts the unusable rows; writing goes row group by row group.
+"""
 
 import collections
 import concurrent.futures
@@ -15,17 +18,17 @@ from irg_jax.data.records import Record, Rejected, parse_conversation
 
 COLUMN = "conversation"
 _GROUP_ROWS = 64
-LISTED = 10  # unusable rows that an error names
+LISTED = 10  # unusable rows in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row as it stands in a file.
+  """A row before parsing.
 
   Attributes:
-    file, row: name of the file, and the row in it from 0.
-    index: the row among all rows of the mode.
-    text: its JSON as bytes; None for a null.
+    file, row: name of the file, and number of the row in it from 0.
+    index: number of the row among all rows of the mode.
+    text: JSON as bytes; None for a null.
   """
 
   file: str
@@ -35,12 +38,13 @@ class Row:
 
 
 class Tally:
-  """Counts the unusable rows of one mode, and raises when they are too large a share.
+  """Counter of the unusable rows of a mode; raises when their share is too large.
 
   Attributes:
     mode, total: the mode, and the number of all its rows.
     metadata: {"rows": all rows, "rejected": {reason: rows}, "offenders": [(file, row, reason,
-      detail), ...]}, the last of the first `listed` rejected rows. It grows while rows are read.
+      detail), ...]}, where the offenders are the first `listed` unusable rows. It grows while
+      rows are read.
   """
 
   def __init__(self, mode: str, total: int, max_rejected: float, listed: int = LISTED):
@@ -52,7 +56,7 @@ class Tally:
     self._max_rejected, self._listed = max_rejected, listed
 
   def reject(self, row: Row, why: Rejected) -> None:
-    """Counts a row. Raises ValueError once there are too many, and enough to show."""
+    """Counts a row. Raises ValueError if there are too many and enough to list."""
     counts, offenders = self.metadata["rejected"], self.metadata["offenders"]
     counts[why.reason] = counts.get(why.reason, 0) + 1
     if len(offenders) < self._listed:
@@ -61,7 +65,7 @@ class Tally:
       self.check(row.index + 1)
 
   def check(self, read: int) -> None:
-    """Raises ValueError if, `read` rows into the mode, too many have been rejected already."""
+    """Raises ValueError if too many of the first `read` rows have been rejected."""
     count = sum(self.metadata["rejected"].values())
     if count <= self._max_rejected * self.total:
       return
@@ -75,7 +79,7 @@ class Tally:
 
 
 def summary(mode: str, metadata: dict) -> str:
-  """What became of a mode's rows, as lines of text; `metadata` as in `Tally`."""
+  """Usable rows of a mode, and unusable ones by reason, as text; `metadata` as in `Tally`."""
   rejected = metadata["rejected"]
   usable = metadata["rows"] - sum(rejected.values())
   reasons = [f"  {count} {reason}" for reason, count in sorted(rejected.items())]
@@ -99,16 +103,16 @@ def mode_files(path, mode: str) -> list[pathlib.Path]:
 
 
 def open_file(path) -> pq.ParquetFile:
-  """A parquet file that is read in small pieces; ValueError where it is none."""
+  """Opens a parquet file for reading in small pieces; ValueError if it cannot be read."""
   try:
-    # Without a buffer size, or with pre_buffer, whole row groups would be fetched.
+    # Without a buffer size, or with pre_buffer, pyarrow fetches whole row groups.
     return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
   except (pa.ArrowException, OSError) as e:
     raise ValueError(f"{path}: not a parquet file that can be read: {e}") from e
 
 
 def count_rows(files) -> int:
-  """Rows of all the files, from their footers."""
+  """Number of rows of all the files, from their footers."""
   total = 0
   for file in files:
     with open_file(file) as parquet:
@@ -119,8 +123,8 @@ def count_rows(files) -> int:
 def iterate_texts(file, group: int | None = None):
   """Yields the rows of a file, or of one row group, as bytes (None for a null), lazily.
 
-  One page of the file is in memory at a time. Common writers make a page of each row group of
-  up to a thousand rows, so groups of tens of rows are best for images.
+  One page of the file is in memory at a time. Common writers make one page of a row group of up
+  to a thousand rows, so row groups of tens of rows are best for images.
 
   Raises:
     ValueError: the file is damaged.
@@ -131,12 +135,12 @@ def iterate_texts(file, group: int | None = None):
     while (batch := _next_batch(batches, file)) is not None:
       column = batch.column(0)
       large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
-      # As bytes, so that a text that is not UTF-8 is one bad row and not a bad file.
+      # As bytes, so that a text that is not UTF-8 makes one row unusable and not the file.
       yield from column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
 
 
-class PublishedWriter:
-  """Writes rows to FOLDER/MODE/00000.parquet, a row group at a time; a context manager."""
+class Writer:
+  """Writer of FOLDER/MODE/00000.parquet; a context manager."""
 
   def __init__(self, folder):
     self._folder, self._files, self._waiting = pathlib.Path(folder), {}, {}
@@ -169,19 +173,18 @@ class PublishedWriter:
 
 
 def read_good(files, tally: Tally, *, workers: int | None = None, progress=None):
-  """Yields (Row, Record) of every usable row in order; the others go to `tally`.
+  """Yields (Row, Record) of every usable row in order; the others are counted in `tally`.
 
-  Images are decoded by a few threads (Pillow lets them run side by side); a few rows for
-  each of them are in memory at a time.
+  Threads decode the images (Pillow releases the GIL); a few rows a thread are in memory.
 
   Args:
     files, tally: of one mode.
     workers: threads; default: one a CPU.
-    progress: called as `irg_jax.progress.Progress` is, after each row.
+    progress: called after each row, as `irg_jax.progress.Progress` is.
 
   Raises:
     ValueError: too many rows are unusable (at the end of the mode, or as soon as there are
-      ten to show), or a file is damaged.
+      ten to list), or a file is damaged.
   """
   parse = lambda row: _parse(row, tally.mode)
   for done, (row, result) in enumerate(_map_ordered(parse, _rows(files), workers), 1):
@@ -216,7 +219,7 @@ def _parse(row, mode) -> Record | Rejected:
 
 
 def _map_ordered(function, items, workers):
-  """Yields (item, function(item)) in order, with a bounded number of items in flight."""
+  """Yields (item, function(item)) in order; the number of items in flight is bounded."""
   workers = workers or min(os.cpu_count() or 1, 32)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     pending = collections.deque()

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
-from irg_jax.data.examples import record_features, record_splits
+from irg_jax.data.samples import record_features, record_splits
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
-from irg_jax.data.sequence import DroppedImage, ImageSplit, TextSplit
+from irg_jax.data.samples import DroppedImage, ImageSplit, TextSplit
 from irg_jax.images import ImageTransform
 from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
