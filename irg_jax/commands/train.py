@@ -86,7 +86,7 @@ def _shorthands(args) -> list[str]:
     if path is not None:
       if not path.is_dir():
         raise ValueError(f"--{field.split('.')[0]} {path}: no such folder")
-      fields[field] = path
+      fields[field] = path if field == "checkpoint" else path.absolute()  # no name of a set
   return [f"{field}={value}" for field, value in fields.items()]
 
 

@@ -4,6 +4,7 @@ The folder of a run:
   run.json                  settings, records by mode, the checkpoint that training started from
   log.jsonl, tensorboard/   metrics of every step
   base/                     random weights, where training started without a checkpoint
+  sample/                   the sample set, where data.path is "sample"
   STAGE/checkpoints/STEP    training state and position in the data
   STAGE/weights             the moving average, in the published layout
 """
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import config as config_lib
 from irg_jax import chips, runs, sharding, storage, weights
+from irg_jax.data import sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
 from irg_jax.data.pipeline import open_batches
@@ -111,10 +113,11 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) 
   is_first = jax.process_index() == 0
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
+    path = data_folder(settings, out)
     sources = sources_lib.open_sources(
-        settings.data.path, modes, max_rejected=settings.data.max_rejected, progress=progress)
+        path, modes, max_rejected=settings.data.max_rejected, progress=progress)
     records = {mode: len(source) for mode, source in sources.items()}
-    check_records(recorded, records, settings.data.path)
+    check_records(recorded, records, path)
     base = pathlib.Path(settings.checkpoint or out / BASE)
     barrier("checked")  # no process may change the folder while another still checks it
     if is_first:
@@ -150,7 +153,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     ValueError: the folder holds something else, or a run with other settings.
   """
   storage.check_output_folder(out)
-  runs.check_folder(out / RUN_FILE, "a training run")
+  runs.check_folder(out / RUN_FILE, "a training run", ignore=(sample_set.NAME,))
   if not (out / RUN_FILE).is_file():
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
@@ -161,6 +164,17 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
   return record["records"]
+
+
+def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
+  """The folder of the data; OUT/sample, made if it is missing, for data.path "sample"."""
+  if settings.data.path != sample_set.NAME:
+    return pathlib.Path(settings.data.path)
+  folder = out / sample_set.NAME
+  if jax.process_index() == 0 and not folder.exists():
+    sample_set.write(folder)
+  barrier("data written")
+  return folder
 
 
 def check_records(recorded: dict, records: dict, path) -> None:
