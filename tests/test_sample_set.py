@@ -1,10 +1,16 @@
 """The sample set: every mode, the same bytes each time, one unusable row of another kind in each."""
 
+import pathlib
+
 import pytest
 
 from irg_jax import cli, images
 from irg_jax.data import sample_set, sources
 from irg_jax.data.records import MODES, ImagePart
+from irg_jax.train import run as train_run
+from irg_jax.train import settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +69,13 @@ def test_images_differ_where_something_is_to_be_improved(folder):
 def test_a_folder_that_holds_something_is_refused(folder, capsys):
   assert cli.main(["data", "sample", "--out", str(folder)]) == 2
   assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_the_tiny_preset_trains_on_it_with_nothing_given(folder, tmp_path):
+  tiny = settings.load(ROOT / "configs" / "irgl.py", ["preset=tiny"])
+  run = train_run.prepare(tiny, tmp_path / "out", preemption=None)
+  want = sources.open_sources(folder, max_rejected=sample_set.MAX_REJECTED)
+  assert {mode: list(source) for mode, source in run.sources.items()} == {
+      mode: list(source) for mode, source in want.items()}
+  again = train_run.prepare(tiny, tmp_path / "out", preemption=None)
+  assert list(again.sources[MODES[5]]) == list(want[MODES[5]])

@@ -4,7 +4,7 @@ The folder of a run:
   run.json                  settings, records by mode, the checkpoint that training started from
   log.jsonl, tensorboard/   metrics of every step
   base/                     random weights, where training started without a checkpoint
-  sample/                   the sample set, where data.path is "sample"
+  .sample/                  the sample set, where data.path is "sample"
   STAGE/checkpoints/STEP    training state and position in the data
   STAGE/weights             the moving average, in the published layout
 """
@@ -153,7 +153,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     ValueError: the folder holds something else, or a run with other settings.
   """
   storage.check_output_folder(out)
-  runs.check_folder(out / RUN_FILE, "a training run", ignore=(sample_set.NAME,))
+  runs.check_folder(out / RUN_FILE, "a training run")
   if not (out / RUN_FILE).is_file():
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
@@ -167,10 +167,10 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
 
 
 def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
-  """The folder of the data; OUT/sample, made if it is missing, for data.path "sample"."""
+  """The folder of the data; OUT/.sample, made if it is missing, for data.path "sample"."""
   if settings.data.path != sample_set.NAME:
     return pathlib.Path(settings.data.path)
-  folder = out / sample_set.NAME
+  folder = out / f".{sample_set.NAME}"
   if jax.process_index() == 0 and not folder.exists():
     sample_set.write(folder)
   barrier("data written")
