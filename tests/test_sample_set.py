@@ -72,7 +72,7 @@ def test_a_folder_that_holds_something_is_refused(folder, capsys):
 
 
 def test_the_tiny_preset_trains_on_it_with_nothing_given(folder, tmp_path):
-  tiny = settings.load(ROOT / "configs" / "irgl.py", ["preset=tiny"])
+  tiny = settings.load(f"{ROOT}/configs/irgl.py:tiny")
   run = train_run.prepare(tiny, tmp_path / "out", preemption=None)
   want = sources.open_sources(folder, max_rejected=sample_set.MAX_REJECTED)
   assert {mode: list(source) for mode, source in run.sources.items()} == {
