@@ -126,7 +126,7 @@ def benchmarks() -> dict:
 
 def _fill_generate(parser):
   every = benchmarks().values()
-  parser.description = _GENERATE.format(**_examples("generate", "generate_examples"))
+  parser.description = _GENERATE.format(**_examples("generate"))
   parser.epilog = _GENERATE_END.format(images="\n".join(f"  {b.name:<12} {b.images_help}" for b in every))
   parser.set_defaults(run=_generate)
   add = parser.add_argument
@@ -154,7 +154,7 @@ def _fill_generate(parser):
 
 def _fill_score(parser):
   every = benchmarks().values()
-  parser.description = _SCORE.format(**_examples("score", "score_examples"))
+  parser.description = _SCORE.format(**_examples("score"))
   indented = lambda text: text.replace("\n", "\n" + " " * 15)
   parser.epilog = _SCORE_END.format(
       sources="\n".join(f"  {b.name:<12} {indented(b.sources)}" for b in every))
@@ -209,13 +209,19 @@ def _add_judge(add):
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
 
-def _examples(step, attribute):
+def _examples(step):
   """Example command lines: the paper's, of other benchmarks, and further ones."""
-  line = lambda b, words: f"  irg eval {step} {b.name} {words}"
-  lines = [(b, getattr(b, attribute)) for b in benchmarks().values()]
-  return {"paper": "\n".join(line(b, first) for b, (first, *_) in lines if b.published),
-          "others": "\n".join(line(b, first) for b, (first, *_) in lines if not b.published),
-          "more": "\n".join(line(b, words) for b, (_, *rest) in lines for words in rest)}
+  lines = {True: [], False: []}
+  for b in benchmarks().values():
+    prompts = f"--prompts {b.example_prompts} \\\n      " if b.example_prompts else ""
+    out = f"out/{b.name}" if b.published else f"out/{b.name}-test"
+    words = {"generate": f"{prompts}--checkpoint {b.example_checkpoint} --out {out}",
+             "score": f"--out {out} {prompts}{b.example_score}"}[step]
+    lines[bool(b.published)].append(f"  irg eval {step} {b.name} {words}".rstrip())
+  more = [f"  irg eval {step} {b.name} {words}" for b in benchmarks().values()
+          for words in b.more_examples.get(step, ())]
+  return {"paper": "\n".join(lines[True]), "others": "\n".join(lines[False]),
+          "more": "\n".join(more)}
 
 
 def _flags():

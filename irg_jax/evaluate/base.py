@@ -13,6 +13,7 @@ import math
 import pathlib
 import typing
 
+PUBLISHED = ("BAGEL, published", "BAGEL self-CoT, published", "IRG (2 rounds), published")
 MODEL = "irg_jax"  # the model's name where an official layout has one
 GIVE_UP_AFTER = 20  # failures in a row: then the judge or function is at fault, not the images
 
@@ -77,9 +78,10 @@ class Benchmark:
   Attributes:
     name, title: on the command line and in reports.
     packaged: the prompt file that comes with this package; None: `--prompts` is required.
+    published_counts: number of items by task.
     columns: its columns in the main table of the report.
     places: decimal places of its figures.
-    published, published_categories: {row of the table: {column or category: figure}}.
+    published, published_categories: {row, of PUBLISHED: {column or category: figure}}.
     caveats: sentences to read before comparing with the published figures.
     official: how the official scripts ask a judge; None: no judge is used.
     templates: {name: (`questions.Template`, fields that a replacement must have)}.
@@ -88,12 +90,14 @@ class Benchmark:
     flags: of `irg eval score`.
     images_help, tasks_help, sources: images of a prompt, what `--tasks` takes, and where scores come
       from, for --help.
-    generate_examples, score_examples: command lines for --help after "irg eval STEP NAME"; the
-      first is the paper's.
+    example_prompts, example_score: the value of --prompts and further flags of `irg eval score`, as
+      --help shows them; example_checkpoint likewise.
+    more_examples: {step: further command lines for --help after "irg eval STEP NAME"}.
   """
 
   name = title = ""
   packaged: pathlib.Path | None = None
+  published_counts: dict[str, int] = {}
   columns: tuple[str, ...] = ()
   places = 3
   published: dict = {}
@@ -104,8 +108,9 @@ class Benchmark:
   grid = each_image = False
   flags: tuple[Flag, ...] = ()
   images_help = tasks_help = sources = ""
-  generate_examples: tuple[str, ...] = ()
-  score_examples: tuple[str, ...] = ()
+  example_prompts = example_score = ""
+  example_checkpoint = "weights/irg-7b"
+  more_examples: dict[str, tuple[str, ...]] = {}
 
   def read(self, path=None) -> list[Item]:
     """Reads and checks the official prompt files, in their order.
@@ -135,8 +140,8 @@ class Benchmark:
     return (item.id.split("/")[0],)
 
   def counts(self, size: int) -> dict[str, int]:
-    """Published number of items by task; `size` is the number of items at hand."""
-    raise NotImplementedError
+    """Published number of items by task, for a set of about `size` items."""
+    return self.published_counts
 
   def check_counts(self, items: list[Item]) -> None:
     """Raises ValueError unless the items are the whole published set; names the first count."""

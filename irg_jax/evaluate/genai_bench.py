@@ -91,6 +91,8 @@ class Scorer:
 
   def add(self, item, answers) -> dict:
     answer = answers.get((0, QUESTION))
+    if measured := answers.get((QUESTION, "values")):
+      answer = questions.Answer(item.id, probability=measured[0])
     why, value = questions.failure(answer), getattr(answer, "probability", None)
     if not why and not (base.is_number(value) and 0 <= value <= 1):
       why = "unparsable: no probability of yes" if value is None else f"out of range: {value}"
@@ -109,11 +111,8 @@ class GenAIBench(base.Benchmark):
 
   name, title = "genai_bench", "GenAI-Bench"
   columns = ("GenAI-Bench",)
-  published = {
-      "BAGEL, published": {"GenAI-Bench": 0.79},
-      "BAGEL self-CoT, published": {"GenAI-Bench": 0.81},
-      "IRG (2 rounds), published": {"GenAI-Bench": 0.84},
-  }
+  published = dict(zip(base.PUBLISHED, (
+      {"GenAI-Bench": 0.79}, {"GenAI-Bench": 0.81}, {"GenAI-Bench": 0.84})))
   caveats = (
       "GenAI-Bench: which prompts (1600 or 527) and which judge the published rows are of is not "
       "said. The official default is 1600 prompts and clip-flant5-xxl; other judges' figures "
@@ -128,14 +127,10 @@ class GenAIBench(base.Benchmark):
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/genai_bench.py"),
   )
   images_help = "1"
-  generate_examples = (
-      "--prompts GenAI-Bench-1600/genai_image.json \\\n"
-      "      --checkpoint weights/irg-7b --out out/genai_bench",)
-  score_examples = (
-      "--out out/genai_bench \\\n"
-      "      --prompts GenAI-Bench-1600/genai_image.json --measurements vqascores.jsonl",
-      "--out out/genai_bench --prompts genai_image.json \\\n"
-      "      --scorer my_models:vqascore")
+  example_prompts = "GenAI-Bench-1600/genai_image.json"
+  example_score = "--measurements vqascores.jsonl"
+  more_examples = {"score": ("--out out/genai_bench --prompts genai_image.json \\\n"
+                             "      --scorer my_models:vqascore",)}
   sources = ("--measurements or --scorer (officially clip-flant5-xxl), or the judge's probability\n"
              "of Yes. Needs genai_skills.json beside the prompts, or --skills.")
   tasks_help = "GenAI-Bench's tags (with genai_skills.json beside the prompts)"
@@ -177,7 +172,7 @@ class GenAIBench(base.Benchmark):
     if options.measurements:
       table = score.read_measurements(options.measurements, {QUESTION: lambda value: value})
       extra = {"protocol": {"measurements": str(options.measurements)}}
-      return score.score_answers(folder, make, _measured(folder, table), extra)
+      return score.score_judged(folder, make, None, extra=extra, measured=table)
     if options.scorer:
       function = score.load_function(options.scorer, "--scorer")
       with counting("scoring", len(folder.items) * len(folder.rounds)) as count:
@@ -203,13 +198,6 @@ class GenAIBench(base.Benchmark):
 
 
 GENAI_BENCH = GenAIBench()
-
-
-def _measured(folder, table):
-  for item, number, _ in score.unanswered(folder):
-    values = table.get((number, QUESTION, item.id))
-    answer = questions.Answer(f"{item.id}/r{number}", probability=values[0]) if values else None
-    yield item, number, {(0, QUESTION): answer} if answer else {}
 
 
 def _tags(path):

@@ -101,13 +101,10 @@ def relations(a: np.ndarray, b: np.ndarray, position_threshold: float = 0.1) -> 
 class GenEval(clauses.ClauseBenchmark):
   """The protocol of GenEval."""
 
-  name, title, packaged = "geneval", "GenEval", FILES
+  name, title, packaged, published_counts = "geneval", "GenEval", FILES, COUNTS
   columns = ("GenEval",)
-  published = {
-      "BAGEL, published": {"GenEval": 0.78},
-      "BAGEL self-CoT, published": {"GenEval": 0.79},
-      "IRG (2 rounds), published": {"GenEval": 0.85},
-  }
+  published = dict(zip(base.PUBLISHED, (
+      {"GenEval": 0.78}, {"GenEval": 0.79}, {"GenEval": 0.85})))
   caveats = (
       "GenEval: the published rows are on the 553 original prompts; with rewritten ones BAGEL "
       "reports 0.88. BAGEL's own paper says 0.82 on the original ones; others get 0.78 to 0.80.",
@@ -127,14 +124,12 @@ class GenEval(clauses.ClauseBenchmark):
         for name, value in vars(clauses.Options()).items()),
   )
   images_help = "4"
-  generate_examples = (
-      "--checkpoint weights/irg-7b --out out/geneval",
-      "--checkpoint weights/irg-7b --out out/some --tasks counting --limit 8",
-      "--checkpoint weights/bagel-7b --out out/bagel --rounds 1 --no-think \\\n"
-      "      --config.first.interval=\"(0.0, 1.0)\"")
-  score_examples = (
-      "--out out/geneval --detections out/geneval/detections.jsonl",
-      "--out out/geneval --detector my_models:detect --classifier my_models:color")
+  example_score = "--detections out/geneval/detections.jsonl"
+  more_examples = {
+      "generate": ("--checkpoint weights/irg-7b --out out/some --tasks counting --limit 8",
+                   "--checkpoint weights/bagel-7b --out out/bagel --rounds 1 --no-think \\\n"
+                   "      --config.first.interval=\"(0.0, 1.0)\""),
+      "score": ("--out out/geneval --detector my_models:detect --classifier my_models:color",)}
   sources = ("--detections, records as irg_jax/evaluate/clauses.py documents them, or --detector\n"
              "and --classifier, functions of yours (see there). Officially Mask2Former Swin-S\n"
              "(mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) and CLIP ViT-L-14.")
@@ -142,9 +137,6 @@ class GenEval(clauses.ClauseBenchmark):
 
   def read_items(self, path):
     return self.clause_items(records.file_in(path, "evaluation_metadata.jsonl"), TASKS)
-
-  def counts(self, size):
-    return COUNTS
 
   def score(self, folder, options, open_judge):
     chosen = clauses.Options(**{name: getattr(options, name) for name in vars(clauses.Options())})

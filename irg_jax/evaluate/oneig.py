@@ -1,9 +1,8 @@
-"""OneIG-Bench, English: five parts, each from what a model says of the cells of 2 x 2 grids.
+"""OneIG-Bench, English: the plain mean of five parts, over the cells of 2 x 2 grids.
 
-alignment: a judge's yes/no to questions that depend on each other; text: its transcription against
-the words asked for; reasoning: similarity of image and answer; style: similarity to images of the
-style; diversity: distance between the cells. The overall is their plain mean. The judge answers
-the first two; other models measure the rest (--measurements), a JSON line a prompt and part:
+The judge gives alignment (yes or no to questions that depend on each other) and text (a transcription
+against the words asked for). Other models measure reasoning (similarity of image and answer), style
+(similarity to images of the style) and diversity (distance between cells), a JSON line each:
 
   {"round": 1, "part": "reasoning", "id": "reasoning/000", "values": [0.21, ...]}   a cell each
   {"round": 1, "part": "style", "id": "anime/004", "values": [[0.5, 0.6], ...]}     CSD, encoder
@@ -31,11 +30,12 @@ from irg_jax.evaluate import records
 from irg_jax.evaluate import score
 
 TEXT_QUESTION = "text"  # its name in the key of an answer; others are alignment1, alignment2, ...
-ALIGNMENT_TEMPLATE = questions.Template(
-    "{question}\nReply with one word, Yes or No, and no full stop.")
-TEXT_TEMPLATE = questions.Template("""\
+TEMPLATES = {
+    "oneig_alignment": (questions.Template(
+        "{question}\nReply with one word, Yes or No, and no full stop."), ("question",)),
+    "oneig_text": (questions.Template("""\
 Write down all the text that can be read in this picture, spelled as it is there, and nothing of \
-your own. If there is none, write: No text recognized.""")
+your own. If there is none, write: No text recognized."""), ())}
 
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
 FOLDERS = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object",
@@ -76,9 +76,7 @@ def alignment_cell(answers: dict[int, bool], dependency: dict[int, list[int]]) -
 def normalize_text(text: str) -> str:
   """Letters, digits and single spaces; case stays. Spaces go, too, where there is Chinese."""
   text = _NOT_KEPT.sub("", text)
-  if _CHINESE.search(text):
-    return re.sub(r"\s+", "", text)
-  return re.sub(r"\s+", " ", text).strip()
+  return re.sub(r"\s+", "" if _CHINESE.search(text) else " ", text).strip()
 
 
 def transcription_limit(expected: str) -> int:
@@ -147,10 +145,7 @@ def overall(parts: dict[str, float | None]) -> float | None:
 
 
 class Scorer:
-  """Adds up a round's answers in five parts; a prompt's folder says in which. See `score`.
-
-  `references` are those of `OneIG.questions`; None where no judge is asked.
-  """
+  """Adds up a round's answers in five parts; see `score`. `references` None: no judge is asked."""
 
   def __init__(self, references: dict | None):
     self._references = references
@@ -223,13 +218,8 @@ class Scorer:
 
 
 def read_questions(path) -> dict[str, tuple[dict, dict]]:
-  """{prompt id: ({question number: text}, {question number: [parents]})} of a Q_D file.
-
-  Raises:
-    ValueError: an entry is malformed; names the file and the prompt id.
-  """
-  with open(path, encoding="utf-8") as file:
-    table = json.load(file)
+  """{prompt id: ({question number: text}, {question number: [parents]})} of a Q_D file."""
+  table = json.loads(path.read_text(encoding="utf-8"))
   by_number = lambda entry: {int(n): value for n, value in (
       json.loads(entry) if isinstance(entry, str) else entry).items()}
   result = {}
@@ -256,42 +246,40 @@ def read_texts(path) -> dict[str, str]:
   return {number: entry.record["text_content"] for number, entry in zip(numbers, entries)}
 
 
+def read_references(folder) -> dict:
+  """The questions by folder and the texts, from the folder `scripts` of the official repository."""
+  if not folder:
+    raise ValueError("--questions: give the folder scripts of a copy of OneIG-Benchmark")
+  return {"questions": {name: read_questions(_find(folder, f"Q_D/{name}.json"))
+                        for name in ALIGNED},
+          "texts": read_texts(_find(folder, "text_content.csv"))}
+
+
 class OneIG(base.Benchmark):
   """The protocol of OneIG-Bench."""
 
-  name, title = "oneig", "OneIG-Bench, English"
-  columns, grid = ("OneIG-EN",), True
-  published = {"BAGEL, published": {"OneIG-EN": 0.361},
-               "BAGEL self-CoT, published": {"OneIG-EN": 0.324},
-               "IRG (2 rounds), published": {"OneIG-EN": 0.415}}
-  published_categories = {
-      "BAGEL, published": {"alignment": 0.769, "text": 0.244, "reasoning": 0.173,
-                           "style": 0.367, "diversity": 0.251, "overall": 0.361},
-      "BAGEL self-CoT, published": {"alignment": 0.793, "text": 0.020, "reasoning": 0.206,
-                                    "style": 0.390, "diversity": 0.209, "overall": 0.324},
-  }
-  caveats = (
-      "OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by others are "
-      "far from its official row (text 0.385 against 0.244).",
-  )
+  name, title, grid = "oneig", "OneIG-Bench, English", True
+  published_counts, columns = COUNTS, ("OneIG-EN",)
+  published = dict(zip(base.PUBLISHED, (
+      {"OneIG-EN": 0.361}, {"OneIG-EN": 0.324}, {"OneIG-EN": 0.415})))
+  published_categories = dict(zip(base.PUBLISHED, (
+      dict(zip((*PARTS, "overall"), (0.769, 0.244, 0.173, 0.367, 0.251, 0.361))),
+      dict(zip((*PARTS, "overall"), (0.793, 0.020, 0.206, 0.390, 0.209, 0.324))))))
+  caveats = ("OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by others "
+             "are far from its official row (text 0.385 against 0.244).",)
   official = base.Official("Qwen2.5-VL-7B-Instruct for alignment and text", 0.0, 16)
-  templates = {"oneig_alignment": (ALIGNMENT_TEMPLATE, ("question",)),
-               "oneig_text": (TEXT_TEMPLATE, ())}
+  templates = TEMPLATES
   flags = (
       base.path_flag("--questions", "DIR", "the folder scripts of its repository, or one with Q_D "
                      "and text_content.csv"),
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/oneig.py"),
-      base.Flag("--grid", "columns and rows of its images (2,2)", {
-          "default": "2,2", "metavar": "C,R"}),
-  )
+      base.Flag("--grid", "columns and rows of its images (2,2)",
+                {"default": "2,2", "metavar": "C,R"}))
   images_help = "4, pasted into one grid"
-  generate_examples = (
-      "--prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
-      "      --checkpoint weights/irg-7b --out out/oneig",)
-  score_examples = (
-      "--out out/oneig --prompts OneIG-Benchmark/OneIG-Bench.csv \\\n"
-      "      --questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
-      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct",)
+  example_prompts = "OneIG-Benchmark/OneIG-Bench.csv"
+  example_score = (
+      "--questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
+      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct")
   sources = ("the judge (alignment, text) and --measurements (reasoning, style, diversity); the\n"
              "overall needs all five. Without --judge-url the measured parts are scored alone.")
   tasks_help = "OneIG's folders"
@@ -310,18 +298,14 @@ class OneIG(base.Benchmark):
     return [base.Item(self.name, f"{FOLDERS[e.record['category']]}/{e.record['id']}",
                       e.record["prompt_en"], 4, e.record) for e in entries]
 
-  def counts(self, size):
-    return COUNTS
-
   def image_path(self, item, image, round):
     folder, number = item.id.split("/")
     return base.round_root(round) / "images" / folder / base.MODEL / f"{number}.webp"
 
   def questions(self, item, path, round, references=None, templates=None):
-    """A question for each cell with an image and question, or with a text to transcribe.
+    """Of each cell with an image: the questions of its prompt, or one for its text.
 
-    `references` are {"questions": {folder: what `read_questions` gave}, "texts": what `read_texts`
-    gave, "grid": (columns, rows)}.
+    `references`: those of `read_references`, and "grid": (columns, rows).
     """
     folder, number = item.id.split("/")
     asked = {}  # name: (its words, tokens of an answer, what is no answer)
@@ -339,28 +323,20 @@ class OneIG(base.Benchmark):
         yield questions.Question(key, (cell,), user, system, max_tokens, fault)
 
   def score(self, folder, options, open_judge):
-    grid = parse_grid(options.grid)
-    table = score.read_measurements(options.measurements, MEASURED) if options.measurements else {}
-    extra = {"protocol": {"grid": options.grid,
-                          "measurements": str(options.measurements or "none")}}
-    if not options.judge_url:
-      if not options.measurements:
-        raise ValueError("oneig needs --judge-url (alignment, text), --measurements (reasoning, "
-                         "style, diversity), or both")
-      groups = score.with_measurements(score.unanswered(folder), table)
-      return score.score_answers(folder, lambda: Scorer(None), groups, extra)
-    if not options.questions:
-      raise ValueError("--questions: give the folder scripts of a copy of OneIG-Benchmark")
-    references = {
-        "questions": {name: read_questions(_find(options.questions, f"Q_D/{name}.json"))
-                      for name in ALIGNED},
-        "texts": read_texts(_find(options.questions, "text_content.csv")), "grid": grid}
-    return score.score_judged(folder, lambda: Scorer(references), open_judge, references, extra,
-                              table)
+    if not options.judge_url and not options.measurements:
+      raise ValueError("oneig needs --judge-url (alignment, text), --measurements (reasoning, "
+                       "style, diversity), or both")
+    grid, measured, references = parse_grid(options.grid), options.measurements, None
+    table = score.read_measurements(measured, MEASURED) if measured else {}
+    if options.judge_url:
+      references = read_references(options.questions) | {"grid": grid}
+    return score.score_judged(
+        folder, lambda: Scorer(references), open_judge if references else None, references,
+        {"protocol": {"grid": options.grid, "measurements": str(measured or "none")}}, table)
 
   def categories(self, summary):
-    return {name: summary["parts"][name]["score"] for name in PARTS} | {
-        "overall": summary["overall"]}
+    scores = {name: summary["parts"][name]["score"] for name in PARTS}
+    return scores | {"overall": summary["overall"]}
 
   def scored(self, summary):
     return sum(part["prompts"] for part in summary["parts"].values())
@@ -371,8 +347,7 @@ ONEIG = OneIG()
 
 def _find(folder, name):
   """A file of the official scripts, where it lies there or side by side."""
-  places = [folder / part / name for part in ("alignment", "text", ".")]
-  for path in places:
+  for path in (folder / part / name for part in ("alignment", "text", ".")):
     if path.is_file():
       return path
   raise ValueError(f"--questions {folder}: no {name} in there, nor in alignment or text below it")

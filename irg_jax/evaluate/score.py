@@ -137,11 +137,14 @@ def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, 
   """Asks a judge and scores its answers.
 
   Args:
-    open_judge: () -> context manager of a `questions.OpenJudge`.
+    open_judge: () -> context manager of a `questions.OpenJudge`; None: measurements alone count.
     references: for the benchmark's `questions`.
     extra: more entries for scores.json.
     measured: figures to add to the answers, from `read_measurements`.
   """
+  if open_judge is None:
+    groups = ((item, number, {}) for number in folder.rounds for item in folder.items)
+    return score_answers(folder, make_scorer, with_measurements(groups, measured), extra)
   with (open_judge() as judge,
         counting("asking the judge", len(folder.items) * len(folder.rounds)) as count):
     groups = count(judged(folder, judge.ask, references, judge.templates))
@@ -222,11 +225,6 @@ def with_measurements(groups, table: dict):
     added = {(part, "values"): table[number, part, item.id]
              for part in parts if (number, part, item.id) in table}
     yield item, number, {**answers, **added}
-
-
-def unanswered(folder: ImageFolder):
-  """Yields (item, round, {}), for what measurements alone score."""
-  return ((item, number, {}) for number in folder.rounds for item in folder.items)
 
 
 def images_there(folder: ImageFolder):

@@ -195,11 +195,9 @@ class Tiif(base.Benchmark):
 
   name, title = "tiif", "TIIF-Bench"
   columns, places = ("TIIF short", "TIIF long"), 2
-  published = {
-      "BAGEL, published": {"TIIF short": 70.97, "TIIF long": 71.79},
-      "BAGEL self-CoT, published": {"TIIF short": 68.06, "TIIF long": 68.78},
-      "IRG (2 rounds), published": {"TIIF short": 76.00, "TIIF long": 73.77},
-  }
+  published = dict(zip(base.PUBLISHED, (
+      {"TIIF short": 70.97, "TIIF long": 71.79}, {"TIIF short": 68.06, "TIIF long": 68.78},
+      {"TIIF short": 76.00, "TIIF long": 73.77})))
   caveats = (
       "TIIF: the testmini prompts, judged by Qwen2.5-VL-72B-Instruct; figures times 100. The "
       "official judge answers at temperature 1.0 to a template drawn at random, so that a second "
@@ -211,13 +209,10 @@ class Tiif(base.Benchmark):
   templates = {"tiif": (TEMPLATE, ("questions",))}
   flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)
   images_help = "1, for the short and the long description each"
-  generate_examples = (
-      "--prompts TIIF-Bench/data/testmini_prompts \\\n"
-      "      --checkpoint weights/irg-7b --out out/tiif",)
-  score_examples = (
-      "--out out/tiif --prompts TIIF-Bench/data/testmini_prompts \\\n"
-      "      --questions TIIF-Bench/data/testmini_eval_prompts \\\n"
-      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct",)
+  example_prompts = "TIIF-Bench/data/testmini_prompts"
+  example_score = (
+      "--questions TIIF-Bench/data/testmini_eval_prompts \\\n"
+      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct")
   sources = "the judge."
   tasks_help = "TIIF's types"
 

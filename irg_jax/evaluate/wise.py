@@ -203,20 +203,14 @@ class Wise(base.Benchmark):
   """The protocol of WISE."""
 
   name, title = "wise", "WISE"
+  published_counts = {name: last - first + 1 for name, (first, last) in LEGACY.ranges.items()}
   columns = ("WISE, plain mean", "WISE, weighted")
-  # WISE stands in the column of the formula that gives the published figure.
-  published = {
-      "BAGEL, published": {"WISE, plain mean": 0.52},
-      "BAGEL self-CoT, published": {"WISE, plain mean": 0.70},
-      "IRG (2 rounds), published": {"WISE, plain mean": 0.77},
-  }
-  published_categories = {
-      "BAGEL, published": {"CULTURE": 0.44, "TIME": 0.55, "SPACE": 0.68, "BIOLOGY": 0.44,
-                           "PHYSICS": 0.60, "CHEMISTRY": 0.39, "plain mean": 0.52},
-      "BAGEL self-CoT, published": {"CULTURE": 0.76, "TIME": 0.69, "SPACE": 0.75,
-                                    "BIOLOGY": 0.65, "PHYSICS": 0.75, "CHEMISTRY": 0.58,
-                                    "plain mean": 0.70},
-  }
+  # In the column of the formula that gives the published figure.
+  published = dict(zip(base.PUBLISHED, (
+      {"WISE, plain mean": 0.52}, {"WISE, plain mean": 0.70}, {"WISE, plain mean": 0.77})))
+  published_categories = dict(zip(base.PUBLISHED, (
+      dict(zip((*LEGACY.ranges, "plain mean"), (0.44, 0.55, 0.68, 0.44, 0.60, 0.39, 0.52))),
+      dict(zip((*LEGACY.ranges, "plain mean"), (0.76, 0.69, 0.75, 0.65, 0.75, 0.58, 0.70))))))
   caveats = (
       "WISE: BAGEL's figures are plain means of the six categories (0.517, self-CoT 0.697); the "
       "official weights make 0.501 and 0.717 of the same categories. IRG's 0.77 is most likely a "
@@ -230,13 +224,10 @@ class Wise(base.Benchmark):
       "gpt-4o-2024-05-13 (BAGEL's and IRG's script: gpt-4o-2024-11-20)", 0.0, 2000)
   templates = {"wise": (TEMPLATE, ("prompt", "explanation"))}
   images_help = "1"
-  generate_examples = (
-      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise",
-      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
-      "      --process-id 0 --num-processes 4              on the first of four hosts")
-  score_examples = (
-      "--out out/wise --prompts WISE/data \\\n"
-      "      --judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20",)
+  example_prompts = "WISE/data"
+  example_score = "--judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20"
+  more_examples = {"generate": ("--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
+                                "      --process-id 0 --num-processes 4    on the first of four hosts",)}
   sources = "the judge."
   tasks_help = "WISE's categories (CULTURE, ...)"
 
@@ -255,9 +246,6 @@ class Wise(base.Benchmark):
 
   def tasks(self, item):
     return (LEGACY.category(int(item.id)),)
-
-  def counts(self, size):
-    return {name: last - first + 1 for name, (first, last) in LEGACY.ranges.items()}
 
   def image_path(self, item, image, round):
     return base.round_root(round) / f"{item.id}.png"

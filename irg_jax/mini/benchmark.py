@@ -28,13 +28,10 @@ RIGHT = "correct"  # the words of an image without a fault
 class Mini(clauses.ClauseBenchmark):
   """The protocol of the mini world's test."""
 
-  name, title, packaged = "mini", "Mini world", FILES
+  name, title, packaged, published_counts = "mini", "Mini world", FILES, SPLITS
   columns = ("Mini world",)
   images_help = "4"
-  generate_examples = (
-      "--checkpoint out/mini/checkpoint --out out/mini-test",)
-  score_examples = (
-      "--out out/mini-test",)
+  example_checkpoint = "out/mini/checkpoint"
   sources = "the verifier of the mini world (irg_jax/mini/verifier.py)."
   tasks_help = "mini's tags, seen, unseen"
 
@@ -43,9 +40,6 @@ class Mini(clauses.ClauseBenchmark):
 
   def tasks(self, item):
     return (item.extra["tag"], item.extra["split"])
-
-  def counts(self, size):
-    return SPLITS
 
   def score(self, folder, options=None, open_judge=None):
     return score.score_images(folder, Verified, {"protocol": protocol()})
