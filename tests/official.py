@@ -1,4 +1,4 @@
-"""Official inputs and outputs that no command needs: what the golden cases are compared with."""
+"""Official forms of input and output that no command needs, for the golden cases."""
 
 import json
 import pathlib
@@ -13,18 +13,39 @@ from irg_jax.evaluate import clauses
 from irg_jax.evaluate import genai_bench
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import tiif
+from irg_jax.evaluate import wise
 
+TAG_GROUPS = {"basic": genai_bench.BASIC, "advanced": genai_bench.ADVANCED,
+              "overall": ("basic", "advanced", "all")}
 _ROUND_FILE = re.compile(r"(?:turn(\d+)_)?(\d+)\.json")
 
 
 # GenEval.
 
 
+def score_image(record: dict, options: clauses.Options = clauses.Options()) -> dict:
+  """The line of the official results.jsonl for one record of detections."""
+  metadata = record["metadata"]
+  metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+  reasons = geneval.verdict(metadata, record["detections"], options)
+  kept = clauses.kept_boxes(record["detections"], metadata["tag"], options)
+  return {
+      "filename": record.get("filename", ""),
+      "tag": metadata["tag"],
+      "prompt": metadata["prompt"],
+      "correct": not reasons,
+      "reason": "\n".join(reasons),
+      "metadata": json.dumps(metadata),
+      "details": json.dumps({name: [b.values.tolist() for b in boxes]
+                             for name, boxes in kept.items()}),
+  }
+
+
 def geneval_summary(results) -> dict:
   """The summary of an iterable of results, which is read once."""
   summary = clauses.TaskSummary(geneval.TASKS)
   for result in results:
-    summary.add(result)
+    summary.add(bool(result["correct"]), result["tag"], result["metadata"])
   return summary.value()
 
 
@@ -41,6 +62,50 @@ def geneval_text(summary: dict) -> str:
   if summary["overall"] is not None:
     lines += ["", f"Overall score (avg. over tasks): {summary['overall']:.5f}"]
   return "\n".join(lines) + "\n"
+
+
+# WISE, and its variant WISE_Verified of 2026, which has one score, 0 or 1, and other categories.
+
+
+WISE_VERIFIED = {
+    "ranges": {"CULTURE": (1, 400), "TIME": (401, 520), "SPACE": (521, 640), "BIOLOGY": (641, 760),
+               "PHYSICS": (761, 880), "CHEMISTRY": (881, 1000)},
+    "weights": {"CULTURE": 0.4} | dict.fromkeys(("TIME", "SPACE", "BIOLOGY", "PHYSICS",
+                                                 "CHEMISTRY"), 0.12)}
+_VERIFIED = re.compile(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])(?!\d)", re.IGNORECASE)
+_BAGEL = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*[:：]?\s*(\d)",
+                    re.IGNORECASE)
+
+
+def add_wise_record(summary: wise.Summary, record: dict | None, where: str, fields=wise.FIELDS):
+  """Counts a line of a result file, or says why not; None stands for a line that is not JSON."""
+  add = summary.unscored.add
+  if record is None:
+    return add(where, "not JSON")
+  number = record.get("prompt_id")
+  if not isinstance(number, int):
+    return add(where, "no integer prompt_id", str(number))
+  if number not in wise.IDS:
+    return add(where, "prompt_id outside 1 to 1000", str(number))
+  summary.present.add(number)
+  if not all(base.is_number(record.get(f)) for f in fields):
+    return add(where, "no score", str({f: record.get(f) for f in fields}))
+  if fields == ("score",) and record["score"] not in (0, 1):
+    return add(where, "score is not 0 or 1", str(record["score"]))
+  summary.add(number, float(record["score"]) if "score" in record else wise.item_score(record))
+
+
+def parse_bagel(text: str) -> dict[str, float]:
+  """As `wise.parse`, by BAGEL's script: a full-width colon will do, three lone digits will not."""
+  return {name.lower().replace(" ", "_"): float(digit) for name, digit in _BAGEL.findall(text)}
+
+
+def parse_verified(text: str) -> dict[str, float]:
+  """The one score that the judge of the variant gives; empty without one."""
+  if found := _VERIFIED.findall(text):
+    return {"score": float(found[-1])}
+  lone = text.strip()
+  return {"score": float(lone)} if lone in ("0", "1") else {}
 
 
 # TIIF.
@@ -154,7 +219,7 @@ def genai_printed(tag: dict) -> tuple[str, str]:
 def genai_text(result: dict, model: str) -> str:
   """The three tables of the official script."""
   lines = []
-  for group, tags in genai_bench.TAG_GROUPS.items():
+  for group, tags in TAG_GROUPS.items():
     cells = [" +- ".join(genai_printed(result["tags"][tag])) for tag in tags]
     lines += [f"Tag Group: {group} (metric performance)",
               f"{'Model':<20}" + " ".join(f"{tag:<20}" for tag in tags),

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import official
+
 from irg_jax.evaluate import clauses
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import score
@@ -49,14 +51,14 @@ def test_records_hold_what_the_verdict_needs(tmp_path, image):
   assert crops == [((10, 5), "car", [250.0, 0.0, 0.0])]  # of the box that counts, and no other
   assert record["detections"]["car"][0] == box(5.0, 5.0, 15.0, 10.0) | {"color": "red"}
   assert len(record["detections"]["car"]) == 2 and "color" not in record["detections"]["dog"][0]
-  assert geneval.score_image(json.loads(json.dumps(record)))["correct"]
+  assert official.score_image(json.loads(json.dumps(record)))["correct"]
 
 
 def test_no_colour_is_asked_for_where_the_prompt_names_none(tmp_path, image):
   classify = lambda crop, name: pytest.fail("asked for a colour")
   (record,) = run(tmp_path, [(image, "a", PLAIN)], lambda i, c: {"car": [box(1, 1, 5, 5)]},
                   classify)
-  assert geneval.score_image(record)["correct"]
+  assert official.score_image(record)["correct"]
 
 
 def test_the_crop_is_grey_outside_the_mask_and_rounds_the_box():

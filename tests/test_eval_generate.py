@@ -227,10 +227,10 @@ def test_a_kill_at_any_file_leaves_nothing_torn_and_is_made_good(
   want, place, made = tree(tmp_path / "whole"), os.replace, []
   written, left = storage.write_bytes, [0]
 
-  def torn(path, data, folder):
+  def torn(path, data, folder=None):
     left[0] -= 1
     if left[0] == 0:
-      (folder / "half").write_bytes(data[:len(data) // 2])
+      (folder / "half" if folder else path).write_bytes(data[:len(data) // 2])
       raise Killed
     written(path, data, folder)
 

@@ -82,7 +82,7 @@ def test_wise_reads_alike_from_three_files_and_from_one(tmp_path):
   items = read("wise", tmp_path)
   check_counts(items)
   assert items == read("wise", one)
-  assert known_tasks(items) == list(wise.LEGACY.ranges)
+  assert known_tasks(items) == list(wise.RANGES)
   by_task = collections.Counter(t for i in items for t in tasks(i))
   assert by_task == {"CULTURE": 400, "TIME": 167, "SPACE": 133, "BIOLOGY": 100, "PHYSICS": 100,
                      "CHEMISTRY": 100}

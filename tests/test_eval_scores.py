@@ -41,18 +41,18 @@ def said(text):
 def test_a_box_counts_only_above_the_threshold_of_its_task(tag, at):
   above = float(np.nextafter(np.float32(at), np.float32(1)))
   record = image(tag, [{"class": "dog", "count": 1}], {"dog": [box(at)]})
-  assert geneval.score_image(record)["reason"] == "expected dog>=1, found 0"
+  assert official.score_image(record)["reason"] == "expected dog>=1, found 0"
   record["detections"]["dog"] = [box(above)]
-  assert geneval.score_image(record)["correct"]
+  assert official.score_image(record)["correct"]
 
 
 def test_only_the_surest_boxes_are_asked_for_their_colour():
   clause = [{"class": "cup", "count": 1, "color": "red"}]
   boxes = [box(0.5, color="blue"), box(0.8, color="red")]
-  assert geneval.score_image(image("colors", clause, {"cup": boxes}))["correct"]
+  assert official.score_image(image("colors", clause, {"cup": boxes}))["correct"]
   boxes[1]["color"] = "blue"
   boxes[0]["color"] = "red"
-  assert not geneval.score_image(image("colors", clause, {"cup": boxes}))["correct"]
+  assert not official.score_image(image("colors", clause, {"cup": boxes}))["correct"]
 
 
 def test_a_class_has_sixteen_boxes_at_most_and_overlaps_go_only_if_asked():
@@ -75,7 +75,7 @@ def test_relations_are_seen_from_the_second_box_with_y_downward(left, top, want)
 
 def test_a_position_is_not_looked_at_where_its_target_fails():
   include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["above", 0]}]
-  got = geneval.score_image(image("position", include, {"dog": [box(0.9)]}))
+  got = official.score_image(image("position", include, {"dog": [box(0.9)]}))
   assert got["reason"] == "expected cat>=1, found 0\nno target for dog to be above"
 
 
@@ -86,7 +86,7 @@ def test_a_position_is_not_looked_at_where_its_target_fails():
 def test_a_record_that_says_too_little_has_no_verdict(detections, reason):
   clause = [{"class": "dog", "count": 1, "color": "red"}]
   with pytest.raises(clauses.Unscorable) as caught:
-    geneval.score_image(image("colors", clause, detections))
+    official.score_image(image("colors", clause, detections))
   assert caught.value.reason == reason
 
 
@@ -181,7 +181,7 @@ def full_wise(leave_out=()):
   for number in wise.IDS:
     if number not in leave_out:
       good = 2 if number <= 400 else 0
-      summary.add({"prompt_id": number, **dict.fromkeys(wise.FIELDS, good)})
+      official.add_wise_record(summary, {"prompt_id": number, **dict.fromkeys(wise.FIELDS, good)}, "")
   return summary.value()
 
 
@@ -196,7 +196,8 @@ def test_the_two_wise_overalls_differ_and_need_every_item():
 @pytest.mark.parametrize("value", [None, "2", True, float("nan")])
 def test_what_is_no_number_is_no_wise_score(value):
   summary = wise.Summary()
-  summary.add({"prompt_id": 1, "consistency": value, "realism": 1, "aesthetic_quality": 1})
+  official.add_wise_record(
+      summary, {"prompt_id": 1, "consistency": value, "realism": 1, "aesthetic_quality": 1}, "")
   assert summary.value()["unscored"]["by_reason"] == {"no score": 1}
   assert summary.value()["items"] == 0
 

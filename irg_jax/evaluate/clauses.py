@@ -87,15 +87,14 @@ class TaskSummary:
   def __init__(self, tasks):
     self._expected = tasks
     self._tasks = {}  # tag: Mean
-    self._prompts = {}  # digest of the metadata: any image right
+    self._prompts = {}  # digest: any image right
     self._images = base.Mean()
 
-  def add(self, result: dict) -> None:
-    """Adds an image: {"correct": bool, "tag": task, "metadata": text that tells prompts apart}."""
-    correct = bool(result["correct"])
+  def add(self, correct: bool, task: str, prompt: str) -> None:
+    """Adds an image; `prompt` tells prompts apart."""
     self._images.add(correct)
-    self._tasks.setdefault(result["tag"], base.Mean()).add(correct)
-    key = hashlib.blake2b(result["metadata"].encode(), digest_size=8).digest()
+    self._tasks.setdefault(task, base.Mean()).add(correct)
+    key = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     self._prompts[key] = self._prompts.get(key, False) or correct
 
   def value(self) -> dict:

@@ -19,10 +19,7 @@ import re
 
 import numpy as np
 
-from irg_jax.evaluate import base
-from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
+from irg_jax.evaluate import base, questions, records, score
 from irg_jax.progress import counting
 
 QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
@@ -32,8 +29,6 @@ TEMPLATE = questions.Template(
 
 BASIC = ("attribute", "scene", "spatial relation", "action relation", "part relation", "basic")
 ADVANCED = ("counting", "comparison", "differentiation", "negation", "universal", "advanced")
-OVERALL = ("basic", "advanced", "all")
-TAG_GROUPS = {"basic": BASIC, "advanced": ADVANCED, "overall": OVERALL}
 
 
 def aggregate(scores: dict[str, float | None], skills: dict[str, list[int]]) -> dict:

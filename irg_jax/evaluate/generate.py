@@ -115,17 +115,18 @@ def generate_images(request: Request) -> Result:
   storage.check_output_folder(request.out)
   mesh = sharding.make_mesh(request.mesh)
   process = f"{request.process_id}-of-{request.num_processes}"
+  share = request.selected[request.process_id::request.num_processes]
+  rows = [(item, image) for item in share for image in range(item.images)]
   with open_run(request.out, identity(request), _notes(request), process) as folder:
-    batches = _open_batches(request, folder)
-    before = _count_done(request, folder)
-    if batches:
+    done = lambda: sum(_is_done(request, folder, *row) for row in rows)
+    before = done()
+    if before < len(rows):
       with Progress() as progress, jax.set_mesh(mesh):
         model, params = generate_run.load_model(request.checkpoint, mesh, request.dtype, progress)
-        _generate_batches(request, folder, model, params, tokenizer, batches, progress)
-    for item in _share(request):
+        _generate_batches(request, folder, model, params, tokenizer, rows, progress)
+    for item in share:
       _paste(request, folder, item)
-    after = _count_done(request, folder)
-    return Result(after - before, before, list(_failures(request, folder)))
+    return Result(done() - before, before, list(_failures(folder, rows)))
 
 
 def identity(request: Request) -> dict:
@@ -236,28 +237,6 @@ def _check_prompts(request, tokenizer):
                        f"{limit} of max_prompt_tokens; give --config.max_prompt_tokens={count}")
 
 
-def _share(request):
-  """The prompts of this process."""
-  return request.selected[request.process_id::request.num_processes]
-
-
-def _open_batches(request, folder):
-  """The batches in which an image is missing.
-
-  A batch's rows stay together whatever is missing: so a run that was stopped gives the very
-  bytes of one that was not, although a row's last bits may depend on the size of its batch.
-  """
-  rows = [(item, image) for item in _share(request) for image in range(item.images)]
-  size = request.batch_size
-  batches = [rows[i:i + size] for i in range(0, len(rows), size)]
-  return [batch for batch in batches if not all(_is_done(request, folder, *row) for row in batch)]
-
-
-def _count_done(request, folder):
-  return sum(_is_done(request, folder, item, image)
-             for item in _share(request) for image in range(item.images))
-
-
 def _is_done(request, folder, item, image):
   record = base.read_trace(folder.out, item, image)
   return record is not None and all(
@@ -266,9 +245,13 @@ def _is_done(request, folder, item, image):
       for number, entry in enumerate(record["rounds"], 1))
 
 
-def _generate_batches(request, folder, model, params, tokenizer, batches, progress):
+def _generate_batches(request, folder, model, params, tokenizer, rows, progress):
+  # A batch's rows stay together whatever is missing: so a run that was stopped gives the very
+  # bytes of one that was not, although a row's last bits may depend on the size of its batch.
+  size = min(request.batch_size, len(rows))
+  batches = [rows[i:i + size] for i in range(0, len(rows), size)]
+  batches = [b for b in batches if not all(_is_done(request, folder, *row) for row in b)]
   total, drawn, ends = sum(map(len, batches)), 0, []
-  size = min(request.batch_size, sum(item.images for item in _share(request)))
   for batch in batches:
     progress.prefix = f"{drawn} of {total} images{_left(ends, len(batches))}: "
     # A batch that is not full repeats its last row: another size would compile anew.
@@ -340,13 +323,11 @@ def _paste(request, folder, item):
       shutil.rmtree(folder.out / cells, ignore_errors=True)
 
 
-def _failures(request, folder):
-  for item in _share(request):
-    for image in range(item.images):
-      record = base.read_trace(folder.out, item, image) or {"rounds": ()}
-      for number, entry in enumerate(record["rounds"], 1):
-        if entry["picture"] is None:
-          yield f"{item.id}, image {image}, round {number}"
+def _failures(folder, rows):
+  for item, image in rows:
+    for number, entry in enumerate(base.read_trace(folder.out, item, image)["rounds"], 1):
+      if entry["picture"] is None:
+        yield f"{item.id}, image {image}, round {number}"
 
 
 def _encoded(image, suffix):

@@ -16,10 +16,7 @@ import re
 
 import numpy as np
 
-from irg_jax.evaluate import base
-from irg_jax.evaluate import clauses
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
+from irg_jax.evaluate import base, clauses, records, score
 from irg_jax.progress import counting
 
 FILES = pathlib.Path(__file__).parent / "files" / "geneval"
@@ -30,53 +27,32 @@ TASKS = tuple(COUNTS)
 _FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
 
-def score_image(record: dict, options: clauses.Options = clauses.Options(), details: bool = True) -> dict:
-  """The line of the official results.jsonl for one record of detections.
+def verdict(metadata: dict, detections: dict, options: clauses.Options = clauses.Options()):
+  """The faults of an image, a line each in the official words; empty: it is right.
 
   Args:
-    details: also "details", the kept boxes of all classes; without it only the classes that
-      the prompt speaks of are looked at, which is what the verdict needs.
+    metadata: the prompt's official record.
+    detections: boxes by class, as `clauses` documents them.
 
   Raises:
-    clauses.Unscorable: the record is malformed, or a colour that a clause needs is missing.
+    clauses.Unscorable: a box is malformed, or a colour that a clause needs is missing.
   """
-  metadata, detections = _metadata(record), record.get("detections")
   if not isinstance(detections, dict):
     raise clauses.Unscorable("no detections")
-  if not details:
-    named = {c["class"] for key in ("include", "exclude") for c in metadata.get(key, ())}
-    detections = {name: detections[name] for name in sorted(named & set(detections))}
-  objects = clauses.kept_boxes(detections, metadata["tag"], options)
-  reasons = verdict(metadata, objects, options)
-  result = {
-      "filename": record.get("filename", ""),
-      "tag": metadata["tag"],
-      "prompt": metadata["prompt"],
-      "correct": not reasons,
-      "reason": "\n".join(reasons),
-      "metadata": json.dumps(metadata),
-  }
-  if details:
-    kept = {name: [box.values.tolist() for box in boxes] for name, boxes in objects.items()}
-    result["details"] = json.dumps(kept)
-  return result
-
-
-def verdict(metadata: dict, objects: dict[str, list[clauses.Box]],
-            options: clauses.Options = clauses.Options()) -> list[str]:
-  """Why the image is wrong, a line a failure in the official words; empty: it is right."""
-  reasons, groups = [], []
+  named = {c["class"] for key in ("include", "exclude") for c in metadata.get(key, ())}
+  objects = clauses.kept_boxes({name: detections[name] for name in sorted(named & set(detections))},
+                               metadata["tag"], options)
+  faults, groups = [], []
   for clause in metadata.get("include", ()):
     found = objects.get(clause["class"], [])[: clause["count"]]
-    failure = _include_failure(clause, found, groups, options)
-    groups.append(None if failure else found)
-    if failure:
-      reasons.append(failure)
+    fault = _include_fault(clause, found, groups, options)
+    groups.append(None if fault else found)
+    faults += [fault] if fault else []
   for clause in metadata.get("exclude", ()):
     count = len(objects.get(clause["class"], []))
     if count >= clause["count"]:
-      reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
-  return reasons
+      faults.append(f"expected {clause['class']}<{clause['count']}, found {count}")
+  return faults
 
 
 def relations(a: np.ndarray, b: np.ndarray, position_threshold: float = 0.1) -> list[str]:
@@ -251,13 +227,13 @@ def _verdict_line(target, item, record, name, options):
       raise clauses.Unscorable("detected for another prompt", str(record["metadata"])[:100])
     if error := record.get("error"):
       raise clauses.Unscorable(*str(error).partition(": ")[::2])
-    result = score_image(record | {"metadata": item.extra}, options, details=False)
+    faults = verdict(item.extra, record.get("detections"), options)
   except clauses.Unscorable as e:
     target.unscored.add(name, e.reason, e.detail)
     return {"scores": {}, "why": str(e), "words": None}
-  target.summary.add(result)
-  return {"scores": {"correct": int(result["correct"])}, "why": None,
-          "words": result["reason"] or "correct"}
+  target.summary.add(not faults, item.extra["tag"], item.id)
+  return {"scores": {"correct": int(not faults)}, "why": None,
+          "words": "\n".join(faults) or "correct"}
 
 
 def _plain(metadata):
@@ -269,13 +245,13 @@ def _plain(metadata):
     return None
 
 
-def _include_failure(clause, found, groups, options):
+def _include_fault(clause, found, groups, options):
   """The line that says why an include clause fails, or None; `groups`: matches of the earlier."""
   name, count = clause["class"], clause["count"]
   if len(found) < count:
     return f"expected {name}>={count}, found {len(found)}"
-  if "color" in clause and (failure := _color_failure(clause, found)):
-    return failure
+  if "color" in clause and (fault := _color_fault(clause, found)):
+    return fault
   if "position" not in clause:
     return None
   relation, target = clause["position"]
@@ -289,7 +265,7 @@ def _include_failure(clause, found, groups, options):
   return None
 
 
-def _color_failure(clause, found):
+def _color_fault(clause, found):
   name, count, color = clause["class"], clause["count"], clause["color"]
   colors = [box.color for box in found]
   if unknown := [c for c in colors if c not in clauses.COLORS]:
@@ -299,12 +275,3 @@ def _color_failure(clause, found):
     return None
   seen = ", ".join(f"{colors.count(c)} {c}" for c in clauses.COLORS if c in colors)
   return f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {seen}"
-
-
-def _metadata(record):
-  metadata = record.get("metadata") if isinstance(record, dict) else None
-  if isinstance(metadata, str):
-    metadata = json.loads(metadata)
-  if not isinstance(metadata, dict) or not {"tag", "prompt"} <= set(metadata):
-    raise clauses.Unscorable("no metadata", "the record needs the prompt's tag, include and prompt")
-  return metadata

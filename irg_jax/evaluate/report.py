@@ -12,6 +12,7 @@ import urllib.parse
 
 from irg_jax import evaluate
 from irg_jax.evaluate import base
+from irg_jax.evaluate.records import read_lines
 from irg_jax.evaluate.score import ITEMS, SCORES
 from irg_jax.reports import pages, tables
 from irg_jax.storage import write_text
@@ -73,11 +74,8 @@ def columns() -> list[str]:
 
 def published_rows() -> dict[str, dict[str, float]]:
   """Published figures of the main table, by row and column."""
-  rows = {}
-  for benchmark in evaluate.BENCHMARKS.values():
-    for name, values in benchmark.published.items():
-      rows.setdefault(name, {}).update(values)
-  return rows
+  return {name: {c: v for b in evaluate.BENCHMARKS.values()
+                 for c, v in b.published.get(name, {}).items()} for name in base.PUBLISHED}
 
 
 def caveats() -> list[str]:
@@ -186,20 +184,17 @@ def show(value: float | None, column: str = "") -> str:
 
 
 def write_pages(run: Scored, folder) -> list[str]:
-  """Writes the pages of a run's prompts into `folder`; returns their names, in order.
-
-  Only the places of the lines of items.jsonl are held, not the lines.
-  """
-  folder, places = pathlib.Path(folder), _places(run.out / ITEMS)
-  ids, names = list(places), []
-  with open(run.out / ITEMS, "rb") as file:
-    for start in range(0, len(ids), _PROMPTS_A_PAGE):
-      chosen = ids[start : start + _PROMPTS_A_PAGE]
-      names.append(f"{run.benchmark.name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
-      write_text(folder / names[-1], pages.render(
-          "evaluation_prompts", total=len(ids),
-          title=f"{run.benchmark.title}, prompts {start + 1} to {start + len(chosen)}",
-          prompts=[_prompt(run, folder, _lines(file, places[i])) for i in chosen]))
+  """Writes the pages of a run's prompts into `folder`; returns their names, in order."""
+  folder, by_id, names = pathlib.Path(folder), {}, []
+  for _, line in read_lines(run.out / ITEMS):
+    by_id.setdefault(line["id"], []).append(line)
+  for start in range(0, len(by_id), _PROMPTS_A_PAGE):
+    chosen = list(by_id.values())[start : start + _PROMPTS_A_PAGE]
+    names.append(f"{run.benchmark.name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
+    write_text(folder / names[-1], pages.render(
+        "evaluation_prompts", total=len(by_id),
+        title=f"{run.benchmark.title}, prompts {start + 1} to {start + len(chosen)}",
+        prompts=[_prompt(run, folder, lines) for lines in chosen]))
   for path in folder.glob(f"{run.benchmark.name}-*.html"):  # of an earlier and longer report
     if re.fullmatch(rf"{run.benchmark.name}-\d{{3,}}\.html", path.name) and path.name not in names:
       path.unlink()
@@ -243,24 +238,6 @@ def _words(line):
     parts.append(f"cell {int(cell) + 1}")
     parts += [f"  {q} {a}" for q, a in said.items()] if isinstance(said, dict) else [f"  {said}"]
   return "\n".join(parts)
-
-
-def _places(path):
-  """{prompt id: positions of its lines}, in the order of the file."""
-  places, position = {}, 0
-  with open(path, "rb") as file:
-    for line in file:
-      places.setdefault(json.loads(line)["id"], []).append(position)
-      position += len(line)
-  return places
-
-
-def _lines(file, positions):
-  lines = []
-  for position in positions:
-    file.seek(position)
-    lines.append(json.loads(file.readline()))
-  return lines
 
 
 def _coverage(run):

@@ -8,16 +8,11 @@ IRG ship takes the plain mean of the six. Both are reported, side by side.
   images       roundN/901.png
 """
 
-import dataclasses
 import re
 
-from irg_jax.evaluate import base
-from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
+from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "scores"  # its name in the key of an answer
-
 TEMPLATE = questions.Template(
     system="You grade pictures and you are hard to please. Only what can be seen counts.",
     user="""\
@@ -44,132 +39,89 @@ Aesthetic Quality: 0, 1 or 2""")
 
 FIELDS = ("consistency", "realism", "aesthetic_quality")
 FIELD_WEIGHTS = (0.7, 0.2, 0.1)  # of a score from 0 to 2 each
-
-_NAMES = r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}"
-_OFFICIAL = re.compile(_NAMES + r"\s*:?\s*(\d)", re.IGNORECASE)
-_BAGEL = re.compile(_NAMES + r"\s*[:：]?\s*(\d)", re.IGNORECASE)
-_LONE_DIGIT = re.compile(r"\s*([012])\s*")
-_VERIFIED = re.compile(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])(?!\d)", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """Which ids a category holds (first and last), and what it weighs in the overall."""
-
-  name: str
-  ranges: dict
-  weights: dict
-  groups: tuple = ((1, 400), (401, 700), (701, 1000))  # the files: as many records as ids
-
-  def category(self, number: int) -> str | None:
-    """The category of a prompt_id; None outside all."""
-    return next((name for name, (first, last) in self.ranges.items() if first <= number <= last),
-                None)
-
-
-LEGACY = Variant(
-    "WISE",
-    {"CULTURE": (1, 400), "TIME": (401, 567), "SPACE": (568, 700), "BIOLOGY": (701, 800),
-     "PHYSICS": (801, 900), "CHEMISTRY": (901, 1000)},
-    {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1,
-     "CHEMISTRY": 0.1})
-VERIFIED = Variant(
-    "WISE_Verified",
-    {"CULTURE": (1, 400), "TIME": (401, 520), "SPACE": (521, 640), "BIOLOGY": (641, 760),
-     "PHYSICS": (761, 880), "CHEMISTRY": (881, 1000)},
-    {"CULTURE": 0.4, "TIME": 0.12, "SPACE": 0.12, "BIOLOGY": 0.12, "PHYSICS": 0.12,
-     "CHEMISTRY": 0.12})
+# First and last id of each category, and its weight in the official overall.
+RANGES = {"CULTURE": (1, 400), "TIME": (401, 567), "SPACE": (568, 700), "BIOLOGY": (701, 800),
+          "PHYSICS": (801, 900), "CHEMISTRY": (901, 1000)}
+WEIGHTS = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1,
+           "CHEMISTRY": 0.1}
+FILES = {"cultural_common_sense": (1, 400), "spatio-temporal_reasoning": (401, 700),
+         "natural_science": (701, 1000)}  # and their ids
 IDS = range(1, 1001)
 
+_SCORE = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)",
+                    re.IGNORECASE)
+_LONE_DIGIT = re.compile(r"\s*([012])\s*")
 
-def parse(text: str, bagel: bool = False) -> dict[str, float]:
+
+def parse(text: str) -> dict[str, float]:
   """The scores that the judge's text holds; a name that it lacks is absent, never a number.
 
-  The last mention of a name wins. The official parser falls back on three lone digits where no
-  name is found; BAGEL's does not, but takes a full-width colon.
+  The last mention of a name wins. Where no name is found, three lone digits do.
   """
-  pattern = _BAGEL if bagel else _OFFICIAL
-  scores = {name.lower().replace(" ", "_"): float(digit) for name, digit in pattern.findall(text)}
-  if scores or bagel:
-    return scores
+  found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _SCORE.findall(text)}
+  if found:
+    return found
   lone = [m[1] for m in map(_LONE_DIGIT.fullmatch, text.splitlines()) if m]
   return dict(zip(FIELDS, map(float, lone))) if len(lone) >= 3 else {}
 
 
-def parse_verified(text: str) -> dict[str, float]:
-  """The one score, 0 or 1, that the judge of the 2026 variant gives; empty without one."""
-  if found := _VERIFIED.findall(text):
-    return {"score": float(found[-1])}
-  lone = text.strip()
-  return {"score": float(lone)} if lone in ("0", "1") else {}
+def item_score(scores: dict[str, float]) -> float:
+  """WiScore, from 0 to 1, of the three scores."""
+  return sum(w * scores[f] for w, f in zip(FIELD_WEIGHTS, FIELDS)) / 2
 
 
-def item_score(record: dict) -> float:
-  """WiScore, from 0 to 1, of a record with the three scores (or the variant's one)."""
-  if "score" in record:
-    return float(record["score"])
-  return sum(w * record[f] for w, f in zip(FIELD_WEIGHTS, FIELDS)) / 2
+def category(number: int, ranges=RANGES) -> str | None:
+  """The category of a prompt_id; None outside all."""
+  return next((n for n, (first, last) in ranges.items() if first <= number <= last), None)
 
 
 class Summary:
-  """Adds up records {"prompt_id": int, "consistency": .., "realism": .., "aesthetic_quality": ..}.
+  """Adds up items of one round. `ranges` and `weights` as RANGES and WEIGHTS.
 
-  The variant WISE_Verified has "score" in the place of the three.
+  Attributes:
+    unscored: items without a score.
+    present: ids that came, with a score or without.
   """
 
-  def __init__(self, variant: Variant = LEGACY):
-    self.variant = variant
-    self.unscored = base.Unscored()
-    self._categories = {name: base.Mean() for name in variant.ranges}
-    self._groups = [0] * len(variant.groups)  # records with a score
-    self._present = set()  # of at most 1000 ids
+  name = "WISE"
 
-  def add(self, record: dict | None, where: str = "") -> None:
-    """Counts a record, or says why not; None stands for a line that is not JSON."""
-    where = where or f"prompt_id {record.get('prompt_id') if record else '?'}"
-    if record is None:
-      return self.unscored.add(where, "not JSON")
-    number = record.get("prompt_id")
-    if not isinstance(number, int):
-      return self.unscored.add(where, "no integer prompt_id", str(number))
-    category = self.variant.category(number)
-    if category is None:
-      return self.unscored.add(where, "prompt_id outside 1 to 1000", str(number))
-    self._present.add(number)
-    fields = FIELDS if self.variant is LEGACY else ("score",)
-    if not all(base.is_number(record.get(f)) for f in fields):
-      return self.unscored.add(where, "no score", str({f: record.get(f) for f in fields}))
-    if fields == ("score",) and record["score"] not in (0, 1):
-      return self.unscored.add(where, "score is not 0 or 1", str(record["score"]))
-    self._categories[category].add(item_score(record))
-    for i, (first, last) in enumerate(self.variant.groups):
-      self._groups[i] += first <= number <= last
+  def __init__(self, ranges=RANGES, weights=WEIGHTS):
+    self.unscored, self.present = base.Unscored(), set()
+    self._ranges, self._weights = ranges, weights
+    self._means = {name: base.Mean() for name in ranges}
+    self._in_file = dict.fromkeys(FILES, 0)  # items with a score
+
+  def add(self, number: int, wiscore: float) -> None:
+    """Adds the WiScore of a prompt_id."""
+    self.present.add(number)
+    self._means[category(number, self._ranges)].add(wiscore)
+    self._in_file[category(number, FILES)] += 1
 
   def value(self) -> dict:
     """Means by category and both overalls.
 
     `weighted` is given as the official script does: only when every id from 1 to 1000 is in
-    some record. `unweighted` as BAGEL's: only when no record lacks a score and each third is
+    some record. `unweighted` as BAGEL's: only when no record lacks a score and each file is
     full. `weighted_partial` and `unweighted_partial` are of what has a score, whatever is
     missing; None where a whole category is.
     """
-    means = {name: mean.value() for name, mean in self._categories.items()}
+    means = {name: mean.value() for name, mean in self._means.items()}
     weighted = unweighted = None
     if all(value is not None for value in means.values()):
-      weighted = sum(self.variant.weights[name] * value for name, value in means.items())
+      weighted = sum(self._weights[name] * value for name, value in means.items())
       unweighted = sum(means.values()) / len(means)
-    absent = [i for i in IDS if i not in self._present]
-    sizes = [last - first + 1 for first, last in self.variant.groups]
-    full = not self.unscored.total() and all(n >= s for n, s in zip(self._groups, sizes))
+    absent = [i for i in IDS if i not in self.present]
+    full = not self.unscored.total() and all(
+        self._in_file[name] >= last - first + 1 for name, (first, last) in FILES.items())
     return {
-        "variant": self.variant.name,
+        "variant": self.name,
         "categories": {name: {"score": means[name], "count": mean.count}
-                       for name, mean in self._categories.items()},
+                       for name, mean in self._means.items()},
         "weighted": None if absent else weighted,
         "unweighted": unweighted if full else None,
         "weighted_partial": weighted,
         "unweighted_partial": unweighted,
-        "items": sum(mean.count for mean in self._categories.values()),
+        "items": sum(mean.count for mean in self._means.values()),
         "absent_ids": absent[:20],  # of all, the first few
         "absent": len(absent),
         "unscored": self.unscored.summary(),
@@ -180,7 +132,7 @@ class Scorer:
   """Adds up a round's answers, three scores each; see `score`."""
 
   def __init__(self):
-    self._summary, self._unscored = Summary(), base.Unscored()
+    self._summary = Summary()
 
   def add(self, item, answers) -> dict:
     answer, scores = answers.get((0, QUESTION)), {}
@@ -189,28 +141,27 @@ class Scorer:
       if absent := [f for f in FIELDS if f not in scores]:
         why = f"unparsable: no {', no '.join(absent)}"
     if why:
-      self._unscored.add(item.id, *why.partition(": ")[::2])
+      self._summary.unscored.add(item.id, *why.partition(": ")[::2])
       return score.item_line(answer, {}, why)
-    record = {"prompt_id": item.extra["prompt_id"], **scores}
-    self._summary.add(record)
-    return score.item_line(answer, scores | {"WiScore": item_score(record)})
+    self._summary.add(item.extra["prompt_id"], item_score(scores))
+    return score.item_line(answer, scores | {"WiScore": item_score(scores)})
 
   def value(self) -> dict:
-    return self._summary.value() | {"unscored": self._unscored.summary()}
+    return self._summary.value()
 
 
 class Wise(base.Benchmark):
   """The protocol of WISE."""
 
   name, title = "wise", "WISE"
-  published_counts = {name: last - first + 1 for name, (first, last) in LEGACY.ranges.items()}
+  published_counts = {name: last - first + 1 for name, (first, last) in RANGES.items()}
   columns = ("WISE, plain mean", "WISE, weighted")
   # In the column of the formula that gives the published figure.
   published = dict(zip(base.PUBLISHED, (
       {"WISE, plain mean": 0.52}, {"WISE, plain mean": 0.70}, {"WISE, plain mean": 0.77})))
   published_categories = dict(zip(base.PUBLISHED, (
-      dict(zip((*LEGACY.ranges, "plain mean"), (0.44, 0.55, 0.68, 0.44, 0.60, 0.39, 0.52))),
-      dict(zip((*LEGACY.ranges, "plain mean"), (0.76, 0.69, 0.75, 0.65, 0.75, 0.58, 0.70))))))
+      dict(zip((*RANGES, "plain mean"), (0.44, 0.55, 0.68, 0.44, 0.60, 0.39, 0.52))),
+      dict(zip((*RANGES, "plain mean"), (0.76, 0.69, 0.75, 0.65, 0.75, 0.58, 0.70))))))
   caveats = (
       "WISE: BAGEL's figures are plain means of the six categories (0.517, self-CoT 0.697); the "
       "official weights make 0.501 and 0.717 of the same categories. IRG's 0.77 is most likely a "
@@ -218,34 +169,31 @@ class Wise(base.Benchmark):
       "WISE: the official judge is gpt-4o-2024-05-13; BAGEL and IRG used gpt-4o-2024-11-20. "
       "WISE_Verified of 2026 has other prompts, another judge and other weights.",
       "WISE: a review quotes the paper's Table 4 with 0.79 for IRG's first round and 0.77 for its "
-      "second, so the second round need not be the better one.",
-  )
+      "second, so the second round need not be the better one.")
   official = base.Official(
       "gpt-4o-2024-05-13 (BAGEL's and IRG's script: gpt-4o-2024-11-20)", 0.0, 2000)
   templates = {"wise": (TEMPLATE, ("prompt", "explanation"))}
-  images_help = "1"
+  images_help, tasks_help, sources = "1", "WISE's categories (CULTURE, ...)", "the judge."
   example_prompts = "WISE/data"
   example_score = "--judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20"
-  more_examples = {"generate": ("--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
-                                "      --process-id 0 --num-processes 4    on the first of four hosts",)}
-  sources = "the judge."
-  tasks_help = "WISE's categories (CULTURE, ...)"
+  more_examples = {"generate": (
+      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
+      "      --process-id 0 --num-processes 4    on the first of four hosts",)}
 
   def read_items(self, path):
     entries = [entry for file in _files(path) for entry in records.json_records(file)]
     for entry in entries:
       for name in ("Prompt", "Explanation", "Category", "Subcategory"):
         records.field(entry, name, str)
-      if not 1 <= records.field(entry, "prompt_id", int) <= 1000:
+      if records.field(entry, "prompt_id", int) not in IDS:
         raise ValueError(f"{entry.where}: prompt_id {entry.record['prompt_id']} is not from 1 to "
                          "1000")
     records.check_unique(entries, [f"prompt_id {e.record['prompt_id']}" for e in entries])
-    entries.sort(key=lambda e: e.record["prompt_id"])
     return [base.Item(self.name, str(e.record["prompt_id"]), e.record["Prompt"], 1, e.record)
-            for e in entries]
+            for e in sorted(entries, key=lambda e: e.record["prompt_id"])]
 
   def tasks(self, item):
-    return (LEGACY.category(int(item.id)),)
+    return (category(int(item.id)),)
 
   def image_path(self, item, image, round):
     return base.round_root(round) / f"{item.id}.png"
@@ -263,8 +211,9 @@ class Wise(base.Benchmark):
     return dict(zip(self.columns, (summary["unweighted_partial"], summary["weighted_partial"])))
 
   def categories(self, summary):
-    return {name: summary["categories"][name]["score"] for name in LEGACY.ranges} | {
-        "plain mean": summary["unweighted_partial"], "weighted": summary["weighted_partial"]}
+    scores = {name: entry["score"] for name, entry in summary["categories"].items()}
+    return scores | {"plain mean": summary["unweighted_partial"],
+                     "weighted": summary["weighted_partial"]}
 
 
 WISE = Wise()
@@ -273,8 +222,7 @@ WISE = Wise()
 def _files(path):
   if path.is_file():
     return [path]
-  three = [path / f"{name}.json" for name in (
-      "cultural_common_sense", "spatio-temporal_reasoning", "natural_science")]
+  three = [path / f"{name}.json" for name in FILES]
   if (path / "final_data.json").is_file() and not any(f.exists() for f in three):
     return [path / "final_data.json"]
   return [records.file_in(path, file.name) for file in three]

@@ -77,9 +77,8 @@ class Verified:
     except (OSError, ValueError) as e:
       self._unscored.add(str(path), "not an image of the mini world", str(e))
       return {"scores": {}, "why": str(e), "words": None, "grid": None}
-    result = {"correct": verdict.correct, "tag": item.extra["tag"], "metadata": item.id}
-    self._all.add(result)
-    self._splits[item.extra["split"]].add(result)
+    for summary in (self._all, self._splits[item.extra["split"]]):
+      summary.add(verdict.correct, item.extra["tag"], item.id)
     return {"scores": {"correct": int(verdict.correct)}, "why": None,
             "words": ", ".join(verdict.faults) or RIGHT, "grid": seen_grid(verdict.seen)}
 

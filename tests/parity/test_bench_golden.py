@@ -20,7 +20,6 @@ from conftest import ROOT
 import official
 from irg_jax.evaluate import base
 from irg_jax.evaluate import genai_bench
-from irg_jax.evaluate import geneval
 from irg_jax.evaluate import oneig
 from irg_jax.evaluate import records as records_lib
 from irg_jax.evaluate import tiif
@@ -92,7 +91,7 @@ def test_geneval_decisions(path):
   records = lines(path)
   assert len(records) == len(expected)
   for record, want in zip(records, expected):
-    got = geneval.score_image(record)
+    got = official.score_image(record)
     assert got["filename"] == want["filename"]
     assert got["correct"] == want["correct"], want["filename"]
     reasons = got["reason"].split("\n") if got["reason"] else []
@@ -109,23 +108,24 @@ def _unordered(reason):
 @pytest.mark.parametrize("path", listed("wise/*/expected.json"))
 def test_wise_categories_and_both_overalls(path):
   expected = read(path)
-  official = expected.get("official_legacy") or expected["official"]
-  variant = wise.LEGACY if "official_legacy" in expected else wise.VERIFIED
-  summary = wise.Summary(variant)
+  want = expected.get("official_legacy") or expected["official"]
+  verified = "official_legacy" not in expected
+  summary = wise.Summary(**official.WISE_VERIFIED if verified else {})
   files = expected.get("file_order") or sorted(p.name for p in path.parent.glob("*.jsonl"))
   for name in files:
     for number, record in records_lib.read_lines(path.parent / name):
-      summary.add(record, f"{name}:{number}")
+      official.add_wise_record(summary, record, f"{name}:{number}",
+                               ("score",) if verified else wise.FIELDS)
   got = summary.value()
-  for name, want in official["exact_category_avg"].items():
-    assert got["categories"][name]["score"] == near(want)
-  for name, want in official["categories"].items():
-    assert f"{got['categories'][name]['score']:.2f}" == want["avg_printed"]
-    assert got["categories"][name]["count"] == want["n"]
-  assert got["unscored"]["total"] == official["warnings"]
-  assert got["weighted"] == near(official["exact_overall"])
-  if official["overall_printed"]:
-    assert f"{got['weighted']:.2f}" == official["overall_printed"]
+  for name, average in want["exact_category_avg"].items():
+    assert got["categories"][name]["score"] == near(average)
+  for name, of in want["categories"].items():
+    assert f"{got['categories'][name]['score']:.2f}" == of["avg_printed"]
+    assert got["categories"][name]["count"] == of["n"]
+  assert got["unscored"]["total"] == want["warnings"]
+  assert got["weighted"] == near(want["exact_overall"])
+  if want["overall_printed"]:
+    assert f"{got['weighted']:.2f}" == want["overall_printed"]
   if bagel := expected.get("bagel_irg_cal_score"):
     _check_bagel(got, bagel)
 
@@ -136,7 +136,7 @@ def _check_bagel(got, bagel):
     return
   assert got["unweighted"] == near(bagel["exact_overall_unweighted_mean"])
   assert f"{got['unweighted']:.2f}" == bagel["printed"]["Overall"]
-  names = {"CULTURE": "Cultural"} | {n: n.title() for n in list(wise.LEGACY.ranges)[1:]}
+  names = {"CULTURE": "Cultural"} | {n: n.title() for n in list(wise.RANGES)[1:]}
   for name, theirs in names.items():
     score = got["categories"][name]["score"]
     assert score == near(bagel["exact"][theirs])
@@ -149,9 +149,9 @@ def test_wise_parsers(path):
   for case in cases["legacy"]:
     assert wise.parse(case["text"]) == case["official_legacy"], case["text"]
     missing = dict.fromkeys(wise.FIELDS, 9.9)  # how that script marks a score that it lacks
-    assert missing | wise.parse(case["text"], bagel=True) == case["bagel_irg"], case["text"]
+    assert missing | official.parse_bagel(case["text"]) == case["bagel_irg"], case["text"]
   for case in cases["verified"]:
-    assert wise.parse_verified(case["text"]) == case["scores"], case["text"]
+    assert official.parse_verified(case["text"]) == case["scores"], case["text"]
 
 
 def write_results(path, folder):
@@ -239,7 +239,7 @@ def test_genai_bench_means(path):
     assert got["tags"][tag]["score"] == near(want), tag
     assert got["tags"][tag]["deviation"] == near(expected["exact_std_unbiased"][tag]), tag
   for group, tags in expected["printed"].items():
-    assert set(tags) == set(genai_bench.TAG_GROUPS[group])
+    assert set(tags) == set(official.TAG_GROUPS[group])
     for tag, want in tags.items():
       assert official.genai_printed(got["tags"][tag]) == (want["mean"], want["std"])
   text = (path.parent / "official_stdout.txt").read_text()
