@@ -202,8 +202,8 @@ def test_data_of_another_size_is_refused(both, tmp_path, capsys):
   train_runs.irgl_rows.write_mode(other, [train_runs.irgl_rows.good(0)], train_runs.MODES[0],
                                   "part-1.parquet")
   assert train(other, both[0]) == 2
-  assert f"has {train_runs.ROWS + 1} records, but the run was started with" in \
-      capsys.readouterr().err
+  assert (f"--data {other}: the run was started with records.{train_runs.MODES[0]}="
+          f"{train_runs.ROWS}, not {train_runs.ROWS + 1}") in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Input feed: packed batches of each process to global arrays on the mesh, one batch ahead."""
 
 import concurrent.futures
+import contextlib
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from irg_jax.sharding import partition_spec
 from irg_jax.train.step import batch_shardings
 
 
-class Feed:
+class Feed(contextlib.ExitStack):
   """Iterates over (global batch, data state after it). A context manager.
 
   A thread reads, packs and places the next batch while the device runs the current step.
@@ -22,16 +23,11 @@ class Feed:
   """
 
   def __init__(self, batches, rows: int, accumulate: int, mesh):
+    super().__init__()
     self._batches, self._rows, self._accumulate, self._mesh = batches, rows, accumulate, mesh
-    self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    self._next = None
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._thread.shutdown(cancel_futures=True)
-    self._batches.close()
+    self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
+    self.callback(batches.close)
+    self.callback(self._thread.shutdown, cancel_futures=True)  # runs first
 
   def __next__(self):
     """(Batch of global arrays, this process's data state by stream after that batch)."""
@@ -46,20 +42,13 @@ class Feed:
     return place(batch, self._rows, self._mesh), state
 
 
-def global_shapes(batch, rows: int):
-  """ShapeDtypeStructs of the global batch of `rows` rows, given one process's part of it."""
-  axis = batch.text_ids.ndim - 2  # of the rows: 1 under accumulation
-  shape = lambda x: (*x.shape[:axis], rows, *x.shape[axis + 1:])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), batch)
-
-
 def place(batch, rows: int, mesh):
   """Global arrays from the numpy arrays of each process, which hold that process's rows."""
-  axis = batch.text_ids.ndim - 2
-  number, count = row_block(rows, mesh)
-  local = {row: i for i, row in enumerate(row_blocks(rows, mesh)[number])}
-  shapes = global_shapes(batch, rows)
-  assert batch.text_ids.shape[axis] * count == rows
+  axis = batch.text_ids.ndim - 2  # of the rows: 1 under accumulation
+  local = {row: i for i, row in enumerate(_rows_by_process(rows, mesh)[jax.process_index()])}
+  assert batch.text_ids.shape[axis] == len(local)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      (*x.shape[:axis], rows, *x.shape[axis + 1:]), x.dtype), batch)
 
   def globalize(x, shape, sharding):
     def shard(index):
@@ -73,10 +62,7 @@ def place(batch, rows: int, mesh):
 def row_block(rows: int, mesh) -> tuple[int, int]:
   """The part of the global batch that this process feeds: (its number, number of parts)."""
   blocks = row_blocks(rows, mesh)
-  sharding = _row_sharding(rows, mesh)
-  index = next(iter(sharding.addressable_devices_indices_map((rows,)).values()))
-  row = range(rows)[index[0]][0]
-  return next(i for i, block in enumerate(blocks) if row in block), len(blocks)
+  return blocks.index(_rows_by_process(rows, mesh)[jax.process_index()]), len(blocks)
 
 
 def row_blocks(rows: int, mesh) -> list[list[int]]:
@@ -89,10 +75,8 @@ def row_blocks(rows: int, mesh) -> list[list[int]]:
   Raises:
     ValueError: processes that share some, but not all of their rows; too few rows.
   """
-  by_process = {}
-  for device, index in _row_sharding(rows, mesh).devices_indices_map((rows,)).items():
-    by_process.setdefault(device.process_index, set()).update(range(rows)[index[0]])
-  blocks = sorted(set(map(frozenset, by_process.values())), key=min)
+  by_process = _rows_by_process(rows, mesh)
+  blocks = sorted(set(map(tuple, by_process.values())))
   split = mesh.shape["data"] * mesh.shape["fsdp"]
   if len(by_process) > 1 and rows % split:
     raise ValueError(f"config field 'data.rows' is {rows}, but must be a multiple of the "
@@ -100,7 +84,14 @@ def row_blocks(rows: int, mesh) -> list[list[int]]:
   if sum(map(len, blocks)) != rows or len(set(map(len, blocks))) > 1:
     raise ValueError(f"mesh {dict(mesh.shape)}: hosts share some of their rows, but not all; "
                      "make sequence and tensor a multiple or a divisor of a host's devices")
-  return [sorted(block) for block in blocks]
+  return [list(block) for block in blocks]
+
+
+def _rows_by_process(rows, mesh) -> dict[int, list[int]]:
+  by_process = {}
+  for device, index in _row_sharding(rows, mesh).devices_indices_map((rows,)).items():
+    by_process.setdefault(device.process_index, set()).update(range(rows)[index[0]])
+  return {process: sorted(held) for process, held in by_process.items()}
 
 
 def _row_sharding(rows, mesh):

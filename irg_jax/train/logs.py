@@ -1,6 +1,7 @@
 """Metrics of a run: terminal line, TensorBoard, one JSON line per step; profiler traces."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ class NonFiniteLoss(ValueError):
   """Training has diverged."""
 
 
-class Log:
+class Log(contextlib.ExitStack):
   """The log of one stage. A context manager.
 
   Args:
@@ -40,33 +41,34 @@ class Log:
 
   def __init__(self, folder, stage: str, *, start: int, total: int, every: int, step_flops,
                peak_flops: float, stream=None):
+    super().__init__()
     self._stage, self._total, self._every = stage, total, every
     self._step_flops, self._peak = step_flops, peak_flops
-    self._silent = folder is None
     self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
+    self._silent = folder is None
     if not self._silent:
-      folder = pathlib.Path(folder)
-      self._lines = open(folder / FILE, "a", encoding="utf-8", buffering=1)
-      # Otherwise the points of lost steps would appear twice once the steps are made again.
-      self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / stage),
-                                               purge_step=start + 1 if start else None)
-      self._terminal = _TerminalLine(stage, start, total, stream or sys.stderr)
+      self._open(pathlib.Path(folder), start, stream or sys.stderr)
 
-  def __enter__(self):
-    if not self._silent:
-      self._terminal.__enter__()
-    return self
-
-  def __exit__(self, *_):
-    if not self._silent:
-      self._terminal.__exit__()
-      self._board.close()
-      self._lines.close()
+  def _open(self, folder, start, stream):
+    self._lines = self.enter_context(open(folder / FILE, "a", encoding="utf-8", buffering=1))
+    # Otherwise the points of lost steps would appear twice once the steps are made again.
+    self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / self._stage),
+                                             purge_step=start + 1 if start else None)
+    self.callback(self._board.close)
+    self._stream, self._bar = stream, None
+    if stream.isatty():
+      self._bar = self.enter_context(progress.terminal_bar(stream, _BAR_WIDTH))
+      self._task = self._bar.add_task(f"{self._stage}: the first step compiles", completed=start,
+                                      total=self._total, unit="")
 
   def note(self, text: str) -> None:
     """Prints a line of text in the terminal."""
-    if not self._silent:
-      self._terminal.note(text)
+    if self._silent:
+      return
+    if self._bar:
+      self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    else:
+      print(text, file=self._stream, flush=True)
 
   def step(self, step: int, values: dict[str, float], samples: list) -> None:
     """Logs a step.
@@ -89,7 +91,7 @@ class Log:
       rates = self._rates()
       record |= _rounded(rates)
       self._plot(step, values | rates)
-      self._terminal.update(step, values | rates)
+      self._show(step, values | rates)
     print(json.dumps(record | {"samples": samples}), file=self._lines)
 
   def event(self, step: int, **content) -> None:
@@ -124,36 +126,13 @@ class Log:
       self._board.add_scalar(name, value, step)
     self._board.flush()
 
-
-class _TerminalLine:
-  """A progress bar with metrics in a terminal; a line of text per update elsewhere."""
-
-  def __init__(self, stage, start, total, stream):
-    self._stage, self._total, self._stream = stage, total, stream
-    self._bar = progress.terminal_bar(stream, _BAR_WIDTH) if stream.isatty() else None
+  def _show(self, step, values):
+    """Updates the progress bar of a terminal; prints a line elsewhere."""
     if self._bar:
-      text = f"{stage}: the first step compiles"
-      self._task = self._bar.add_task(text, completed=start, total=total, unit="")
-
-  def __enter__(self):
-    if self._bar:
-      self._bar.start()
-
-  def __exit__(self, *_):
-    if self._bar:
-      self._bar.stop()
-
-  def update(self, step, values):
-    if self._bar:
-      self._bar.update(self._task, completed=step, description=f"{self._stage}: {_short(values)}")
+      self._bar.update(self._task, completed=step,
+                       description=f"{self._stage}: {_summary(values, brief=True)}")
     else:
       self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
-
-  def note(self, text):
-    if self._bar:
-      self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-    else:
-      print(text, file=self._stream, flush=True)
 
 
 class LateMetrics:
@@ -284,20 +263,13 @@ def _rounded(values):
           for name, value in values.items()}
 
 
-def _summary(values) -> str:
-  parts = [f"loss {values['loss']:.4f}", f"ce {values['ce']:.4f}", f"mse {values['mse']:.4f}",
-           f"lr {values['learning_rate']:.3g}"]
+def _summary(values, brief: bool = False) -> str:
+  parts = [f"loss {values['loss']:.3f}"] if brief else [
+      f"loss {values['loss']:.4f}", f"ce {values['ce']:.4f}", f"mse {values['mse']:.4f}",
+      f"lr {values['learning_rate']:.3g}"]
   if "tokens_per_second" in values:
     parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
   if "flop_utilisation" in values:
-    parts.append(f"{values['flop_utilisation']:.1%} of peak")
-  return ", ".join(parts)
-
-
-def _short(values) -> str:
-  parts = [f"loss {values['loss']:.3f}"]
-  if "tokens_per_second" in values:
-    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
-  if "flop_utilisation" in values:
-    parts.append(f"{values['flop_utilisation']:.0%} peak")
+    share = values["flop_utilisation"]
+    parts.append(f"{share:.0%} peak" if brief else f"{share:.1%} of peak")
   return ", ".join(parts)

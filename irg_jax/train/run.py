@@ -117,7 +117,8 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) 
     sources = sources_lib.open_sources(
         path, modes, max_rejected=settings.data.max_rejected, progress=progress)
     records = {mode: len(source) for mode, source in sources.items()}
-    check_records(recorded, records, path)
+    runs.check_same({"records": {mode: recorded.get(mode, n) for mode, n in records.items()}},
+                    {"records": records}, f"--data {path}")
     base = pathlib.Path(settings.checkpoint or out / BASE)
     barrier("checked")  # no process may change the folder while another still checks it
     if is_first:
@@ -158,8 +159,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
   runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
-                  flag="--config.", free=FREE,
-                  renamed=config_lib.renamed(TrainSettings))
+                  flag="--config.", free=FREE, renamed=config_lib.renamed(TrainSettings))
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
@@ -167,7 +167,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
 
 
 def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
-  """The folder of the data; OUT/.sample, made if it is missing, for data.path "sample"."""
+  """The folder of the data. For data.path "sample", OUT/.sample, which is made if missing."""
   if settings.data.path != sample_set.NAME:
     return pathlib.Path(settings.data.path)
   folder = out / f".{sample_set.NAME}"
@@ -177,24 +177,8 @@ def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def check_records(recorded: dict, records: dict, path) -> None:
-  """Refuses data of another size than the run was started with.
-
-  Raises:
-    ValueError: names the mode.
-  """
-  for mode, count in records.items():
-    if recorded.get(mode, count) != count:
-      raise ValueError(f"--data {path}: mode {mode} has {count} records, but the run was started "
-                       f"with {recorded[mode]}: give the same data, or another --out")
-
-
 def check_base(settings: TrainSettings) -> None:
-  """Refuses to start from random weights unless the preset means it, or from another model.
-
-  Raises:
-    ValueError: names the field.
-  """
+  """Refuses weights of another model, and random weights unless the settings ask for them."""
   if not settings.checkpoint:
     if not settings.random_weights:
       raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
