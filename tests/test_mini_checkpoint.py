@@ -10,7 +10,7 @@ from irg_jax import sharding, weights
 from irg_jax.evaluate import score
 from irg_jax.generate import defaults, irg
 from irg_jax.generate import run as generate_run
-from irg_jax.mini import benchmark, report_tables, thoughts, vae, verifier, world
+from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.tokenizer import load_tokenizer
 
 FOLDER = defaults.CHECKPOINT
@@ -57,11 +57,12 @@ def assert_same(got, wanted):
 
 def test_it_is_small_and_its_card_holds_its_scores():
   assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 25e6
-  report = json.loads((FOLDER / score.SCORES).read_text())
+  recorded = json.loads((FOLDER / score.SCORES).read_text())
   card = (FOLDER / "README.md").read_text()
-  for table in report_tables.tables(report):
-    assert report_tables.markdown_table(*table) in card
-  assert report["test"]["prompts"] == 264 and set(report["arms"]["irg"]["rounds"]) == set("1234")
+  for table in report.tables(recorded):
+    assert report.markdown_table(*table) in card
+  assert recorded["test"]["prompts"] == 264
+  assert set(recorded["arms"]["irg"]["rounds"]) == set("1234")
 
 
 def test_both_images_of_the_demo_s_prompt_are_right(alone):
@@ -93,5 +94,5 @@ def test_the_autoencoder_alone_keeps_a_image_right():
   rng = np.random.default_rng(9)
   records = [world.training_record(rng) for _ in range(128)]
   assert np.mean(vae.round_trip(config.vae, params["vae"], records, rng)) >= 0.97
-  report = json.loads((FOLDER / score.SCORES).read_text())["autoencoder"]
-  assert report["right"] >= 0.99 * report["pictures"] and report["pictures"] == 528
+  recorded = json.loads((FOLDER / score.SCORES).read_text())["autoencoder"]
+  assert recorded["right"] >= 0.99 * recorded["pictures"] and recorded["pictures"] == 528

@@ -21,11 +21,10 @@ from irg_jax.evaluate.generate import fingerprint
 from irg_jax.generate import defaults, request
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import (
-    benchmark, evaluate, figures, plots, report, report_page, report_tables, thoughts, verifier,
-    world)
+from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.mini import settings as mini_settings
 from irg_jax.mini.world import paint
+from irg_jax.reports import plots
 from mini_records import records_of_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -66,12 +65,12 @@ def scene_of(record, right, rng):
 
 
 def scored(folder):
-  evaluate.score_new(folder)
+  report.score_new(folder)
   return json.loads((folder / score.SCORES).read_text())
 
 
 def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
-  """Pictures, traces and scores as `evaluate.evaluate` leaves them."""
+  """Pictures, traces and scores as `report.evaluate` leaves them."""
   items, rng = benchmark.MINI.read(), np.random.default_rng(0)
   for (i, image), rights in patterns.items():
     item, rounds, verdict = items[i], [], None
@@ -135,25 +134,25 @@ def test_images_are_scored_anew_only_if_they_or_the_verifier_are_new(tmp_path, m
   asked = []
   add = benchmark.Verified.add
   monkeypatch.setattr(benchmark.Verified, "add", lambda *a: asked.append(a[2].name) or add(*a))
-  evaluate.score_new(tmp_path)
+  report.score_new(tmp_path)
   assert asked == []
   source = tmp_path / benchmark.MINI.image_path(benchmark.MINI.read()[0], 0, 1)
   source.with_name("00001.png").write_bytes(source.read_bytes())
-  evaluate.score_new(tmp_path)
+  report.score_new(tmp_path)
   assert asked == ["00000.png", "00001.png"]
   monkeypatch.setattr(benchmark, "protocol", lambda: {"verifier": "another"})
-  evaluate.score_new(tmp_path)
+  report.score_new(tmp_path)
   assert len(asked) == 4
 
 
 def test_changes_between_rounds_are_counted_against_what_could_change(arm):
-  got = figures.arm_figures(figures.read(arm[0]))["rounds"]["2"]
+  got = benchmark.arm_figures(benchmark.read(arm[0]))["rounds"]["2"]
   assert got["changes"]["right_to_wrong"] == {"count": 1, "of": 3, "share": pytest.approx(1 / 3)}
   assert got["changes"]["wrong_to_right"] == {"count": 4, "of": 5, "share": pytest.approx(0.8)}
 
 
 def test_a_reflection_is_held_against_what_the_verifier_sees(arm):
-  got = figures.arm_figures(figures.read(arm[0]))["rounds"]
+  got = benchmark.arm_figures(benchmark.read(arm[0]))["rounds"]
   talk = got["2"]["reflections"]
   count = {name: (value["count"], value["of"]) for name, value in talk.items()}
   assert count == {"readable": (8, 8), "faults_named": (5, 8), "wrong_faults_named": (3, 5),
@@ -168,7 +167,7 @@ def test_gibberish_names_no_fault(tmp_path):
   content = json.loads(trace.read_text())
   content["rounds"][1]["think"] = "<think> blue blue </think>"
   trace.write_text(json.dumps(content))
-  talk = figures.reflections(figures.read(tmp_path), 2)
+  talk = benchmark.reflections(benchmark.read(tmp_path), 2)
   assert {v["count"] for v in talk.values()} == {0} and talk["right_doubted"]["share"] is None
 
 
@@ -177,23 +176,23 @@ def test_an_interval_is_around_the_mean_over_tasks_and_narrows_with_prompts():
   tags = np.array(["a"] * 30 + ["b"] * 10 + ["c"] * 5)
   values = rng.integers(0, 5, 45) / 4
   values[3] = np.nan
-  got = figures.interval(values, tags)
+  got = benchmark.interval(values, tags)
   means = [np.nanmean(values[tags == t]) for t in "abc"]
   assert got["value"] == pytest.approx(np.mean(means)) and got["prompts"] == 44
   assert got["low"] < got["value"] < got["high"]
   spread = np.sqrt(sum(np.nanvar(values[tags == t]) / (~np.isnan(values[tags == t])).sum()
                        for t in "abc")) / 3
   assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * spread, rel=0.1)
-  more = figures.interval(np.tile(values, 9), np.tile(tags, 9))
+  more = benchmark.interval(np.tile(values, 9), np.tile(tags, 9))
   assert more["high"] - more["low"] < 0.4 * (got["high"] - got["low"])
-  assert figures.interval(values, tags) == got
-  assert figures.interval(np.full(3, np.nan), tags[:3]) is None
+  assert benchmark.interval(values, tags) == got
+  assert benchmark.interval(np.full(3, np.nan), tags[:3]) is None
 
 
 def test_a_paired_difference_is_sure_where_each_prompt_improves_alike():
   items = benchmark.MINI.read()
   before = np.random.default_rng(0).integers(0, 4, len(items)) / 4
-  got = figures.difference([*(before + 0.25)[:-1], None], before, items)
+  got = benchmark.difference([*(before + 0.25)[:-1], None], before, items)
   for split, count in (("all", 263), ("seen", 168), ("unseen", 95)):
     assert got[split] == {"value": 0.25, "low": 0.25, "high": 0.25, "prompts": count}
 
@@ -225,7 +224,7 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
   page = (run_folder / "report" / "index.html").read_text()
   assert not re.findall(r'(?:src|href)="(?!data:)', page)
   kinds = re.findall(r'<p class="label">([^·]+) ·', page)
-  assert [kinds.count(kind) for kind, *_ in report_page.KINDS] == [4, 2, 1, 1]
+  assert [kinds.count(kind) for kind, *_ in benchmark.KINDS] == [4, 2, 1, 1]
   assert page.count('<div class="turn">') == 16 and "<b>What falls short: nothing.</b>" in page
   for name in ("scores.png", "tasks.png"):
     with Image.open(run_folder / "report" / name) as image:
@@ -246,7 +245,7 @@ def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it
 
 
 def test_traces_are_chosen_a_task_in_turn(arm):
-  chosen = report_page.choose(figures.read(arm[0]))
+  chosen = benchmark.choose(benchmark.read(arm[0]))
   first = [e["tasks"] for e in chosen if e["kind"] == "wrong, then right"]
   assert first[:3] == [[RECORDS[i]["tag"], RECORDS[i]["split"]] for i in (0, 2, 200)]
 
@@ -297,17 +296,17 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
   monkeypatch.setattr(defaults, "CHECKPOINT", shipped)
   asked = []
 
-  def draw(arm_, checkpoint, folder, size):
+  def draw(arm_, checkpoint, folder, *_):
     asked.append((arm_.name, checkpoint))
     write_arm(folder, PATTERNS)
 
-  monkeypatch.setattr(evaluate, "draw", draw)
-  monkeypatch.setattr(evaluate, "measure_autoencoder", lambda *args: None)
+  monkeypatch.setattr(report, "draw", draw)
+  monkeypatch.setattr(vae, "measure", lambda *args: None)
   report.run(tmp_path / "out")
   assert asked == [("irg", shipped)]
   got = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
   assert {n: a["measured"] for n, a in got["arms"].items()} == {
-      "base": report_tables.ELSEWHERE, "irg": report_tables.HERE}
+      "base": report.ELSEWHERE, "irg": report.HERE}
   assert "Measured in the run that made the checkpoint: base, thinking." in (
       tmp_path / "out" / "report" / "report.md").read_text()
   assert got["differences"]["stage 2, round 2, less base, thinking"]["seen"]["prompts"] == 3
@@ -366,9 +365,9 @@ def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_
 
 
 def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):
-  size = evaluate.Size(seen=1, unseen=1, images=1, batch_size=2)
-  arms = [evaluate.ARMS[0], dataclasses.replace(evaluate.FINAL, rounds=2)]
-  evaluate.evaluate(tmp_path, size, arms, checkpoint[0])
+  items = report.select(seen=1, unseen=1, images=1)
+  arms = [report.ARMS[0], dataclasses.replace(report.FINAL, rounds=2)]
+  report.evaluate(tmp_path, items, 2, arms, checkpoint[0])
   for arm_, rounds in zip(arms, (1, 2)):
     folder = tmp_path / "evaluation" / arm_.name
     scores = json.loads((folder / "scores.json").read_text())
@@ -381,7 +380,7 @@ def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):
                    if p.suffix == ".png" or p.name == score.SCORES}
   before = files()
   assert len(before) == 2 + 2 * 2 + 2
-  evaluate.evaluate(tmp_path, size, arms, checkpoint[0])
+  report.evaluate(tmp_path, items, 2, arms, checkpoint[0])
   assert files() == before
   page = report.make(tmp_path)
   assert "stage 2, round 2" in page.read_text()

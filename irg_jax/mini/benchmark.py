@@ -1,28 +1,30 @@
-"""The mini world's test as a benchmark: clauses, with the verifier in place of a detector.
+"""The mini world's test: a benchmark whose judge is the verifier, and its figures.
 
   --prompts    test.jsonl; it comes with this package
   item ids     "00000", the line from 0
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 """
 
+import dataclasses
 import hashlib
+import json
 import pathlib
 
 import numpy as np
 from PIL import Image
 
 from irg_jax import evaluate
-from irg_jax.evaluate import base
-from irg_jax.evaluate import clauses
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
-from irg_jax.mini import thoughts
-from irg_jax.mini import verifier
-from irg_jax.mini import world
+from irg_jax.evaluate import base, clauses, records, score
+from irg_jax.mini import thoughts, verifier, world
 
 FILES = pathlib.Path(__file__).parent / "files"
 SPLITS = {"seen": 168, "unseen": 96}
 RIGHT = "correct"  # the words of an image without a fault
+RESAMPLES, SEED = 2000, 0  # of the intervals
+
+# (title, correct before, correct after, number of traces to show)
+KINDS = (("wrong, then right", False, True, 4), ("right both times", True, True, 2),
+         ("right, then wrong", True, False, 3), ("wrong both times", False, False, 3))
 
 
 class Mini(clauses.ClauseBenchmark):
@@ -50,7 +52,7 @@ evaluate.register(MINI)
 
 
 def protocol() -> dict:
-  """All that decides a score: the verifier, by a digest of its sources."""
+  """The verifier, by a digest of its sources: scores of another one are made again."""
   digest = hashlib.sha256()
   for module in (verifier, world):
     digest.update(pathlib.Path(module.__file__).read_bytes())
@@ -58,10 +60,9 @@ def protocol() -> dict:
 
 
 class Verified:
-  """Adds up a round's images, as `score.score_images` wants it.
+  """Scores the images of a round, see `score.score_images`.
 
-  An image's line of items.jsonl gets "grid" too: what the verifier sees in each cell, or None
-  where two things stand in one.
+  An image's line of items.jsonl also has "grid", the content of each cell, see `seen_grid`.
   """
 
   def __init__(self):
@@ -83,15 +84,15 @@ class Verified:
             "words": ", ".join(verdict.faults) or RIGHT, "grid": seen_grid(verdict.seen)}
 
   def value(self) -> dict:
-    """As `clauses.TaskSummary`, and so again for each split under "splits"."""
+    """The summary of `clauses.TaskSummary`, and that of each split under "splits"."""
     splits = {name: summary.value() for name, summary in self._splits.items()}
     for summary in splits.values():
       del summary["missing_tasks"]  # some tasks cannot be unseen
     return self._all.value() | {"splits": splits, "unscored": self._unscored.summary()}
 
 
-def seen_grid(seen) -> list[list[str]] | None:
-  """The things in each cell, in the words of the thoughts; None where words cannot say it."""
+def seen_grid(seen) -> list[str] | None:
+  """The content of each cell, see `thoughts.grid`; None where two things are in one cell."""
   try:
     return thoughts.grid(seen.things, seen.unclear)
   except thoughts.Inexpressible:
@@ -99,5 +100,190 @@ def seen_grid(seen) -> list[list[str]] | None:
 
 
 def faults(words: str) -> tuple[str, ...]:
-  """The faults that a line's words name."""
+  """The faults in the words of a line of items.jsonl."""
   return () if words == RIGHT else tuple(words.split(", "))
+
+
+# --- Figures ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Images of the test, generated and scored.
+
+  Attributes:
+    folder: of the images.
+    items: all prompts of the test.
+    right: float [rounds, prompts, images]: 1 correct, 0 wrong, NaN where there is no image.
+    lines: items.jsonl by (prompt, image, round); prompts and images from 0, rounds from 1.
+    traces: by (prompt, image).
+    cost: content of cost.json, or {}.
+  """
+
+  folder: pathlib.Path
+  items: list
+  right: np.ndarray
+  lines: dict
+  traces: dict
+  cost: dict
+
+
+def read(folder) -> Drawn:
+  """Reads a folder of generated and scored images."""
+  folder, items = pathlib.Path(folder), MINI.read()
+  numbers = {item.id: i for i, item in enumerate(items)}
+  lines = {(numbers[line["id"]], line["picture"], line["round"]): line
+           for _, line in records.read_lines(folder / score.ITEMS)}
+  traces = {(i, image): trace for i, item in enumerate(items) for image in range(item.images)
+            if (trace := base.read_trace(folder, item, image))}
+  rounds = max((number for *_, number in lines), default=1)
+  right = np.full((rounds, len(items), max(item.images for item in items)), np.nan)
+  for (i, image, number), line in lines.items():
+    right[number - 1, i, image] = line["scores"].get("correct", np.nan)
+  cost = folder / "cost.json"
+  return Drawn(folder, items, right, lines, traces,
+               json.loads(cost.read_text()) if cost.is_file() else {})
+
+
+def arm_figures(drawn: Drawn) -> dict:
+  """All figures, as JSON values: {"rounds": {"1": ...}, "cost": ...}."""
+  rounds = {}
+  for number, right in enumerate(drawn.right, 1):
+    values = np.ma.masked_invalid(right).mean(-1).filled(np.nan)
+    there = int((~np.isnan(right)).sum())
+    rounds[str(number)] = entry = {
+        "scores": scores(values, drawn.items),
+        "by_prompt": [None if np.isnan(v) else float(v) for v in values],
+        "pictures": there, "missing": len(drawn.traces) - there,
+        "plan_drawn": plan_drawn(drawn, number), "seconds": seconds(drawn, number)}
+    if number > 1:
+      entry["changes"] = changes(drawn.right[number - 2], right)
+      entry["reflections"] = reflections(drawn, number)
+  return {"rounds": rounds, "cost": drawn.cost}
+
+
+def scores(values: np.ndarray, items) -> dict:
+  """{split: {"tasks": {task: interval}, "overall": interval}} of [prompts]; NaN is left out."""
+  tags, found = np.array([item.extra["tag"] for item in items]), {}
+  for split in ("all", *SPLITS):
+    own = np.where(_in_split(items, split), values, np.nan)
+    tasks = {task: interval(np.where(tags == task, own, np.nan), tags) for task in world.TASKS}
+    found[split] = {"tasks": {t: v for t, v in tasks.items() if v}, "overall": interval(own, tags)}
+  return found
+
+
+def difference(after, before, items) -> dict:
+  """{split: interval} of the paired difference of two "by_prompt", over prompts in both."""
+  change = np.array(after, float) - np.array(before, float)
+  tags = np.array([item.extra["tag"] for item in items])
+  return {split: interval(np.where(_in_split(items, split), change, np.nan), tags)
+          for split in ("all", *SPLITS)}
+
+
+def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
+  """The mean over tasks of their means over prompts, with its 95 % bootstrap interval.
+
+  Args:
+    values: float [prompts]; NaN is left out.
+    tags: the task of each prompt. Prompts are resampled within each task.
+
+  Returns:
+    {"value", "low", "high", "prompts"}, or None without a value.
+  """
+  rng, means, samples = np.random.default_rng(SEED), [], []
+  for tag in dict.fromkeys(tags.tolist()):
+    own = values[(tags == tag) & ~np.isnan(values)]
+    if len(own):
+      means.append(own.mean())
+      samples.append(own[rng.integers(len(own), size=(RESAMPLES, len(own)))].mean(1))
+  if not means:
+    return None
+  low, high = np.percentile(np.mean(samples, 0), (2.5, 97.5))
+  return {"value": float(np.mean(means)), "low": float(low), "high": float(high),
+          "prompts": int((~np.isnan(values)).sum())}
+
+
+def changes(before: np.ndarray, after: np.ndarray) -> dict:
+  """Shares of correct images made wrong and wrong ones made correct; as rows of `Drawn.right`."""
+  both = ~np.isnan(before) & ~np.isnan(after)
+  before, after = before[both] == 1, after[both] == 1
+  return {"right_to_wrong": _share((before & ~after).sum(), before.sum()),
+          "wrong_to_right": _share((~before & after).sum(), (~before).sum())}
+
+
+def reflections(drawn: Drawn, number: int) -> dict:
+  """Compares the thoughts before round `number` with the verifier's view of the image before.
+
+  Returns:
+    shares: "readable", of all; "faults_named": exactly the actual faults, of all (a correct image
+    has none); "wrong_faults_named": the same, of wrong images; "wrong_noticed": some fault, of
+    wrong images; "right_doubted": some fault, of correct ones; "seen_rightly": all cells as the
+    verifier sees them, of all.
+  """
+  rows = []
+  for (i, image), trace in drawn.traces.items():
+    line = drawn.lines.get((i, image, number - 1))
+    if line is None or not line["scores"] or len(trace["rounds"]) < number:
+      continue
+    think = trace["rounds"][number - 1]["think"] or ""
+    said, actual = thoughts.read_faults(think), faults(line["words"])
+    looked = thoughts.read_grid(think.split("What falls short:")[0])
+    rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),
+                 bool(actual), line["grid"] is not None and looked == line["grid"]))
+  readable, exact, doubts, wrong, sees = np.array(rows, bool).reshape(-1, 5).T
+  return {"readable": _share(readable.sum(), len(rows)),
+          "faults_named": _share(exact.sum(), len(rows)),
+          "wrong_faults_named": _share((exact & wrong).sum(), wrong.sum()),
+          "wrong_noticed": _share((doubts & wrong).sum(), wrong.sum()),
+          "right_doubted": _share((doubts & ~wrong).sum(), (~wrong).sum()),
+          "seen_rightly": _share(sees.sum(), len(rows))}
+
+
+def plan_drawn(drawn: Drawn, number: int) -> dict | None:
+  """Share of images with all cells as their thought plans them; None without thoughts."""
+  found = []
+  for (i, image), trace in drawn.traces.items():
+    line = drawn.lines.get((i, image, number))
+    if line is not None and (thought := trace["rounds"][number - 1]["think"]) is not None:
+      found.append(line["grid"] is not None and thoughts.read_grid(thought) == line["grid"])
+  return _share(sum(found), len(found)) if found else None
+
+
+def seconds(drawn: Drawn, number: int) -> float | None:
+  """Median seconds of a round for a batch; so the first batch, which compiles, has no effect."""
+  times = [sum(trace["rounds"][number - 1]["seconds"].values())
+           for trace in drawn.traces.values() if len(trace["rounds"]) >= number]
+  return float(np.median(times)) if times else None
+
+
+def choose(drawn: Drawn) -> list[dict]:
+  """The traces to show of each of `KINDS`: the first of the test, by task and split in turn.
+
+  Returns:
+    [{"kind", "prompt", "tasks", "seed", "turns": [{"thought", "image": PNG, "faults"}] * 2}]
+  """
+  chosen = []
+  for kind, before, after, count in KINDS if len(drawn.right) > 1 else ():
+    fits, groups = (drawn.right[0] == before) & (drawn.right[1] == after), {}
+    for i, image in np.argwhere(fits).tolist():
+      extra = drawn.items[i].extra
+      groups.setdefault((extra["tag"], extra["split"]), []).append((i, image))
+    in_turn = sorted((place, *key) for group in groups.values() for place, key in enumerate(group))
+    chosen += [_example(drawn, kind, *key) for _, *key in in_turn[:count]]
+  return chosen
+
+
+def _example(drawn, kind, i, image):
+  trace, lines = drawn.traces[i, image], [drawn.lines[i, image, number] for number in (1, 2)]
+  turns = [{"thought": entry["think"], "image": (drawn.folder / line["file"]).read_bytes(),
+            "faults": faults(line["words"])} for entry, line in zip(trace["rounds"], lines)]
+  return {"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
+          "tasks": lines[0]["tasks"], "turns": turns}
+
+
+def _share(count, of):
+  return {"count": int(count), "of": int(of), "share": float(count / of) if of else None}
+
+
+def _in_split(items, split):
+  return np.array([split in ("all", item.extra["split"]) for item in items])

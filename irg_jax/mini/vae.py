@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from irg_jax import storage
+from irg_jax import storage, weights
 from irg_jax.config import VaeConfig
 from irg_jax.images import to_pixels
 from irg_jax.mini import verifier, world
@@ -129,6 +129,16 @@ def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
   images = [world.paint(world.sample_scene(record, rng)) for record in records]
   images = [np.asarray(there_and_back(params, to_pixels(image[None])))[0] for image in images]
   return np.array([verifier.score(*pair).correct for pair in zip(images, records)])
+
+
+def measure(checkpoint, path: pathlib.Path, records) -> None:
+  """Writes the number of painted images, two of each record, that `round_trip` keeps correct."""
+  if not path.is_file():
+    config, params = weights.load_checkpoint(checkpoint, part="vae", dtype="float32",
+                                             compute_dtype="float32")
+    twice = [record for record in records for _ in range(2)]
+    right = round_trip(config.vae, params["vae"], twice, np.random.default_rng(0))
+    storage.write_json(path, {"right": int(right.sum()), "pictures": len(right)})
 
 
 def _init(config, key):

@@ -98,12 +98,13 @@ def short(text: str, length: int = 80) -> str:
 
 
 def render(template: str, **values) -> str:
-  """The page of templates/TEMPLATE.html; values are escaped."""
-  return _TEMPLATES.get_template(f"{template}.html").render(values)
+  """Renders templates/TEMPLATE.html, with values escaped; or a template with another suffix."""
+  name = template if "." in template else f"{template}.html"
+  return _TEMPLATES.get_template(name).render(values)
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=True, trim_blocks=True,
-    lstrip_blocks=True)
+    loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=jinja2.select_autoescape(["html"]),
+    trim_blocks=True, lstrip_blocks=True)
 _TEMPLATES.filters["short"] = short
 _TEMPLATES.globals["style"] = markupsafe.Markup(_CSS)
