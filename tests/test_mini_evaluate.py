@@ -217,7 +217,7 @@ def test_report_markdown_and_page_say_the_same(run_folder):
     assert cell in page
   assert "| stage 2: round 2 less round 1 | 0.333 [" in text
   assert got["differences"]["stage 2, round 1, less base, thinking"]["all"]["value"] == 0
-  assert "| right images made wrong | 0.333 (1 of 3) |" in text
+  assert "| right pictures made wrong | 0.333 (1 of 3) |" in text
 
 
 def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
@@ -254,7 +254,7 @@ def test_a_bar_is_as_high_as_its_value():
   full = {"value": 1.0, "low": 1.0, "high": 1.0}
   half = {"value": 0.5, "low": 0.5, "high": 0.5}
   image = np.asarray(Image.open(io.BytesIO(plots.bar_chart("t", ["a", "b"], [
-      ("x", [full, half]), ("y", [None, None])]))))[110:]  # below title and legend
+      ("x", [full, half]), ("y", [None, None])]))).convert("RGB"))[110:]  # below the legend
   color = np.array([int(plots.COLORS[-2][i:i + 2], 16) for i in (1, 3, 5)])
   heights = (image == color).all(-1).sum(0)
   left, right = heights[:heights.size // 2].max(), heights[heights.size // 2:].max()

@@ -87,7 +87,9 @@ def answer(body):
 
 def make_mini():
   """A run up to its first step, and the evaluation of its last model as if it were trained."""
-  from irg_jax.mini import evaluate, report  # below, the first step's checkpoint stands for all
+  import irg_jax.mini.evaluate as evaluate  # of that version
+  import irg_jax.mini.report as report
+  # The first step's checkpoint stands for the last one.
   out = BEFORE / "mini"
   irg("mini", "run", "--out", out, "--until", "autoencoder", *FLAGS["mini"])
   drawn = out / evaluate.FOLDER / evaluate.FINAL.name
