@@ -184,8 +184,10 @@ def test_other_settings_do_not_mix_with_what_is_there(tmp_path, encoder, complet
       {MODE: Source()}, tmp_path, encoder, changes.pop("transform", TRANSFORM), shard_records=2,
       process_count=1 if complete else 2, **changes)
   run()
-  for changes in (dict(dtype="float16"), dict(transform=ImageTransform(12, 4, 4))):
-    with pytest.raises(ValueError, match="another VAE, vae_transform, dtype or source"):
+  for changes, message in (
+      (dict(dtype="float16"), "started with moments=float32, not float16"),
+      (dict(transform=ImageTransform(12, 4, 4)), "started with vae_transform.max_size=.*, not 12")):
+    with pytest.raises(ValueError, match=message):
       run(**changes)
 
 

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 
@@ -16,13 +15,13 @@ import einops
 import jax
 import numpy as np
 
-from irg_jax import sharding
+from irg_jax import runs, sharding
 from irg_jax.config import ModelConfig
 from irg_jax.data import array_records
 from irg_jax.data.records import ImagePart
 from irg_jax.data.samples import posterior_latents
 from irg_jax.images import ImageTransform, decode_image
-from irg_jax.storage import scratch_folder, write_text
+from irg_jax.storage import scratch_folder
 
 # Of a group, on each device: the encoder's first layers need about 2 KiB a pixel.
 _GROUP_PIXELS = 1024 * 1024
@@ -125,8 +124,8 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
     By mode: "written", "waiting" (for files of other processes) or "there" (already).
 
   Raises:
-    ValueError: there are files of another VAE, transform or source; a record that cannot be
-      encoded.
+    ValueError: there are files of another VAE, transform, dtype or source, see
+      `runs.check_same`; a record cannot be encoded.
   """
   settings = {"vae_transform": dataclasses.asdict(transform), "moments": dtype,
               "vae": encoder.fingerprint()}
@@ -142,15 +141,12 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
   metadata = dict(getattr(source, "metadata", {})) | settings
   # Offenders are named by path, which may differ between hosts.
   same = {name: value for name, value in metadata.items() if name != "offenders"}
-  plan = json.dumps({"records": len(source), "shard_records": shard_records} | same,
-                    sort_keys=True)
+  plan = {"records": len(source), "shard_records": shard_records} | same
   if home.parent.exists():
-    _check_plan(home / _PLAN, plan)
+    runs.check_same(runs.read(home / _PLAN), plan, str(home.parent))
     return "there"
-  folder.mkdir(parents=True, exist_ok=True)
-  if not (folder / _PLAN).exists():
-    write_text(folder / _PLAN, plan)
-  _check_plan(folder / _PLAN, plan)
+  runs.create(folder / _PLAN, plan)
+  runs.check_same(runs.read(folder / _PLAN), plan, str(folder.parent))
   starts = range(0, len(source), shard_records)
   paths = [array_records.shard_path(folder, k, len(starts)) for k in range(len(starts))]
   ends = [min(start + shard_records, len(source)) for start in starts]
@@ -161,12 +157,6 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
       records = (source[i] for i in range(starts[number], ends[number]))
       array_records.write_shard(paths[number], encode(records))
   return _finish(out, mode, paths, [e - s for s, e in zip(starts, ends)], metadata)
-
-
-def _check_plan(path, plan):
-  if not path.exists() or path.read_text() != plan:
-    raise ValueError(f"{path.parent} is of another VAE, vae_transform, dtype or source; remove "
-                     "it, or choose another folder")
 
 
 def _with_moments(records, encoder, transform, dtype):
