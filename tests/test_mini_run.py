@@ -74,7 +74,7 @@ def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
 
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_images(tmp_path / "first", tiny)
-  with pipeline.PublishedWriter(tmp_path / "rows") as writer:
+  with pipeline.parquet.Writer(tmp_path / "rows") as writer:
     counts = pipeline.write_trajectories(tiny, tmp_path / "first", writer)
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   array_records.build(tmp_path / "rows", tmp_path / "built")
