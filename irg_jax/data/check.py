@@ -1,5 +1,6 @@
-"""Looks through IRGL data before anything is built or trained on it: `irg data check`."""
+"""Report on IRGL data before anything is built or trained on it: `irg data check`."""
 
+import base64
 import collections
 import dataclasses
 import io
@@ -8,24 +9,28 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import images
-from irg_jax.data import array_records, check_page, parquet, sources
+from irg_jax.data import array_records, parquet, sources
 from irg_jax.data.records import MODES, Record, TextPart
+from irg_jax.reports import pages
 from irg_jax.storage import write_text
 
-# What a sample's length is made of, as the model counts it (spec sections 2 and 3).
+# Parts of a sample's length, in tokens of the model (docs/spec.md, sections 2 and 3).
 KINDS = ("text", "latent", "ViT", "total")
 
-_LISTED = 1000  # unusable rows that the page shows of a mode
+_LISTED = 1000  # unusable rows of a mode on the page
 _LATENT_PIXELS = 16
 _VIT_PIXELS = 14
+_BINS, _BAR = 40, 16  # of the histogram; pixels a bar
+_HEIGHT = 120  # pixels of the highest bar
+_THUMBNAIL = 384  # pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModeReport:
-  """What a mode holds.
+  """Content of a mode.
 
   Attributes:
-    metadata: rows, rejected and offenders, as in `parquet.Tally`.
+    metadata: rows, rejected and offenders, as of `parquet.Tally`.
     lengths: tokens of each usable sample by kind (`KINDS`), int64 [samples].
     samples: a few records from all over the mode.
   """
@@ -35,15 +40,20 @@ class ModeReport:
   lengths: dict[str, np.ndarray]
   samples: list[Record]
 
+  @property
+  def rejected(self) -> int:
+    """Number of unusable rows."""
+    return sum(self.metadata["rejected"].values())
+
 
 def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int | None = None,
           progress=None) -> list[ModeReport]:
   """Reads every row of the modes, in either form of `sources.open_source`.
 
   Args:
-    path: the folder of the data.
+    path: folder of the data.
     count_text: text -> number of its tokens without framing. Default: its UTF-8 bytes.
-    samples: how many records a report keeps.
+    samples: number of records that a report keeps.
     workers, progress: see `parquet.read_good`.
 
   Raises:
@@ -55,7 +65,7 @@ def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int 
 
 
 def sample_lengths(record: Record, count_text) -> dict[str, int]:
-  """Tokens of a sample by kind, framing included; nothing is dropped from the conditions."""
+  """Tokens of a sample by kind, framing included, without conditioning dropout."""
   lengths = dict.fromkeys(KINDS, 0)
   for part in record.parts:
     if isinstance(part, TextPart):
@@ -66,21 +76,26 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
         ("ViT", part.need_vit, images.VIT_TRAIN_TRANSFORM, _VIT_PIXELS)):
       width, height = transform.size(*_size(part))
       lengths[kind] += times * (width * height // pixels**2)
-      lengths["text"] += times * 2  # the start and end of an image are tokens like a text's
+      lengths["text"] += times * 2  # start and end of an image are text tokens
   lengths["total"] = sum(lengths.values())
   return lengths
 
 
 def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
-  """Writes the reports as one self-contained HTML file, which appears whole or not at all.
+  """Writes the reports as one self-contained HTML file.
 
   Args:
     out: the file.
-    path: the data, for the title.
+    path: of the data, for the title.
     reports: from `check`.
-    unit: what a text was counted in, "tokens" or "bytes".
+    unit: of the lengths of texts, "tokens" or "bytes".
   """
-  write_text(out, check_page.check_html(str(path), reports, unit))
+  rows = sum(report.metadata["rows"] for report in reports)
+  write_text(out, pages.render(
+      "data_check", title=str(path), unit=unit, rows=rows,
+      usable=rows - sum(report.rejected for report in reports),
+      overview=_table(("mode", "rows", "usable", "rejected", "by reason"), map(_counts, reports)),
+      modes=[_section(report) for report in reports]))
 
 
 def _check_mode(path, mode, *, count_text, samples, workers, progress):
@@ -91,7 +106,7 @@ def _check_mode(path, mode, *, count_text, samples, workers, progress):
       lengths[kind].append(length)
     if number % step == 0:
       kept.append(record)
-    if len(kept) == 2 * samples:  # how many will come is not known: keep every second from now on
+    if len(kept) == 2 * samples:  # their number is not known: keep every second from now on
       kept, step = kept[::2], 2 * step
   lengths = {kind: np.array(lengths[kind], np.int64) for kind in KINDS}
   shown = np.linspace(0, len(kept) - 1, min(samples, len(kept))).round().astype(int)
@@ -99,7 +114,7 @@ def _check_mode(path, mode, *, count_text, samples, workers, progress):
 
 
 def _open(path, mode, workers, progress):
-  """An iterator of the usable records, and metadata that is complete when it has ended."""
+  """An iterator of the usable records, and metadata that is complete at its end."""
   if array_records.mode_folder(path, mode).parent.is_dir():
     source = sources.open_source(path, mode)
     return _read_all(source, progress), source.metadata
@@ -117,6 +132,62 @@ def _read_all(source, progress):
 
 
 def _size(part):
-  """Width and height from the head of the file, perhaps swapped: the number of tokens is not."""
+  """Width and height from the file's header; EXIF may swap them, which changes no count."""
   with Image.open(io.BytesIO(part.data)) as image:
     return image.size
+
+
+def _counts(report):
+  total, reasons = report.metadata["rows"], sorted(report.metadata["rejected"].items())
+  return (report.mode, f"{total:,}", f"{total - report.rejected:,}", f"{report.rejected:,}",
+          ", ".join(f"{count:,} {reason}" for reason, count in reasons))
+
+
+def _section(report):
+  """Values of a mode for the page."""
+  offenders, lengths = report.metadata["offenders"], report.lengths
+  usable = len(lengths["total"]) > 0
+  rows = [(kind, *(f"{cut:,.0f}" for cut in np.percentile(x, (0, 50, 95, 100))), f"{x.sum():,}")
+          for kind, x in lengths.items() if usable]
+  return {
+      "name": report.mode,
+      "lengths": _table(("tokens of a sample", "least", "median", "95 %", "most", "of all"), rows),
+      "histogram": _histogram(lengths["total"]) if usable else None,
+      "offenders": _table(("file", "row", "reason", "what is wrong"), offenders),
+      "complete": report.rejected == len(offenders),
+      "samples": [{"row": record.index, "parts": [_part(part) for part in record.parts]}
+                  for record in report.samples]}
+
+
+def _table(head, rows):
+  """A table for the page; columns of numbers are aligned at the right."""
+  rows = list(rows)
+  is_number = lambda value: str(value).replace(",", "").isdigit()
+  return {"head": head, "rows": rows,
+          "right": [all(is_number(row[i]) for row in rows) for i in range(len(head))]}
+
+
+def _histogram(lengths):
+  """Bars of the number of samples by length, from 0 to the longest."""
+  counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(int(lengths.max()), 1)))
+  heights = _HEIGHT * counts / counts.max()
+  bars = [{"x": i * _BAR, "y": f"{_HEIGHT - height:.1f}", "height": f"{height:.1f}",
+           "title": f"{edges[i]:,.0f} to {edges[i + 1]:,.0f} tokens: {counts[i]:,} samples"}
+          for i, height in enumerate(heights) if height]
+  return {"bars": bars, "highest": f"{counts.max():,}", "longest": f"{edges[-1]:,.0f}"}
+
+
+def _part(part):
+  """Values of a part for the page."""
+  flags = {"learnt": part.need_loss, "VAE": getattr(part, "need_vae", False),
+           "ViT": getattr(part, "need_vit", False)}
+  marks = [name for name, on in flags.items() if on]
+  if isinstance(part, TextPart):
+    return {"text": part.text, "marks": marks}
+  image = Image.fromarray(images.decode_image(part.data, "a sample's image"))
+  width, height = image.size
+  image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+  buffer = io.BytesIO()
+  image.save(buffer, "JPEG", quality=88)
+  return {"jpeg": base64.b64encode(buffer.getvalue()).decode("ascii"), "width": width,
+          "height": height, "marks": marks}
