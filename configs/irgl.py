@@ -5,8 +5,8 @@
   irg train --config configs/irgl.py:tiny --config.run_stages=stage2
 
 The preset "paper" (the default) trains BAGEL-7B-MoT on rows of 32768 and 36608 tokens. The preset
-"tiny" trains the model of `configs/tiny.py` on the set that `irg data sample` writes: both stages
-take minutes on a CPU. docs/settings.md lists every setting and the values of the paper.
+"tiny" trains the model of `configs/tiny.py` on the data of `irg data sample`: both stages take
+minutes on a CPU. docs/settings.md lists every setting with the paper's value.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ def _tiny(config):
   config.data.bins = 4
   config.data.vae_transform.update(max_size=128, min_size=32)
   config.data.vit_transform.update(max_size=112, min_size=28)
-  config.data.max_rejected = 0.1  # one row of 13 is unusable by intent
+  config.data.max_rejected = 0.1  # one row of each mode of that set is unusable on purpose
   for stage in (config.stage1, config.stage2):
     stage.steps = 40
     stage.learning_rate = 1e-3

@@ -2,6 +2,6 @@
 
 import sys
 
-from irg_jax.cli import main
+from irg_jax.commands import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ import shutil
 import before_models
 import pytest
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.mini import report
 from train_runs import process
 
@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 
 
 def irg(*arguments):
-  return cli.main(list(map(str, arguments)))
+  return commands.main(list(map(str, arguments)))
 
 
 def train(cache, *arguments):

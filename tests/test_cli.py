@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from irg_jax import cli
-from irg_jax.generate.prompts import SYSTEM_PROMPT
-from irg_jax.generate.settings import Settings
+from irg_jax import commands
+from irg_jax.generate.settings import SYSTEM_PROMPT, Settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -28,7 +27,7 @@ def asked(monkeypatch):
   monkeypatch.setattr(run, "run_generate", requests.append)
 
   def call(*argv):
-    assert cli.main(["generate", *map(str, argv)]) == 0
+    assert commands.main(["generate", *map(str, argv)]) == 0
     return requests.pop()
 
   return call
@@ -36,7 +35,7 @@ def asked(monkeypatch):
 
 def _status(*argv):
   try:
-    return cli.main([str(a) for a in argv])
+    return commands.main([str(a) for a in argv])
   except SystemExit as e:  # argparse's own errors
     return e.code
 
@@ -59,8 +58,8 @@ def test_help_shows_examples(capsys, verb):
 
 
 def test_help_does_not_wait_for_jax():
-  code = ("import sys; from irg_jax import cli\n"
-          "try: cli.main(['generate', '--help'])\n"
+  code = ("import sys; from irg_jax import commands\n"
+          "try: commands.main(['generate', '--help'])\n"
           "except SystemExit: assert 'jax' not in sys.modules and 'numpy' not in sys.modules")
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
@@ -201,7 +200,7 @@ def test_a_bad_prompts_file_is_named(capsys, checkpoint, tmp_path, content, mess
 def test_debug_shows_where_an_error_comes_from(monkeypatch):
   monkeypatch.setenv("IRG_DEBUG", "1")
   with pytest.raises(ValueError, match="no such folder"):
-    cli.main(["generate", "a", "--checkpoint", "none"])
+    commands.main(["generate", "a", "--checkpoint", "none"])
 
 
 def test_an_interruption_is_no_traceback(monkeypatch, capsys, checkpoint):

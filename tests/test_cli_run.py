@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.generate import run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -20,13 +20,13 @@ SHORT = ["--config", str(ROOT / "configs" / "generate_tiny.py"), "--steps", "3",
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp("weights") / "tiny"
   config = str(ROOT / "configs" / "tiny.py")
-  assert cli.main(["init", "--config", config, "--out", str(folder),
+  assert commands.main(["init", "--config", config, "--out", str(folder),
                    "--config.model.llm.num_layers=1"]) == 0
   return str(folder)
 
 
 def _generate(checkpoint, out, *argv):
-  return cli.main(["generate", "--checkpoint", checkpoint, "--out", str(out), *SHORT, *argv])
+  return commands.main(["generate", "--checkpoint", checkpoint, "--out", str(out), *SHORT, *argv])
 
 
 def test_two_rounds_become_images_and_a_trace(checkpoint, tmp_path, capsys):

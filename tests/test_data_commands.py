@@ -8,7 +8,7 @@ import irgl_rows
 import pytest
 from irgl_rows import BAD, MODE, write_mode
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.data import array_records, check
 from irg_jax.data.records import MODES, parse_conversation
 from irg_jax.tokenizer import write_byte_tokenizer
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def _run(*argv):
   try:
-    return cli.main(["data", *map(str, argv)])
+    return commands.main(["data", *map(str, argv)])
   except SystemExit as e:
     return e.code
 
@@ -155,7 +155,7 @@ def test_a_wrong_request_is_explained(capsys, tmp_path, monkeypatch, argv, messa
 
 
 def test_help_waits_for_no_library():
-  code = ("import sys; from irg_jax import cli\n"
-          "try: cli.main(['data', 'build', '--help'])\n"
+  code = ("import sys; from irg_jax import commands\n"
+          "try: commands.main(['data', 'build', '--help'])\n"
           "except SystemExit: assert not {'jax', 'numpy', 'pyarrow'} & set(sys.modules)")
   subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax import evaluate, storage
 from irg_jax.commands import eval as eval_verb
 from irg_jax.evaluate import base, geneval
@@ -35,7 +35,7 @@ TINY = ["--config", str(ROOT / "configs" / "generate_tiny.py"), "--size", "32"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp("weights") / "tiny"
-  assert cli.main(["init", "--config", str(ROOT / "configs" / "tiny.py"), "--out", str(folder),
+  assert commands.main(["init", "--config", str(ROOT / "configs" / "tiny.py"), "--out", str(folder),
                    "--config.model.llm.num_layers=1"]) == 0
   return folder
 
@@ -93,7 +93,7 @@ def engine(monkeypatch):
 def generate(checkpoint, files):
   def run(benchmark, out, *argv, subset=True):
     given = ["--prompts", str(files[benchmark])] if files[benchmark] else []
-    return cli.main(["eval", "generate", benchmark, *given, "--checkpoint", str(checkpoint),
+    return commands.main(["eval", "generate", benchmark, *given, "--checkpoint", str(checkpoint),
                      "--out", str(out), *TINY, *["--subset"] * (subset and bool(given)),
                      *map(str, argv)])
   return run
@@ -297,7 +297,7 @@ def test_other_prompts_weights_or_a_folder_of_something_else_are_refused(
   assert generate("wise", tmp_path / "a", "--prompts", tmp_path / "w.json") == 2
   assert "prompts.sha256=" in capsys.readouterr().err
   config = str(ROOT / "configs" / "tiny.py")
-  assert cli.main(["init", "--config", config, "--out", str(tmp_path / "weights"), "--seed", "1",
+  assert commands.main(["init", "--config", config, "--out", str(tmp_path / "weights"), "--seed", "1",
                    "--config.model.llm.num_layers=1"]) == 0
   assert generate("wise", tmp_path / "a", "--checkpoint", tmp_path / "weights") == 2
   assert "checkpoint=" in capsys.readouterr().err
@@ -347,7 +347,7 @@ def test_an_incomplete_file_is_refused_unless_it_is_meant(generate, tmp_path, ca
 def test_help_shows_the_paper_s_setting_and_it_is_the_default(capsys, engine, generate, tmp_path,
                                                               monkeypatch):
   with pytest.raises(SystemExit):
-    cli.main(["eval", "generate", "--help"])
+    commands.main(["eval", "generate", "--help"])
   text = capsys.readouterr().out
   for benchmark in eval_verb.benchmarks():
     assert f"irg eval generate {benchmark} " in text
@@ -357,7 +357,7 @@ def test_help_shows_the_paper_s_setting_and_it_is_the_default(capsys, engine, ge
   shown = text.split("which is the same as ")[1].split("\n\n")[0].replace("\\\n", " ")
   argv = [part.replace('"', "") for part in shown.replace(", ", ",").split()]
   base = ["eval", "generate", "geneval", "--out", "x", "--checkpoint", str(tmp_path)]
-  assert cli.main(base) == 0 and cli.main([*base, *argv]) == 0
+  assert commands.main(base) == 0 and commands.main([*base, *argv]) == 0
   assert asked[0].settings == asked[1].settings
   s = asked[0].settings
   assert (s.rounds, s.width, s.steps, s.think_limit, s.later.image_scale) == (2, 1024, 50, 4096, 2)
@@ -370,7 +370,7 @@ import test_eval_generate as here
 draw = here.Engine()
 here.irg.generate = lambda *args, **kwargs: (time.sleep(0.02), draw(*args, **kwargs))[1]
 here.generate_run.load_model = lambda *_: (None, None)
-sys.exit(here.cli.main({argv!r}))
+sys.exit(here.commands.main({argv!r}))
 """
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax import evaluate
 from irg_jax.evaluate import base
 from irg_jax.evaluate import clauses
@@ -44,7 +44,7 @@ def geneval(root, right):
                       "detections": {name: [{"box": [0, 0, 4, 4], "score": score_of}]}})
   boxes = root / "boxes.jsonl"
   boxes.write_text("\n".join(map(json.dumps, lines)))
-  assert cli.main(["eval", "score", "geneval", "--out", str(out), "--detections", str(boxes)]) == 0
+  assert commands.main(["eval", "score", "geneval", "--out", str(out), "--detections", str(boxes)]) == 0
   return out
 
 
@@ -61,7 +61,7 @@ def genai(root):
   measured = root / "vqa.jsonl"
   measured.write_text("\n".join(json.dumps({"round": n, "part": "vqascore", "id": "00001",
                                             "values": [n / 4]}) for n in (1, 2)))
-  assert cli.main(["eval", "score", "genai_bench", "--out", str(out), "--prompts", str(folder),
+  assert commands.main(["eval", "score", "genai_bench", "--out", str(out), "--prompts", str(folder),
                    "--measurements", str(measured)]) == 0
   return out
 
@@ -70,7 +70,7 @@ def genai(root):
 def built(tmp_path_factory):
   root = tmp_path_factory.mktemp("report")
   outs = [genai(root), geneval(root, lambda number, image: image < number)]
-  assert cli.main(["eval", "report", *map(str, outs), "--to", str(root / "report")]) == 0
+  assert commands.main(["eval", "report", *map(str, outs), "--to", str(root / "report")]) == 0
   return root
 
 
@@ -197,13 +197,13 @@ def test_every_published_figure_stands_in_a_column_of_the_table():
 ])
 def test_a_mistake_is_named_before_anything_is_written(built, capsys, words, message):
   before = sorted(p for p in built.rglob("*") if not p.match("report/**"))
-  assert cli.main(["eval", *(w.format(out=built) for w in words)]) == 2
+  assert commands.main(["eval", *(w.format(out=built) for w in words)]) == 2
   assert re.search(message, capsys.readouterr().err)
   assert sorted(p for p in built.rglob("*") if not p.match("report/**")) == before
 
 
 def test_help_has_the_papers_setting_for_every_benchmark(capsys):
   with pytest.raises(SystemExit):
-    cli.main(["eval", "score", "--help"])
+    commands.main(["eval", "score", "--help"])
   text = capsys.readouterr().out
   assert all(f"irg eval score {name} " in text for name in evaluate.BENCHMARKS)

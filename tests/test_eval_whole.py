@@ -11,7 +11,7 @@ import zlib
 from judge_server import FAULTS, JudgeServer, prompt_of
 import pytest
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.evaluate import genai_bench as genai_scores
 from irg_jax.evaluate import records
 from train_runs import process
@@ -100,7 +100,7 @@ def answer(body):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
   folder = tmp_path_factory.mktemp("weights")
-  assert cli.main(["init", "--config", str(ROOT / "configs" / "tiny.py"),
+  assert commands.main(["init", "--config", str(ROOT / "configs" / "tiny.py"),
                    "--out", str(folder / "tiny"), "--config.model.llm.num_layers=1"]) == 0
   return folder
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax import evaluate
 from irg_jax.commands import eval as eval_verb
 from irg_jax.evaluate import genai_bench
@@ -235,11 +235,11 @@ def test_the_command_stops_at_a_wrong_key_and_accounts_for_every_question(
     assert "Traceback" in refused.stderr and "Building HTTP request" in refused.stderr
     assert not (run.out / score.SCORES).exists()
     server.faults = lambda n, _: "500" if n % 4 == 0 else None
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     done = capfd.readouterr()
     assert "judge: 24 questions: 0 from the cache, 23 answered, 1 without" in done.out
     assert "(1 picture)" in done.out and "server (5xx)" in done.out
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
   again = capfd.readouterr()
   assert "23 from the cache, 0 answered, 1 without an answer (1 picture); 0 calls" in again.out
   assert KEY not in "".join((refused.stdout, refused.stderr, *done, *again))

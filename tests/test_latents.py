@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli, weights
+from irg_jax import commands, weights
 from irg_jax.images import ImageTransform, to_pixels
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import array_records, latents, pipeline
@@ -222,11 +222,11 @@ def test_command_encodes_a_built_dataset(tmp_path, checkpoint_folder, capsys, mo
   argv = ["data", "encode-latents", str(tmp_path / "data"), "--checkpoint", str(checkpoint_folder),
           "--out", str(tmp_path / "out"), "--mode", MODE, "--size", "4", "16", "4"]
   monkeypatch.setattr("irg_jax.data.latents._GROUP_PIXELS", 64)
-  assert cli.main(argv) == 0
+  assert commands.main(argv) == 0
   assert f"{MODE}: written" in capsys.readouterr().out
   got = open_source(tmp_path / "out", MODE)[2].parts[1]
   assert got.moments.shape == (2, 4, 4, 2)
-  assert cli.main(argv + ["--size", "4", "16", "2"]) == 2
+  assert commands.main(argv + ["--size", "4", "16", "2"]) == 2
   assert "stride 2 is not a multiple of the 4 pixels" in capsys.readouterr().err
-  assert cli.main(argv + ["--process-id", "3"]) == 2
+  assert commands.main(argv + ["--process-id", "3"]) == 2
   assert "--process-id 3" in capsys.readouterr().err

@@ -8,12 +8,13 @@ import pytest
 
 from irg_jax import sharding, weights
 from irg_jax.evaluate import score
-from irg_jax.generate import defaults, irg
+from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
+from irg_jax.generate.settings import SHIPPED, read_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.tokenizer import load_tokenizer
 
-FOLDER = defaults.CHECKPOINT
+FOLDER = SHIPPED
 DEMO = {"prompt": "two red circles left of a blue star",
         "include": [{"class": "star", "count": 1, "color": "blue"},
                     {"class": "circle", "count": 2, "color": "red", "position": ["left of", 0]}]}
@@ -34,10 +35,10 @@ def load(mesh):
 
 
 def draw(model, params, words, mesh, prompts, seeds):
-  settings, system_prompt = defaults.read(FOLDER)
+  defaults = read_defaults(FOLDER)
   with jax.set_mesh(mesh):
-    return irg.generate(model, params, words, prompts, seeds=seeds, settings=settings,
-                        system_prompt=system_prompt)
+    return irg.generate(model, params, words, prompts, seeds=seeds, settings=defaults.settings,
+                        system_prompt=defaults.system_prompt)
 
 
 @pytest.fixture(scope="module")

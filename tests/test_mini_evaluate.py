@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import cli, sharding, weights
+from irg_jax import commands, sharding, weights
 from irg_jax.evaluate import base
 from irg_jax.evaluate import generate as runner
 from irg_jax.evaluate import score
 from irg_jax.evaluate.generate import fingerprint
-from irg_jax.generate import defaults, request
+from irg_jax.commands.generate import make_request
 from irg_jax.generate import run as generate_run
-from irg_jax.generate.settings import Settings
+from irg_jax.generate import settings as generate_settings
+from irg_jax.generate.settings import Defaults, Settings, write_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.mini import settings as mini_settings
 from irg_jax.mini.world import paint
@@ -262,9 +263,9 @@ def test_a_bar_is_as_high_as_its_value():
 
 
 def test_eval_score_and_report_show_the_mini_world_as_one_more_table(arm, tmp_path, capsys):
-  assert cli.main(["eval", "score", "mini", "--out", str(arm[0])]) == 0
+  assert commands.main(["eval", "score", "mini", "--out", str(arm[0])]) == 0
   assert "round 2: Mini world 0.750 (8 scored, 1048 not there" in capsys.readouterr().out
-  assert cli.main(["eval", "report", str(arm[0]), "--to", str(tmp_path)]) == 0
+  assert commands.main(["eval", "report", str(arm[0]), "--to", str(tmp_path)]) == 0
   got = json.loads((tmp_path / "report.json").read_text())
   assert got["columns"][-1] == "Mini world" and got["rows"][0]["values"].get("Mini world") is None
   rows = got["categories"]["mini"]["rows"]
@@ -277,14 +278,14 @@ def test_eval_score_and_report_show_the_mini_world_as_one_more_table(arm, tmp_pa
 # Without a run, the package's checkpoint.
 
 def test_without_run_and_checkpoint_the_report_says_what_to_do(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(defaults, "CHECKPOINT", tmp_path / "none")
-  assert cli.main(["mini", "report", "--out", str(tmp_path / "out")]) == 2
+  monkeypatch.setattr(generate_settings, "SHIPPED", tmp_path / "none")
+  assert commands.main(["mini", "report", "--out", str(tmp_path / "out")]) == 2
   assert "make a run first" in capsys.readouterr().err
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mini.json").write_text("{}")
-  assert cli.main(["mini", "report", "--out", str(tmp_path / "out")]) == 2
+  assert commands.main(["mini", "report", "--out", str(tmp_path / "out")]) == 2
   assert "is not finished; go on with irg mini run" in capsys.readouterr().err
-  assert cli.main(["generate", "a red circle"]) == 2
+  assert commands.main(["generate", "a red circle"]) == 2
   assert "--checkpoint: give the folder of your weights" in capsys.readouterr().err
 
 
@@ -293,7 +294,7 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
   shipped = tmp_path / "checkpoint"
   shipped.mkdir()
   (shipped / "scores.json").write_text((run_folder / "report" / "report.json").read_text())
-  monkeypatch.setattr(defaults, "CHECKPOINT", shipped)
+  monkeypatch.setattr(generate_settings, "SHIPPED", shipped)
   asked = []
 
   def draw(arm_, checkpoint, folder, *_):
@@ -321,10 +322,10 @@ def checkpoint(tmp_path_factory):
   argv = ["--config", str(ROOT / "configs" / "mini.py"), "--out", str(folder)]
   small = ("llm.num_layers=1", "llm.hidden_size=48", "llm.mlp_size=64", "vit.num_layers=1",
            "vae.ch=32", "vae.ch_mult=(1, 1, 1, 1)")
-  assert cli.main(["init", *argv, *(f"--config.model.{s}" for s in small)]) == 0
+  assert commands.main(["init", *argv, *(f"--config.model.{s}" for s in small)]) == 0
   settings = mini_settings.load(ROOT / "configs" / "mini.py", [
       "generate.steps=2", "generate.think_limit=8"]).generate
-  defaults.write(folder, settings, thoughts.SYSTEM_PROMPT)
+  write_defaults(folder, Defaults(settings=settings, system_prompt=thoughts.SYSTEM_PROMPT))
   return folder, settings
 
 
@@ -334,9 +335,9 @@ def test_a_checkpoint_s_own_settings_are_the_defaults_and_flags_win(checkpoint, 
   monkeypatch.setattr(runner, "generate_images",
                       lambda r: asked.append(r) or runner.Result(0, 0, []))
   base = ["eval", "generate", "mini", "--out", "x", "--checkpoint"]
-  assert cli.main([*base, str(folder)]) == 0
-  assert cli.main([*base, str(folder), "--rounds", "3", "--tasks", "unseen"]) == 0
-  assert cli.main([*base, str(folder.parent)]) == 0  # has no generate.json
+  assert commands.main([*base, str(folder)]) == 0
+  assert commands.main([*base, str(folder), "--rounds", "3", "--tasks", "unseen"]) == 0
+  assert commands.main([*base, str(folder.parent)]) == 0  # has no generate.json
   assert asked[0].settings == settings and asked[0].system_prompt == thoughts.SYSTEM_PROMPT
   assert asked[1].settings == dataclasses.replace(settings, rounds=3)
   assert len(asked[1].selected) == 96 and len(asked[0].selected) == 264
@@ -348,20 +349,21 @@ def test_a_checkpoint_says_what_it_is_computed_in_and_the_flag_wins(checkpoint, 
   weights.convert(checkpoint[0], half, to="published", dtype="bfloat16")
   dtype = lambda asked=None: generate_run.load_model(half, mesh, asked, print)[0].config.dtype
   assert dtype() == "bfloat16"
-  defaults.write(half, checkpoint[1], thoughts.SYSTEM_PROMPT, dtype="float32")
+  write_defaults(half, Defaults(settings=checkpoint[1], system_prompt=thoughts.SYSTEM_PROMPT,
+                                dtype="float32"))
   assert dtype() == "float32" and dtype("bfloat16") == "bfloat16"
 
 
 def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_named(
     checkpoint, monkeypatch, tmp_path):
   folder, settings = checkpoint
-  monkeypatch.setattr(defaults, "CHECKPOINT", folder)
-  args = cli._parser().parse_args(["generate", "a red circle"])
-  asked = request.from_args(args, [])
+  monkeypatch.setattr(generate_settings, "SHIPPED", folder)
+  args = commands.make_parser().parse_args(["generate", "a red circle"])
+  asked = make_request(args, [])
   assert asked.checkpoint == folder and asked.settings == settings
   assert asked.system_prompt == thoughts.SYSTEM_PROMPT
-  args = cli._parser().parse_args(["generate", "a", "--checkpoint", str(tmp_path)])
-  assert request.from_args(args, []).settings == Settings()
+  args = commands.make_parser().parse_args(["generate", "a", "--checkpoint", str(tmp_path)])
+  assert make_request(args, []).settings == Settings()
 
 
 def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):

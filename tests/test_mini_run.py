@@ -10,8 +10,8 @@ import pytest
 from irg_jax import sharding, weights
 from irg_jax.data import array_records, sources
 from irg_jax.data.records import MODES
-from irg_jax.generate import defaults
 from irg_jax.generate.run import load_model
+from irg_jax.generate.settings import read_defaults
 from irg_jax.mini import pipeline, settings, thoughts, world
 from irg_jax.mini.world import paint
 
@@ -101,12 +101,13 @@ def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
 def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
   assert pipeline.run(tiny, tmp_path, until="base") == 0
   base = pipeline.base_weights(tmp_path)
-  assert defaults.read(base) == (tiny.generate, thoughts.SYSTEM_PROMPT)
+  assert read_defaults(base).settings == tiny.generate
+  assert read_defaults(base).system_prompt == thoughts.SYSTEM_PROMPT
   first_images(tmp_path / "first_rounds", tiny)
   np.savez(tmp_path / "first_rounds" / "000008.npz",
            **np.load(tmp_path / "first_rounds" / "000000.npz"))
   assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0
-  assert defaults.read(tmp_path / "checkpoint") == defaults.read(base)
+  assert read_defaults(tmp_path / "checkpoint") == read_defaults(base)
   model, params = load_model(tmp_path / "checkpoint", sharding.make_mesh(None), None, print)
   assert model.config.dtype == params["vae"]["decoder"]["conv_in"]["kernel"].dtype == "float32"
   _, stored = weights.load_checkpoint(tmp_path / "checkpoint")

@@ -12,8 +12,7 @@ from PIL import Image
 from irg_jax import config as config_lib
 from irg_jax.images import to_pixels
 from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
-from irg_jax.generate import defaults
-from irg_jax.generate.settings import Settings
+from irg_jax.generate.settings import Defaults, read_defaults, write_defaults
 from irg_jax.mini import (
     datasets, pipeline, settings, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.world import paint
@@ -309,9 +308,9 @@ def test_settings_of_a_run_are_checked_by_name():
 
 
 def test_a_prompt_of_other_words_is_answered_with_what_the_model_knows(tmp_path):
-  defaults.write(tmp_path, Settings(), "", world.words(), "It draws shapes.")
+  write_defaults(tmp_path, Defaults(words=tuple(world.words()), note="It draws shapes."))
   for record, _, _ in cases(200, seed=5):
-    assert defaults.outside(tmp_path, record["prompt"]) is None
-  note = defaults.outside(tmp_path, "A red fox and two red circles")
+    assert read_defaults(tmp_path).about(record["prompt"]) is None
+  note = read_defaults(tmp_path).about("A red fox and two red circles")
   assert note == "this model has never seen fox. It draws shapes."
-  assert defaults.outside(tmp_path / "none", "a fox") is None
+  assert read_defaults(tmp_path / "none").about("a fox") is None

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from conftest import ROOT
-from irg_jax import chips, cli, plan, sharding
+from irg_jax import chips, commands, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
 from irg_jax.generate.settings import Settings
@@ -355,7 +355,7 @@ def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
   monkeypatch.setattr(plan, "open_slice", lambda text: cpu_slice(hbm_gib=hbm_gib))
   argv = ["plan", "--topology", "v5e:2x4", "--config", str(ROOT / "configs" / "tiny.py"),
           "--programs", "decode_pixels", "--size", "64", "--config.model.vae.ch=32"]
-  assert cli.main(argv) == status
+  assert commands.main(argv) == status
   out = capsys.readouterr().out
   assert out.startswith("v5e:2x4: 8 chips") and "| decode_pixels" in out
   assert ("DOES NOT FIT" in out) == bool(status)
@@ -369,7 +369,7 @@ def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
 def test_a_plan_that_cannot_be_made_is_an_error(monkeypatch, capsys, argv, message):
   monkeypatch.setattr(plan, "open_slice", lambda text: cpu_slice())
   config = str(ROOT / "configs" / "tiny.py")
-  assert cli.main(["plan", "--topology", "v5e:2x4", "--config", config, *argv]) == 2
+  assert commands.main(["plan", "--topology", "v5e:2x4", "--config", config, *argv]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -381,7 +381,7 @@ def test_a_program_by_its_old_name_is_accepted_with_a_note(capsys):
 def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys):
   monkeypatch.setattr(plan, "libtpu", None)
   config = str(ROOT / "configs" / "tiny.py")
-  assert cli.main(["plan", "--topology", "v5e:2x4", "--config", config]) == 2
+  assert commands.main(["plan", "--topology", "v5e:2x4", "--config", config]) == 2
   assert "pip install 'irg_jax[tpu]'" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from irg_jax import cli, images
+from irg_jax import commands, images
 from irg_jax.data import sample_set, sources
 from irg_jax.data.records import MODES, ImagePart
 from irg_jax.train import run as train_run
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data") / "sample"
-  assert cli.main(["data", "sample", "--out", str(folder)]) == 0
+  assert commands.main(["data", "sample", "--out", str(folder)]) == 0
   return folder
 
 
@@ -67,7 +67,7 @@ def test_images_differ_where_something_is_to_be_improved(folder):
 
 
 def test_a_folder_that_holds_something_is_refused(folder, capsys):
-  assert cli.main(["data", "sample", "--out", str(folder)]) == 2
+  assert commands.main(["data", "sample", "--out", str(folder)]) == 2
   assert "exists and is not an empty folder" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import pytest
 import train_runs
 from train_runs import cache, data
 
-from irg_jax import cli, weights
+from irg_jax import commands, weights
 from irg_jax.train import checkpoints
 from irg_jax.weights.names import flatten
 
@@ -23,7 +23,7 @@ WORKER = pathlib.Path(__file__).with_name("train_worker.py")
 def whole(data, cache, tmp_path_factory):
   """The folder of a run of stage 1 that was never interrupted."""
   out = tmp_path_factory.mktemp("whole") / "out"
-  assert cli.main(train_runs.flags(data, out, train_runs.MESH, run_stages="stage1")) == 0
+  assert commands.main(train_runs.flags(data, out, train_runs.MESH, run_stages="stage1")) == 0
   return out
 
 
@@ -134,14 +134,14 @@ def check_reports(reports):
 
 UNREADABLE = """
 import sys
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.data import sources
 
 def fail(source, i):
   raise ValueError(f"record {i} cannot be read")
 
 sources.PublishedSource.__getitem__ = fail
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(commands.main(sys.argv[1:]))
 """
 
 

@@ -17,7 +17,7 @@ import pytest
 import train_runs
 from train_runs import cache, data
 
-from irg_jax import cli, sharding, weights
+from irg_jax import commands, sharding, weights
 from irg_jax.train import checkpoints, logs
 from irg_jax.train import run as train_run
 
@@ -28,7 +28,7 @@ METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate"
 
 
 def train(data, out, **fields) -> int:
-  return cli.main(train_runs.flags(data, out, **{"mesh": train_runs.MESH} | fields))
+  return commands.main(train_runs.flags(data, out, **{"mesh": train_runs.MESH} | fields))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_weights_of_another_model_are_refused(both, data, tmp_path, capsys):
 
 def test_the_moving_average_of_any_checkpoint_can_be_exported(both, tmp_path, capsys):
   out, target = both[0], tmp_path / "weights"
-  assert cli.main(["convert", str(out / "stage1" / "checkpoints" / "2"), str(target), "--to",
+  assert commands.main(["convert", str(out / "stage1" / "checkpoints" / "2"), str(target), "--to",
                    "published"]) == 0
   assert (target / "tokenizer.json").is_file()
   config, params = weights.load_checkpoint(target)
@@ -246,7 +246,7 @@ def test_the_moving_average_of_any_checkpoint_can_be_exported(both, tmp_path, ca
 
 def test_a_training_checkpoint_outside_its_run_is_refused(both, tmp_path, capsys):
   shutil.copytree(both[0] / "stage1" / "checkpoints" / "2", tmp_path / "a" / "b" / "2")
-  assert cli.main(["convert", str(tmp_path / "a" / "b" / "2"), str(tmp_path / "weights"), "--to",
+  assert commands.main(["convert", str(tmp_path / "a" / "b" / "2"), str(tmp_path / "weights"), "--to",
                    "published"]) == 2
   assert "is read inside its run's folder" in capsys.readouterr().err
 
@@ -260,20 +260,20 @@ def test_a_training_checkpoint_outside_its_run_is_refused(both, tmp_path, capsys
     (["--mesh", "data=2,pipe=4"], "no field 'pipe' in mesh"),
 ])
 def test_invalid_flags_are_named(data, tmp_path, capsys, argv, message):
-  assert cli.main([*train_runs.flags(data, tmp_path / "out"), *argv]) == 2
+  assert commands.main([*train_runs.flags(data, tmp_path / "out"), *argv]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
 def test_a_coordinator_without_a_port_is_named(data, tmp_path, capsys):
   with pytest.raises(SystemExit):
-    cli.main([*train_runs.flags(data, tmp_path / "out"), "--coordinator", "host"])
+    commands.main([*train_runs.flags(data, tmp_path / "out"), "--coordinator", "host"])
   assert "'host' is not an address" in capsys.readouterr().err
 
 
 def test_the_mesh_flag_sets_every_axis_and_a_field_override_wins(data, tmp_path, capsys):
   flags = train_runs.flags(data, tmp_path / "out", {"data": 2})
-  assert cli.main([*flags, "--mesh", "tensor=3"]) == 2
+  assert commands.main([*flags, "--mesh", "tensor=3"]) == 2
   assert "'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 3" in capsys.readouterr().err
-  assert cli.main([*flags, "--mesh", "tensor=3", "--config.mesh.tensor=5"]) == 2
+  assert commands.main([*flags, "--mesh", "tensor=3", "--config.mesh.tensor=5"]) == 2
   assert "'tensor': 5" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from irg_jax import cli
+from irg_jax import commands
 from irg_jax.data import sources
 from irg_jax.train import run as train_run
 from irg_jax.train.state import state_shardings
@@ -48,7 +48,7 @@ def main(path, arguments) -> int:
     return end
 
   sources.open_sources, train_run.loop = recorded, watched
-  status = cli.main(arguments)
+  status = commands.main(arguments)
   with open(path, "w") as file:
     json.dump({"read": {mode: sorted(records) for mode, records in read.items()},
                **layout(states)}, file)

@@ -243,16 +243,14 @@ def _generate(args, overrides):
     _check_counts(benchmark, args, items)
   selected = benchmark.select(items, args.tasks, args.limit)
   from irg_jax import config
-  from irg_jax.generate import defaults, request
   from irg_jax.generate.settings import Settings
-  default, prompt = defaults.read(args.checkpoint, Settings(think_limit=_THINK_LIMIT))
-  settings = config.read(default, args.config,
-                         [*overrides, *request.shorthand_overrides(args)])
+  settings, system_prompt = flags.read_settings(
+      args, overrides, args.checkpoint, Settings(think_limit=_THINK_LIMIT))
   from irg_jax.evaluate import generate
   asked = generate.Request(
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
       checkpoint=args.checkpoint, settings=settings,
-      system_prompt=request.read_system_prompt(args.system_prompt_file, prompt),
+      system_prompt=system_prompt,
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, process_id=args.process_id,
       num_processes=args.num_processes)
   _print_result(asked, generate.generate_images(asked))

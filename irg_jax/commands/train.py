@@ -1,4 +1,4 @@
-"""`irg train`: both stages of training on IRGL, or either one; goes on where --out left off."""
+"""`irg train`: both stages of training on IRGL data, or one of them."""
 
 import os
 import pathlib
@@ -6,13 +6,13 @@ import sys
 
 from irg_jax.commands import flags
 
-_TRAIN = """\
-Trains on IRGL data in two stages and writes, under --out, checkpoints, logs and the exported
-weights of each stage. Run it again with the same --out and it goes on from the newest good
-checkpoint, on whatever mesh and number of hosts.
+_TEXT = """\
+Trains on IRGL data in two stages and writes checkpoints, logs and the exported weights of each
+stage under --out. Run it again with the same --out to continue from the newest good checkpoint,
+on any mesh and any number of hosts.
 
 examples:
-  irg train --config configs/irgl.py --config.preset=tiny
+  irg train --config configs/irgl.py:tiny                       minutes on a CPU, makes its data
   irg train --config configs/irgl.py --data irgl --checkpoint weights/bagel-7b --out out/irg
   irg train --config configs/irgl.py --data irgl --checkpoint out/irg/stage1/weights \\
       --out out/stage2 --config.run_stages=stage2
@@ -21,24 +21,25 @@ examples:
   irg train ... --coordinator host0:1234 --num-processes 2 --process-id 0     anywhere else
 """
 
-_TRAIN_END = """\
+_END = """\
 exit status:
   0    trained to the end
-  2    stopped by an error, which is named with the last good checkpoint
-  143  stopped by SIGTERM, everything saved: the same command goes on
+  2    stopped by an error; the message names the last good checkpoint
+  143  stopped by SIGTERM, everything saved: run the same command to continue
 """
 
 
 def add(verbs, new_parser) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "train", description=_TRAIN, epilog=_TRAIN_END,
+  parser = new_parser(verbs.add_parser, "train", description=_TEXT, epilog=_END,
                       help="train in two stages on IRGL data")
   parser.set_defaults(run=_run)
   add = parser.add_argument
-  add("--config", type=pathlib.Path, required=True, metavar="FILE",
-      help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field")
+  add("--config", type=pathlib.Path, required=True, metavar="FILE[:PRESET]",
+      help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field, and "
+           "docs/settings.md lists them")
   add("--out", type=pathlib.Path, metavar="DIR",
-      help="folder of the run: made, or gone on with (default out/train-PRESET)")
+      help="folder of the run, new or to continue (default out/train-PRESET)")
   add("--data", type=pathlib.Path, metavar="DIR", help="same as --config.data.path=DIR")
   add("--checkpoint", type=pathlib.Path, metavar="DIR",
       help="weights to start from, same as --config.checkpoint=DIR")
@@ -64,21 +65,23 @@ def _add_hosts(group):
 def _run(args, overrides):
   from absl import logging
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
-  from irg_jax.train import distributed, run, settings
+  from irg_jax.train import distributed, run
   _connect(args)
   with distributed.FailTogether("irg train"):
-    parsed = settings.load(args.config, [*_shorthands(args), *overrides])
-    return run.run_train(parsed, args.out or _default_out(args.config, overrides))
+    return run.run_train(*_read(args, overrides))
 
 
-def _default_out(config, overrides):
+def _read(args, overrides):
+  """(settings, folder of the run)."""
   from irg_jax.config import locate
-  file, preset, _ = locate(config, overrides)
-  return pathlib.Path("out", f"train-{preset or file.stem}")
+  from irg_jax.train import settings
+  file, preset, _ = locate(args.config, overrides)
+  out = args.out or pathlib.Path("out", f"train-{preset or file.stem}")
+  return settings.load(args.config, [*_shorthands(args), *overrides]), out
 
 
 def _shorthands(args) -> list[str]:
-  """The flags that stand for fields, as "field=value"; what is written out comes later."""
+  """The flags that stand for fields, as "field=value"; --config.FIELD=VALUE wins over them."""
   fields = {f"mesh.{axis}": size for axis, size in (args.mesh or {}).items()}
   if args.mesh is not None:
     fields = dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"), 1) | fields
@@ -91,7 +94,7 @@ def _shorthands(args) -> list[str]:
 
 
 def _connect(args):
-  """Joins the other processes, if there are any; before anything touches a device."""
+  """Joins the other processes, if there are any. Runs before anything touches a device."""
   by_hand = {"--coordinator": args.coordinator, "--num-processes": args.num_processes,
              "--process-id": args.process_id}
   missing = [flag for flag, value in by_hand.items() if value is None]
@@ -101,7 +104,7 @@ def _connect(args):
     raise ValueError(f"{', '.join(missing)} missing: give all of {', '.join(by_hand)}, or "
                      "--distributed to find them")
   import jax
-  print("meeting the other processes", file=sys.stderr, flush=True)
+  print("waiting for the other processes", file=sys.stderr, flush=True)
   how = {} if args.distributed else {"cluster_detection_method": "deactivate"}
   try:
     jax.distributed.initialize(*by_hand.values(), **how)

@@ -8,14 +8,43 @@ import sys
 import jax
 
 from irg_jax import sharding, weights
-from irg_jax.reports import trace
-from irg_jax.generate import defaults, irg
-from irg_jax.generate.request import Request
+from irg_jax.generate import irg
+from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.generate.slots import plan_cache
 from irg_jax.images import read_image
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
+from irg_jax.reports import trace
 from irg_jax.tokenizer import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What one `irg generate` draws.
+
+  Attributes:
+    checkpoint: folder of the weights.
+    prompts: one trace each; prompt number i has the seed `seed + i`.
+    image: image file that every prompt edits, or None.
+    out: folder of the results; it may not exist yet.
+    settings: how to generate.
+    system_prompt: read before every prompt; may be empty.
+    seed: seed of the first prompt.
+    batch_size: prompts drawn side by side.
+    mesh: mesh sizes by axis name, or None for all devices on one axis.
+    dtype: dtype of the activations, or None for the checkpoint's own.
+  """
+
+  checkpoint: pathlib.Path
+  prompts: tuple[str, ...]
+  image: pathlib.Path | None
+  out: pathlib.Path
+  settings: Settings
+  system_prompt: str
+  seed: int
+  batch_size: int
+  mesh: dict[str, int] | None
+  dtype: str | None
 
 
 def run_generate(request: Request) -> None:
@@ -32,9 +61,6 @@ def run_generate(request: Request) -> None:
   request.settings.validate(config)
   tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
-  for prompt in request.prompts:
-    if note := defaults.outside(request.checkpoint, prompt):
-      print(f'note on "{prompt}": {note}', file=sys.stderr)
   image = None if request.image is None else read_image(request.image)
   _check_cache(request, config, tokenizer, image)
   mesh = sharding.make_mesh(request.mesh)
@@ -44,7 +70,7 @@ def run_generate(request: Request) -> None:
     for rows in batches(len(request.prompts), request.batch_size):
       progress.prefix = _prefix(rows, len(request.prompts))
       drawn = _generate(request, model, params, tokenizer, rows, image, progress)
-      entries += [trace.write_trace(folders[i], _trace(request, i, t, model.config.dtype, image))
+      entries += [trace.write_trace(folders[i], _record(request, i, t, model.config.dtype, image))
                   for i, t in zip(rows, drawn)]
   if len(folders) > 1:
     trace.write_index(request.out, entries)
@@ -58,17 +84,18 @@ def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, d
     dtype: of parameters and arithmetic, or None for the checkpoint's own.
   """
   progress("read")
-  dtype = dtype or defaults.dtype(checkpoint)
+  dtype = dtype or read_defaults(checkpoint).dtype
   config, params = weights.load_checkpoint(
       checkpoint, dtype=dtype, compute_dtype=dtype,
       shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
   if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
-    config = dataclasses.replace(config, dtype=_weights_dtype(params))
+    stored = params["transformer"]["embed"]["embedding"].dtype.name
+    config = dataclasses.replace(config, dtype=stored)
   return UnifiedTransformer(config), params
 
 
 def trace_folders(request: Request) -> list[pathlib.Path]:
-  """Where each prompt's trace goes: one prompt into `out` itself, several into 001, 002, ..."""
+  """Folders of the traces: `out` itself for one prompt, out/001, out/002, ... for several."""
   count = len(request.prompts)
   if count == 1:
     return [request.out]
@@ -80,14 +107,27 @@ def batches(count: int, size: int) -> list[range]:
   return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
+def versions() -> dict[str, str]:
+  """Versions of the packages that decide a result, by name."""
+  found = {}
+  for name in ("irg_jax", "jax", "jaxlib", "flax"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"  # a source tree on the path
+  return found
+
+
 def _check_prompts(request, tokenizer):
-  # The engine checks each batch; here all of them, before the first one costs anything.
-  limit = request.settings.max_prompt_tokens
+  """Checks all prompts before the first batch costs anything, and notes unknown words."""
+  limit, defaults = request.settings.max_prompt_tokens, read_defaults(request.checkpoint)
   for number, prompt in enumerate(request.prompts, 1):
     count = len(tokenizer.encode(prompt))
     if count > limit:
       raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
+    if note := defaults.about(prompt):
+      print(f'note on "{prompt}": {note}', file=sys.stderr)
 
 
 def _check_cache(request, config, tokenizer, image):
@@ -98,8 +138,8 @@ def _check_cache(request, config, tokenizer, image):
 
 
 def _generate(request, model, params, tokenizer, rows, image, progress):
-  # A last batch that is not full repeats its last row: another batch size would compile anew,
-  # and no row's result depends on its neighbours.
+  # A short last batch repeats its last row: another batch size would compile again, and no row's
+  # result depends on its neighbours.
   size = min(request.batch_size, len(request.prompts))
   padded = [*rows, *[rows[-1]] * (size - len(rows))]
   return irg.generate(
@@ -109,10 +149,6 @@ def _generate(request, model, params, tokenizer, rows, image, progress):
       images=None if image is None else [image] * size, on_progress=progress)[:len(rows)]
 
 
-def _weights_dtype(params):
-  return params["transformer"]["embed"]["embedding"].dtype.name
-
-
 def _prefix(rows, count):
   if count == 1:
     return ""
@@ -120,15 +156,19 @@ def _prefix(rows, count):
   return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
 
 
-def _trace(request, number, trajectory, dtype, image) -> dict:
-  """The record of one prompt, as `trace.write_trace` wants it."""
+def _record(request, number, trajectory, dtype, image) -> dict:
+  """The record of one prompt for `trace.write_trace`; seconds are those of its whole batch."""
   thinks = request.settings.think
+  run = {"batch_size": request.batch_size,
+         "image": None if request.image is None else str(request.image), "dtype": dtype,
+         "mesh": request.mesh,
+         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   return {
       "prompt": trajectory.prompt,
       "system_prompt": request.system_prompt,
       "seed": request.seed + number,
       "checkpoint": str(request.checkpoint),
-      "settings": dataclasses.asdict(request.settings) | _run_settings(request, dtype),
+      "settings": dataclasses.asdict(request.settings) | run,
       "versions": versions(),
       "source": None if image is None else request.settings.vae_transform(image),
       "rounds": [{
@@ -140,24 +180,6 @@ def _trace(request, number, trajectory, dtype, image) -> dict:
           "seconds": r.seconds,
       } for r in trajectory.rounds],
   }
-
-
-def _run_settings(request, dtype):
-  """What else decided the run; the seconds of a trace are those of its whole batch."""
-  image = None if request.image is None else str(request.image)
-  return {"batch_size": request.batch_size, "image": image, "dtype": dtype,
-          "mesh": request.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
-
-
-def versions() -> dict[str, str]:
-  """What made a result: the packages that matter, by name."""
-  found = {}
-  for name in ("irg_jax", "jax", "jaxlib", "flax"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed"  # a source tree on the path
-  return found
 
 
 def _print_results(out, folders):

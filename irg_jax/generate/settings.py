@@ -1,7 +1,13 @@
-"""Settings of generation; the defaults are the published two-round runs (spec section 7)."""
+"""Settings of generation, and `generate.json`: how a checkpoint is meant to be used.
+
+The defaults of the settings are the published two-round runs (docs/spec.md, section 7).
+"""
 
 import dataclasses
 import functools
+import json
+import pathlib
+import re
 
 import jax
 
@@ -10,8 +16,26 @@ from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
+from irg_jax.storage import atomic_file
+
+NAME = "generate.json"  # beside the weights
+SHIPPED = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # comes with the package
 
 _LONGEST = LADDER[-1] - 2  # tokens of a text, framed by its two ends
+
+# Used where a checkpoint brings no prompt of its own.
+SYSTEM_PROMPT = """\
+You turn a written request into a picture, and you always think before you draw.
+Put every thought between <think> and </think>.
+For the first picture, plan it in words: what the subject is and how many things there are, \
+where each one stands and how the frame is composed, the style and medium, the light, the \
+colours and textures, and any text that must be readable.
+Once you have drawn, look closely at your picture and compare it with the request. In a new \
+thought, name what falls short: wrong counts, colours, positions or shapes, missing parts, weak \
+detail. Explain each improvement and why it matters, give step-by-step guidance for redrawing, \
+and end with one comprehensive prompt that describes the better picture completely. Then draw \
+again, keeping what was already right.
+"""
 
 
 @functools.partial(
@@ -88,3 +112,57 @@ class Settings:
       if pixels > side:
         raise ValueError(f"{name} {pixels} is more than the {side} pixels this model has "
                          "positions for")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+  """How a checkpoint is meant to be used.
+
+  Attributes:
+    settings: used where nothing else is given.
+    system_prompt: likewise.
+    words: all words of its training prompts, if those are few; else empty.
+    note: what the model knows, told about prompts with other words.
+    dtype: of the arithmetic; None: that of the weights.
+  """
+
+  settings: Settings = Settings()
+  system_prompt: str = SYSTEM_PROMPT
+  words: tuple[str, ...] = ()
+  note: str = ""
+  dtype: str | None = None
+
+  def about(self, prompt: str) -> str | None:
+    """Says which words of a prompt the model never saw; None if it saw them all."""
+    words = re.findall(r"\w+", prompt.lower()) if self.words else ()
+    unknown = dict.fromkeys(w for w in words if w not in self.words)
+    return f"this model has never seen {', '.join(unknown)}. {self.note}" if unknown else None
+
+
+def write_defaults(folder, defaults: Defaults) -> None:
+  """Writes `generate.json` into a checkpoint folder."""
+  content = {"system_prompt": defaults.system_prompt,
+             "settings": dataclasses.asdict(defaults.settings), "words": sorted(defaults.words),
+             "note": defaults.note, "dtype": defaults.dtype}
+  with atomic_file(pathlib.Path(folder) / NAME) as path:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
+  """Reads `generate.json` of a checkpoint folder; without the file, defaults with `settings`.
+
+  Raises:
+    ValueError: the file is broken; names it.
+  """
+  path = pathlib.Path(folder) / NAME
+  if not path.is_file():
+    return Defaults(settings=settings)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Defaults(settings=config_lib.build(Settings, content["settings"]),
+                    system_prompt=str(content["system_prompt"]),
+                    words=tuple(content.get("words", ())), note=content.get("note", ""),
+                    dtype=content.get("dtype"))
+  except (ValueError, TypeError, KeyError, AttributeError) as e:
+    raise ValueError(f"{path}: not settings of irg generate ({type(e).__name__}: {e}); remove the "
+                     "file to use the defaults") from e

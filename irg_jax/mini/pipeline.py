@@ -25,8 +25,9 @@ from irg_jax import sharding, weights
 from irg_jax.data import array_records, latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.storage import atomic_file, atomic_folder, write_json
-from irg_jax.generate import defaults, irg
+from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
+from irg_jax.generate.settings import Defaults, write_defaults
 from irg_jax.mini import (
     datasets, report, thoughts, tokenizer, vae, verifier, world)
 from irg_jax.mini.settings import MiniSettings
@@ -77,8 +78,9 @@ def make_start(settings: MiniSettings, out: pathlib.Path) -> None:
     words.mkdir()
     tokenizer.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
-    defaults.write(folder / "weights", settings.generate, thoughts.SYSTEM_PROMPT, world.words(),
-                   _NOTE, settings.model.dtype)
+    write_defaults(folder / "weights", Defaults(
+        settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT,
+        words=tuple(world.words()), note=_NOTE, dtype=settings.model.dtype))
 
 
 def _trained_vae(settings, out):

@@ -19,7 +19,7 @@ import numpy as np
 
 from irg_jax import storage, weights
 from irg_jax.evaluate import base, generate, records, score
-from irg_jax.generate import defaults
+from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import benchmark, thoughts, vae, world
 from irg_jax.reports import pages, plots
 from irg_jax.reports.tables import table
@@ -84,7 +84,7 @@ def run(out) -> pathlib.Path:
   Raises:
     ValueError: the run is not finished; there is no run and no checkpoint in the package.
   """
-  out, checkpoint = pathlib.Path(out), defaults.CHECKPOINT
+  out, checkpoint = pathlib.Path(out), generate_settings.SHIPPED
   if (out / FINAL.weights).is_dir():
     settings = json.loads((out / "mini.json").read_text())
     limits = settings["test_seen"], settings["test_unseen"], settings["test_pictures"]
@@ -210,12 +210,12 @@ def evaluate(out, items, batch_size: int = 64, arms=ARMS, checkpoint=None) -> No
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> None:
   """Generates the missing images of an arm, with the checkpoint's own settings."""
-  settings, system_prompt = defaults.read(checkpoint)
+  defaults = generate_settings.read_defaults(checkpoint)
   result = generate.generate_images(generate.Request(
       benchmark=benchmark.MINI, items=tuple(benchmark.MINI.read()), selected=tuple(items),
       out=folder, checkpoint=checkpoint, batch_size=batch_size,
-      settings=dataclasses.replace(settings, rounds=arm.rounds, think=arm.think),
-      system_prompt=system_prompt if arm.think else ""))
+      settings=dataclasses.replace(defaults.settings, rounds=arm.rounds, think=arm.think),
+      system_prompt=defaults.system_prompt if arm.think else ""))
   if result.drawn:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process so far
     peak *= 1 if sys.platform == "darwin" else 1024

@@ -37,7 +37,8 @@ class Dropout:
 class DataSettings:
   """From records to packed rows."""
 
-  path: str = setting("", "folder of the data: published files, or made by `irg data build`")
+  path: str = setting(
+      "", "folder of the data, published or of `irg data build`; \"sample\": `irg data sample`")
   streams: int = setting(0, "independent streams that the data is cut into; 0: one a row", low=0)
   workers: int = setting(8, "worker processes of a host; 0: none", low=0)
   rows: int = setting(64, "rows of a global batch", low=1)

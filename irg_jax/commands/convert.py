@@ -1,0 +1,35 @@
+"""`irg convert`: checkpoints between the published layout and Orbax."""
+
+import pathlib
+
+_TEXT = """\
+Copies a checkpoint between the published layout and Orbax; the same dtype round-trips bit
+for bit. Keys, shapes and tables are checked before anything is written.
+
+examples:
+  irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
+  irg convert weights/irg-7b-orbax weights/irg-7b-again --to published
+  irg convert out/irg/stage2/checkpoints/5000 weights/irg-5000 --to published --dtype bfloat16
+"""
+
+
+def add(verbs, new_parser) -> None:
+  """Adds the verb to the subparsers `verbs`."""
+  parser = new_parser(verbs.add_parser, "convert", description=_TEXT,
+                      help="checkpoints in and out")
+  parser.set_defaults(run=_run)
+  add = parser.add_argument
+  add("source", type=pathlib.Path, metavar="SRC", help="folder to read")
+  add("destination", type=pathlib.Path, metavar="DST", help="folder to write")
+  add("--to", choices=("published", "orbax"), required=True, help="layout of DST")
+  add("--dtype", choices=("bfloat16", "float16", "float32"),
+      help="dtype of DST (default: that of SRC)")
+
+
+def _run(args, _):
+  if not args.source.exists():
+    raise ValueError(f"SRC {args.source}: no such folder")
+  from irg_jax import storage, weights
+  storage.check_output_folder(args.destination.parent)
+  weights.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
+  print(f"wrote {args.destination}")

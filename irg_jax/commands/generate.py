@@ -1,0 +1,114 @@
+"""`irg generate`: prompts to thoughts, images and traces."""
+
+import pathlib
+import time
+
+from irg_jax.commands import flags
+
+_TEXT = """\
+Writes, for each prompt, the image of each round, trace.json, and a trace.html to read, under --out.
+
+examples:
+  irg generate "two red circles and a blue star"
+  irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
+  irg generate --prompts-file prompts.txt --checkpoint weights/irg-7b --batch-size 4 --seed 7
+  irg generate "make the sky stormy" --image photo.png --checkpoint weights/irg-7b --rounds 1
+  irg generate "a fox" --checkpoint weights/irg-7b --no-think --rounds 1 --size 768x1024
+  irg generate "a fox" --checkpoint weights/irg-7b --config configs/generate.py \\
+      --config.later.text_scale=2.0 --config.first.interval="(0.2, 1.0)"
+"""
+
+_END = """\
+settings, the later one wins (docs/settings.md lists them):
+  1. generate.json of the checkpoint, if it has one, else the defaults
+  2. --config FILE, which may set some of the fields only
+  3. --config.FIELD=VALUE, any field, in order
+  4. the short flags above (--rounds, --size, ...)
+"""
+
+
+def add(verbs, new_parser) -> None:
+  """Adds the verb to the subparsers `verbs`."""
+  parser = new_parser(verbs.add_parser, "generate", description=_TEXT, epilog=_END,
+                      help="prompts to thoughts and images")
+  parser.set_defaults(run=_run)
+  add = parser.add_argument
+  add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make several traces")
+  add("--checkpoint", type=pathlib.Path, metavar="DIR",
+      help="weights, in the published layout or Orbax (default: the mini world's, which come with "
+           "the package)")
+  add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
+  add("--image", type=pathlib.Path, metavar="FILE",
+      help="edit this image as the prompts say; the result has --size")
+  add("--out", type=pathlib.Path, metavar="DIR", help="results (default out/DATE-TIME)")
+  add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
+  add("--system-prompt-file", type=pathlib.Path, metavar="FILE",
+      help="replaces the system prompt; an empty file means none")
+  add("--seed", type=int, default=0, help="prompt number i (from 0) uses SEED + i (default 0)")
+  add("--batch-size", type=int, default=1, metavar="N", help="prompts side by side (default 1)")
+  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
+      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
+  add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
+  flags.add_shorthands(parser.add_argument_group("settings, short (see the end)"))
+
+
+def _run(args, overrides):
+  asked = make_request(args, overrides)
+  from irg_jax.generate import run
+  run.run_generate(asked)
+
+
+def make_request(args, overrides):
+  """Checks the parsed flags and returns the `generate.run.Request` that they ask for.
+
+  Raises:
+    ValueError: names the flag or the file.
+  """
+  checkpoint = _checkpoint(args.checkpoint)
+  if args.image is not None and not args.image.is_file():
+    raise ValueError(f"--image {args.image}: no such file")
+  if args.batch_size < 1:
+    raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
+  flags.check_mesh(args.mesh)
+  prompts = read_prompts(args.prompts, args.prompts_file)
+  if not 0 <= args.seed <= 2**32 - len(prompts):
+    raise ValueError(f"--seed {args.seed}: must be 0 or more, and that of the last prompt "
+                     f"(SEED + {len(prompts) - 1}) below 2**32")
+  settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
+  from irg_jax.generate.run import Request
+  return Request(
+      checkpoint=checkpoint, prompts=prompts, image=args.image,
+      out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
+      settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,
+      mesh=args.mesh, dtype=args.dtype)
+
+
+def read_prompts(arguments, path=None) -> tuple[str, ...]:
+  """The prompts of the command line, then those of a file (one a line, blank lines skipped).
+
+  Raises:
+    ValueError: no prompt at all, a blank one, an unreadable file or one that is not UTF-8.
+  """
+  if any(not p.strip() for p in arguments):
+    raise ValueError("PROMPT: a prompt is empty; leave it out or write what to draw")
+  prompts = [p.strip() for p in arguments]
+  if path is not None:
+    lines = [line.strip() for line in flags.read_text("--prompts-file", path).splitlines()]
+    if not any(lines):
+      raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")
+    prompts += [line for line in lines if line]
+  if not prompts:
+    raise ValueError("nothing to draw: give a PROMPT or --prompts-file FILE")
+  return tuple(prompts)
+
+
+def _checkpoint(path):
+  """The folder of --checkpoint, or the one that comes with the package."""
+  from irg_jax.generate import settings
+  if path is None and not settings.SHIPPED.is_dir():
+    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
+                     "comes without the mini world's")
+  path = path or settings.SHIPPED
+  if not path.is_dir():
+    raise ValueError(f"--checkpoint {path}: no such folder")
+  return path
