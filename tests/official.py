@@ -77,7 +77,7 @@ _BAGEL = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*[:
                     re.IGNORECASE)
 
 
-def add_wise_record(summary: wise.Summary, record: dict | None, where: str, fields=wise.FIELDS):
+def add_wise_record(summary: wise.Scorer, record: dict | None, where: str, fields=wise.FIELDS):
   """Counts a line of a result file, or says why not; None stands for a line that is not JSON."""
   add = summary.unscored.add
   if record is None:
@@ -92,7 +92,7 @@ def add_wise_record(summary: wise.Summary, record: dict | None, where: str, fiel
     return add(where, "no score", str({f: record.get(f) for f in fields}))
   if fields == ("score",) and record["score"] not in (0, 1):
     return add(where, "score is not 0 or 1", str(record["score"]))
-  summary.add(number, float(record["score"]) if "score" in record else wise.item_score(record))
+  summary.count(number, float(record["score"]) if "score" in record else wise.item_score(record))
 
 
 def parse_bagel(text: str) -> dict[str, float]:
@@ -116,7 +116,7 @@ def read_tiif_results(folder, models: int = 1) -> dict[int, dict]:
 
   Files named turn1_0.json, as IRG's evaluator writes them, belong to round 1, and so on;
   plain names are round 1. comparison_*.json hold no answers and are passed over. For `models`
-  see `tiif.Summary.value`.
+  see `tiif.Scorer.value`.
 
   Raises:
     ValueError: plain and turn names lie side by side, so that a round cannot be told.
@@ -131,7 +131,7 @@ def read_tiif_results(folder, models: int = 1) -> dict[int, dict]:
       raise ValueError(f"{path}: lies beside files of the other naming (turn1_0.json and 0.json); "
                        "which round the plain ones are is unknown: keep the rounds in folders "
                        "apart")
-    summary = rounds.setdefault(int(match[1] or 1), tiif.Summary())
+    summary = rounds.setdefault(int(match[1] or 1), tiif.Scorer({}))
     _add_file(summary, path, folder)
   return {number: summary.value(models) for number, summary in sorted(rounds.items())}
 
@@ -141,7 +141,9 @@ def _add_file(summary, path, folder):
   try:
     record = json.loads(path.read_text(encoding="utf-8"))
     expected, predicted = record["gt_answers"], record["model_pred"]
-    summary.add(path.parent.parent.name, path.parent.name, expected, predicted)
+    pairs = list(zip(expected, predicted))  # the longer of the two is cut to the other
+    right = sum(e.strip().lower() == p.strip().lower() for e, p in pairs)
+    summary.count(path.parent.parent.name, path.parent.name, len(pairs), right)
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     summary.unscored.add(name, "unreadable result file", str(e))
 

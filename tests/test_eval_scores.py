@@ -14,6 +14,7 @@ from irg_jax.evaluate import clauses
 from irg_jax.evaluate import genai_bench
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import oneig
+from irg_jax.evaluate import questions
 from irg_jax.evaluate import score
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
@@ -177,7 +178,7 @@ def test_a_wise_item_without_all_three_scores_has_none(tmp_path):
 
 
 def full_wise(leave_out=()):
-  summary = wise.Summary()
+  summary = wise.Scorer()
   for number in wise.IDS:
     if number not in leave_out:
       good = 2 if number <= 400 else 0
@@ -195,7 +196,7 @@ def test_the_two_wise_overalls_differ_and_need_every_item():
 
 @pytest.mark.parametrize("value", [None, "2", True, float("nan")])
 def test_what_is_no_number_is_no_wise_score(value):
-  summary = wise.Summary()
+  summary = wise.Scorer()
   official.add_wise_record(
       summary, {"prompt_id": 1, "consistency": value, "realism": 1, "aesthetic_quality": 1}, "")
   assert summary.value()["unscored"]["by_reason"] == {"no score": 1}
@@ -306,10 +307,10 @@ def test_black_cells_are_dropped_and_the_rest_keeps_its_order():
   cells = official.split_grid(grid)
   assert [c.shape for c in cells] == [(2, 3, 3), (2, 3, 3)]
   assert [int(c.max()) for c in cells] == [7, 9]
-  assert oneig.parse_grid("2") == (2, 2) and oneig.parse_grid("1, 4") == (1, 4)
+  assert questions.parse_grid("2") == (2, 2) and questions.parse_grid("1, 4") == (1, 4)
   for bad in ("", "0,2", "2x2", "1,2,3"):
     with pytest.raises(ValueError, match="columns,rows"):
-      oneig.parse_grid(bad)
+      questions.parse_grid(bad)
 
 
 def test_a_question_needs_its_own_parents_but_not_their_parents():

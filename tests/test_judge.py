@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from irg_jax.evaluate import judge as judge_lib
+from irg_jax.evaluate import questions
 from irg_jax.evaluate import records
 from irg_jax.evaluate.judge import Judge
 from irg_jax.evaluate.questions import JudgeSettings, Question
@@ -56,7 +57,7 @@ def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(
   assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 77)
   assert body["messages"][0] == {"role": "system", "content": "be strict"}
   url = body["messages"][1]["content"][0]["image_url"]["url"]
-  assert url == records.encode(image).url
+  assert url == questions.encode(image).url
   assert server.most <= 4 and set(server.keys) == {f"Bearer {KEY}"}
 
 

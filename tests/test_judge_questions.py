@@ -12,7 +12,6 @@ import pytest
 from irg_jax import evaluate
 from irg_jax.evaluate import oneig as oneig_lib
 from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
 from irg_jax.evaluate import tiif as tiif_lib
 from irg_jax.evaluate import wise as wise_lib
 from irg_jax.evaluate.base import Item
@@ -74,7 +73,7 @@ def test_alignment_asks_each_question_of_each_cell_but_of_no_black_one(tmp_path)
                                     for c in (0, 1, 3) for n in (1, 2)]
   for request, level in zip(asked[::2], (50, 100, 200)):
     (cell,) = request.images
-    encoded = records.encode(cell)
+    encoded = questions.encode(cell)
     assert encoded.url.startswith("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(encoded.data)) as image:
       assert image.size == (6, 4) and abs(int(np.asarray(image).mean()) - level) < 3

@@ -111,7 +111,7 @@ def add(verbs, new_parser) -> None:
   parser = new_parser(verbs.add_parser, "eval", description=_EVAL, help="the benchmarks")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP",
                                 parser_class=_StepParser)
-  for name, fill, text in (("generate", _fill_generate, "generate images for a benchmark's prompts"),
+  for name, fill, text in (("generate", _fill_generate, "images for a benchmark's prompts"),
                            ("score", _fill_score, "score a benchmark's images"),
                            ("report", _fill_report, "the paper's table of scored runs")):
     new_parser(steps.add_parser, name, help=text).fill = fill
@@ -127,7 +127,7 @@ def benchmarks() -> dict:
 def _fill_generate(parser):
   every = benchmarks().values()
   parser.description = _GENERATE.format(**_examples("generate"))
-  parser.epilog = _GENERATE_END.format(images="\n".join(f"  {b.name:<12} {b.images_help}" for b in every))
+  parser.epilog = _GENERATE_END.format(images=_by_name("images_help"))
   parser.set_defaults(run=_generate)
   add = parser.add_argument
   _add_benchmark(parser)
@@ -153,11 +153,8 @@ def _fill_generate(parser):
 
 
 def _fill_score(parser):
-  every = benchmarks().values()
   parser.description = _SCORE.format(**_examples("score"))
-  indented = lambda text: text.replace("\n", "\n" + " " * 15)
-  parser.epilog = _SCORE_END.format(
-      sources="\n".join(f"  {b.name:<12} {indented(b.sources)}" for b in every))
+  parser.epilog = _SCORE_END.format(sources=_by_name("sources"))
   parser.set_defaults(run=lambda args, _: _score(args, parser))
   add = parser.add_argument
   _add_benchmark(parser)
@@ -207,6 +204,12 @@ def _add_judge(add):
       help="answers asked for until one can be parsed (3)")
   add("--judge-cache", type=pathlib.Path, metavar="FILE",
       help="where answers are kept (default OUT/judge_cache.sqlite)")
+
+
+def _by_name(attribute):
+  """A text of each benchmark, beside its name."""
+  return "\n".join(f"  {name:<12} " + getattr(b, attribute).replace("\n", "\n" + " " * 15)
+                   for name, b in benchmarks().items())
 
 
 def _examples(step):
@@ -297,7 +300,7 @@ def _check_flags(args, parser):
   for flag in benchmarks()[args.benchmark].flags:
     value = getattr(args, flag.name[2:].replace("-", "_"))
     for path in value if isinstance(value, list) else [value]:
-      if isinstance(path, pathlib.Path) and flag.options["metavar"] == "FILE" and not path.is_file():
+      if flag.options["metavar"] == "FILE" and path and not path.is_file():
         raise ValueError(f"{path}: no such file")
 
 

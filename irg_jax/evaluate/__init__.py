@@ -10,8 +10,8 @@ One item of a benchmark from prompt to table, file by file:
   evaluate/score.py       a line for each prompt, and a summary of each round
   evaluate/report.py      the table and the pages
 
-A new benchmark is one file with a subclass of `base.Benchmark`, and a line of `_REGISTERED` below or
-a call of `register`.
+A new benchmark is one file with a subclass of `base.Benchmark`, and a line of `_REGISTERED` below
+or a call of `register`.
 """
 
 from irg_jax.evaluate import base, geneval, genai_bench, oneig, tiif, wise

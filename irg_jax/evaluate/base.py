@@ -20,35 +20,21 @@ GIVE_UP_AFTER = 20  # failures in a row: then the judge or function is at fault,
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One prompt of a benchmark.
+  """One prompt of a benchmark."""
 
-  Attributes:
-    benchmark: name of the benchmark.
-    id: stable and unique within the benchmark; "/" may separate its parts.
-    prompt: the text to generate from.
-    images: number of images generated from it.
-    extra: the official record, with the fields that the benchmark's `read_items` adds.
-  """
-
-  benchmark: str
-  id: str
+  benchmark: str  # name
+  id: str  # stable and unique within the benchmark; "/" may separate its parts
   prompt: str
-  images: int
-  extra: dict
+  images: int  # generated from it
+  extra: dict  # the official record, with the fields that `read_items` adds
 
 
 class Flag(typing.NamedTuple):
-  """A command line flag that a benchmark adds to `irg eval score`.
+  """A command line flag that a benchmark adds to `irg eval score`."""
 
-  Attributes:
-    name: with its dashes.
-    help: its line in --help.
-    options: further arguments of `argparse.ArgumentParser.add_argument`.
-  """
-
-  name: str
+  name: str  # with its dashes
   help: str
-  options: dict = {}
+  options: dict = {}  # further arguments of `argparse.ArgumentParser.add_argument`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,43 +59,29 @@ def positive(text: str) -> int:
 
 
 class Benchmark:
-  """One benchmark. Subclasses set the attributes and override the methods that differ.
+  """One benchmark. Subclasses set the attributes and override the methods that differ."""
 
-  Attributes:
-    name, title: on the command line and in reports.
-    packaged: the prompt file that comes with this package; None: `--prompts` is required.
-    published_counts: number of items by task.
-    columns: its columns in the main table of the report.
-    places: decimal places of its figures.
-    published, published_categories: {row, of PUBLISHED: {column or category: figure}}.
-    caveats: sentences to read before comparing with the published figures.
-    official: how the official scripts ask a judge; None: no judge is used.
-    templates: {name: (`questions.Template`, fields that a replacement must have)}.
-    grid: the images of a prompt are the cells of one 2 x 2 grid.
-    each_image: images are scored one by one, prompts without images are counted as missing.
-    flags: of `irg eval score`.
-    images_help, tasks_help, sources: images of a prompt, what `--tasks` takes, and where scores come
-      from, for --help.
-    example_prompts, example_score: the value of --prompts and further flags of `irg eval score`, as
-      --help shows them; example_checkpoint likewise.
-    more_examples: {step: further command lines for --help after "irg eval STEP NAME"}.
-  """
-
-  name = title = ""
-  packaged: pathlib.Path | None = None
-  published_counts: dict[str, int] = {}
+  name = title = ""  # on the command line, and in reports
+  packaged: pathlib.Path | None = None  # its prompt file; None: --prompts is required
+  published_counts: dict[str, int] = {}  # number of items by task
+  grid = False  # the images of a prompt are the cells of one 2 x 2 grid
+  each_image = False  # images are scored one by one; prompts without images count as missing
+  # In the report: columns and decimal places, {row, of PUBLISHED: {column or category: figure}},
+  # and sentences to read before comparing with published figures.
   columns: tuple[str, ...] = ()
   places = 3
   published: dict = {}
   published_categories: dict = {}
   caveats: tuple[str, ...] = ()
+  # The judge: None where there is none; {name: (Template, fields that a replacement must have)}.
   official: Official | None = None
   templates: dict = {}
-  grid = each_image = False
+  # On the command line: flags of `irg eval score`; for --help: images of a prompt, what --tasks
+  # takes, where scores come from, values of --prompts and --checkpoint, further flags of `score`,
+  # and {step: command lines after "irg eval STEP NAME"}.
   flags: tuple[Flag, ...] = ()
   images_help = tasks_help = sources = ""
-  example_prompts = example_score = ""
-  example_checkpoint = "weights/irg-7b"
+  example_prompts, example_checkpoint, example_score = "", "weights/irg-7b", ""
   more_examples: dict[str, tuple[str, ...]] = {}
 
   def read(self, path=None) -> list[Item]:

@@ -13,8 +13,8 @@ from any detector and colour classifier that are given as functions:
   classify(crop, name)    ->  one of COLORS
 
 `image` is an RGB `PIL.Image`, upright; boxes are in pixels, all that the detector has, whatever
-their score. `mask` is optional: a boolean array [height, width] of the object's pixels. `crop` shows
-one object of class `name`: its box, grey outside the mask. A record of detections is
+their score. `mask` is optional: a boolean array [height, width] of the object's pixels. `crop`
+shows one object of class `name`: its box, grey outside the mask. A record of detections is
 
   {"filename": "00000/samples/00000.png", "metadata": the prompt's official record,
    "detections": {class: [{"box": [...], "score": s, "color": c where a clause asks for it}]}}
@@ -31,7 +31,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from irg_jax.evaluate import base
+from irg_jax.evaluate import base, questions
 from irg_jax.evaluate import records as records_lib
 from irg_jax.evaluate.records import field
 
@@ -304,7 +304,7 @@ def _cached(path, metadata, classes, detect, classify, cache, names):
   try:
     with Image.open(io.BytesIO(data)) as opened:
       image = ImageOps.exif_transpose(opened).convert("RGB")
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+  except questions.BROKEN as e:
     raise _Failed(f"picture: {path} cannot be read ({e})") from e
   try:
     found = _checked(detect(image, classes), classes)

@@ -163,7 +163,8 @@ class GenAIBench(base.Benchmark):
     skills = self._skills(options)
     make = lambda: Scorer(skills)
     if sum(map(bool, (options.measurements, options.scorer, options.judge_url))) > 1:
-      raise ValueError("--measurements, --scorer, --judge-url: genai_bench is scored by one of them")
+      raise ValueError("--measurements, --scorer, --judge-url: genai_bench is scored by one of "
+                       "them")
     if options.measurements:
       table = score.read_measurements(options.measurements, {QUESTION: lambda value: value})
       extra = {"protocol": {"measurements": str(options.measurements)}}

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import runs, sharding, storage, weights
-from irg_jax.evaluate import base, records
+from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN, SCORES
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
@@ -43,45 +43,29 @@ _ASIDE, _SAMPLE = ".aside", 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """All that a run needs; nothing here has touched the weights.
-
-  Attributes:
-    benchmark: whose prompts these are.
-    items: all prompts of the files; they belong to the run's identity.
-    selected: those of them to generate images for.
-    out: folder of the run, new or to be continued.
-    checkpoint, settings, system_prompt, dtype: as for `irg generate`.
-    batch_size: images generated side by side.
-    mesh: mesh sizes by axis name, or None for all devices on one axis.
-    process_id, num_processes: this process takes every num_processes-th prompt.
-  """
+  """All that a run needs; nothing here has touched the weights."""
 
   benchmark: base.Benchmark
-  items: tuple[base.Item, ...]
-  selected: tuple[base.Item, ...]
-  out: pathlib.Path
+  items: tuple[base.Item, ...]  # all prompts of the files; they belong to the run's identity
+  selected: tuple[base.Item, ...]  # those to generate images for
+  out: pathlib.Path  # folder of the run, new or to be continued
   checkpoint: pathlib.Path
   settings: Settings
   system_prompt: str
-  batch_size: int
-  mesh: dict[str, int] | None = None
-  dtype: str | None = None
-  process_id: int = 0
+  batch_size: int  # images generated side by side
+  mesh: dict[str, int] | None = None  # sizes by axis name; None: all devices on one axis
+  dtype: str | None = None  # of the activations
+  process_id: int = 0  # this process takes every num_processes-th prompt
   num_processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The outcome of this process's share.
+  """The outcome of this process's share."""
 
-  Attributes:
-    drawn, kept: images generated now, and there already.
-    failed: "ITEM, image N, round N" of every image that could not be generated.
-  """
-
-  drawn: int
-  kept: int
-  failed: list[str]
+  drawn: int  # images generated now
+  kept: int  # images that were there
+  failed: list[str]  # "ITEM, image N, round N" of every image that could not be generated
 
 
 class OutFolder:
@@ -187,6 +171,16 @@ def open_run(out, settings: dict, notes: dict, process: str):
     shutil.rmtree(aside)
     with contextlib.suppress(OSError):  # others are at work in it
       aside.parent.rmdir()
+
+
+def paste_cells(cells: list[np.ndarray | None], height: int, width: int) -> np.ndarray:
+  """Four images [height, width, 3] as one of two rows and two columns, row by row.
+
+  None is an image that failed: a black cell, which official code leaves out.
+  """
+  black = np.zeros((height, width, 3), np.uint8)
+  a, b, c, d = (black if cell is None else cell for cell in cells)
+  return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
 
 
 def _check_run(out, settings):
@@ -315,7 +309,7 @@ def _paste(request, folder, item):
     fails = [trace["rounds"][number - 1]["picture"] is None for trace in traces]
     if not folder.exists(place) and all(f or folder.exists(p) for f, p in zip(fails, paths)):
       images = [None if f else np.array(Image.open(folder.out / p)) for f, p in zip(fails, paths)]
-      whole = records.paste_cells(images, request.settings.height, request.settings.width)
+      whole = paste_cells(images, request.settings.height, request.settings.width)
       folder.write(place, _encoded(whole, place.suffix))
     places.append((place, paths[0].parent))
   if all(folder.exists(place) for place, _ in places):

@@ -5,9 +5,10 @@
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 
 `clauses` has the form of the prompts and of records of detections. The official detector is
-Mask2Former with a Swin-S backbone, of mmdetection 2 (mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco);
-the official classifier is CLIP ViT-L-14 of open_clip, weights "openai", for which
-`clauses.clip_classifier` has the rest. Scores with others are not comparable with published ones.
+Mask2Former with a Swin-S backbone, of mmdetection 2
+(mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco); the official classifier is CLIP ViT-L-14 of
+open_clip, weights "openai", for which `clauses.clip_classifier` has the rest. Scores with others
+are not comparable with published ones.
 """
 
 import json

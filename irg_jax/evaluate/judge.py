@@ -26,8 +26,9 @@ import weakref
 import tenacity
 
 from irg_jax.evaluate.base import GIVE_UP_AFTER
-from irg_jax.evaluate.questions import Account, Answer, JudgeSettings, yes_probability
-from irg_jax.evaluate.records import Cache, Unusable, encode
+from irg_jax.evaluate.questions import (
+    Account, Answer, JudgeSettings, Unusable, encode, yes_probability)
+from irg_jax.evaluate.records import Cache
 
 try:
   import openai

@@ -1,8 +1,8 @@
 """OneIG-Bench, English: the plain mean of five parts, over the cells of 2 x 2 grids.
 
-The judge gives alignment (yes or no to questions that depend on each other) and text (a transcription
-against the words asked for). Other models measure reasoning (similarity of image and answer), style
-(similarity to images of the style) and diversity (distance between cells), a JSON line each:
+The judge gives alignment (yes or no to questions that depend on each other) and text (its
+transcription against the words asked for). Other models measure reasoning (similarity of image and
+answer), style (similarity to images of the style) and diversity (distance between cells):
 
   {"round": 1, "part": "reasoning", "id": "reasoning/000", "values": [0.21, ...]}   a cell each
   {"round": 1, "part": "style", "id": "anime/004", "values": [[0.5, 0.6], ...]}     CSD, encoder
@@ -24,18 +24,14 @@ import re
 
 from rapidfuzz.distance import Levenshtein
 
-from irg_jax.evaluate import base
-from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
+from irg_jax.evaluate import base, questions, records, score
 
-TEXT_QUESTION = "text"  # its name in the key of an answer; others are alignment1, alignment2, ...
 TEMPLATES = {
     "oneig_alignment": (questions.Template(
         "{question}\nReply with one word, Yes or No, and no full stop."), ("question",)),
-    "oneig_text": (questions.Template("""\
-Write down all the text that can be read in this picture, spelled as it is there, and nothing of \
-your own. If there is none, write: No text recognized."""), ())}
+    "oneig_text": (questions.Template(
+        "Write down all the text that can be read in this picture, spelled as it is there, and "
+        "nothing of your own. If there is none, write: No text recognized."), ())}
 
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
 FOLDERS = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object",
@@ -48,14 +44,6 @@ _DROPPED = ("addCriterion", "No text recognized.")  # which the transcribing mod
 _LETTERS = "\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
 _NOT_KEPT = re.compile(rf"[^{_LETTERS}\s]")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
-
-
-def parse_grid(text: str) -> tuple[int, int]:
-  """Columns and rows of "2,2", or of "2" as older releases write it."""
-  if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)?", text.replace(" ", "")):
-    raise ValueError(f"grid {text!r}: write columns,rows such as 2,2")
-  numbers = [int(n) for n in text.split(",")]
-  return numbers[0], numbers[-1]
 
 
 def says_yes(text: str) -> bool:
@@ -133,7 +121,7 @@ class TextSummary:
             "prompts": self._prompts, "unscored": self.unscored.summary()}
 
 
-# Conversions of the parts that other models measure.
+# Parts that other models measure, and a number of what they give.
 MEASURED = {"reasoning": lambda value: value, "style": lambda pair: style_cell(*pair),
             "diversity": lambda value: value}
 
@@ -210,7 +198,7 @@ class Scorer:
       return self._none("text", f"{folder}/{number}", "not asked")
     if number not in (texts := self._references["texts"]):
       return self._none("text", f"{folder}_{number}", "no text in text_content.csv")
-    found = [answers.get((cell, TEXT_QUESTION)) for cell in cells]
+    found = [answers.get((cell, "text")) for cell in cells]
     words |= {str(c): getattr(a, "text", None) for c, a in zip(cells, found)}
     values = [None if questions.failure(a) else text_cell(texts[number], a.text) for a in found]
     rates = self._parts["text"].add(number, values)
@@ -240,14 +228,13 @@ def read_texts(path) -> dict[str, str]:
   entries = records.csv_rows(path, ("id", "text_content"))
   numbers = [entry.record["id"].zfill(3) for entry in entries]
   for entry, number in zip(entries, numbers):
-    if not re.fullmatch(r"\d{3}", number):
-      raise ValueError(f"{entry.where}: needs an id of three digits and a text")
+    _check_id(entry, number)
   records.check_unique(entries, [f"id {number}" for number in numbers])
   return {number: entry.record["text_content"] for number, entry in zip(numbers, entries)}
 
 
 def read_references(folder) -> dict:
-  """The questions by folder and the texts, from the folder `scripts` of the official repository."""
+  """The questions by folder, and the texts, of the official repository's folder `scripts`."""
   if not folder:
     raise ValueError("--questions: give the folder scripts of a copy of OneIG-Benchmark")
   return {"questions": {name: read_questions(_find(folder, f"Q_D/{name}.json"))
@@ -265,8 +252,8 @@ class OneIG(base.Benchmark):
   published_categories = dict(zip(base.PUBLISHED, (
       dict(zip((*PARTS, "overall"), (0.769, 0.244, 0.173, 0.367, 0.251, 0.361))),
       dict(zip((*PARTS, "overall"), (0.793, 0.020, 0.206, 0.390, 0.209, 0.324))))))
-  caveats = ("OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by others "
-             "are far from its official row (text 0.385 against 0.244).",)
+  caveats = ("OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by "
+             "others are far from its official row (text 0.385 against 0.244).",)
   official = base.Official("Qwen2.5-VL-7B-Instruct for alignment and text", 0.0, 16)
   templates = TEMPLATES
   flags = (
@@ -275,14 +262,13 @@ class OneIG(base.Benchmark):
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/oneig.py"),
       base.Flag("--grid", "columns and rows of its images (2,2)",
                 {"default": "2,2", "metavar": "C,R"}))
-  images_help = "4, pasted into one grid"
+  images_help, tasks_help = "4, pasted into one grid", "OneIG's folders"
   example_prompts = "OneIG-Benchmark/OneIG-Bench.csv"
   example_score = (
       "--questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
       "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct")
   sources = ("the judge (alignment, text) and --measurements (reasoning, style, diversity); the\n"
              "overall needs all five. Without --judge-url the measured parts are scored alone.")
-  tasks_help = "OneIG's folders"
 
   def read_items(self, path):
     columns = ("category", "id", "prompt_en", "type", "prompt_length", "class")
@@ -291,8 +277,7 @@ class OneIG(base.Benchmark):
       if entry.record["category"] not in FOLDERS:
         raise ValueError(f"{entry.where}: unknown category {entry.record['category']!r}; the "
                          f"categories are {', '.join(FOLDERS)}")
-      if not re.fullmatch(r"\d{3}", entry.record["id"]):
-        raise ValueError(f"{entry.where}: id {entry.record['id']!r} must be three digits")
+      _check_id(entry, entry.record["id"])
       records.field(entry, "prompt_en", str)
     records.check_unique(entries, [f"{e.record['category']} {e.record['id']}" for e in entries])
     return [base.Item(self.name, f"{FOLDERS[e.record['category']]}/{e.record['id']}",
@@ -316,8 +301,8 @@ class OneIG(base.Benchmark):
                                   _yes_or_no_fault)
     elif folder == "text" and number in references["texts"]:
       limit = transcription_limit(references["texts"][number])
-      asked[TEXT_QUESTION] = self.template("oneig_text", templates).fill(), limit, None
-    for cell in records.cells(path, *references.get("grid", (2, 2))) if asked else ():
+      asked["text"] = self.template("oneig_text", templates).fill(), limit, None
+    for cell in questions.cells(path, *references.get("grid", (2, 2))) if asked else ():
       for name, ((user, system), max_tokens, fault) in asked.items():
         key = questions.key(self.name, item.id, cell.index, round, name)
         yield questions.Question(key, (cell,), user, system, max_tokens, fault)
@@ -326,7 +311,7 @@ class OneIG(base.Benchmark):
     if not options.judge_url and not options.measurements:
       raise ValueError("oneig needs --judge-url (alignment, text), --measurements (reasoning, "
                        "style, diversity), or both")
-    grid, measured, references = parse_grid(options.grid), options.measurements, None
+    grid, measured, references = questions.parse_grid(options.grid), options.measurements, None
     table = score.read_measurements(measured, MEASURED) if measured else {}
     if options.judge_url:
       references = read_references(options.questions) | {"grid": grid}
@@ -343,6 +328,11 @@ class OneIG(base.Benchmark):
 
 
 ONEIG = OneIG()
+
+
+def _check_id(entry, number):
+  if not re.fullmatch(r"\d{3}", number):
+    raise ValueError(f"{entry.where}: id {number!r} must be three digits")
 
 
 def _find(folder, name):

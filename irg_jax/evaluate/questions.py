@@ -7,14 +7,23 @@ The key of a question is
 CELL is a number from 0, ROUND one from 1; an image that is no grid is cell 0.
 """
 
+import base64
 import collections
 import dataclasses
+import functools
+import hashlib
+import io
 import json
 import math
+import pathlib
 import re
 import typing
 import urllib.parse
 
+from PIL import Image
+
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
+_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
 _KEY = re.compile(r"([a-z_]+)/(.+)/p(\d+)/r(\d+)/([^/]+)", re.DOTALL)
 
@@ -39,46 +48,27 @@ class Template:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One question to a judge about some images.
+  """One question to a judge about some images."""
 
-  Attributes:
-    key: names the question; no other question has it. See `key`.
-    images: paths, or `records.Cell`s.
-    prompt: the text after the images.
-    system: the text of the system role; empty: none.
-    max_tokens: of the answer.
-    fault: text of an answer -> why it cannot be parsed, or None; None: any text will do.
-    probability: ask for one token, and for the probability that it is a "Yes".
-  """
-
-  key: str
-  images: tuple
-  prompt: str
-  system: str = ""
-  max_tokens: int = 2000
-  fault: typing.Callable | None = None
-  probability: bool = False
+  key: str  # no other question has it; see `key`
+  images: tuple  # paths, or `Cell`s
+  prompt: str  # the text after the images
+  system: str = ""  # the text of the system role; empty: none
+  max_tokens: int = 2000  # of the answer
+  fault: typing.Callable | None = None  # text -> why it cannot be parsed, or None
+  probability: bool = False  # ask for one token, and for the probability that it is a "Yes"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """The outcome of a question; `error` is None exactly if there is an answer.
+  """The outcome of a question; `error` is None exactly if there is an answer."""
 
-  Attributes:
-    key: of the question.
-    text: the judge's words; with an error too, if there were words that could not be parsed.
-    error: "reason: detail"; the reasons are few and constant.
-    probability: of "Yes", where it was asked for.
-    model: as the endpoint names it.
-    cached: taken from the cache, without a call.
-  """
-
-  key: str
-  text: str | None = None
-  error: str | None = None
-  probability: float | None = None
-  model: str | None = None
-  cached: bool = False
+  key: str  # of the question
+  text: str | None = None  # the judge's words; with an error too, if they could not be parsed
+  error: str | None = None  # "reason: detail"; the reasons are few and constant
+  probability: float | None = None  # of "Yes", where it was asked for
+  model: str | None = None  # as the endpoint names it
+  cached: bool = False  # taken from the cache, without a call
 
 
 @dataclasses.dataclass
@@ -111,30 +101,17 @@ class Account:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-  """Which judge to ask, and how.
+  """Which judge to ask, and how. Waits between tries are random below their bound."""
 
-  Attributes:
-    url: base address in OpenAI's form, such as http://localhost:8000/v1.
-    model: its name there.
-    temperature: of the answers.
-    concurrency: questions under way at the same time.
-    timeout: seconds of one try, from sending to the last byte.
-    tries: of one question, while the endpoint is busy, broken or unreachable.
-    asks: answers asked for until one can be parsed.
-    first_wait: upper bound of the wait before the second try, in seconds; doubles each time, up
-      to 60. The waits are random below their bound.
-    longest_wait: seconds that the endpoint may ask to wait (Retry-After); more ends the run.
-  """
-
-  url: str
-  model: str
-  temperature: float = 0.0
-  concurrency: int = 8
-  timeout: float = 120.0
-  tries: int = 8
-  asks: int = 3
-  first_wait: float = 1.0
-  longest_wait: float = 600.0
+  url: str  # base address in OpenAI's form, such as http://localhost:8000/v1
+  model: str  # its name there
+  temperature: float = 0.0  # of the answers
+  concurrency: int = 8  # questions under way at the same time
+  timeout: float = 120.0  # seconds of one try, from sending to the last byte
+  tries: int = 8  # of one question, while the endpoint is busy, broken or unreachable
+  asks: int = 3  # answers asked for until one can be parsed
+  first_wait: float = 1.0  # bound of the first wait, in seconds; doubles each time, up to 60
+  longest_wait: float = 600.0  # seconds that Retry-After may ask for; more ends the run
 
   def __post_init__(self):
     _check_url(self.url)
@@ -150,17 +127,11 @@ class JudgeSettings:
 
 
 class OpenJudge(typing.NamedTuple):
-  """A judge ready to be asked.
+  """A judge ready to be asked."""
 
-  Attributes:
-    ask: iterable of questions -> iterator of answers, one each, in order.
-    templates: {name: Template} in place of a benchmark's own.
-    record: what scores.json says of the judge.
-  """
-
-  ask: typing.Callable
-  templates: dict
-  record: dict
+  ask: typing.Callable  # iterable of questions -> iterator of answers, one each, in order
+  templates: dict  # {name: Template} in place of a benchmark's own
+  record: dict  # its entry in scores.json
 
 
 def key(benchmark: str, item_id: str, cell: int, round: int, name: str) -> str:
@@ -186,25 +157,24 @@ def answers(items, rounds, ask, questions_of):
   Yields:
     (item, round, {(cell, name of the question): Answer}), one for every item and round.
   """
-  groups = collections.deque()  # (item, round, number of questions, answers so far)
+  groups = collections.deque()  # (item, round, answers so far, number of questions)
 
   def stream():
     for round in rounds:
       for item in items:
         asked = list(questions_of(item, round))
-        groups.append((item, round, len(asked), {}))
+        groups.append((item, round, {}, len(asked)))
         yield from asked
 
   for answer in ask(stream()):
-    while not groups[0][2]:
-      yield _group(groups)
-    found = groups[0][3]
+    while not groups[0][3]:
+      yield groups.popleft()[:3]
     _, _, cell, _, name = split_key(answer.key)
-    found[cell, name] = answer
-    if len(found) == groups[0][2]:
-      yield _group(groups)
+    groups[0][2][cell, name] = answer
+    if len(groups[0][2]) == groups[0][3]:
+      yield groups.popleft()[:3]
   while groups:
-    yield _group(groups)
+    yield groups.popleft()[:3]
 
 
 def failure(answer) -> str | None:
@@ -233,16 +203,88 @@ def yes_probability(choice: dict) -> float | None:
   return 0.0 if pairs and least < _UNLISTED else None
 
 
-def load_template(path, name: str, fields=()) -> Template:
-  """Reads the wording in a file.
+class Unusable(ValueError):
+  """An image that is missing or cannot be decoded."""
 
-  Args:
-    name: of the template that it replaces, for messages.
-    fields: that the user's text must have.
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """Cell number `index`, row by row, of the grid in the image at `path`."""
+
+  path: pathlib.Path
+  columns: int
+  rows: int
+  index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """An image to send: its bytes and their media type."""
+
+  data: bytes
+  type: str
+
+  @functools.cached_property
+  def digest(self) -> str:
+    return hashlib.sha256(self.data).hexdigest()
+
+  @property
+  def url(self) -> str:
+    """A data URL."""
+    return f"data:{self.type};base64,{base64.b64encode(self.data).decode()}"
+
+
+def encode(image) -> Encoded:
+  """The bytes to send of a path or a Cell.
+
+  A cell becomes a JPEG of Pillow's default quality, as official scripts send it. A file of a type
+  that endpoints take is sent unchanged.
 
   Raises:
-    ValueError: it is no such file, or a field is missing in it.
+    Unusable: names the file.
   """
+  cell = isinstance(image, Cell)
+  path = image.path if cell else pathlib.Path(image)
+  try:
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as opened:
+      opened.load()  # a truncated file must not be judged
+      if not cell and opened.format in _TYPES:
+        return Encoded(data, _TYPES[opened.format])
+      pixels = opened.convert("RGB")
+  except FileNotFoundError:
+    raise Unusable(f"{path} is missing") from None
+  except BROKEN as e:
+    raise Unusable(f"{path} cannot be read ({e})") from e
+  out, kind = io.BytesIO(), "JPEG" if cell else "PNG"
+  (pixels.crop(_box(pixels.size, image)) if cell else pixels).save(out, format=kind)
+  return Encoded(out.getvalue(), _TYPES[kind])
+
+
+def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
+  """The cells of a grid, without the wholly black ones: images that could not be generated.
+
+  Of a grid that cannot be read, all cells: asking about them reports why.
+  """
+  every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
+  try:
+    with Image.open(path) as opened:
+      opened = opened.convert("RGB")
+      return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
+  except BROKEN:
+    return every
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+  """Columns and rows of "2,2", or of "2" as older releases write it."""
+  if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)?", text.replace(" ", "")):
+    raise ValueError(f"grid {text!r}: write columns,rows such as 2,2")
+  numbers = [int(n) for n in text.split(",")]
+  return numbers[0], numbers[-1]
+
+
+def load_template(path, name: str, fields=()) -> Template:
+  """Reads the file of a template; ValueError unless the user's text has the `fields`."""
   try:
     with open(path, encoding="utf-8") as file:
       template = Template(**json.load(file))
@@ -258,11 +300,7 @@ def load_template(path, name: str, fields=()) -> Template:
 
 
 def chosen_templates(benchmark, flags) -> dict[str, Template]:
-  """The templates of `--template [NAME=]FILE` flags, by name.
-
-  Raises:
-    ValueError: a file is unfit, or the benchmark has no template of that name.
-  """
+  """The templates of `--template [NAME=]FILE` flags, by name; ValueError for an unfit one."""
   chosen = {}
   for flag in flags:
     part, equals, path = flag.partition("=")
@@ -284,11 +322,6 @@ def judge_record(settings, benchmark, templates: dict) -> dict:
           "templates": {n: {"system": t.system, "user": t.user} for n, t in every.items()}}
 
 
-def _group(groups):
-  item, round, _, found = groups.popleft()
-  return item, round, found
-
-
 def _check_url(url):
   """Raises ValueError unless `url` is a base address without a secret in it."""
   parts = urllib.parse.urlsplit(url)
@@ -302,3 +335,10 @@ def _check_url(url):
     # The address goes into files, so it is not repeated here either.
     raise ValueError("the judge's address has a user, a password or a query in it; give the bare "
                      "address, and the key as OPENAI_API_KEY in the environment")
+
+
+def _box(size, cell):
+  """Left, top, right, bottom. Surplus pixels at the right and the bottom belong to no cell."""
+  width, height = size[0] // cell.columns, size[1] // cell.rows
+  left, top = cell.index % cell.columns * width, cell.index // cell.columns * height
+  return left, top, left + width, top + height

@@ -1,14 +1,10 @@
-"""Files: records as JSON lines, JSON and CSV, images to send, and the cache of paid answers.
+"""Record files: readers of JSON lines, JSON and CSV, and the cache of paid answers.
 
 The readers keep the place of every record: an error names the file and, where there is one, the
 line.
 """
 
-import base64
 import csv
-import dataclasses
-import functools
-import hashlib
 import io
 import json
 import pathlib
@@ -16,26 +12,22 @@ import re
 import sqlite3
 import typing
 
-import numpy as np
-from PIL import Image
-
 _BETWEEN = re.compile(r"[\s,:]*")
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
-_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _SQLITE = b"SQLite format 3\0"
+_OPEN = (
+    "PRAGMA locking_mode=EXCLUSIVE", "PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL",
+    "BEGIN EXCLUSIVE", "CREATE TABLE IF NOT EXISTS records "
+    "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS by_name ON records (name)")
+_INSERT = "INSERT INTO records (name, record) VALUES (?, ?)"
 
 
 class Entry(typing.NamedTuple):
-  """A record of an official file.
+  """A record of an official file."""
 
-  Attributes:
-    where: "FILE, line N", for messages.
-    key: its key where the file is one JSON object of records, else None.
-    record: as published.
-  """
-
-  where: str
-  key: str | None
+  where: str  # "FILE, line N", for messages
+  key: str | None  # where the file is one JSON object of records
   record: dict
 
 
@@ -134,89 +126,6 @@ def check_unique(entries, ids) -> None:
     first[name] = entry.where
 
 
-class Unusable(ValueError):
-  """An image that is missing or cannot be decoded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """Cell number `index`, row by row, of the grid in the image at `path`."""
-
-  path: pathlib.Path
-  columns: int
-  rows: int
-  index: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-  """An image to send. Attributes: `digest` of its bytes; `url`, a data URL."""
-
-  data: bytes
-  type: str
-
-  @functools.cached_property
-  def digest(self) -> str:
-    return hashlib.sha256(self.data).hexdigest()
-
-  @property
-  def url(self) -> str:
-    return f"data:{self.type};base64,{base64.b64encode(self.data).decode()}"
-
-
-def encode(image) -> Encoded:
-  """The bytes to send of a path or a Cell.
-
-  A cell becomes a JPEG of Pillow's default quality, as official scripts send it. A file of a type
-  that endpoints take is sent unchanged.
-
-  Raises:
-    Unusable: names the file.
-  """
-  cell = isinstance(image, Cell)
-  path = image.path if cell else pathlib.Path(image)
-  try:
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as opened:
-      opened.load()  # a truncated file must not be judged
-      if not cell and opened.format in _TYPES:
-        return Encoded(data, _TYPES[opened.format])
-      opened = opened.convert("RGB")
-  except FileNotFoundError:
-    raise Unusable(f"{path} is missing") from None
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-    raise Unusable(f"{path} cannot be read ({e})") from e
-  if cell:
-    opened = opened.crop(_box(opened.size, image))
-  out = io.BytesIO()
-  opened.save(out, format="JPEG" if cell else "PNG")
-  return Encoded(out.getvalue(), "image/jpeg" if cell else "image/png")
-
-
-def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
-  """The cells of a grid, without the wholly black ones: images that could not be generated.
-
-  Of a grid that cannot be read, all cells: asking about them reports why.
-  """
-  every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
-  try:
-    with Image.open(path) as opened:
-      opened = opened.convert("RGB")
-      return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-    return every
-
-
-def paste_cells(cells: list[np.ndarray | None], height: int, width: int) -> np.ndarray:
-  """Four images [height, width, 3] as one of two rows and two columns, row by row.
-
-  None is an image that failed: a black cell, which official code leaves out.
-  """
-  black = np.zeros((height, width, 3), np.uint8)
-  a, b, c, d = (black if cell is None else cell for cell in cells)
-  return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
-
-
 class Cache:
   """Records by name in an sqlite3 file. All that were added are kept; the last of a name counts.
 
@@ -244,16 +153,12 @@ class Cache:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
-      for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"):
-        self._db.execute(f"PRAGMA {pragma}")
-      self._db.execute("BEGIN EXCLUSIVE")
-      self._db.execute("CREATE TABLE IF NOT EXISTS records "
-                       "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL)")
-      self._db.execute("CREATE INDEX IF NOT EXISTS by_name ON records (name)")
+      for statement in _OPEN:
+        self._db.execute(statement)
       if self._db.execute("PRAGMA user_version").fetchone()[0]:
         self.lost = 0  # imported before
       else:
-        self._db.executemany("INSERT INTO records (name, record) VALUES (?, ?)", lines)
+        self._db.executemany(_INSERT, lines)
         self._db.execute("PRAGMA user_version=1")
       self._db.execute("COMMIT")
     except sqlite3.DatabaseError as e:
@@ -279,8 +184,7 @@ class Cache:
 
   def add(self, record: dict) -> None:
     """Adds a record; sqlite3.Error where it cannot be written, as on a full disk."""
-    self._db.execute("INSERT INTO records (name, record) VALUES (?, ?)",
-                     (record[self._field], json.dumps(record)))
+    self._db.execute(_INSERT, (record[self._field], json.dumps(record)))
 
   def records(self):
     """Yields every record, in the order of their adding."""
@@ -340,10 +244,3 @@ def _cache_paths(path):
       head = file.read(len(_SQLITE))
     with_lines = bool(head) and head != _SQLITE
   return (path.with_suffix(".sqlite"), path) if with_lines else (path, path.with_suffix(".jsonl"))
-
-
-def _box(size, cell):
-  """Left, top, right, bottom. Surplus pixels at the right and the bottom belong to no cell."""
-  width, height = size[0] // cell.columns, size[1] // cell.rows
-  left, top = cell.index % cell.columns * width, cell.index // cell.columns * height
-  return left, top, left + width, top + height

@@ -1,8 +1,8 @@
 """Scoring: the images of a run in, a streamed line for each, and a summary of each round.
 
   OUT/scores.json   summaries by round, with the run's settings and the judge's
-  OUT/items.jsonl   a line for each prompt and round (each image, where a benchmark scores images one
-                    by one): scores, or why there is none, and the judge's words
+  OUT/items.jsonl   a line for each prompt and round (each image, where a benchmark scores images
+                    one by one): scores, or why there is none, and the judge's words
 
 Both appear whole. A score that cannot be had is a reason, never a number. A scorer adds up one
 round: `add(item, answers)` returns the end of a prompt's line (see `item_line`), `value()` the
@@ -22,9 +22,7 @@ import re
 import sys
 
 from irg_jax import runs
-from irg_jax.evaluate import base
-from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
+from irg_jax.evaluate import base, questions, records
 from irg_jax.progress import counting
 from irg_jax.storage import atomic_file
 
@@ -34,26 +32,15 @@ _ROUND = re.compile(r"round([1-9]\d*)")
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-  """A folder of images to score.
+  """A folder of images to score."""
 
-  Attributes:
-    out: folder of `irg eval generate`, or one in its layout.
-    benchmark: a `base.Benchmark`.
-    items: the prompts to score: all where images are scored one by one, else those with an image
-      in any round.
-    rounds: numbers of the rounds that are there, from 1.
-    record: the content of run.json, or {} where there is none.
-    absent: prompts of the file without any image; they are counted, not asked about.
-    whole: the file has as many prompts as published.
-  """
-
-  out: pathlib.Path
+  out: pathlib.Path  # folder of `irg eval generate`, or one in its layout
   benchmark: base.Benchmark
-  items: tuple
-  rounds: tuple[int, ...]
-  record: dict
-  absent: int = 0
-  whole: bool = True
+  items: tuple  # prompts to score; those with an image, unless images are scored one by one
+  rounds: tuple[int, ...]  # numbers of the rounds that are there, from 1
+  record: dict  # the content of run.json, or {}
+  absent: int = 0  # prompts of the file without any image; they are counted, not asked about
+  whole: bool = True  # the file has as many prompts as published
 
   def path(self, item, image: int, round: int) -> pathlib.Path:
     """The file of an image."""

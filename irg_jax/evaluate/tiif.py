@@ -15,10 +15,7 @@ import re
 
 import numpy as np
 
-from irg_jax.evaluate import base
-from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
-from irg_jax.evaluate import score
+from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "answers"  # its name in the key of an answer
 TEMPLATE = questions.Template(
@@ -48,11 +45,8 @@ ADVANCED = {
 }
 REAL = {"Complex": ("real_world",)}
 # The nine whose mean is the overall, named as the official summary names them.
-GROUPS = {
-    **{f"Basic_{name} - {name}": types for name, types in BASIC.items()},
-    **{f"Advanced_{name} - {name}": types for name, types in ADVANCED.items()},
-    **{f"Real_{name} - {name}": types for name, types in REAL.items()},
-}
+GROUPS = {f"{part}_{name} - {name}": types for part, groups in (
+    ("Basic", BASIC), ("Advanced", ADVANCED), ("Real", REAL)) for name, types in groups.items()}
 # Means over types, not over groups; for reading, no part of the overall.
 WHOLES = {
     "Basic_Following_Overall - Overall": sum(BASIC.values(), ()),
@@ -94,52 +88,6 @@ def parse(text: str, questions: int) -> list[str]:
   return answers
 
 
-class Summary:
-  """Adds up answered items of one round."""
-
-  def __init__(self):
-    self.unscored = base.Unscored()
-    self._counts = {}  # (type, length): [questions, right answers]
-    self._items = 0
-
-  def add(self, kind: str, length: str, expected, predicted) -> None:
-    """Counts one image's questions; the longer of the two lists is cut to the other."""
-    pairs = list(zip(expected, predicted))
-    right = sum(e.strip().lower() == p.strip().lower() for e, p in pairs)
-    self._items += 1
-    self.add_counts(kind, length, len(pairs), right)
-
-  def add_counts(self, kind: str, length: str, questions: float, right: float) -> None:
-    count = self._counts.setdefault((kind, length), [0, 0])
-    count[0] += questions
-    count[1] += right
-
-  def value(self, models: int = 1) -> dict:
-    """Accuracies (rounded to four places, as the official sheet holds them), groups, overall.
-
-    Args:
-      models: rows of the official sheet. It decides the last digit of a figure that lies half-way
-        between two: pandas adds up a single row in another order than one of several.
-    """
-    accuracy = {key: round(right / questions, 4)
-                for key, (questions, right) in self._counts.items() if questions}
-    groups = {name: _by_length(accuracy, types, models) for name, types in GROUPS.items()}
-    overall = {n: _mean((g[n] for g in groups.values()), 1) for n in LENGTHS}
-    return {
-        "overall": overall,
-        "groups": groups,
-        "wholes": {name: _by_length(accuracy, types, models) for name, types in WHOLES.items()},
-        "accuracy": {f"{kind}/{length}": accuracy.get((kind, length))
-                     for kind, length in sorted(self._counts)},
-        "counts": {f"{kind}/{length}": {"questions": q, "right": r}
-                   for (kind, length), (q, r) in sorted(self._counts.items())},
-        "missing_types": {n: [t for t in TYPES if (t, n) not in accuracy] for n in LENGTHS},
-        "unknown_types": sorted({k for k, _ in self._counts} - set(TYPES)),
-        "items": self._items,
-        "unscored": self.unscored.summary(),
-    }
-
-
 def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:
   """{(type, line): (questions, right answers)} for the items, from the official question files.
 
@@ -169,7 +117,8 @@ class Scorer:
   """
 
   def __init__(self, references: dict):
-    self._references, self._summary = references, Summary()
+    self.unscored, self._references = base.Unscored(), references
+    self._counts, self._items = {}, 0  # {(type, length): [questions, right answers]}
 
   def add(self, item, answers) -> dict:
     answer, (asked, expected) = answers.get((0, QUESTION)), self._references[_line(item)]
@@ -179,15 +128,43 @@ class Scorer:
       except Unparsable as e:
         why = f"unparsable: {e}"
     if why:
-      self._summary.unscored.add(item.id, *why.partition(": ")[::2])
+      self.unscored.add(item.id, *why.partition(": ")[::2])
       return score.item_line(answer, {}, why)
-    self._summary.add(item.extra["attribute"], item.extra["length"], expected, predicted)
-    right = [e.strip().lower() == p for e, p in zip(expected, predicted)]
-    return score.item_line(answer, {"accuracy": sum(right) / len(right)}) | {
+    right = sum(e.strip().lower() == p for e, p in zip(expected, predicted))
+    self.count(item.extra["attribute"], item.extra["length"], len(asked), right)
+    return score.item_line(answer, {"accuracy": right / len(asked)}) | {
         "questions": [[q, e, p] for q, e, p in zip(asked, expected, predicted)]}
 
-  def value(self) -> dict:
-    return self._summary.value()
+  def count(self, kind: str, length: str, questions: float, right: float) -> None:
+    """Adds the answers to an item's questions, and how many of them are right."""
+    count = self._counts.setdefault((kind, length), [0, 0])
+    count[0] += questions
+    count[1] += right
+    self._items += 1
+
+  def value(self, models: int = 1) -> dict:
+    """Accuracies (rounded to four places, as the official sheet holds them), groups, overall.
+
+    Args:
+      models: rows of the official sheet. It decides the last digit of a figure that lies half-way
+        between two: pandas adds up a single row in another order than one of several.
+    """
+    accuracy = {key: round(right / questions, 4)
+                for key, (questions, right) in self._counts.items() if questions}
+    groups = {name: _by_length(accuracy, types, models) for name, types in GROUPS.items()}
+    return {
+        "overall": {n: _mean((g[n] for g in groups.values()), 1) for n in LENGTHS},
+        "groups": groups,
+        "wholes": {name: _by_length(accuracy, types, models) for name, types in WHOLES.items()},
+        "accuracy": {f"{kind}/{length}": accuracy.get((kind, length))
+                     for kind, length in sorted(self._counts)},
+        "counts": {f"{kind}/{length}": {"questions": q, "right": r}
+                   for (kind, length), (q, r) in sorted(self._counts.items())},
+        "missing_types": {n: [t for t in TYPES if (t, n) not in accuracy] for n in LENGTHS},
+        "unknown_types": sorted({k for k, _ in self._counts} - set(TYPES)),
+        "items": self._items,
+        "unscored": self.unscored.summary(),
+    }
 
 
 class Tiif(base.Benchmark):
@@ -213,8 +190,7 @@ class Tiif(base.Benchmark):
   example_score = (
       "--questions TIIF-Bench/data/testmini_eval_prompts \\\n"
       "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct")
-  sources = "the judge."
-  tasks_help = "TIIF's types"
+  sources, tasks_help = "the judge.", "TIIF's types"
 
   def read_items(self, path):
     suffix = "_prompts.jsonl"

@@ -75,15 +75,13 @@ def category(number: int, ranges=RANGES) -> str | None:
   return next((n for n, (first, last) in ranges.items() if first <= number <= last), None)
 
 
-class Summary:
-  """Adds up items of one round. `ranges` and `weights` as RANGES and WEIGHTS.
+class Scorer:
+  """Adds up a round's answers, three scores each; see `score`.
 
   Attributes:
     unscored: items without a score.
     present: ids that came, with a score or without.
   """
-
-  name = "WISE"
 
   def __init__(self, ranges=RANGES, weights=WEIGHTS):
     self.unscored, self.present = base.Unscored(), set()
@@ -91,7 +89,19 @@ class Summary:
     self._means = {name: base.Mean() for name in ranges}
     self._in_file = dict.fromkeys(FILES, 0)  # items with a score
 
-  def add(self, number: int, wiscore: float) -> None:
+  def add(self, item, answers) -> dict:
+    answer, scores = answers.get((0, QUESTION)), {}
+    if not (why := questions.failure(answer)):
+      scores = parse(answer.text)
+      if absent := [f for f in FIELDS if f not in scores]:
+        why = f"unparsable: no {', no '.join(absent)}"
+    if why:
+      self.unscored.add(item.id, *why.partition(": ")[::2])
+      return score.item_line(answer, {}, why)
+    self.count(item.extra["prompt_id"], item_score(scores))
+    return score.item_line(answer, scores | {"WiScore": item_score(scores)})
+
+  def count(self, number: int, wiscore: float) -> None:
     """Adds the WiScore of a prompt_id."""
     self.present.add(number)
     self._means[category(number, self._ranges)].add(wiscore)
@@ -114,7 +124,7 @@ class Summary:
     full = not self.unscored.total() and all(
         self._in_file[name] >= last - first + 1 for name, (first, last) in FILES.items())
     return {
-        "variant": self.name,
+        "variant": "WISE",
         "categories": {name: {"score": means[name], "count": mean.count}
                        for name, mean in self._means.items()},
         "weighted": None if absent else weighted,
@@ -126,28 +136,6 @@ class Summary:
         "absent": len(absent),
         "unscored": self.unscored.summary(),
     }
-
-
-class Scorer:
-  """Adds up a round's answers, three scores each; see `score`."""
-
-  def __init__(self):
-    self._summary = Summary()
-
-  def add(self, item, answers) -> dict:
-    answer, scores = answers.get((0, QUESTION)), {}
-    if not (why := questions.failure(answer)):
-      scores = parse(answer.text)
-      if absent := [f for f in FIELDS if f not in scores]:
-        why = f"unparsable: no {', no '.join(absent)}"
-    if why:
-      self._summary.unscored.add(item.id, *why.partition(": ")[::2])
-      return score.item_line(answer, {}, why)
-    self._summary.add(item.extra["prompt_id"], item_score(scores))
-    return score.item_line(answer, scores | {"WiScore": item_score(scores)})
-
-  def value(self) -> dict:
-    return self._summary.value()
 
 
 class Wise(base.Benchmark):

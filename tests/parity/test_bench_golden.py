@@ -21,6 +21,7 @@ import official
 from irg_jax.evaluate import base
 from irg_jax.evaluate import genai_bench
 from irg_jax.evaluate import oneig
+from irg_jax.evaluate import questions as questions_lib
 from irg_jax.evaluate import records as records_lib
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
@@ -110,7 +111,7 @@ def test_wise_categories_and_both_overalls(path):
   expected = read(path)
   want = expected.get("official_legacy") or expected["official"]
   verified = "official_legacy" not in expected
-  summary = wise.Summary(**official.WISE_VERIFIED if verified else {})
+  summary = wise.Scorer(**official.WISE_VERIFIED if verified else {})
   files = expected.get("file_order") or sorted(p.name for p in path.parent.glob("*.jsonl"))
   for name in files:
     for number, record in records_lib.read_lines(path.parent / name):
@@ -180,11 +181,11 @@ def test_tiif_result_trees(path, tmp_path):
 def test_tiif_published_counts_give_the_published_groups(path):
   expected = read(path)
   for model, questions in expected["total_questions"].items():
-    summary = tiif.Summary()
+    summary = tiif.Scorer({})
     for key, count in questions.items():
       right = expected["correct_answers"][model][key]
       if count is not None and right is not None:
-        summary.add_counts(*key.split("/"), count, right)
+        summary.count(*key.split("/"), count, right)
     got = summary.value(models=len(expected["total_questions"]))
     check_accuracy(got, expected["accuracy_rounded4"][model])
     check_dimensions(got, model, expected["dimensions"])
@@ -256,7 +257,7 @@ def one(request):
 
 def grids(folder, stub, name):
   """(prompt id, number of cells that are not black) of a folder of grids."""
-  columns, rows = oneig.parse_grid(stub["grid"])
+  columns, rows = questions_lib.parse_grid(stub["grid"])
   for path in sorted((folder / "images" / name).glob("*/*")):
     image = np.asarray(Image.open(path).convert("RGB"))
     cells = official.split_grid(image, columns, rows)
