@@ -39,10 +39,10 @@ def first_images(folder, tiny):
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
-  pipeline._check_same(tmp_path / "mini.json", tiny)
-  pipeline._check_same(tmp_path / "mini.json", tiny)
-  with pytest.raises(ValueError, match="seed"):
-    pipeline._check_same(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
+  pipeline._record(tmp_path / "mini.json", tiny)
+  pipeline._record(tmp_path / "mini.json", tiny)
+  with pytest.raises(ValueError, match="seed=0, not 1"):
+    pipeline._record(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
 
 
 @pytest.mark.parametrize("train", (pipeline.train_base, pipeline.train_quality,

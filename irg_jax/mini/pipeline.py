@@ -21,7 +21,8 @@ import jax
 from flax import traverse_util
 import numpy as np
 
-from irg_jax import sharding, weights
+from irg_jax import config as config_lib
+from irg_jax import runs, sharding, weights
 from irg_jax.data import array_records, latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.storage import atomic_file, atomic_folder, write_json
@@ -57,7 +58,7 @@ def run(settings: MiniSettings, out, until: str | None = None) -> int:
     exit status: 0, or that of a training that was asked to stop.
   """
   out = pathlib.Path(out)
-  _check_same(out / "mini.json", settings)
+  _record(out / "mini.json", settings)
   for name in STEPS:
     print(f"irg mini: {name}", flush=True)
     if status := _STEPS[name](settings, out):
@@ -245,17 +246,13 @@ def _prepare(rows, out, modes, checkpoint, settings):
   shutil.rmtree(built)
 
 
-def _check_same(path, settings):
-  """A run goes on only with the settings that it was begun with."""
-  now = json.loads(json.dumps(dataclasses.asdict(settings) | {"config": None}))
+def _record(path, settings):
+  """Records the settings of the run, after checking them against those that it was started with."""
+  now = dataclasses.asdict(settings) | {"config": None}  # a path of this machine
   if path.exists():
-    before = json.loads(path.read_text())
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
-      raise ValueError(f"{path.parent} was begun with other settings ({', '.join(changed)}); "
-                       "give the same, or another --out")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_json(path, now, indent=1)
+    runs.check_same(runs.read(path), now, f"--out {path.parent}", flag="--config.",
+                    renamed=config_lib.renamed(MiniSettings))
+  runs.write(path, now)
 
 
 def _rng(settings, purpose):
