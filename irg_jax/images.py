@@ -1,26 +1,26 @@
-"""Pictures on the host: reading, the resize rule, pixels, patches (spec section 5)."""
+"""Images on the host: reading, resizing, pixel values, patches (docs/spec.md, section 5)."""
 
 import dataclasses
 import io
 import pathlib
 
+import einops
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# The published transform also caps the area, before it caps the long side. Only images
-# more stretched than about 7 to 1 notice, and only through the rounding in between.
+# The published transform also limits the area, before the long side. This changes only images
+# more stretched than about 7 to 1, and those only by the rounding in between.
 _MAX_PIXELS = 14 * 14 * 9 * 1024
 
-# Larger files are refused before they are decoded: about 200 MB as 8-bit RGB.
+# Larger images are refused before they are decoded; this one is 200 MB as 8-bit RGB.
 _MAX_READ_PIXELS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-  """How an image is brought to size: long side <= max_size, short side >= min_size.
+  """Resize rule: long side <= max_size, short side >= min_size, both multiples of `stride`.
 
-  Both sides become multiples of `stride`. The long side wins where a stretched image
-  cannot have both.
+  The long side wins if a stretched image cannot satisfy both.
   """
 
   max_size: int
@@ -34,15 +34,15 @@ class ImageTransform:
       raise ValueError(f"{self}: max_size and min_size must be multiples of the stride")
 
   def size(self, width: int, height: int) -> tuple[int, int]:
-    """Width and height of a `width` x `height` image after the transform."""
+    """Width and height after the transform."""
     return resize_size(width, height, **dataclasses.asdict(self))
 
   def __call__(self, image: np.ndarray) -> np.ndarray:
-    """The image, uint8 [H, W, 3], at its new size."""
+    """Resizes an image, uint8 [H, W, 3]."""
     return resize(image, **dataclasses.asdict(self))
 
 
-# At inference (spec sections 5 and 7). IRG trains with a ViT minimum of 378.
+# At inference (docs/spec.md, sections 5 and 7). IRG trains with a ViT minimum of 378.
 VAE_TRANSFORM = ImageTransform(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageTransform(max_size=980, min_size=224, stride=14)
 VIT_TRAIN_TRANSFORM = ImageTransform(max_size=980, min_size=378, stride=14)
@@ -53,14 +53,14 @@ def resize_size(
 ) -> tuple[int, int]:
   """Width and height after the resize rule.
 
-  Never enlarges but to reach `min_size`. Each step rounds to whole pixels and then to
-  multiples of the stride (half to even both times), never below one stride, and the next
-  step starts from the rounded sides: the order decides the result for stretched images.
+  Images are enlarged only to reach `min_size`. Each step rounds to whole pixels and then to
+  multiples of the stride (half to even both times, at least one stride). The next step starts
+  from the rounded sides, so the order of the steps matters for stretched images.
 
   Worked examples, with max 1024, min 512, stride 16:
     640 x 480: the short side grows to 512, the long one to 683, rounded to 688.
-    1999 x 201: the short side grows to 512, which makes 5088 x 512; the area cap makes
-      3520 x 352 of that, and the cap of the long side 1024 x 96.
+    1999 x 201: the short side grows to 512, which gives 5088 x 512; the limit of the area gives
+      3520 x 352, and the limit of the long side 1024 x 96.
 
   Raises:
     ValueError: a side below 1.
@@ -81,7 +81,7 @@ def resize_size(
 def resize(
     image: np.ndarray, max_size: int, min_size: int, stride: int
 ) -> np.ndarray:
-  """Resizes uint8 [H, W, 3] by the resize rule; see `resize_size` and `resize_to`."""
+  """Resizes an image, uint8 [H, W, 3], to `resize_size`."""
   height, width, _ = image.shape
   return resize_to(
       image, *resize_size(width, height, max_size=max_size, min_size=min_size, stride=stride)
@@ -91,8 +91,8 @@ def resize(
 def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
   """Bicubic resize with antialias, uint8 [H, W, 3] -> uint8 [height, width, 3].
 
-  Pillow's 8-bit arithmetic, which rounds between the two passes: a float resize differs by
-  a level here and there from what the models were trained on.
+  Pillow's 8-bit arithmetic rounds between its two passes. The models were trained on it; a
+  float resize differs by a level in places.
   """
   if image.shape[:2] == (height, width):
     return image
@@ -100,29 +100,28 @@ def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
-  """8-bit levels to float32 in [-1, 1], same shape."""
+  """8-bit levels -> float32 in [-1, 1], same shape."""
   half = np.float32(0.5)
   return (image.astype(np.float32) / np.float32(255) - half) / half
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
-  """[H, W, C] -> [patches, patch * patch * C], each flattened as (row, column, channel).
+  """Pixels [H, W, C] -> patches [P, patch * patch * C], flattened as (row, column, channel).
 
   Raises:
     ValueError: a side that is not a multiple of `patch`.
   """
-  height, width, channels = pixels.shape
+  height, width, _ = pixels.shape
   if height % patch or width % patch:
     raise ValueError(f"an image of {width} x {height} pixels does not divide into patches "
                      f"of {patch}")
-  grid = pixels.reshape(height // patch, patch, width // patch, patch, channels)
-  return grid.transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
+  return einops.rearrange(pixels, "(y p) (x q) c -> (y x) (p q c)", p=patch, q=patch)
 
 
 def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
-  """Places of a rows x columns block in a grid x grid table, int32 [rows * columns].
+  """Indices of a rows x columns block in a grid x grid table, int32 [rows * columns].
 
-  The id is `row * grid + column`: 2 x 3 in a grid of 8 is [0, 1, 2, 8, 9, 10].
+  The index is `row * grid + column`: 2 x 3 in a grid of 8 is [0, 1, 2, 8, 9, 10].
 
   Raises:
     ValueError: the block is larger than the table.
@@ -130,11 +129,12 @@ def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
   if rows > grid or columns > grid:
     raise ValueError(f"an image of {columns} x {rows} patches exceeds the {grid} x {grid} "
                      "positions of the model; make it smaller")
-  return (np.arange(rows)[:, None] * grid + np.arange(columns)).astype(np.int32).reshape(-1)
+  ids_YX = np.add.outer(np.arange(rows, dtype=np.int32) * grid, np.arange(columns, dtype=np.int32))
+  return einops.rearrange(ids_YX, "y x -> (y x)")
 
 
 def read_image(path) -> np.ndarray:
-  """Reads an image file as `decode_image` does; the error names the file."""
+  """Reads an image file, see `decode_image`; errors name the file."""
   try:
     data = pathlib.Path(path).read_bytes()
   except OSError as e:
@@ -143,14 +143,14 @@ def read_image(path) -> np.ndarray:
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-  """An encoded image as RGB, uint8 [H, W, 3].
+  """Decodes an image to RGB, uint8 [H, W, 3].
 
-  Turned upright as its EXIF data says, transparency laid on white, 16-bit grey reduced to
-  8 bits, the first frame of an animation.
+  EXIF orientation is applied, transparency becomes white, 16-bit grey is reduced to 8 bits, and
+  only the first frame of an animation is used.
 
   Args:
-    data: the content of the file, in any format that Pillow reads.
-    name: what to call it in errors.
+    data: content of the file, in any format that Pillow reads.
+    name: of the image in errors.
 
   Raises:
     ValueError: not an image, truncated, or larger than 67 million pixels.

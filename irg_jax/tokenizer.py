@@ -1,7 +1,7 @@
-"""Text to token ids and back: Qwen2's byte-level BPE, read from a checkpoint folder.
+"""Tokenizer: Qwen2's byte-level BPE, read from a checkpoint folder.
 
-The four control tokens frame text and images (spec section 2). Only the program places
-them: a prompt that spells one out is encoded as the plain characters it is made of.
+Four control tokens frame text and images (docs/spec.md, section 2). Only the program inserts
+them: a prompt that spells out the name of one is encoded as plain characters.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from irg_jax import config
 
-# Field of SpecialTokens -> the token's name in the tokenizer.
+# Field of SpecialTokens -> name of the token.
 CONTROL_NAMES = {
     "text_start": "<|im_start|>",
     "text_end": "<|im_end|>",
@@ -23,7 +23,7 @@ CONTROL_NAMES = {
     "image_end": "<|vision_end|>",
 }
 
-# Qwen2.5's tokens beyond its BPE vocabulary, in id order. Its vocab.json does not name them.
+# Qwen2.5's tokens beyond its BPE vocabulary, in order of ids; its vocab.json lacks them.
 _QWEN2_VOCAB_SIZE = 151643
 _QWEN2_SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
@@ -35,8 +35,8 @@ _QWEN2_ORDINARY = (
     "<|repo_name|> <|file_sep|>"
 ).split()
 
-# How Qwen2 cuts text before merging: contractions, words with at most one leading mark,
-# single digits, runs of marks, line breaks, blanks. Part of the format of its vocabulary.
+# Pre-tokenization of Qwen2: contractions, words with at most one leading mark, single digits,
+# runs of marks, line breaks, blanks.
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,12 +45,12 @@ _QWEN2_SPLIT = (
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A byte-level BPE with the control tokens known by name. Make one with `load_tokenizer`.
+  """Byte-level BPE with control tokens; made by `load_tokenizer`.
 
   Attributes:
     special: ids of the four control tokens.
-    special_names: every special token's id by name, the four among them.
-    size: one more than the largest id that has a token.
+    special_names: ids of all special tokens by name, the control tokens included.
+    size: largest id of a token, plus one.
   """
 
   special: config.SpecialTokens
@@ -59,15 +59,15 @@ class Tokenizer:
   _backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
 
   def encode(self, text: str, *, control: bool = False) -> list[int]:
-    """Ids of `text`, without framing.
+    """Encodes text to ids, without framing.
 
     Args:
       text: any Unicode text.
-      control: if true, the names of special tokens in `text` become these tokens. Never
-        set it for text that a user or a model wrote.
+      control: turns the names of special tokens in `text` into these tokens. Not for text that
+        a user or a model wrote.
 
     Raises:
-      ValueError: `text` holds a lone surrogate, which no UTF-8 text can.
+      ValueError: `text` holds a lone surrogate.
     """
     if not control or not self.special_names:
       return self._encode_plain(text)
@@ -80,15 +80,15 @@ class Tokenizer:
     return ids
 
   def decode(self, ids, *, control: bool = False) -> str:
-    """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+    """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
 
-    Ids without a token are dropped: the embedding has spare rows, which an untrained model
-    may well emit. Special tokens are dropped too, and the text is brought to the
-    tokenizer's normal form, so that decode(encode(decode(ids))) == decode(ids).
+    Ids without a token are dropped, since an untrained model may emit spare rows of the
+    embedding. Special tokens are dropped too, and the text is normalized as by the tokenizer, so
+    that decode(encode(decode(ids))) == decode(ids).
 
     Args:
       ids: sequence or array of integers [length].
-      control: if true, keeps the names of special tokens and the bytes as they are.
+      control: keeps the names of special tokens, and does not normalize.
     """
     known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.size]
     text = self._backend.decode(known, skip_special_tokens=not control)
@@ -109,26 +109,26 @@ class Tokenizer:
 def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a checkpoint folder.
 
-  With the second pair, added tokens come from `tokenizer_config.json` and
-  `added_tokens.json`; where neither names any, Qwen2.5's own vocabulary gets Qwen2.5's.
+  With the second pair, added tokens come from `tokenizer_config.json` and `added_tokens.json`; if
+  neither names any, a vocabulary of Qwen2.5's size gets the added tokens of Qwen2.5.
 
   Args:
     folder: the checkpoint folder.
     vocab_size: rows of the model's embedding; every id must be below it.
 
   Raises:
-    ValueError: files missing or broken, a control token missing, an id out of range, or
-      a vocabulary that cannot spell every byte. Names the file and the token.
+    ValueError: files missing or broken, a control token missing, an id out of range, or a
+      vocabulary that lacks a byte. Names the file and the token.
   """
   spec, path = read_spec(pathlib.Path(folder))
   model = spec.get("model")
   if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
     raise ValueError(f"{path}: not a byte-level BPE tokenizer (no model.vocab table)")
   added = _with_control_tokens(spec.get("added_tokens") or [], model["vocab"], path)
-  # Listing added tokens in the vocabulary too makes the library keep their ids, gaps or not.
+  # In the vocabulary too, added tokens keep their ids even if there are gaps.
   vocab = model["vocab"] | {t["content"]: t["id"] for t in added}
   _check_ids(vocab, model["vocab"], vocab_size, path)
-  # A file may ask for truncation or padding; prompts must come through whole.
+  # Truncation and padding of the file are switched off: prompts must stay complete.
   spec = spec | {"model": model | {"vocab": vocab}, "added_tokens": added, "truncation": None,
                  "padding": None}
   return _build(spec, path)
@@ -137,7 +137,7 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
 def write_byte_tokenizer(folder) -> None:
   """Writes a `tokenizer.json` of one token a byte and the four control tokens (260 ids).
 
-  For checkpoints with made-up weights: any text can be encoded, nothing is downloaded.
+  For checkpoints of random weights: it encodes any text and needs no download.
   """
   vocab = {c: i for i, c in enumerate(_byte_alphabet())}
   names = enumerate(CONTROL_NAMES.values(), len(vocab))
@@ -149,20 +149,20 @@ def write_byte_tokenizer(folder) -> None:
 def _build(spec, path):
   try:
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except Exception as e:  # the library raises nothing narrower
+  except Exception as e:  # the library has no error of its own
     raise ValueError(f"{path}: not a tokenizer that can be loaded: {e}") from e
   missing = [c for c in _byte_alphabet() if backend.token_to_id(c) is None]
   if missing:
     raise ValueError(f"{path}: the vocabulary lacks {len(missing)} of the 256 byte tokens "
                      f"(first {missing[0]!r}), so some text could not be encoded")
-  backend.encode_special_tokens = True  # names of special tokens in text are plain text
+  backend.encode_special_tokens = True  # encode their names in text as plain text
   special_names = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
   special = config.SpecialTokens(**{f: special_names[n] for f, n in CONTROL_NAMES.items()})
   return Tokenizer(special, special_names, max(backend.get_vocab().values()) + 1, backend)
 
 
 def _with_control_tokens(added, vocab, path):
-  """The added tokens with the four control tokens among them, marked special."""
+  """The added tokens, with the four control tokens marked special."""
   try:
     by_name = {t["content"]: added_token(t["content"], t["id"], False) | t for t in added}
   except (TypeError, KeyError) as e:
@@ -177,7 +177,7 @@ def _with_control_tokens(added, vocab, path):
 
 
 def _check_ids(vocab, base, vocab_size, path):
-  """Every id a whole number below `vocab_size`, belonging to one token only."""
+  """Checks that every id is a whole number below `vocab_size` and of one token only."""
   names = {}
   for name, i in vocab.items():
     if not isinstance(i, int) or i < 0:
@@ -196,9 +196,7 @@ def _byte_alphabet():
 
 
 def read_spec(folder):
-  """The folder's tokenizer as (content of a `tokenizer.json`, path to name in errors).
-
-  See `load_tokenizer`.
+  """Reads the folder's tokenizer as (content of a `tokenizer.json`, path for messages).
 
   Raises:
     ValueError: a file is missing or broken; names it.
@@ -219,7 +217,7 @@ def read_spec(folder):
 
 
 def qwen2_spec(vocab, merges, added):
-  """The content of Qwen2's `tokenizer.json` around a vocabulary."""
+  """Content of a `tokenizer.json` of Qwen2's kind with another vocabulary."""
   byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
                 "use_regex": False}
   split = {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated",
@@ -240,13 +238,13 @@ def qwen2_spec(vocab, merges, added):
 
 
 def added_token(name, i, special):
-  """An entry of `added_tokens` without the flags that trim or split around it."""
+  """Entry of `added_tokens`, all flags but `special` off."""
   return {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
           "normalized": False, "special": special}
 
 
 def _read_added_tokens(folder):
-  """Added tokens of the two optional files; both may name one, with the same id."""
+  """Added tokens of the two optional files; both may name a token, with the same id."""
   tokens = {}
   path = folder / "added_tokens.json"
   if path.is_file():

@@ -1,11 +1,11 @@
-"""Tokenizers made on the spot: control tokens, folders good and bad, decoding."""
+"""Tokenizers: control tokens, usable and broken folders, decoding."""
 
 import json
-from irg_jax.tokenizer import CONTROL_NAMES, added_token, load_tokenizer, write_byte_tokenizer
 
 import numpy as np
 import pytest
 
+from irg_jax.tokenizer import CONTROL_NAMES, added_token, load_tokenizer, write_byte_tokenizer
 
 CONTROL = list(CONTROL_NAMES.values())
 
@@ -22,7 +22,7 @@ def byte_tokenizer(folder):
 
 
 def edit(folder, change):
-  """Rewrites tokenizer.json after `change` has had its way with it."""
+  """Rewrites tokenizer.json after `change` has edited its content."""
   path = folder / "tokenizer.json"
   spec = json.loads(path.read_text())
   change(spec)
