@@ -1,4 +1,4 @@
-"""`irg data`: what happens to IRGL data before training. A verb of its own for each step."""
+"""`irg data`: sample, check, build and encode IRGL data, before training."""
 
 import argparse
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 from irg_jax.commands import flags
 
 _DATA = """\
-Prepares IRGL data: look through it, then store it so that training can read any sample at once.
+Prepares IRGL data for training: check it, then store it for random access.
 
 examples:
   irg data check IRG-Toy-Dataset --out irgl_check.html
@@ -15,9 +15,8 @@ examples:
 """
 
 _SAMPLE = """\
-Writes a small dataset in the published form, painted and written by code: all six modes, with one
-unusable row in each. For trying the other commands; `irg train --config configs/irgl.py:tiny`
-makes it by itself.
+Writes a small dataset in the published form, made by code: all six modes, with one unusable row
+in each. For trying the other commands; `irg train --config configs/irgl.py:tiny` makes it itself.
 
 examples:
   irg data sample --out out/sample
@@ -28,18 +27,18 @@ examples:
 _BUILD = """\
 Reads the published parquet files (SRC/MODE/*.parquet) and writes ArrayRecord files, the dataset
 `irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (an image that
-cannot be decoded, an unknown type, ...) is left out and counted by reason. If a mode loses too
-large a share of its rows, nothing is written.
+cannot be decoded, an unknown type, ...) is left out and counted by reason. If the share of
+unusable rows of a mode is too large, nothing is written.
 
 examples:
   irg data build IRG-Toy-Dataset --out irgl
   irg data build IRG-Toy-Dataset --out irgl --mode initial_full_learning improving_full_learning
-  irg data build out/sample --out out/irgl --max-rejected 0.1        what irg data sample wrote
+  irg data build out/sample --out out/irgl --max-rejected 0.1        of irg data sample
 """
 
 _CHECK = """\
-Reads every row, published or built, and counts what can be used and what cannot, and why. The
-page shows that with the lengths of the samples, the rejected rows and a few samples.
+Reads every row, published or built, and counts the usable rows, and the unusable ones by reason.
+The page also has the lengths of the samples, the rejected rows and a few samples.
 
 examples:
   irg data check IRG-Toy-Dataset
@@ -48,9 +47,9 @@ examples:
 
 _ENCODE = """\
 Writes the data again, as OUT/irgl/MODE, with the VAE's moments (mean and log-variance) of every
-image that the VAE sees, so that training does not encode them anew each epoch. Posterior
-draws stay possible. Stopped runs go on with the same command; several hosts share the work
-through a common OUT, each with its own --process-id. Training finds the same latents as without.
+image that the VAE sees, so that training does not encode them in each epoch. Training samples the
+posterior as before and gets the same latents. A stopped run continues with the same command;
+several hosts share the work through a common OUT, each with its own --process-id.
 
 examples:
   irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
@@ -65,24 +64,22 @@ def add(verbs, new_parser) -> None:
   parser = new_parser(verbs.add_parser, "data", description=_DATA,
                       help="sample, check, build and encode training data")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-  _add_sample(new_parser(steps.add_parser, "sample", description=_SAMPLE,
-                         help="a small dataset to try things with"))
-  _add_build(new_parser(steps.add_parser, "build", description=_BUILD,
-                        help="parquet to ArrayRecord"))
-  _add_check(new_parser(steps.add_parser, "check", description=_CHECK,
-                        help="counts, lengths and samples as a page"))
-  _add_encode(new_parser(steps.add_parser, "encode-latents", description=_ENCODE,
-                         help="VAE moments of all images"))
+  for name, text, add_flags, run, summary in (
+      ("sample", _SAMPLE, _add_sample, _sample, "a small dataset to try things with"),
+      ("build", _BUILD, _add_build, _build, "parquet to ArrayRecord"),
+      ("check", _CHECK, _add_check, _check, "counts, lengths and samples as a page"),
+      ("encode-latents", _ENCODE, _add_encode, _encode, "VAE moments of all images")):
+    step = new_parser(steps.add_parser, name, description=text, help=summary)
+    step.set_defaults(run=run)
+    add_flags(step)
 
 
 def _add_sample(parser):
-  parser.set_defaults(run=_sample)
   parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR",
                       help="writes DIR/MODE/00000.parquet")
 
 
 def _add_build(parser):
-  parser.set_defaults(run=_build)
   add = parser.add_argument
   add("source", type=pathlib.Path, metavar="SRC", help="folder of the published dataset")
   add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
@@ -92,19 +89,17 @@ def _add_build(parser):
 
 
 def _add_check(parser):
-  parser.set_defaults(run=_check)
   add = parser.add_argument
   add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
   add("--out", type=pathlib.Path, default=pathlib.Path("irgl_check.html"), metavar="FILE",
       help="the page (default irgl_check.html)")
   add("--tokenizer", type=pathlib.Path, metavar="DIR",
       help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
-  add("--samples", type=flags.count, default=3, metavar="N", help="samples to show of a mode (3)")
+  add("--samples", type=flags.count, default=3, metavar="N", help="samples of a mode to show (3)")
   _add_reading(parser)
 
 
 def _add_encode(parser):
-  parser.set_defaults(run=_encode)
   add = parser.add_argument
   add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
   add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="has the VAE")
@@ -127,8 +122,6 @@ def _add_reading(parser):
 
 
 def _sample(args, _):
-  from irg_jax import storage
-  storage.check_output_folder(args.out)
   from irg_jax.data import sample_set
   sample_set.write(args.out)
   print(f"wrote {args.out}: six modes of {sample_set.ROWS} usable rows and one unusable row each")
@@ -136,13 +129,12 @@ def _sample(args, _):
 
 def _build(args, _):
   modes = _modes(args.mode, _folder("SRC", args.source))
-  from irg_jax import progress
-  from irg_jax.reports import trace
-  trace.check_output_folder(args.out)
+  from irg_jax import progress, storage
+  storage.check_output_folder(args.out)
   from irg_jax.data import array_records, parquet
   with progress.Progress() as bar:
     reports = array_records.build(args.source, args.out, modes, max_rejected=args.max_rejected,
-                         workers=args.workers, progress=bar)
+                                  workers=args.workers, progress=bar)
   for mode, report in reports.items():
     print(parquet.summary(mode, report))
     for file, row, reason, detail in report["offenders"]:
@@ -154,9 +146,8 @@ def _check(args, _):
   modes = _modes(args.mode, _folder("PATH", args.path))
   if args.out.is_dir():
     raise ValueError(f"--out {args.out}: is a folder; name a file")
-  from irg_jax import progress
-  from irg_jax.reports import trace
-  trace.check_output_folder(args.out.parent)
+  from irg_jax import progress, storage
+  storage.check_output_folder(args.out.parent)
   count_text = None
   if args.tokenizer:
     from irg_jax.tokenizer import load_tokenizer
@@ -179,18 +170,17 @@ def _encode(args, _):
   flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")
-  from irg_jax import images, progress
-  from irg_jax.reports import trace
+  from irg_jax import images, progress, storage
   low, high, stride = args.size
   transform = images.ImageTransform(max_size=high, min_size=low, stride=stride)
-  trace.check_output_folder(args.out)
+  storage.check_output_folder(args.out)
   from irg_jax import weights
   from irg_jax.data import latents, sources
   from irg_jax.model.vae import encode_levels
   model = weights.read_config(args.checkpoint)
   if stride % model.pixel_stride:
     raise ValueError(f"--size: stride {stride} is not a multiple of the {model.pixel_stride} "
-                     "pixels that a latent token of this model stands for")
+                     "pixels of a latent token's side")
   with progress.Progress() as bar:
     opened = sources.open_sources(args.path, modes, max_rejected=args.max_rejected, progress=bar)
     _, params = weights.load_checkpoint(args.checkpoint, part="vae")
@@ -209,7 +199,7 @@ def _folder(flag, path):
 
 
 def _modes(names, folder):
-  """The modes that are asked for: by default all six, which then must all be there."""
+  """The modes that are named, all of which must exist; default: all six."""
   from irg_jax.data.records import MODES
   if unknown := sorted(set(names or ()) - set(MODES)):
     raise ValueError(f"--mode {unknown[0]}: unknown; the modes are {', '.join(MODES)}")
