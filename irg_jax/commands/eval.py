@@ -1,7 +1,7 @@
 """`irg eval`: generate a benchmark's images, score them, report. Flags and messages only.
 
-The names, flags and examples come from the registered benchmarks, whose import takes time: a step's
-parser is filled when it is used.
+Names, flags and examples come from the registered benchmarks, whose import takes time: the parser
+of a step is filled when it is used.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import sys
 from irg_jax.commands import flags
 
 _EVAL = """\
-Benchmarks by their official protocols: generates the images, scores them, and puts the figures into
-the paper's table. Every round of the images is scored apart.
+Benchmarks by their official protocols: generates the images, scores them, and puts the figures
+into the paper's table. Every round of the images is scored apart.
 
 examples:
-  irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval
-  irg eval score geneval --out out/geneval --detections detections.jsonl
-  irg eval report out/geneval out/wise out/tiif out/genai_bench out/oneig --to out/report
+  irg eval generate BENCH --prompts FILE --checkpoint weights/irg-7b --out out/BENCH
+  irg eval score BENCH --prompts FILE --out out/BENCH --judge-url URL --judge-model NAME
+  irg eval report out/BENCH out/ANOTHER --to out/report
 """
 
 _GENERATE = """\
@@ -45,11 +45,11 @@ more examples:
 
 _GENERATE_END = """\
 images of a prompt:
-{images}
+{images_help}
 
-several hosts: each takes every N-th prompt into the common --out. Without a common folder, give
-each a folder of its own and copy them into one afterwards: no file is in two of them, but for
-run.json, which is the same.
+several hosts (--process-id 0 --num-processes 4 on the first of four): each takes every N-th prompt
+into the common --out. Without a common folder, give each a folder of its own and copy them into one
+afterwards: no file is in two of them, but for run.json, which is the same.
 """
 
 _SCORE = """\
@@ -83,15 +83,13 @@ category, each round, with the settings, and BAGEL's and IRG's published rows be
 TO/report.md, TO/report.json and TO/report.html with pages of every prompt's images, round
 beside round, and the judge's words. The pages link the images where they are.
 
-the paper's table:
-  irg eval report out/geneval out/wise out/tiif out/genai_bench out/oneig --to out/report
+examples:
+  irg eval report {folders} --to out/report
 """
 
 # Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
 # says itself how it is to be used.
 _THINK_LIMIT = 4096
-_JUDGE = ("judge_url", "judge_model", "temperature", "template", "concurrency", "timeout", "tries",
-          "asks", "judge_cache")
 
 
 class _StepParser(argparse.ArgumentParser):
@@ -125,18 +123,12 @@ def benchmarks() -> dict:
 
 
 def _fill_generate(parser):
-  every = benchmarks().values()
-  parser.description = _GENERATE.format(**_examples("generate"))
-  parser.epilog = _GENERATE_END.format(images=_by_name("images_help"))
-  parser.set_defaults(run=_generate)
+  _fill(parser, _GENERATE, _GENERATE_END, "generate", _generate)
   add = parser.add_argument
-  _add_benchmark(parser)
   add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR",
       help="weights, in the published layout or Orbax; a generate.json there has the defaults")
-  add("--out", type=pathlib.Path, required=True, metavar="DIR",
-      help="folder of the run, new or to be continued")
   add("--tasks", nargs="+", metavar="TASK",
-      help=f"only these: {', '.join(b.tasks_help for b in every)}")
+      help=f"only these: {', '.join(b.tasks_help for b in benchmarks().values())}")
   add("--limit", type=flags.count, metavar="N", help="only the first N prompts (of --tasks)")
   add("--subset", action="store_true",
       help="the prompts need not be as many as published; the scores then compare with nothing")
@@ -153,35 +145,61 @@ def _fill_generate(parser):
 
 
 def _fill_score(parser):
-  parser.description = _SCORE.format(**_examples("score"))
-  parser.epilog = _SCORE_END.format(sources=_by_name("sources"))
-  parser.set_defaults(run=lambda args, _: _score(args, parser))
-  add = parser.add_argument
-  _add_benchmark(parser)
-  add("--out", type=pathlib.Path, required=True, metavar="DIR",
-      help="folder of the images, as irg eval generate wrote it")
+  _fill(parser, _SCORE, _SCORE_END, "score", lambda args, _: _score(args, parser))
   for name, by_benchmark in _flags().items():
     help = "; ".join(f"{benchmark}: {flag.help}" for benchmark, flag in by_benchmark.items())
-    add(name, help=help, **next(iter(by_benchmark.values())).options)
+    parser.add_argument(name, help=help, **next(iter(by_benchmark.values())).options)
   _add_judge(parser.add_argument_group("judge (any endpoint in OpenAI's form)").add_argument)
 
 
 def _fill_report(parser):
-  parser.description = _REPORT
-  parser.set_defaults(run=_report)
+  parser.description = _REPORT.format(
+      folders=" ".join(f"out/{b.name}" for b in benchmarks().values() if b.published))
+  parser.set_defaults(run=lambda args, _: _report(args))
   parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="OUT",
                       help="folders that irg eval score has been through")
   parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("report"), metavar="DIR",
                       help="folder of the report (default report)")
 
 
-def _add_benchmark(parser):
-  packaged = [b.name for b in benchmarks().values() if b.packaged]
-  parser.add_argument("benchmark", choices=benchmarks(), metavar="BENCH",
-                      help=", ".join(benchmarks()))
-  parser.add_argument("--prompts", type=pathlib.Path, metavar="PATH",
-                      help="the official prompt file or folder; that of "
-                           f"{' and '.join(packaged)} comes with this package")
+def _fill(parser, description, epilog, step, run):
+  """Texts and common flags of `generate` and `score`."""
+  by_name = lambda attribute: "\n".join(
+      f"  {name:<12} " + getattr(b, attribute).replace("\n", "\n" + " " * 15)
+      for name, b in benchmarks().items())
+  parser.description = description.format(**_examples(step))
+  parser.epilog = epilog.format(images_help=by_name("images_help"), sources=by_name("sources"))
+  parser.set_defaults(run=run)
+  packaged = " and ".join(b.name for b in benchmarks().values() if b.packaged)
+  add = parser.add_argument
+  add("benchmark", choices=benchmarks(), metavar="BENCH", help=", ".join(benchmarks()))
+  add("--prompts", type=pathlib.Path, metavar="PATH",
+      help=f"the official prompt file or folder; that of {packaged} comes with this package")
+  add("--out", type=pathlib.Path, required=True, metavar="DIR",
+      help="folder of the run, which irg eval generate makes or continues")
+
+
+def _examples(step):
+  """Example command lines: the paper's, of other benchmarks, and further ones."""
+  lines = {"paper": [], "others": [], "more": []}
+  for name, b in benchmarks().items():
+    prompts = f"--prompts {b.example_prompts} \\\n      " if b.example_prompts else ""
+    out = f"out/{name}" if b.published else f"out/{name}-test"
+    words = {"generate": f"{prompts}--checkpoint {b.example_checkpoint} --out {out}",
+             "score": f"--out {out} {prompts}{b.example_score}"}[step]
+    lines["paper" if b.published else "others"].append(f"{name} {words}")
+    lines["more"] += [f"{name} {words}" for words in b.more_examples.get(step, ())]
+  return {kind: "\n".join(f"  irg eval {step} {line}".rstrip() for line in found)
+          for kind, found in lines.items()}
+
+
+def _flags():
+  """{flag: {benchmark: base.Flag}}."""
+  found = {}
+  for benchmark in benchmarks().values():
+    for flag in benchmark.flags:
+      found.setdefault(flag.name, {})[benchmark.name] = flag
+  return found
 
 
 def _add_judge(add):
@@ -206,36 +224,6 @@ def _add_judge(add):
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
 
-def _by_name(attribute):
-  """A text of each benchmark, beside its name."""
-  return "\n".join(f"  {name:<12} " + getattr(b, attribute).replace("\n", "\n" + " " * 15)
-                   for name, b in benchmarks().items())
-
-
-def _examples(step):
-  """Example command lines: the paper's, of other benchmarks, and further ones."""
-  lines = {True: [], False: []}
-  for b in benchmarks().values():
-    prompts = f"--prompts {b.example_prompts} \\\n      " if b.example_prompts else ""
-    out = f"out/{b.name}" if b.published else f"out/{b.name}-test"
-    words = {"generate": f"{prompts}--checkpoint {b.example_checkpoint} --out {out}",
-             "score": f"--out {out} {prompts}{b.example_score}"}[step]
-    lines[bool(b.published)].append(f"  irg eval {step} {b.name} {words}".rstrip())
-  more = [f"  irg eval {step} {b.name} {words}" for b in benchmarks().values()
-          for words in b.more_examples.get(step, ())]
-  return {"paper": "\n".join(lines[True]), "others": "\n".join(lines[False]),
-          "more": "\n".join(more)}
-
-
-def _flags():
-  """{flag: {benchmark: base.Flag}}."""
-  found = {}
-  for benchmark in benchmarks().values():
-    for flag in benchmark.flags:
-      found.setdefault(flag.name, {})[benchmark.name] = flag
-  return found
-
-
 def _generate(args, overrides):
   if not args.checkpoint.is_dir():
     raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
@@ -243,40 +231,25 @@ def _generate(args, overrides):
   benchmark = benchmarks()[args.benchmark]
   items = benchmark.read(args.prompts)
   if not args.subset:
-    _check_counts(benchmark, args, items)
+    benchmark.check_counts(items)
   selected = benchmark.select(items, args.tasks, args.limit)
-  from irg_jax import config
+  from irg_jax.evaluate import generate
   from irg_jax.generate.settings import Settings
   settings, system_prompt = flags.read_settings(
       args, overrides, args.checkpoint, Settings(think_limit=_THINK_LIMIT))
-  from irg_jax.evaluate import generate
   asked = generate.Request(
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
-      checkpoint=args.checkpoint, settings=settings,
-      system_prompt=system_prompt,
+      checkpoint=args.checkpoint, settings=settings, system_prompt=system_prompt,
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, process_id=args.process_id,
       num_processes=args.num_processes)
-  _print_result(asked, generate.generate_images(asked))
-
-
-def _check_counts(benchmark, args, items):
-  try:
-    benchmark.check_counts(items)
-  except ValueError as e:
-    raise ValueError(f"--prompts {args.prompts or 'of this package'}: {e}; is it complete? With "
-                     "--subset it is taken as it is") from e
-
-
-def _print_result(request, result):
+  result = generate.generate_images(asked)
   for name in result.failed[:20]:
     print(f"no image (its latents are not finite): {name}", file=sys.stderr)
-  if len(result.failed) > 20:
-    print(f"... {len(result.failed)} in all", file=sys.stderr)
-  share = "" if request.num_processes == 1 else f" of process {request.process_id}"
-  print(f"{request.benchmark.name}: {result.drawn} images drawn, {result.kept} were there already"
-        f"{share}; {len(result.failed)} failed")
-  roots = ", ".join(str(request.out / f"round{n + 1}") for n in range(request.settings.rounds))
-  print(f"for the official scorer: {roots}; thoughts: {request.out / 'traces'}")
+  share = "" if args.num_processes == 1 else f" of process {args.process_id}"
+  print(f"{benchmark.name}: {result.drawn} images drawn, {result.kept} were there already{share}; "
+        f"{len(result.failed)} failed")
+  roots = ", ".join(str(args.out / f"round{n + 1}") for n in range(settings.rounds))
+  print(f"for the official scorer: {roots}; thoughts: {args.out / 'traces'}")
 
 
 def _score(args, parser):
@@ -290,18 +263,20 @@ def _score(args, parser):
 
 
 def _check_flags(args, parser):
-  """A flag that another benchmark would use, and that would do nothing here, is a mistake."""
-  users = {name[2:].replace("-", "_"): list(by) for name, by in _flags().items()}
-  users |= dict.fromkeys(_JUDGE, [b.name for b in benchmarks().values() if b.official])
+  """Refuses flags of other benchmarks, which would do nothing, and files that are not there."""
+  users = {name: list(by_benchmark) for name, by_benchmark in _flags().items()}
+  judged = [b.name for b in benchmarks().values() if b.official]
+  users |= dict.fromkeys(("--judge-url", "--judge-model", "--temperature", "--template", "--tries",
+                          "--concurrency", "--timeout", "--asks", "--judge-cache"), judged)
   for name, names in users.items():
-    value = getattr(args, name)
-    if value != parser.get_default(name) and args.benchmark not in names:
-      raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(names)} only")
-  for flag in benchmarks()[args.benchmark].flags:
-    value = getattr(args, flag.name[2:].replace("-", "_"))
+    attribute = name[2:].replace("-", "_")
+    value = getattr(args, attribute)
+    if value != parser.get_default(attribute) and args.benchmark not in names:
+      raise ValueError(f"{name} is for {', '.join(names)} only")
     for path in value if isinstance(value, list) else [value]:
-      if flag.options["metavar"] == "FILE" and path and not path.is_file():
-        raise ValueError(f"{path}: no such file")
+      if isinstance(path, pathlib.Path) and name not in ("--questions", "--judge-cache"):
+        if not path.is_file():
+          raise ValueError(f"{path}: no such file")
 
 
 @contextlib.contextmanager
@@ -325,7 +300,7 @@ def _open_judge(args, benchmark):
     print(f"judge: {opened.account}")
 
 
-def _report(args, _):
+def _report(args):
   from irg_jax.evaluate import report
   from irg_jax.storage import check_output_folder
   benchmarks()

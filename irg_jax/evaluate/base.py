@@ -120,8 +120,8 @@ class Benchmark:
     have = collections.Counter(task for item in items for task in self.tasks(item))
     for task, wanted in self.counts(len(items)).items():
       if have[task] != wanted:
-        raise ValueError(f"{have[task]} prompts of {task}, but {self.name} as published has "
-                         f"{wanted}")
+        raise ValueError(f"--prompts: {have[task]} prompts of {task}, but {self.name} as published "
+                         f"has {wanted}; with --subset they are taken as they are")
 
   def select(self, items: list[Item], tasks=None, limit: int | None = None) -> list[Item]:
     """The items of some tasks, the first `limit` of them; ValueError for an unknown task."""

@@ -149,7 +149,8 @@ class GenAIBench(base.Benchmark):
 
   def check_counts(self, items):
     if len(items) not in (1600, 527):
-      raise ValueError(f"{len(items)} prompts, but GenAI-Bench has 1600 (or 527)")
+      raise ValueError(f"--prompts: {len(items)} prompts, but GenAI-Bench has 1600 (or 527); with "
+                       "--subset they are taken as they are")
 
   def image_path(self, item, image, round):
     return base.round_root(round) / base.MODEL / f"{item.id}.jpeg"

@@ -183,8 +183,11 @@ class Cache:
     return json.loads(found[0]) if found else None
 
   def add(self, record: dict) -> None:
-    """Adds a record; sqlite3.Error where it cannot be written, as on a full disk."""
-    self._db.execute(_INSERT, (record[self._field], json.dumps(record)))
+    """Adds a record; OSError where it cannot be written, as on a full disk."""
+    try:
+      self._db.execute(_INSERT, (record[self._field], json.dumps(record)))
+    except sqlite3.Error as e:
+      raise OSError(f"{self.path}: cannot be written ({e})") from e
 
   def records(self):
     """Yields every record, in the order of their adding."""

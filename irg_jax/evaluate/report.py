@@ -19,9 +19,6 @@ from irg_jax.storage import write_text
 
 SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
          '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
-SETTINGS_CAVEAT = (
-    "The settings of the published IRG rows are known for TIIF only; for the other benchmarks "
-    "they are taken to be the same.")
 COVERAGE = ("benchmark", "round", "scored", "not there", "no score", "why")
 _PROMPTS_A_PAGE = 50
 
@@ -80,7 +77,7 @@ def published_rows() -> dict[str, dict[str, float]]:
 
 def caveats() -> list[str]:
   """Sentences to read before comparing with published figures."""
-  return [text for b in evaluate.BENCHMARKS.values() for text in b.caveats] + [SETTINGS_CAVEAT]
+  return [text for b in evaluate.BENCHMARKS.values() for text in b.caveats]
 
 
 def build(runs: list[Scored]) -> dict:

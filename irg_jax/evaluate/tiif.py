@@ -181,7 +181,8 @@ class Tiif(base.Benchmark):
       "run differs.",
       "TIIF: the official summary pools the rounds that IRG's evaluator writes into one folder. "
       "Here they are apart.",
-  )
+      "The settings of the published IRG rows are known for TIIF only; for the other benchmarks "
+      "they are taken to be the same.")
   official = base.Official("Qwen2.5-VL-72B-Instruct, or gpt-4o", 1.0, 4096)
   templates = {"tiif": (TEMPLATE, ("questions",))}
   flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)

@@ -164,9 +164,6 @@ class Wise(base.Benchmark):
   images_help, tasks_help, sources = "1", "WISE's categories (CULTURE, ...)", "the judge."
   example_prompts = "WISE/data"
   example_score = "--judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20"
-  more_examples = {"generate": (
-      "--prompts WISE/data --checkpoint weights/irg-7b --out out/wise \\\n"
-      "      --process-id 0 --num-processes 4    on the first of four hosts",)}
 
   def read_items(self, path):
     entries = [entry for file in _files(path) for entry in records.json_records(file)]
