@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from irg_jax import config as config_lib
 from irg_jax.data.records import MODES
-from irg_jax.mini.settings import MODEL, MiniSettings
+from irg_jax.mini.run import MODEL, Settings
 from irg_jax.train.settings import TrainSettings
 
 
@@ -25,7 +25,7 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
 
 
 def _world():
-  return config_lib.to_config(MiniSettings())
+  return config_lib.to_config(Settings())
 
 
 def _irgl():

@@ -10,7 +10,7 @@ from absl import flags
 
 from irg_jax import config as config_lib
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import settings as mini_settings
+from irg_jax.mini import run as mini_run
 from irg_jax.train import settings as train_settings
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -42,7 +42,7 @@ def test_presets_of_the_recipe_train_the_model_of_that_name(preset, model):
 @pytest.mark.parametrize("preset", ["base", "quality", "irgl"])
 def test_every_training_of_the_mini_world_is_one_that_irg_train_takes(preset):
   settings = train_settings.load(f"{CONFIGS}/mini.py:{preset}", ["data.path=none"])
-  world = mini_settings.load(CONFIGS / "mini.py")
+  world = mini_run.load(CONFIGS / "mini.py")
   assert settings.model == world.model
   assert settings.data.vae_transform == world.generate.vae_transform
   assert settings.data.vit_transform == world.generate.vit_transform

@@ -23,7 +23,7 @@ from irg_jax.generate import run as generate_run
 from irg_jax.generate import settings as generate_settings
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
-from irg_jax.mini import settings as mini_settings
+from irg_jax.mini import run as mini_run
 from irg_jax.mini.world import paint
 from irg_jax.reports import plots
 from mini_records import records_of_test
@@ -236,7 +236,7 @@ def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it
   (run_folder / "checkpoint").mkdir()
   (run_folder / "checkpoint" / "llm_config.json").write_text("{}")
   before = fingerprint(run_folder / "checkpoint")
-  settings = mini_settings.load(ROOT / "configs" / "mini.py", ["seed=7", "base_rows=12345"])
+  settings = mini_run.load(ROOT / "configs" / "mini.py", ["seed=7", "base_rows=12345"])
   report.make(run_folder, settings=dataclasses.asdict(settings))
   assert fingerprint(run_folder / "checkpoint") == before  # its test can still be gone on with
   scores, made = (run_folder / "checkpoint" / "scores.json", run_folder / "report" / "report.json")
@@ -323,7 +323,7 @@ def checkpoint(tmp_path_factory):
   small = ("llm.num_layers=1", "llm.hidden_size=48", "llm.mlp_size=64", "vit.num_layers=1",
            "vae.ch=32", "vae.ch_mult=(1, 1, 1, 1)")
   assert commands.main(["init", *argv, *(f"--config.model.{s}" for s in small)]) == 0
-  settings = mini_settings.load(ROOT / "configs" / "mini.py", [
+  settings = mini_run.load(ROOT / "configs" / "mini.py", [
       "generate.steps=2", "generate.think_limit=8"]).generate
   write_defaults(folder, Defaults(settings=settings, system_prompt=thoughts.SYSTEM_PROMPT))
   return folder, settings

@@ -12,7 +12,7 @@ from irg_jax.data import array_records, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.run import load_model
 from irg_jax.generate.settings import read_defaults
-from irg_jax.mini import pipeline, settings, thoughts, world
+from irg_jax.mini import datasets, run, thoughts, world
 from irg_jax.mini.world import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_pictures=2", "base_rows=120", "trajectories=12",
@@ -23,7 +23,7 @@ TINY = ("vae_steps=2", "vae_batch=1", "vae_pictures=2", "base_rows=120", "trajec
 
 @pytest.fixture(scope="module")
 def tiny():
-  return settings.load("configs/mini.py", TINY)
+  return run.load("configs/mini.py", TINY)
 
 
 def first_images(folder, tiny):
@@ -39,18 +39,18 @@ def first_images(folder, tiny):
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
-  pipeline._record(tmp_path / "mini.json", tiny)
-  pipeline._record(tmp_path / "mini.json", tiny)
+  run.check_same(tiny, tmp_path)
+  run.check_same(tiny, tmp_path)
   with pytest.raises(ValueError, match="seed=0, not 1"):
-    pipeline._record(tmp_path / "mini.json", dataclasses.replace(tiny, seed=1))
+    run.check_same(dataclasses.replace(tiny, seed=1), tmp_path)
 
 
-@pytest.mark.parametrize("train", (pipeline.train_base, pipeline.train_quality,
-                                   pipeline.train_irgl))
+@pytest.mark.parametrize("train", (run.train_base, run.train_quality,
+                                   run.train_irgl))
 def test_trainings_have_the_sizes_of_the_run(tmp_path, tiny, monkeypatch, train):
   trained = []
-  monkeypatch.setattr(pipeline, "_prepare", lambda *_: None)
-  monkeypatch.setattr(pipeline.train_run, "run_train", lambda s, out: trained.append(s.model))
+  monkeypatch.setattr(run, "_prepare", lambda *_: None)
+  monkeypatch.setattr(run.train_run, "run_train", lambda s, out: trained.append(s.model))
   (tmp_path / "base_rows").mkdir()
   train(tiny, tmp_path)
   assert trained == [tiny.model] and tiny.model.llm.hidden_size == 48
@@ -59,28 +59,30 @@ def test_trainings_have_the_sizes_of_the_run(tmp_path, tiny, monkeypatch, train)
 def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
   for name in "abc":
     (tmp_path / name).mkdir()
-  pipeline.make_start(tiny, tmp_path / "a")
+  run.make_start(tiny, tmp_path / "a")
   first = tmp_path / "a" / "start" / "weights"
   given = dataclasses.replace(tiny, autoencoder=str(first), seed=1)
-  pipeline.make_start(given, tmp_path / "b")
+  run.make_start(given, tmp_path / "b")
   assert not (tmp_path / "b" / "vae.msgpack").exists()
   kept, made = (weights.load_checkpoint(folder, part="vae")[1] for folder in
                 (first, tmp_path / "b" / "start" / "weights"))
   jax.tree.map(np.testing.assert_array_equal, kept, made)
-  model = dataclasses.replace(tiny.model, vae=settings.load("configs/mini.py").model.vae)
+  model = dataclasses.replace(tiny.model, vae=run.load("configs/mini.py").model.vae)
   with pytest.raises(ValueError, match="'autoencoder'.*sizes"):
-    pipeline.make_start(dataclasses.replace(given, model=model), tmp_path / "c")
+    run.make_start(dataclasses.replace(given, model=model), tmp_path / "c")
 
 
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_images(tmp_path / "first", tiny)
-  with pipeline.parquet.Writer(tmp_path / "rows") as writer:
-    counts = pipeline.write_trajectories(tiny, tmp_path / "first", writer)
+  counts = {"right": 0, "wrong": 0}
+  with run.parquet.Writer(tmp_path / "rows") as writer:
+    for mode, row in run.trajectory_rows(tiny, tmp_path / "first", counts):
+      writer.add(mode, row)
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   array_records.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)
   assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8) | {
-      pipeline.datasets.TELL: 8 * 3}  # with words alone that are replayed
+      datasets.TELL: 8 * 3}  # with words alone that are replayed
 
 
 def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
@@ -93,25 +95,25 @@ def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
              records=json.dumps(records[start:start + 8]),
              thoughts=["?"] * len(red[start:start + 8]))
   with pytest.raises(ValueError, match="no known ground': 12"):
-    pipeline._write_judged(tiny, tmp_path)
+    run.write_trajectories(tiny, tmp_path)
   assert not (tmp_path / "trajectories").exists()
 
 
 @pytest.mark.long
 def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
-  assert pipeline.run(tiny, tmp_path, until="base") == 0
-  base = pipeline.base_weights(tmp_path)
+  assert run.run(tiny, tmp_path, until="base") == 0
+  base = run.base_weights(tmp_path)
   assert read_defaults(base).settings == tiny.generate
   assert read_defaults(base).system_prompt == thoughts.SYSTEM_PROMPT
   first_images(tmp_path / "first_rounds", tiny)
   np.savez(tmp_path / "first_rounds" / "000008.npz",
            **np.load(tmp_path / "first_rounds" / "000000.npz"))
-  assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0
+  assert run.run(tiny, tmp_path, until="checkpoint") == 0
   assert read_defaults(tmp_path / "checkpoint") == read_defaults(base)
   model, params = load_model(tmp_path / "checkpoint", sharding.make_mesh(None), None, print)
   assert model.config.dtype == params["vae"]["decoder"]["conv_in"]["kernel"].dtype == "float32"
   _, stored = weights.load_checkpoint(tmp_path / "checkpoint")
   assert {x.dtype.name for x in jax.tree.leaves(stored)} == {"bfloat16"}
   before = (base / "ema.safetensors").stat().st_mtime_ns
-  assert pipeline.run(tiny, tmp_path, until="checkpoint") == 0  # finds everything done
+  assert run.run(tiny, tmp_path, until="checkpoint") == 0  # finds everything done
   assert (base / "ema.safetensors").stat().st_mtime_ns == before

@@ -13,8 +13,7 @@ from irg_jax import config as config_lib
 from irg_jax.images import to_pixels
 from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
 from irg_jax.generate.settings import Defaults, read_defaults, write_defaults
-from irg_jax.mini import (
-    datasets, pipeline, settings, thoughts, tokenizer, vae, verifier, world)
+from irg_jax.mini import datasets, run, thoughts, vae, verifier, world
 from irg_jax.mini.world import paint
 from irg_jax.model.vae import Vae, sample_latents
 from irg_jax.tokenizer import load_tokenizer
@@ -41,9 +40,9 @@ def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
 
 
 def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
-  small = settings.load("configs/mini.py")
+  small = run.load("configs/mini.py")
   size = small.model.llm.vocab_size
-  tokenizer.write_tokenizer(tmp_path, pipeline.sample_texts(small, 2000), size)
+  datasets.write_tokenizer(tmp_path, run.sample_texts(small, 2000), size)
   words = load_tokenizer(tmp_path, size)
   things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES]
   rng = np.random.default_rng(0)
@@ -253,7 +252,7 @@ def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
 def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
   rng = np.random.default_rng(0)
   texts = [t for _, row in datasets.base_rows(1500, rng) for t in datasets.texts(row)]
-  tokenizer.write_tokenizer(tmp_path, texts, 512)
+  datasets.write_tokenizer(tmp_path, texts, 512)
   words = load_tokenizer(tmp_path, 512)
   for word in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS):
     assert len(words.encode(f" {word}")) == 1
@@ -300,11 +299,11 @@ def _stop_at(step):
 
 
 def test_settings_of_a_run_are_checked_by_name():
-  assert settings.load(ROOT_CONFIG).generate.height == world.SIZE
+  assert run.load(ROOT_CONFIG).generate.height == world.SIZE
   with pytest.raises(ValueError, match="trajectories"):
-    settings.load(ROOT_CONFIG, ["trajectories=0"])
+    run.load(ROOT_CONFIG, ["trajectories=0"])
   with pytest.raises(ValueError, match="no field 'trajectory'"):
-    settings.load(ROOT_CONFIG, ["trajectory=5"])
+    run.load(ROOT_CONFIG, ["trajectory=5"])
 
 
 def test_a_prompt_of_other_words_is_answered_with_what_the_model_knows(tmp_path):

@@ -40,7 +40,7 @@ def add(verbs, new_parser) -> None:
 
 
 def _add_run(parser):
-  from irg_jax.mini.steps import STEPS
+  from irg_jax.mini import STEPS
   parser.set_defaults(run=_run)
   add = parser.add_argument
   add("--config", type=pathlib.Path, default=pathlib.Path("configs", "mini.py"), metavar="FILE",
@@ -66,5 +66,5 @@ def _report(args, _):
 def _run(args, overrides):
   from absl import logging
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
-  from irg_jax.mini import pipeline, settings
-  return pipeline.run(settings.load(args.config, overrides), args.out, args.until)
+  from irg_jax.mini import run
+  return run.run(run.load(args.config, overrides), args.out, args.until)

@@ -1,14 +1,20 @@
-"""Training rows of the mini world, as (mode, conversation) pairs in IRGL's published form."""
+"""Training rows of the mini world, (mode, conversation) in IRGL's published form; tokenizer."""
 
 import contextlib
 import dataclasses
 import io
+import json
+import pathlib
 
 import numpy as np
+import tokenizers
 from PIL import Image
+from tokenizers import models, pre_tokenizers, trainers
 
+from irg_jax import storage
 from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.mini import thoughts, verifier, world
+from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
@@ -70,6 +76,29 @@ def texts(conversation: list):
       yield turn["content"]
     else:
       yield from (part["content"] for part in turn["content"] if part["type"] == "text")
+
+
+def write_tokenizer(folder, texts, vocab_size: int) -> None:
+  """Learns a byte-level BPE from texts and writes `folder`/tokenizer.json in Qwen2's form.
+
+  Args:
+    texts: an iterable of texts.
+    vocab_size: tokens at most, with the 256 bytes and the four control tokens.
+  """
+  spec = qwen2_spec({}, [], [])
+  learner = tokenizers.Tokenizer(models.BPE())
+  split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+  learner.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  learner.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=vocab_size - len(CONTROL_NAMES), show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  learned = json.loads(learner.to_str())["model"]
+  names = enumerate(CONTROL_NAMES.values(), len(learned["vocab"]))
+  spec = qwen2_spec(learned["vocab"], learned["merges"],
+                    [added_token(name, i, True) for i, name in names])
+  storage.write_json(pathlib.Path(folder) / "tokenizer.json", spec, ensure_ascii=False, indent=1)
 
 
 # --- Kinds of rows: each takes a Generator and returns (mode, conversation) ---

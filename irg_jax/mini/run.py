@@ -1,0 +1,340 @@
+"""`irg mini run`: all steps from nothing to a trained and measured model.
+
+    autoencoder      painted images                                  -> start
+    base             text alone, then prompts, plans, images         -> base/stage2/weights
+    trajectories     thoughts and images of the base model, the
+                     verifier's verdict, the improved image          -> trajectories
+    quality          the base model, on improved images alone        -> quality/stage2/weights
+    irgl             the base model, in the two stages of the paper  -> irgl/stage2/weights
+    checkpoint       the same in bfloat16, as it is shipped          -> checkpoint
+    evaluate         the test with all of these models               -> evaluation, report
+
+A folder of results appears when it is complete; a step that was stopped continues where it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from irg_jax import config as config_lib
+from irg_jax import runs, sharding, storage, weights
+from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig, setting
+from irg_jax.data import array_records, latents, parquet, sources
+from irg_jax.data.records import MODES
+from irg_jax.generate import irg
+from irg_jax.generate import run as generate_run
+from irg_jax.generate import settings as generate_settings
+from irg_jax.images import ImageTransform
+from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier, world
+from irg_jax.model.vae import encode_levels
+from irg_jax.progress import Progress
+from irg_jax.tokenizer import load_tokenizer
+from irg_jax.train import run as train_run
+from irg_jax.train import settings as train_settings
+from irg_jax.weights import init, published
+
+MODEL = ModelConfig(
+    llm=LlmConfig(vocab_size=576, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6,
+                  num_kv_heads=3, rope_theta=300.0),
+    vit=VitConfig(hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16,
+                  grid_size=4),
+    vae=VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
+    max_latent_size=4,
+)
+_TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
+# No guidance. In training one thought and image precede a reflection, never more: window 1.
+GENERATE = generate_settings.Settings(
+    rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
+    max_prompt_tokens=64, window=1,
+    first=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0)),
+    later=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0), renorm="text_channel"),
+    vae_transform=_TRANSFORM, vit_transform=_TRANSFORM)
+
+_NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
+         "counted, coloured, and placed left of, right of, above or below each other: try \"two "
+         'red circles left of a blue star". For anything else, give --checkpoint a model that was '
+         "trained on it.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Settings of `irg mini run`.
+
+  Attributes:
+    config: the configuration file, whose other presets are the trainings.
+  """
+
+  config: str = ""
+  model: ModelConfig = MODEL
+  seed: int = setting(0, "of everything that is random", low=0)
+  vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
+  vae_batch: int = setting(2, "images of an update of the autoencoder", low=1)
+  vae_learning_rate: float = setting(1e-3, "peak learning rate of the autoencoder", above=0)
+  vae_pictures: int = setting(6000, "different images that the autoencoder learns from", low=1)
+  autoencoder: str = setting(
+      "", "checkpoint folder whose autoencoder is used as it is; empty: one is trained")
+  base_rows: int = setting(72000, "rows that the base model learns from", low=1)
+  trajectories: int = setting(6000, "prompts of the trajectories for the two stages", low=1)
+  first_temperature: float = setting(
+      1.0, "of the thoughts of those; high, so that more images can be improved", low=0)
+  sample_batch: int = setting(64, "prompts generated side by side", low=1)
+  train: tuple[str, ...] = setting((), "overrides of every training, \"field=value\"")
+  test_seen: int = setting(168, "test prompts of combinations seen in training", low=1)
+  test_unseen: int = setting(96, "test prompts of combinations not seen in training", low=0)
+  test_pictures: int = setting(4, "images of a test prompt", low=1)
+  generate: generate_settings.Settings = GENERATE
+
+  @property
+  def first(self) -> generate_settings.Settings:
+    """Settings of the base model's thoughts and images in the trajectories."""
+    return dataclasses.replace(self.generate, rounds=1, temperature=self.first_temperature)
+
+
+def load(path, overrides=()) -> Settings:
+  """Reads the preset "world" of a configuration file like `configs/mini.py`.
+
+  Raises:
+    ValueError: names the file or the field; see `config.read`.
+  """
+  settings = config_lib.read(Settings(), f"{path}:world", overrides)
+  settings.generate.validate(settings.model)
+  settings.first.validate(settings.model)
+  return dataclasses.replace(settings, config=str(path))
+
+
+def run(settings: Settings, out, until: str | None = None) -> int:
+  """Runs the steps that are not done, in order.
+
+  Args:
+    out: folder of the run, new or to be continued.
+    until: name of the last step to run; None runs all.
+
+  Returns:
+    exit status: 0, or that of a training that was asked to stop.
+
+  Raises:
+    ValueError: the run in `out` has other settings; names them.
+  """
+  out = pathlib.Path(out)
+  check_same(settings, out)
+  for name in STEPS:
+    print(f"irg mini: {name}", flush=True)
+    if status := _STEPS[name](settings, out):
+      return status
+    if name == until:
+      break
+  return 0
+
+
+def check_same(settings: Settings, out: pathlib.Path) -> None:
+  """Records the settings of a new run; ValueError if those of an old one differ."""
+  now = dataclasses.asdict(settings) | {"config": None}  # the file may move
+  if (out / "mini.json").exists():
+    runs.check_same(runs.read(out / "mini.json"), now, f"--out {out}", flag="--config.")
+  else:
+    runs.write(out / "mini.json", now)
+
+
+# --- Autoencoder ---
+
+
+def make_start(settings: Settings, out: pathlib.Path) -> None:
+  """A checkpoint with the autoencoder, random other weights, and the tokenizer."""
+  if (out / "start").exists():
+    return
+  vae_params = _given_vae(settings) if settings.autoencoder else _trained_vae(settings, out)
+  params = init.random_params(settings.model, jax.random.key(settings.seed))
+  with storage.atomic_folder(out / "start") as folder:
+    words = folder / "words"
+    words.mkdir()
+    datasets.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
+    published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
+    generate_settings.write_defaults(folder / "weights", generate_settings.Defaults(
+        settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT,
+        words=tuple(world.words()), note=_NOTE, dtype=settings.model.dtype))
+
+
+def sample_texts(settings: Settings, count: int = 6000) -> list[str]:
+  """Texts of rows of every kind, to learn the tokenizer from."""
+  rows = datasets.base_rows(count, _rng(settings, "words"))
+  return [text for _, row in rows for text in datasets.texts(row)]
+
+
+def _trained_vae(settings, out):
+  with Progress() as progress:
+    return vae.train(
+        settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
+        batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
+        images=settings.vae_pictures, seed=settings.seed, progress=progress)
+
+
+def _given_vae(settings):
+  config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
+  if config.vae != settings.model.vae:
+    raise ValueError(f"config field 'autoencoder': that of {settings.autoencoder} has the sizes "
+                     f"{config.vae}, but config.model.vae says {settings.model.vae}; give one of "
+                     "these sizes, or none to train it")
+  return params["vae"]
+
+
+# --- Base model ---
+
+
+def train_base(settings: Settings, out: pathlib.Path) -> int:
+  """The stand-in for BAGEL; its stage 1 trains the language model that BAGEL starts from."""
+  if not (out / "base_rows").exists():
+    with storage.atomic_folder(out / "base_rows") as folder, parquet.Writer(folder) as writer:
+      for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
+        writer.add(mode, row)
+  modes = datasets.TELL, datasets.LOOK, datasets.DRAW
+  _prepare(settings, out, "base_rows", "base_data", modes)
+  return _train(settings, out, "base", "base_data", out / "start" / "weights")
+
+
+# --- Trajectories and what is trained on them ---
+
+
+def make_trajectories(settings: Settings, out: pathlib.Path) -> None:
+  """The base model's thoughts and images, judged and improved, in IRGL's form."""
+  if not (out / "trajectories").exists():
+    sample_first_rounds(settings, base_weights(out), out / "first_rounds")
+    write_trajectories(settings, out)
+  _prepare(settings, out, "trajectories", "irgl_data", MODES)
+
+
+def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> None:
+  """Thoughts and first images of training prompts, `out`/NNNNNN.npz for each batch."""
+  out.mkdir(exist_ok=True)
+  rng, size, mesh = _rng(settings, "trajectories"), settings.sample_batch, sharding.make_mesh(None)
+  records = [world.training_record(rng) for _ in range(settings.trajectories)]
+  with Progress() as progress, jax.set_mesh(mesh):
+    model, params = generate_run.load_model(checkpoint, mesh, None, progress)
+    words = load_tokenizer(checkpoint, settings.model.llm.vocab_size)
+    for start in range(0, len(records), size):
+      if (path := out / f"{start:06}.npz").exists():
+        continue
+      batch = records[start:start + size]
+      batch += batch[:1] * (size - len(batch))  # another batch size would compile again
+      drawn = irg.generate(
+          model, params, words, [r["prompt"] for r in batch],
+          seeds=range(start, start + size), settings=settings.first,
+          system_prompt=thoughts.SYSTEM_PROMPT)
+      firsts = [trajectory.rounds[0] for trajectory in drawn]
+      with storage.atomic_file(path) as aside, aside.open("wb") as file:
+        np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
+                 pictures=np.stack([r.image for r in firsts]))
+      progress("drawing first images", 0, start + size, len(records))
+
+
+def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
+  """Writes the rows of all usable first images, and their numbers in trajectories.json.
+
+  Raises:
+    ValueError: no image can be used; gives the reasons.
+  """
+  counts = {"right": 0, "wrong": 0}
+  with storage.atomic_folder(out / "trajectories") as folder, parquet.Writer(folder) as writer:
+    for mode, row in trajectory_rows(settings, out / "first_rounds", counts):
+      writer.add(mode, row)
+    if not counts["right"] + counts["wrong"]:
+      raise ValueError(f"none of the base model's first images can be used ({counts}): train "
+                       "the autoencoder and the base longer")
+  storage.write_json(out / "trajectories.json", counts)
+  print(f"irg mini: first images of the base model: {counts}")
+
+
+def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, int]):
+  """Yields (mode, conversation) of all usable first images: six modes, and replayed text.
+
+  Args:
+    folder: of `sample_first_rounds`.
+    counts: numbers of images by verdict, or by the reason why they cannot be used; added to.
+  """
+  rng, left = _rng(settings, "better"), settings.trajectories
+  for path in sorted(folder.glob("*.npz")):
+    batch = np.load(path)
+    rows = zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
+    for record, plan, image in list(rows)[:left]:
+      try:
+        verdict = verifier.score(image, record)
+        better = thoughts.improve(record, verdict, rng)
+        modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
+      except thoughts.Inexpressible as e:
+        counts[str(e)] = counts.get(str(e), 0) + 1
+        continue
+      counts["right" if verdict.correct else "wrong"] += 1
+      yield from modes
+      yield from datasets.replayed_rows(rng)
+    left -= len(batch["thoughts"])
+
+
+def train_quality(settings: Settings, out: pathlib.Path) -> int:
+  """The ablation of the paper: improved images and their plans, nothing interleaved."""
+  return _train(settings, out, "quality", "irgl_data", base_weights(out))
+
+
+def train_irgl(settings: Settings, out: pathlib.Path) -> int:
+  """The two stages of the paper."""
+  return _train(settings, out, "irgl", "irgl_data", base_weights(out))
+
+
+# --- Checkpoint and report ---
+
+
+def make_checkpoint(_, out: pathlib.Path) -> None:
+  """The model as it is shipped and evaluated."""
+  if not (out / "checkpoint").exists():
+    weights.convert(out / "irgl" / "stage2" / "weights", out / "checkpoint", to="published",
+                    dtype="bfloat16")
+
+
+def evaluate_run(_, out: pathlib.Path) -> None:
+  """The test of all models, and the report."""
+  print(f"irg mini: wrote {report.run(out)}")
+
+
+_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
+                          make_checkpoint, evaluate_run), strict=True))
+
+
+def base_weights(out: pathlib.Path) -> pathlib.Path:
+  return out / "base" / "stage2" / "weights"
+
+
+def _train(settings, out, preset, data, checkpoint):
+  """`irg train` with a preset of the configuration file and the sizes of this run."""
+  sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
+  overrides = [*(f"model.{name}={value}" for name, value in sizes.items()),
+               f"data.path={out / data}", f"checkpoint={checkpoint}", f"seed={settings.seed}",
+               *settings.train]
+  loaded = train_settings.load(f"{settings.config}:{preset}", overrides)
+  return train_run.run_train(loaded, out / preset)
+
+
+def _prepare(settings, out, rows, data, modes):
+  """`irg data build` and `irg data encode-latents` of published rows."""
+  built, encoded = out / f"{data}.built", out / f"{data}.encoded"
+  if (out / data).exists():
+    shutil.rmtree(built, ignore_errors=True)
+    return
+  with Progress() as progress:
+    if not built.exists():
+      array_records.build(out / rows, built, modes, progress=progress)
+    opened = sources.open_sources(built, modes, progress=progress)
+    _, params = weights.load_checkpoint(out / "start" / "weights", part="vae")
+    encoder = latents.Encoder(settings.model, params["vae"], encode_levels)
+    latents.encode_dataset(opened, encoded, encoder, settings.generate.vae_transform,
+                           progress=progress)
+  encoded.rename(out / data)
+  shutil.rmtree(built)
+
+
+def _rng(settings, purpose):
+  """A generator for one purpose, independent of the others."""
+  names = ("words", "base", "trajectories", "better")
+  return np.random.default_rng([settings.seed, names.index(purpose)])
