@@ -15,12 +15,10 @@ import pathlib
 import resource
 import sys
 
-import numpy as np
-
-from irg_jax import storage, weights
-from irg_jax.evaluate import base, generate, records, score
+from irg_jax import storage
+from irg_jax.evaluate import generate, score
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import benchmark, thoughts, vae, world
+from irg_jax.mini import benchmark, vae, world
 from irg_jax.reports import pages, plots
 from irg_jax.reports.tables import table
 
