@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from irg_jax import images
-from irg_jax.reports import trace, trace_page
+from irg_jax.reports import pages, trace
 
 THOUGHT = '<think>\n### Plan\n1. two <b>circles</b> & "one" star\n\n  indented\n</think>'
 VOID = {"meta", "img"}
@@ -90,8 +90,8 @@ def test_the_page_shows_every_word_in_the_order_of_the_run(tmp_path):
   given = make_trace(make_round(), make_round("second <think>", seed=1), note="only <noise>")
   trace.write_trace(tmp_path / "run", given)
   text = page(tmp_path / "run").text
-  order = [given["prompt"], given["note"], "Plan", THOUGHT, "Picture 1", "Reflection",
-           "second <think>", "Final picture", given["system_prompt"], "round1.scale"]
+  order = [given["prompt"], given["note"], "Plan", THOUGHT, "Image 1", "Reflection",
+           "second <think>", "Final image", given["system_prompt"], "round1.scale"]
   places = [text.index(part) for part in order[:2]]
   for part in order[2:]:
     places.append(text.index(part, places[-1]))
@@ -138,10 +138,10 @@ def test_nothing_a_user_or_model_wrote_becomes_markup(tmp_path, hostile):
 
 
 @pytest.mark.parametrize("thoughts, titles", [
-    ([None], ["Picture"]),
-    ([THOUGHT], ["Plan", "Picture"]),
-    (["a", "b", "c", "d"], ["Plan", "Picture 1", "Reflection", "Picture 2", "Reflection",
-                            "Picture 3", "Reflection", "Final picture"]),
+    ([None], ["Image"]),
+    ([THOUGHT], ["Plan", "Image"]),
+    (["a", "b", "c", "d"], ["Plan", "Image 1", "Reflection", "Image 2", "Reflection",
+                            "Image 3", "Reflection", "Final image"]),
 ])
 def test_any_number_of_rounds_with_or_without_thoughts(tmp_path, thoughts, titles):
   rounds = [make_round(t, seed=i) for i, t in enumerate(thoughts)]
@@ -167,7 +167,7 @@ def test_long_thoughts_scroll_and_short_ones_do_not(tmp_path):
 def test_an_answer_without_an_image_is_a_trace_too(tmp_path):
   entry = trace.write_trace(tmp_path / "run", make_trace(make_round("a cat", picture=None)))
   assert written(tmp_path / "run") == ["trace.html", "trace.json"]
-  assert entry["picture"] is None
+  assert entry["image"] is None
   trace.write_index(tmp_path, [entry])
   assert not page(tmp_path, "index.html").named("img")
 
@@ -185,10 +185,10 @@ def test_a_failure_leaves_the_earlier_trace_and_nothing_else(tmp_path, monkeypat
   trace.write_trace(folder, make_trace(make_round()))
   before = (folder / "trace.json").read_bytes()
 
-  def fail(*_):
+  def fail(*_, **__):
     raise RuntimeError("disk full")
 
-  monkeypatch.setattr(trace_page, "trace_html", fail)
+  monkeypatch.setattr(pages, "render", fail)
   for name in ("run", "other"):
     with pytest.raises(RuntimeError, match="disk full"):
       trace.write_trace(tmp_path / name, make_trace(make_round(), make_round()))

@@ -1,16 +1,16 @@
-"""Writes what a run produced: images, `trace.json`, and a page to read it by.
+"""Traces on disk: images, `trace.json`, and a page that shows thoughts and images side by side.
 
 A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
    "settings": {...}, "versions": {...}, "note": str (optional),
    "source": uint8 [H, W, 3] (optional), the image that was edited, for the page alone,
-   "rounds": [{"think": str, or None where the round had no thought,
+   "rounds": [{"think": str, or None in a round without a thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
-               "picture": uint8 [H, W, 3], or None where it drew nothing,
+               "picture": uint8 [H, W, 3], or None in a round without an image,
                "seconds": {"think": float, "draw": float, ...}}]}
 
-Writes are atomic (`irg_jax.storage`): a new folder as a whole, files in an existing one each.
+Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an existing one, each file.
 """
 
 import io
@@ -21,23 +21,21 @@ import re
 import numpy as np
 from PIL import Image
 
-from irg_jax.reports import trace_page
+from irg_jax.reports import pages
 from irg_jax.storage import atomic_files, check_output_folder, is_partial, write_text
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 
 
 def check_trace_folder(folder) -> None:
-  """As `check_output_folder`; an existing folder must be empty or an earlier trace.
+  """`check_output_folder`, and an existing folder must be empty or hold an earlier trace.
 
   Raises:
-    ValueError: `write_trace` would fail, or would replace files that are not its own.
+    ValueError: `write_trace` would fail, or would add to files that are not its own.
   """
   check_output_folder(folder)
   folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    return
-  names = sorted(p.name for p in folder.iterdir())
+  names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
   others = [n for n in names if not (_OWN_FILES.fullmatch(n) or is_partial(n))]
   if others:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
@@ -48,7 +46,7 @@ def write_trace(folder, trace: dict) -> dict:
   """Writes `round1.png`, ..., `trace.json` and the self-contained `trace.html`.
 
   Args:
-    folder: the folder to make; or an empty one, or an earlier trace to replace.
+    folder: a folder to make, an empty one, or an earlier trace to replace.
     trace: see the top of this file.
 
   Returns:
@@ -59,12 +57,19 @@ def write_trace(folder, trace: dict) -> dict:
   """
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
+  pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
+  names = [image_name(number) if png else None for number, png in enumerate(pngs, 1)]
   with atomic_files(folder) as partial:
-    names = _write_files(partial, trace)
-  for path in folder.iterdir():  # images of an earlier trace with more rounds
+    for name, png in zip(names, pngs):
+      if png:
+        (partial / name).write_bytes(png)
+    write_text(partial / "trace.json", _record(trace, names))
+    write_text(partial / "trace.html", _page(trace, pngs))
+  for path in folder.glob("round*.png"):  # of an earlier trace with more rounds
     if _OWN_FILES.fullmatch(path.name) and path.name not in names:
       path.unlink()
-  return _index_entry(folder, trace)
+  return {"folder": folder.name, "prompt": trace["prompt"], "rounds": len(names),
+          "seed": trace.get("seed"), "image": next(filter(None, reversed(names)), None)}
 
 
 def write_index(folder, entries: list[dict]) -> None:
@@ -72,28 +77,16 @@ def write_index(folder, entries: list[dict]) -> None:
 
   Args:
     folder: the folder that holds the trace folders.
-    entries: what `write_trace` returned for each, in the order to show them.
+    entries: results of `write_trace`, in the order to show them.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / "index.html", trace_page.index_html(entries))
+  write_text(folder / "index.html", pages.render("index", entries=entries))
 
 
 def image_name(round_number: int) -> str:
   """File name of the image of a round, counted from 1."""
   return f"round{round_number}.png"
-
-
-def _write_files(folder, trace):
-  """Writes the files of a trace and returns their names."""
-  pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
-  for number, png in enumerate(pngs, 1):
-    if png:
-      (folder / image_name(number)).write_bytes(png)
-  record = json.dumps(_without_images(trace), indent=2, ensure_ascii=False, default=_plain)
-  write_text(folder / "trace.json", record + "\n")
-  write_text(folder / "trace.html", trace_page.trace_html(trace, pngs, _png(trace.get("source"))))
-  return {path.name for path in folder.iterdir()}
 
 
 def _png(image):
@@ -104,26 +97,42 @@ def _png(image):
   return file.getvalue()
 
 
-def _without_images(trace):
-  """The trace with file names for images."""
-  rounds = [
-      entry | {"picture": None if entry.get("picture") is None else image_name(number)}
-      for number, entry in enumerate(trace["rounds"], 1)
-  ]
-  return {k: v for k, v in trace.items() if k != "source"} | {"rounds": rounds}
+def _record(trace, names):
+  """The trace as JSON, with file names for images."""
+  rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
+  record = {k: v for k, v in trace.items() if k != "source"} | {"rounds": rounds}
+  plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
+  return json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
-def _index_entry(folder, trace):
-  drawn = [i for i, r in enumerate(trace["rounds"], 1) if r.get("picture") is not None]
-  return {
-      "folder": folder.name,
-      "prompt": trace["prompt"],
-      "picture": image_name(drawn[-1]) if drawn else None,
-      "rounds": len(trace["rounds"]),
-      "seed": trace.get("seed"),
-  }
+def _page(trace, pngs):
+  rounds = [entry | {"png": png} for entry, png in zip(trace["rounds"], pngs)]
+  run = {"checkpoint": trace.get("checkpoint"), "seed": trace.get("seed")}
+  tables = {"Run": run, "Settings": trace.get("settings"), "Versions": trace.get("versions")}
+  return pages.render(
+      "trace", trace=trace, rounds=rounds, source=_png(trace.get("source")),
+      last=max((number for number, png in enumerate(pngs, 1) if png), default=None),
+      seconds=sum(sum((entry.get("seconds") or {}).values()) for entry in rounds),
+      timings=_timings(rounds),
+      tables=[(title, list(_flat(values or {}))) for title, values in tables.items()])
 
 
-def _plain(value):
-  """JSON for what settings may hold beyond plain types: arrays, numpy numbers, paths."""
-  return value.tolist() if hasattr(value, "tolist") else str(value)
+def _timings(rounds):
+  """Seconds by round and phase, with the length of each thought: (head, rows) of a table."""
+  phases = list(dict.fromkeys(p for entry in rounds for p in entry.get("seconds") or {}))
+  rows = []
+  for number, entry in enumerate(rounds, 1):
+    seconds = entry.get("seconds") or {}
+    tokens = "" if entry.get("think") is None else entry.get("think_tokens", "")
+    rows.append([f"Round {number}", *(f"{seconds[p]:.2f}" if p in seconds else "" for p in phases),
+                 tokens])
+  return ["", *phases, "thought, tokens"], rows
+
+
+def _flat(values, prefix=""):
+  """(dotted name, value) of every leaf that is not None."""
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{name}.")
+    elif value is not None:
+      yield prefix + str(name), value
