@@ -152,11 +152,6 @@ def platform() -> str:
   return device.platform if device is not None else jax.default_backend()
 
 
-def on_lone_cpu() -> bool:
-  """Whether a program is traced for one CPU device: XLA's backend for it has needs of its own."""
-  return jax.sharding.get_abstract_mesh().size <= 1 and platform() == "cpu"
-
-
 def parameter_shardings(params, mesh):
   """Shardings of a parameter tree (or of anything built of the same paths and shapes).
 

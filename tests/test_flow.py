@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from irg_jax import flow
-from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT
+from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, guidance_views
 from irg_jax.generate.settings import Guidance, Settings
-from irg_jax.generate.steps import guidance_views
 
 
 def test_shift_one_changes_no_time_and_the_ends_stay():

@@ -11,7 +11,7 @@ import pytest
 from irg_jax import config as config_lib
 from irg_jax import sharding
 from irg_jax.config import SpecialTokens
-from irg_jax.generate import irg, steps
+from irg_jax.generate import context, irg
 from irg_jax.generate.settings import Guidance, Settings
 from irg_jax.images import ImageTransform
 from irg_jax.model.unified import UnifiedTransformer
@@ -102,10 +102,10 @@ def test_eight_devices_give_what_one_gives_and_hold_their_part():
   with jax.set_mesh(mesh):
     for got, want in zip(generate(weights=weights), batch_of_four()):
       assert_same(got, want)
-    run = irg._prepare(MODEL, weights, IdTokenizer(), PROMPTS, SEEDS, SETTINGS, SYSTEM, None, None,
-                       None)
-    ctx = irg._begin(run, irg._plan(run)[0])
-    latents = irg._draw(run, ctx, 0)
+    job = irg.prepare(MODEL, weights, IdTokenizer(), PROMPTS, seeds=SEEDS, settings=SETTINGS,
+                      system_prompt=SYSTEM)
+    ctx = irg.begin(job)
+    latents = irg.denoise(job, ctx, 0)
   layers, B, heads, slots, dim = ctx.k.shape
   assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, heads // 2, slots, dim)
   assert ctx.visible.addressable_shards[0].data.shape[0] == B // 4
@@ -177,11 +177,11 @@ def test_a_window_forgets_old_rounds_and_a_small_cache_forces_one():
     assert windowed.rounds[round_number].thought == everything.rounds[round_number].thought
   assert np.abs(windowed.rounds[2].latents - everything.rounds[2].latents).max() > 1e-3
 
-  run = irg._prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], SEEDS[:1],
-                     dataclasses.replace(three, window=1), SYSTEM, None, None, None)
-  small, _ = irg._plan(run)
+  job = irg.prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], seeds=SEEDS[:1],
+                    settings=dataclasses.replace(three, window=1), system_prompt=SYSTEM)
+  small, _ = job.cache
   squeezed = dataclasses.replace(three, cache_size=small)
-  assert irg._plan(dataclasses.replace(run, settings=squeezed)) == (small, 1)
+  assert dataclasses.replace(job, settings=squeezed).cache == (small, 1)
   assert_same(generate(PROMPTS[:1], SEEDS[:1], squeezed)[0], windowed)
 
 
@@ -258,7 +258,7 @@ def test_settings_that_make_no_sense_are_refused(change, message):
     (dict(prompts=[(1,) * 61], seeds=[0]), "prompt 0 has 61 tokens.*raise max_prompt_tokens"),
     (dict(seeds=[1]), "4 prompts but 1 seeds"),
     (dict(seeds=[1, 2, 3, -4]), "seeds must be from 0"),
-    (dict(prompts=[(1,)], seeds=[0], images=[]), "1 prompts but 0 pictures"),
+    (dict(prompts=[(1,)], seeds=[0], images=[]), "1 prompts but 0 images"),
     (dict(prompts=[(1,)], seeds=[0], images=[np.zeros((32, 32, 4), np.uint8)]), "must be uint8"),
 ])
 def test_requests_that_cannot_work_are_refused(arguments, message):
@@ -267,6 +267,6 @@ def test_requests_that_cannot_work_are_refused(arguments, message):
 
 
 def test_guidance_needs_only_the_views_it_uses():
-  assert steps.guidance_views(Guidance(text_scale=1.0, image_scale=2.0)) == (0,)
-  assert steps.guidance_views(Guidance(text_scale=2.0, image_scale=1.0)) == (0, 1)
-  assert steps.guidance_views(Guidance(text_scale=2.0, image_scale=2.0)) == (0, 1, 2)
+  assert context.guidance_views(Guidance(text_scale=1.0, image_scale=2.0)) == (0,)
+  assert context.guidance_views(Guidance(text_scale=2.0, image_scale=1.0)) == (0, 1)
+  assert context.guidance_views(Guidance(text_scale=2.0, image_scale=2.0)) == (0, 1, 2)

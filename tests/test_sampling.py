@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irg_jax.generate.sampling import next_token
+from irg_jax.generate.steps import next_token
 from irg_jax.generate.settings import Sampling
 
 PROBABILITY = np.array([0.05, 0.5, 0.15, 0.3], np.float32)  # likeliest: 1, 3, 2, 0

@@ -62,8 +62,7 @@ class StandIn:
     if method == "text_logits":
       return (args[0] @ p["heads"]["text"]["kernel"]).astype(jnp.float32)
     batch, latents, timestep = args
-    layers = p["decoder"]["layers"]  # a list of trees on a lone CPU, see `unstack_layers`
-    layer = layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)
+    layer = jax.tree.map(lambda x: x[0], p["decoder"]["layers"])
     patches = batch.vit_patches.astype(dtype) @ p["vit"]["patch_embed"]["kernel"]
     seen = jnp.mean(patches, 1, keepdims=True) * p["vit"]["post_norm"]["scale"]
     und = (p["embed"]["embedding"][batch.text_ids] + seen).astype(dtype)

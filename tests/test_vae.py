@@ -11,7 +11,6 @@ from conftest import relative_error
 
 from irg_jax.config import VaeConfig
 from irg_jax.model import vae as vae_lib
-from irg_jax.model import vae_layers
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents, to_uint8, unpatchify_latents
 
 TINY = VaeConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
@@ -79,7 +78,7 @@ def test_upsampling_convolution_is_nearest_then_convolution():
   params = {"params": {"kernel": normal(1, 3, 3, 4, 6), "bias": normal(2, 6)}}
   doubled = x.repeat(2, axis=1).repeat(2, axis=2)
   want = nn.Conv(6, (3, 3), padding=1).apply(params, doubled)
-  got = vae_layers.UpsampleConv(6, **F32).apply(params, x)
+  got = vae_lib.UpsampleConv(6, **F32).apply(params, x)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -87,7 +86,7 @@ def test_point_convolution_is_a_1x1_convolution():
   x = normal(0, 2, 3, 5, 4)
   params = {"params": {"kernel": normal(1, 1, 1, 4, 6), "bias": normal(2, 6)}}
   want = nn.Conv(6, (1, 1)).apply(params, x)
-  np.testing.assert_allclose(vae_layers.PointConv(6, **F32).apply(params, x), want, atol=1e-5)
+  np.testing.assert_allclose(vae_lib.PointConv(6, **F32).apply(params, x), want, atol=1e-5)
 
 
 def test_group_norm_is_exact_far_from_zero_and_over_a_large_image():
@@ -95,9 +94,9 @@ def test_group_norm_is_exact_far_from_zero_and_over_a_large_image():
   scale, bias = normal(1, 64), normal(2, 64)
   groups = np.asarray(x, np.float64).reshape(1, -1, 32, 2)
   centred = groups - groups.mean((1, 3), keepdims=True)
-  want = centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + vae_layers.NORM_EPS)
+  want = centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + vae_lib.NORM_EPS)
   want = want.reshape(x.shape) * scale + bias
-  norm = vae_layers.GroupNorm("float32")
+  norm = vae_lib.group_norm("float32")
   got = jax.jit(norm.apply)({"params": {"scale": scale, "bias": bias}}, x)
   assert relative_error(got, want) < 1e-6
 
@@ -108,12 +107,12 @@ def test_chunked_attention_is_attention(chunk):
   weights = jax.nn.softmax(jnp.einsum("bqc,bpc->bqp", q, k) / np.sqrt(8))
   want = jnp.einsum("bqp,bpc->bqc", weights, v)
   np.testing.assert_allclose(
-      vae_layers.attend_positions(q, k, v, chunk), want, atol=1e-5)
+      vae_lib.attend_positions(q, k, v, chunk), want, atol=1e-5)
 
 
 def test_attention_at_1024_pixels_never_holds_all_scores():
   x = jax.ShapeDtypeStruct((1, 128 * 128, 64), jnp.float32)
-  memory = jax.jit(vae_layers.attend_positions).lower(x, x, x).compile().memory_analysis()
+  memory = jax.jit(vae_lib.attend_positions).lower(x, x, x).compile().memory_analysis()
   all_scores = 4 * (128 * 128) ** 2
   assert memory.temp_size_in_bytes < all_scores / 4
 

@@ -31,7 +31,7 @@ from irg_jax.evaluate.score import RUN, SCORES
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.settings import Settings
-from irg_jax.generate.slots import plan_cache
+from irg_jax.generate.context import plan_cache
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 

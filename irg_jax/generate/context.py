@@ -1,17 +1,17 @@
-"""The context of a batch of conversations: one cache, seen through several views.
+"""The context of a batch of conversations: one KV cache, seen through several views.
 
-Classifier-free guidance needs the velocity under contexts that lack something. Those are
-not copies of the cache: a view is a row of booleans (which slots it sees) and a rotary
-position (where its next token stands), and forking a view copies just these.
+Classifier-free guidance needs the velocity under contexts that lack something. These are not
+copies of the cache. A view is a row of booleans (the slots that it sees) and a rotary position
+(of its next token); forking a view copies only those.
 
-    view       what it stands for                   sees
-    FULL       the conversation                     everything but private slots
-    NO_TEXT    ... without the newest text          a fork of FULL, taken before that text
-    NO_IMAGE   ... without any image              texts; those after an image are read a
-                                                    second time, into private slots
+    view       stands for                           sees
+    FULL       the conversation                     all slots but private ones
+    NO_TEXT    ... without the newest text          a fork of FULL, made before that text
+    NO_IMAGE   ... without any image                texts; those after an image are appended
+                                                    a second time, into private slots
 
-Rows have lengths of their own. A slot in use is invisible to a view rather than absent, so
-an empty view (no system prompt) is nothing special.
+Rows have their own lengths. A slot in use may be invisible to a view, so an empty view (no system
+prompt) is no special case.
 """
 
 import dataclasses
@@ -19,15 +19,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues
-from irg_jax.tokens import CAUSAL, PADDING, Tokens
 from irg_jax.sharding import constrain
+from irg_jax.tokens import CAUSAL, PADDING, Tokens
 
 FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
 
-# Appended texts are padded to the next of these lengths, so that few shapes ever compile.
+# Appended texts are padded to the next of these lengths, so that few shapes are compiled.
 LADDER = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 _KV_AXES = ("layers", "batch", "heads", None, None)
@@ -40,10 +41,10 @@ class Context:
   """Cache and views of B rows.
 
   Attributes:
-    k, v: [layers, B, K, S, H] keys (rotated) and values, in the compute dtype.
+    k, v: [L, B, K, S, H], rotated keys and values in the compute dtype.
     length: int32 [B], slots in use.
-    visible: bool [B, views, S].
-    position: int32 [B, views], rotary position of the next token.
+    visible: bool [B, W, S], slots that each view sees.
+    position: int32 [B, W], rotary position of each view's next token.
   """
 
   k: jax.Array
@@ -54,10 +55,10 @@ class Context:
 
 
 def rung(length: int, name: str = "a text") -> int:
-  """The padded length of an appended text; `name` is what errors call it.
+  """The padded length of an appended text; errors call it `name`.
 
   Raises:
-    ValueError: longer than the ladder's top.
+    ValueError: longer than the top of the ladder.
   """
   for step in LADDER:
     if length <= step:
@@ -77,11 +78,11 @@ def new_context(config: ModelConfig, batch: int, size: int) -> Context:
 
 
 def new_kv(config: ModelConfig, batch: int, size: int) -> tuple[jax.Array, jax.Array]:
-  """Keys and values of `size` empty slots, each [layers, batch, K, size, H]."""
+  """Keys and values of `size` empty slots, [L, B, K, size, H] each."""
   llm = config.llm
-  kv = jnp.zeros((llm.num_layers, batch, llm.num_kv_heads, size, llm.head_dim), config.dtype)
-  kv = constrain(kv, *_KV_AXES)
-  return kv, kv
+  zeros_LBKSH = constrain(jnp.zeros(
+      (llm.num_layers, batch, llm.num_kv_heads, size, llm.head_dim), config.dtype), *_KV_AXES)
+  return zeros_LBKSH, zeros_LBKSH
 
 
 def lay_out(ctx: Context) -> Context:
@@ -92,57 +93,122 @@ def lay_out(ctx: Context) -> Context:
 
 
 def fork(ctx: Context, source: int, target: int) -> Context:
-  """Makes view `target` what view `source` is now."""
+  """Makes view `target` a copy of view `source`."""
   return dataclasses.replace(
       ctx, visible=ctx.visible.at[:, target].set(ctx.visible[:, source]),
       position=ctx.position.at[:, target].set(ctx.position[:, source]))
 
 
 def cached(ctx: Context, views) -> KeyValues:
-  """The cache as `len(views)` consecutive query rows for each row of the batch see it.
+  """The cache as source of keys and values for R = B * W query rows, the views of a row together.
 
   Args:
-    views: static sequence of views.
-
-  Returns:
-    KeyValues for `Decoder`: every visible slot lies before every new token.
+    views: static sequence of W views.
   """
-  visible = ctx.visible[:, jnp.array(views)]
-  return KeyValues(ctx.k, ctx.v, seen_before(visible.reshape(-1, visible.shape[-1])))
+  return KeyValues(ctx.k, ctx.v, seen_before(
+      rearrange(ctx.visible[:, jnp.array(views)], "b w s -> (b w) s")))
 
 
-def seen_before(visible) -> Tokens:
-  """Metadata of slots, bool [R, S]: those that are visible lie before every new token."""
-  before = jnp.full(visible.shape, -1, jnp.int32)
-  return Tokens(sample=jnp.where(visible, 0, PADDING), index=before, split=before,
-                kind=jnp.full_like(before, CAUSAL))
+def seen_before(visible_RS) -> Tokens:
+  """Metadata of slots: the visible ones precede every new token, the others are padding."""
+  before_RS = jnp.full(visible_RS.shape, -1, jnp.int32)
+  return Tokens(sample=jnp.where(visible_RS, 0, PADDING), index=before_RS, split=before_RS,
+                kind=jnp.full_like(before_RS, CAUSAL))
 
 
 def write(ctx: Context, kv) -> Context:
-  """Puts keys and values [layers, B, K, T, H] into the slots after each row's length.
+  """Writes keys and values [L, B, K, T, H] into the T slots after each row's length.
 
-  The T slots must exist (a write past the end is dropped, not refused): callers size the
-  cache before they start.
+  A write past the last slot is dropped silently: size the cache with `plan_cache`.
   """
-  row = jnp.arange(len(ctx.length))[:, None]
-  slot = ctx.length[:, None] + jnp.arange(kv[0].shape[3])
-  # A scatter, not a slice for each row: XLA's CPU backend copies the cache for each slice.
-  put = lambda cache, new: cache.at[:, row, :, slot].set(
-      new.transpose(1, 3, 0, 2, 4).astype(cache.dtype), unique_indices=True)
-  k, v = put(ctx.k, kv[0]), put(ctx.v, kv[1])
-  return lay_out(dataclasses.replace(ctx, k=k, v=v))
+  row_B1 = jnp.arange(len(ctx.length))[:, None]
+  slot_BT = ctx.length[:, None] + jnp.arange(kv[0].shape[3])
+  # A scatter, not a slice update for each row: XLA's CPU backend would copy the cache each time.
+  put = lambda cache_LBKSH, new_LBKTH: cache_LBKSH.at[:, row_B1, :, slot_BT].set(
+      rearrange(new_LBKTH, "l b k t h -> b t l k h").astype(cache_LBKSH.dtype),
+      unique_indices=True)
+  return lay_out(dataclasses.replace(ctx, k=put(ctx.k, kv[0]), v=put(ctx.v, kv[1])))
 
 
-def claim(ctx: Context, count, views, advance) -> Context:
-  """Takes the next `count` slots of each row into use, visible to `views`.
+def claim(ctx: Context, count_B, views, advance) -> Context:
+  """Takes the next slots of each row into use and makes them visible to `views`.
 
   Args:
-    count: int32 [B].
-    advance: int32 [B] or scalar, how far the positions of `views` move on.
+    count_B: int32, number of slots.
+    advance: int32 [B] or scalar, added to the positions of `views`.
   """
-  slot = jnp.arange(ctx.visible.shape[-1])
-  new = (slot >= ctx.length[:, None]) & (slot < (ctx.length + count)[:, None])
-  views = jnp.array(views)
-  visible = ctx.visible.at[:, views].set(ctx.visible[:, views] | new[:, None])
-  position = ctx.position.at[:, views].add(jnp.broadcast_to(advance, count.shape)[:, None])
-  return dataclasses.replace(ctx, length=ctx.length + count, visible=visible, position=position)
+  slot_S, views = jnp.arange(ctx.visible.shape[-1]), jnp.array(views)
+  length_B = ctx.length + count_B
+  new_BS = (slot_S >= ctx.length[:, None]) & (slot_S < length_B[:, None])
+  advance_B = jnp.broadcast_to(advance, count_B.shape)
+  return dataclasses.replace(
+      ctx, length=length_B,
+      visible=ctx.visible.at[:, views].set(ctx.visible[:, views] | new_BS[:, None]),
+      position=ctx.position.at[:, views].add(advance_B[:, None]))
+
+
+def guidance_views(guidance) -> tuple[int, ...]:
+  """The views that a `settings.Guidance` combines, FULL first; FULL alone without guidance."""
+  if guidance.text_scale <= 1:
+    return (FULL,)
+  return (FULL, NO_TEXT, NO_IMAGE) if guidance.image_scale > 1 else (FULL, NO_TEXT)
+
+
+def plan_cache(config: ModelConfig, settings, system_tokens: int, image=None,
+               understand=False) -> tuple[int, int]:
+  """Slots of the cache for each row, and the number of earlier rounds that fit into it.
+
+  Both follow from the settings and the system prompt alone, not from the texts of a row or its
+  neighbours, so neither shapes nor results depend on those.
+
+  Args:
+    settings: `settings.Settings`.
+    system_tokens: length of the system prompt.
+    image: (height, width) of the input images, None without.
+    understand: text output only, see `irg.answer`.
+
+  Raises:
+    ValueError: an image with more pixels than the model has positions for, a system prompt that
+      is too long, or a `cache_size` too small for one earlier round.
+  """
+  s, thought = settings, rung(settings.think_limit + 1)
+  prompt = rung(s.max_prompt_tokens + 2)
+  base = rung(system_tokens + 2, "a system prompt") + prompt + thought
+  if image is not None:
+    base += _image_slots(config, s, *image, vae=not understand)
+    base += 0 if understand else prompt + thought  # appended twice: private slots of NO_IMAGE
+  earlier = 0 if understand else s.rounds - 1
+  copies = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after an image
+  one_round = copies * thought + _image_slots(config, s, s.height, s.width) if earlier else 0
+  window = min(earlier, s.window or s.rounds)
+  if s.cache_size is not None:
+    window = min(window, (s.cache_size - base) // max(one_round, 1))
+    need = base + one_round
+    if s.cache_size < need:
+      raise ValueError(f"cache_size {s.cache_size} is too small: these settings need at least "
+                       f"{need} slots a row; raise cache_size, or lower think_limit or the size")
+  return s.cache_size or base + one_round * window, window
+
+
+def _image_slots(config, settings, height, width, vae=True):
+  """Slots of an image that is appended, each split with its two ends."""
+  size = settings.vae_transform.size(width, height)
+  slots = 0
+  if vae:
+    slots = _image_tokens("vae_transform", settings, size, config.pixel_stride,
+                          config.max_latent_size) + 2
+  size = settings.vit_transform.size(*size)
+  return slots + 2 + _image_tokens("vit_transform", settings, size, config.vit.patch_size,
+                                   config.vit.grid_size)
+
+
+def _image_tokens(name, settings, size, stride, grid):
+  """Tokens of an image that the transform `name` resizes to `size` (width, height)."""
+  if getattr(settings, name).stride % stride:
+    raise ValueError(f"{name}.stride is {getattr(settings, name).stride}, but must be a multiple "
+                     f"of {stride} pixels, one token of this model")
+  if max(size) > stride * grid:
+    raise ValueError(f"{name} reads images back at {size[0]} x {size[1]} pixels, but this model "
+                     f"has positions for {stride * grid} a side: lower {name}.max_size and "
+                     f"{name}.min_size (with --config.{name}.min_size=N and so on)")
+  return (size[0] // stride) * (size[1] // stride)

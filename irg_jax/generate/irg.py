@@ -1,15 +1,15 @@
-"""Interleaved generation, from a batch of prompts to thoughts and images.
+"""Interleaved generation, from a batch of prompts to thoughts and images (docs/spec.md, section 7).
 
-One prompt's way, top to bottom:
+`generate` is the story, made of phases that can be called one by one:
 
-    begin      system prompt, [image to edit], prompt        -> context
-    then every round:
-    think      a thought is written, then read as a text       -> context
-    draw       noise is denoised under the guidance views      -> latents -> 8-bit image
-    look       the 8-bit image is read back, VAE then ViT    -> context
+    begin      system prompt, [input image], prompt          -> context
+    then each round:
+    think      write a thought; `read_thoughts` appends it   -> context
+    denoise    noise -> latent tokens; `steps.decode_pixels` -> 8-bit image
+    look       append the 8-bit image, as VAE then ViT split -> context
 
-The rows of a batch go through the same phases side by side, each with its own lengths, its
-own seed and its own end of thought. What a row gives does not depend on its neighbours.
+The rows of a batch run side by side, each with its own lengths, seed and end of thought. A row's
+result does not depend on its neighbours.
 """
 
 import dataclasses
@@ -23,11 +23,13 @@ import numpy as np
 from irg_jax import config as config_lib
 from irg_jax import flow
 from irg_jax.generate import steps
-from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, VIEWS, fork, new_context, rung
+from irg_jax.generate.context import (
+    FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung)
 from irg_jax.generate.settings import Settings
-from irg_jax.generate.slots import plan_cache
 from irg_jax.images import patchify, to_pixels
 from irg_jax.model.unified import UnifiedTransformer
+
+_REPORTS = 25  # of a phase to a listener; a run without one is not interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Thought:
 
   Attributes:
     text: as decoded.
-    ids: as tokenised again and read back into the context.
+    ids: tokenised again, as appended to the context.
     hit_limit: it did not end by itself.
-    cut: tokens dropped because, tokenised again, it was longer than the limit.
+    cut: tokens dropped because the text, tokenised again, exceeded the limit.
   """
 
   text: str = ""
@@ -49,13 +51,13 @@ class Thought:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """What one round made of one prompt.
+  """The result of one round of one prompt.
 
   Attributes:
     thought: empty without thinking.
-    latents: float32 [P, latent_dim], the clean latent tokens that flow ended in.
+    latents: float32 [P, latent_dim], clean latent tokens.
     image: uint8 [height, width, 3], decoded from them.
-    seconds: wall time of the whole batch by phase: think, draw, decode, encode.
+    seconds: wall time of the whole batch by phase: think, draw (denoise), decode, encode.
   """
 
   thought: Thought
@@ -66,18 +68,23 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
+  """All rounds of one prompt."""
+
   prompt: str
   rounds: list[Round]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """A batch of B rows and everything that stays the same while it runs.
+class Job:
+  """A batch of B rows with everything that stays constant while it runs; made by `prepare`.
 
   Attributes:
     system_ids, prompt_ids: token ids without `<|im_start|>` and `<|im_end|>`.
-    images: None, or uint8 [B, H, W, 3] that the prompts are about.
-    draws: function (kind, round, shape) -> float32, kind "noise" or "posterior".
+    images: None, or uint8 [B, Y, X, 3], the input images.
+    noise: function (kind, round, shape) -> standard normal float32 of that shape, with kind
+      "noise" (of `denoise`) or "posterior" (of the VAE).
+    on_progress: None, or function (kind, round, step, total), called on the host.
+    understand: text is the only output, see `answer`.
   """
 
   model: UnifiedTransformer
@@ -87,56 +94,74 @@ class Run:
   seeds: list[int]
   system_ids: list[int]
   prompt_ids: list[list[int]]
-  images: np.ndarray | None
-  draws: Callable
-  on_progress: Callable | None
+  images: np.ndarray | None = None
+  noise: Callable | None = None
+  on_progress: Callable | None = None
+  understand: bool = False
+
+  @property
+  def cache(self) -> tuple[int, int]:
+    """(slots of a row, earlier rounds that fit), see `context.plan_cache`."""
+    size = None if self.images is None else self.images.shape[1:3]
+    return plan_cache(self.model.config, self.settings, len(self.system_ids), size,
+                      self.understand)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(rows, columns) of the latent tokens of an image."""
+    stride = self.model.config.pixel_stride
+    return self.settings.height // stride, self.settings.width // stride
+
+  def report(self, kind: str, number: int, step: int = 0, total: int = 0):
+    """Tells the listener, if any, how far a phase is; step 0 announces it."""
+    if self.on_progress is not None:
+      self.on_progress(kind, number, step, total)
 
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
-             settings: Settings = Settings(), system_prompt="", images=None, draws=None,
+             settings: Settings = Settings(), system_prompt="", images=None, noise=None,
              on_progress=None) -> list[Trajectory]:
-  """Thinks and draws, `settings.rounds` times, for every prompt (spec section 7).
+  """Thinks and draws an image, `settings.rounds` times for every prompt.
 
-  Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`;
-  editing is `images`.
+  Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`; editing is
+  `images`.
 
   Args:
     params: {"transformer": ..., "vae": ...}.
     tokenizer: `tokenizer.Tokenizer` (`encode`, `decode`, `special`).
     prompts: B strings.
-    seeds: B integers. What a row gives depends on its seed alone.
+    seeds: B integers from 0 to 2**32 - 1; a row's result depends on its own seed alone.
     system_prompt: read before every prompt; may be empty.
-    images: None, or B images to edit, uint8 [H, W, 3] of one size; the prompts are then
+    images: None, or B images to edit, uint8 [Y, X, 3] of one size. The prompts are then
       instructions, and `settings.later` guides every round.
-    draws: see `Run`; replaces the draws that are made from the seeds.
-    on_progress: function (kind, round, step, total) called on the host as work goes on; give
-      the same function every time, since compiled code holds on to it.
+    noise: see `Job`; None derives it from the seeds.
+    on_progress: see `Job`; `progress.Progress` is one. Compiled programs do not depend on it.
 
   Raises:
     ValueError: settings, prompts or images that cannot work; before anything is computed.
   """
   settings.validate(model.config)
-  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images,
-                 draws, on_progress)
-  size, window = _plan(run)
-  ctx, history, results = _begin(run, size), [], []
+  job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
+                system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress)
+  _, window = job.cache
+  ctx, history, results = begin(job), [], []
   for number in range(settings.rounds):
     clock = _Clock()
     thoughts = [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
-      thoughts = _think(run, ctx, number)
-      ctx = _read_thoughts(run, ctx, thoughts, apart=bool(history))
+      thoughts = think(job, ctx, number)
+      ctx = read_thoughts(job, ctx, thoughts, after_image=bool(history))
     clock.lap("think", ctx)
-    latents = clock.lap("draw", _draw(run, ctx, number))
-    _announce(run, "decode", number)
-    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, _grid(run)))
+    latents = clock.lap("draw", denoise(job, ctx, number))
+    job.report("decode", number)
+    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, job.grid))
     clock.lap("decode", drawn)
     if number + 1 < settings.rounds:
-      _announce(run, "encode", number)
-      history = [*history, (thoughts, _encode(run, drawn, number))][-window:]
-      looked = number + 1 <= window
-      ctx = _look(run, ctx, history[-1][1]) if looked else _replay(run, size, history)
+      job.report("encode", number)
+      history = [*history, (thoughts, encode(job, drawn, number))][-window:]
+      fits = number + 1 <= window
+      ctx = look(job, ctx, history[-1][1]) if fits else _replay(job, history)
       clock.lap("encode", ctx)
     results.append([Round(*row, clock.seconds)
                     for row in zip(thoughts, np.asarray(latents), drawn)])
@@ -146,7 +171,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
            settings: Settings = Settings(), system_prompt="", images=None,
            on_progress=None) -> list[Thought]:
-  """Text out: chat, or with `images` a question about each image (ViT alone).
+  """Text output only: chat, or with `images` a question about each image (read by the ViT alone).
 
   Arguments as in `generate`; `settings.think_limit` limits the answer.
 
@@ -154,167 +179,182 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     ValueError: as `generate`.
   """
   config_lib.check(settings)
-  run = _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images,
-                 None, on_progress)
-  size, _ = _plan(run, understand=True)
-  ctx = _begin(run, size, understand=True)
-  return _think(run, ctx, 0)
+  job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
+                system_prompt=system_prompt, images=images, on_progress=on_progress,
+                understand=True)
+  return think(job, begin(job), 0)
 
 
-def _prepare(model, params, tokenizer, prompts, seeds, settings, system_prompt, images, draws,
-             on_progress):
+def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt="", images=None,
+            noise=None, on_progress=None, understand=False) -> Job:
+  """Checks and encodes the inputs of `generate` or `answer`; arguments as there.
+
+  Raises:
+    ValueError: prompts, seeds or images that cannot work.
+  """
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
   if not all(0 <= seed < 2**32 for seed in seeds):
     raise ValueError(f"seeds must be from 0 to 2**32 - 1: {list(seeds)}")
   if images is not None:
-    if len(images) != len(prompts):
-      raise ValueError(f"{len(prompts)} prompts but {len(images)} pictures")
-    sizes = {p.shape for p in images}
-    if any(p.dtype != np.uint8 or p.ndim != 3 or p.shape[-1] != 3 for p in images):
-      raise ValueError(f"pictures must be uint8 [height, width, 3], but have shapes {sizes} and "
-                       f"dtypes {sorted({p.dtype.name for p in images})}")
-    if len(sizes) > 1:
-      raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
-    images = np.stack([settings.vae_transform(p) for p in images])
+    _check_images(images, prompts)
+    images = np.stack([settings.vae_transform(image) for image in images])
   prompt_ids = [tokenizer.encode(p) for p in prompts]
   for number, ids in enumerate(prompt_ids):
     if len(ids) > settings.max_prompt_tokens:
       raise ValueError(
           f"prompt {number} has {len(ids)} tokens, but the cache is made for "
           f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
-  return Run(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-             prompt_ids, images, draws or seeded_draws(seeds), on_progress)
+  return Job(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
+             prompt_ids, images, noise or seeded_noise(seeds), on_progress, understand)
 
 
-def _plan(run, understand=False):
-  image = None if run.images is None else run.images.shape[1:3]
-  return plan_cache(run.model.config, run.settings, len(run.system_ids), image, understand)
+def _check_images(images, prompts):
+  if len(images) != len(prompts):
+    raise ValueError(f"{len(prompts)} prompts but {len(images)} images: give one image a prompt")
+  sizes = {image.shape for image in images}
+  if any(x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 for x in images):
+    raise ValueError(f"images must be uint8 [height, width, 3], but have shapes {sizes} and "
+                     f"dtypes {sorted({image.dtype.name for image in images})}")
+  if len(sizes) > 1:
+    raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
 
 
-def seeded_draws(seeds) -> Callable:
-  """Standard normal draws, row by row from that row's seed: see `Run.draws`."""
-  def draws(kind, number, shape):
-    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(_keys(seeds, number, kind))
+def seeded_noise(seeds) -> Callable:
+  """The function `Job.noise`, each row's values from that row's seed."""
+  def noise(kind, number, shape):
+    keys_B = _keys(seeds, number, kind)
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys_B)
 
-  return draws
+  return noise
 
 
 def _keys(seeds, number, kind):
-  """PRNG keys [B] of one round and one purpose."""
+  """PRNG keys [B] for one purpose in one round."""
   purpose = ("think", "noise", "posterior").index(kind)
   fold = jax.random.fold_in
   return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), purpose))(
       jnp.asarray(seeds, jnp.uint32))
 
 
-def _begin(run, size, understand=False):
-  """A context that has read the system prompt, the images if any, and the prompts."""
-  B = len(run.prompt_ids)
-  _announce(run, "prompt", 0)
-  ctx = new_context(run.model.config, B, size)
-  if run.system_ids:
-    ctx = _read(run, ctx, [run.system_ids] * B, VIEWS)
-  if run.images is None:
-    return _read(run, ctx, run.prompt_ids, (FULL, NO_IMAGE))
-  ctx = _look(run, ctx, _encode(run, run.images, 0, vae=not understand))
+def begin(job: Job) -> Context:
+  """A new context with the system prompt, the input images if any, and the prompts."""
+  B = len(job.prompt_ids)
+  job.report("prompt", 0)
+  ctx = new_context(job.model.config, B, job.cache[0])
+  if job.system_ids:
+    ctx = _append(job, ctx, [job.system_ids] * B, VIEWS)
+  if job.images is None:
+    return _append(job, ctx, job.prompt_ids, (FULL, NO_IMAGE))
+  ctx = look(job, ctx, encode(job, job.images, 0, vae=not job.understand))
   ctx = fork(ctx, FULL, NO_TEXT)
-  ctx = _read(run, ctx, run.prompt_ids, (FULL,))
-  return ctx if understand else _read(run, ctx, run.prompt_ids, (NO_IMAGE,))
+  ctx = _append(job, ctx, job.prompt_ids, (FULL,))
+  return ctx if job.understand else _append(job, ctx, job.prompt_ids, (NO_IMAGE,))
 
 
-def _replay(run, size, history):
-  """The context as if the conversation had only the rounds of `history`."""
-  ctx = _begin(run, size)
-  for number, (thoughts, image) in enumerate(history):
-    ctx = _read_thoughts(run, ctx, thoughts, apart=number > 0)
-    ctx = _look(run, ctx, image)
-  return ctx
+def think(job: Job, ctx: Context, number: int) -> list[Thought]:
+  """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
+  s, tokenizer, total = job.settings, job.tokenizer, job.settings.think_limit - 1
+  keys_B = _keys(job.seeds, number, "think")
+  draft = steps.new_draft(job.model.config, len(job.seeds), total, tokenizer.special)
+  for _, stop in _parts(job, "think", number, total):
+    draft = jax.block_until_ready(steps.think(
+        job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
+        special=tokenizer.special))
+  return [_thought(tokenizer, ids_T[:count].tolist(), ended, total)
+          for ids_T, count, ended in zip(*map(np.asarray, (draft.ids, draft.count, draft.ended)))]
 
 
-def _read(run, ctx, texts, views):
-  """Appends a text to each row; texts are padded to a rung of the ladder."""
-  special = run.tokenizer.special
-  rows = [[special.text_start, *ids, special.text_end] for ids in texts]
-  padded = np.zeros((len(rows), rung(max(map(len, rows)))), np.int32)
-  for row, ids in zip(padded, rows):
-    row[:len(ids)] = ids
-  count = np.array([len(ids) for ids in rows], np.int32)
-  return steps.append_text(run.model, run.params["transformer"], ctx, padded, count, views)
+def _thought(tokenizer, ids, ended, limit):
+  text = tokenizer.decode(ids)
+  again = tokenizer.encode(text)
+  return Thought(text, tuple(again[:limit]), not ended, max(0, len(again) - limit))
 
 
-def _think(run, ctx, number):
-  s, tokenizer = run.settings, run.tokenizer
-  _announce(run, "think", number, s.think_limit - 1)
-  ids, count, ended = steps.think(
-      run.model, run.params["transformer"], ctx, _keys(run.seeds, number, "think"),
-      limit=s.think_limit, sampling=s.sampling, special=tokenizer.special,
-      on_progress=run.on_progress, round_number=number)
-  thoughts = []
-  for row, n, done in zip(*map(np.asarray, (ids, count, ended))):
-    text = tokenizer.decode(row[:n].tolist())
-    again = tokenizer.encode(text)
-    kept = again[:s.think_limit - 1]
-    thoughts.append(Thought(text, tuple(kept), not done, len(again) - len(kept)))
-  return thoughts
+def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Context:
+  """Appends thoughts; after an image, a second time for the view without images."""
+  texts = [thought.ids for thought in thoughts]
+  if not after_image and job.images is None:
+    return _append(job, ctx, texts, (FULL, NO_IMAGE))
+  ctx = _append(job, ctx, texts, (FULL,))
+  guided = NO_IMAGE in guidance_views(job.settings.later)
+  return _append(job, ctx, texts, (NO_IMAGE,)) if guided else ctx
 
 
-def _read_thoughts(run, ctx, thoughts, apart):
-  """Appends thoughts; `apart` once the view without images has parted from the full one."""
-  texts = [t.ids for t in thoughts]
-  if not apart and run.images is None:
-    return _read(run, ctx, texts, (FULL, NO_IMAGE))
-  ctx = _read(run, ctx, texts, (FULL,))
-  guided = NO_IMAGE in steps.guidance_views(run.settings.later)
-  return _read(run, ctx, texts, (NO_IMAGE,)) if guided else ctx
+def denoise(job: Job, ctx: Context, number: int):
+  """The clean latent tokens of round `number`, float32 [B, P, latent_dim]."""
+  s, total = job.settings, job.settings.steps - 1
+  guidance = s.first if number == 0 and job.images is None else s.later
+  views = guidance_views(guidance)
+  shape = (len(job.seeds), job.grid[0] * job.grid[1], job.model.config.latent_dim)
+  x_BPC = job.noise("noise", number, shape)
+  for start, stop in _parts(job, "draw", number, total):
+    x_BPC = jax.block_until_ready(steps.denoise(
+        job.model, job.params["transformer"], ctx, x_BPC, flow.schedule(s.steps, s.timestep_shift),
+        guidance if len(views) > 1 else None, start, stop, grid=job.grid,
+        special=job.tokenizer.special, views=views))
+  return x_BPC
 
 
-def _draw(run, ctx, number):
-  s = run.settings
-  first = number == 0 and run.images is None
-  guidance, grid = s.first if first else s.later, _grid(run)
-  views = steps.guidance_views(guidance)
-  _announce(run, "draw", number, s.steps - 1)
-  shape = (len(run.seeds), grid[0] * grid[1], run.model.config.latent_dim)
-  return steps.denoise(
-      run.model, run.params["transformer"], ctx, run.draws("noise", number, shape),
-      flow.schedule(s.steps, s.timestep_shift), guidance if len(views) > 1 else None, grid=grid,
-      special=run.tokenizer.special, views=views,
-      on_progress=run.on_progress, round_number=number)
+def encode(job: Job, images, number: int, vae=True) -> dict:
+  """Keyword arguments of `steps.append_image` for 8-bit images [B, Y, X, 3].
 
-
-def _encode(run, images, number, vae=True):
-  """8-bit images [B, H, W, 3] -> keyword arguments of `steps.append_image`."""
-  config, s = run.model.config, run.settings
-  resized = np.stack([s.vae_transform(p) for p in images])
-  B, height, width, _ = resized.shape
-  seen = [to_pixels(s.vit_transform(p)) for p in resized]
-  patches = np.stack([patchify(p, config.vit.patch_size) for p in seen])
+  Args:
+    number: round, for the noise of the VAE's posterior.
+    vae: whether to append the VAE split too, not the ViT split alone.
+  """
+  config, s = job.model.config, job.settings
+  images = np.stack([s.vae_transform(image) for image in images])
+  B, height, width, _ = images.shape
+  seen = [to_pixels(s.vit_transform(image)) for image in images]
   down = config.vae.downsample
   noise_shape = (B, height // down, width // down, config.vae.z_channels)
-  latents = steps.encode_pixels(
-      config, run.params["vae"], to_pixels(resized),
-      run.draws("posterior", number, noise_shape)) if vae else None
+  latents_BPC = steps.encode_pixels(
+      config, job.params["vae"], to_pixels(images),
+      job.noise("posterior", number, noise_shape)) if vae else None
   return dict(
-      latents=latents, patches=patches,
+      latents_BPC=latents_BPC,
+      patches_BPC=np.stack([patchify(image, config.vit.patch_size) for image in seen]),
       latent_grid=(height // config.pixel_stride, width // config.pixel_stride),
       vit_grid=tuple(side // config.vit.patch_size for side in seen[0].shape[:2]))
 
 
-def _look(run, ctx, encoded):
-  return steps.append_image(run.model, run.params["transformer"], ctx,
-                            special=run.tokenizer.special, **encoded)
+def look(job: Job, ctx: Context, encoded: dict) -> Context:
+  """Appends images from `encode`."""
+  return steps.append_image(job.model, job.params["transformer"], ctx,
+                            special=job.tokenizer.special, **encoded)
 
 
-def _grid(run):
-  stride = run.model.config.pixel_stride
-  return run.settings.height // stride, run.settings.width // stride
+def _replay(job, history):
+  """A new context as if the conversation had only the rounds of `history`."""
+  ctx = begin(job)
+  for number, (thoughts, encoded) in enumerate(history):
+    ctx = look(job, read_thoughts(job, ctx, thoughts, after_image=number > 0), encoded)
+  return ctx
 
 
-def _announce(run, kind, number, total=0):
-  """Says that a phase begins; the steps that have any report themselves as they go on."""
-  if run.on_progress is not None:
-    run.on_progress(kind, number, 0, total)
+def _append(job, ctx, texts, views):
+  """Appends a text to each row, padded to a rung of the ladder."""
+  special = job.tokenizer.special
+  rows = [[special.text_start, *ids, special.text_end] for ids in texts]
+  ids_BT = np.zeros((len(rows), rung(max(map(len, rows)))), np.int32)
+  for padded, ids in zip(ids_BT, rows):
+    padded[:len(ids)] = ids
+  count_B = np.array([len(ids) for ids in rows], np.int32)
+  return steps.append_text(job.model, job.params["transformer"], ctx, ids_BT, count_B, views)
+
+
+def _parts(job, kind, number, total):
+  """Yields (start, stop) of a phase of `total` steps, in one go if nobody listens.
+
+  With a listener, the phase runs in at most `_REPORTS` parts, each reported once it is done.
+  """
+  job.report(kind, number, 0, total)
+  size = total if job.on_progress is None else -(-total // _REPORTS)
+  for start in range(0, total, size or 1):
+    stop = min(start + size, total)
+    yield start, stop
+    job.report(kind, number, stop, total)
 
 
 class _Clock:

@@ -9,8 +9,8 @@ import jax
 
 from irg_jax import sharding, weights
 from irg_jax.generate import irg
+from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings, read_defaults
-from irg_jax.generate.slots import plan_cache
 from irg_jax.images import read_image
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress

@@ -1,12 +1,13 @@
-"""The jitted steps that generation is made of, each a pure function of a Context.
+"""The compiled steps of generation, pure functions of a Context and arrays.
 
-    append_text    append a text                   think    write a text
-    append_image   append an image                 denoise  noise -> latents
-    decode_pixels latents -> 8-bit image         encode_pixels  8-bit image -> latents
+    append_text    text -> context             think          context -> text, token by token
+    append_image   image -> context            denoise        context, noise -> latents
+    encode_pixels  8-bit image -> latents      decode_pixels  latents -> 8-bit image
 
-Steps that return a Context consume the one that they are given (its memory is reused): go
-on with what they return. Where `model` is asked for, a `UnifiedTransformer`, and `params`
-are its parameters.
+Steps that return a Context or a Draft donate the one that they are given: use only the result.
+`think` and `denoise` run up to a given step, so a caller may run them in parts and report
+progress in between; the compiled program is the same. `model` is a `UnifiedTransformer`, `params`
+its parameters. Letters of axes as in `tokens`.
 """
 
 import dataclasses
@@ -14,248 +15,284 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 from jax import lax
 
 from irg_jax import flow
+from irg_jax import tokens as tokens_lib
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, new_kv, seen_before, write)
-from irg_jax.generate.sampling import next_token
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
-from irg_jax import tokens as tokens_lib
 from irg_jax.model.attention import KeyValues
-from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens
-from irg_jax.model.decoder import unstack, unstack_layers
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents, to_uint8, unpatchify_latents
 from irg_jax.sharding import constrain
+from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens
 
 VIEW_NAMES = {FULL: "full", NO_TEXT: "no_text", NO_IMAGE: "no_image"}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "views"), donate_argnames=("ctx",))
-def append_text(model, params, ctx: Context, ids, count, views) -> Context:
+def append_text(model, params, ctx: Context, ids_BT, count_B, views) -> Context:
   """Appends one text split to each row.
 
   Args:
-    ids: int32 [B, T], `<|im_start|> ... <|im_end|>`, padded at the end to a rung.
-    count: int32 [B], tokens of each row without the padding; 0 leaves a row as it is.
-    views: static tuple; the text is read in the first view's context, and becomes visible
-      to all of them. They must be the same so far.
+    ids_BT: int32, `<|im_start|> ... <|im_end|>`, padded at the end to a rung of the ladder.
+    count_B: int32, tokens of each row without padding; 0 leaves a row unchanged.
+    views: static tuple of the views that see the text. Their contexts must be equal so far: the
+      text attends through the first one.
   """
-  step = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-  tokens = Tokens(sample=jnp.where(step < count[:, None], 0, PADDING), index=step,
-                  split=jnp.zeros_like(step), kind=jnp.full_like(step, CAUSAL))
-  position = ctx.position[:, views[0], None] + step
-  und = model.apply({"params": params}, ids, method="embed_text")
-  _, kv = _decode(model, params, {"und": und}, tokens, position, cached(ctx, views[:1]))
-  return claim(write(ctx, kv), count, views, advance=count)
+  step_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+  tokens = Tokens(sample=jnp.where(step_BT < count_B[:, None], 0, PADDING), index=step_BT,
+                  split=jnp.zeros_like(step_BT), kind=jnp.full_like(step_BT, CAUSAL))
+  position_BT = ctx.position[:, views[0], None] + step_BT
+  und_BUD = model.apply({"params": params}, ids_BT, method="embed_text")
+  _, kv = _decode(model, params, {"und": und_BUD}, tokens, position_BT, cached(ctx, views[:1]))
+  return claim(write(ctx, kv), count_B, views, advance=count_B)
 
 
 @functools.partial(
     jax.jit, static_argnames=("model", "views", "latent_grid", "vit_grid", "special"),
     donate_argnames=("ctx",))
-def append_image(model, params, ctx: Context, latents, patches, *, latent_grid, vit_grid,
+def append_image(model, params, ctx: Context, latents_BPC, patches_BPC, *, latent_grid, vit_grid,
                  special: SpecialTokens, views=(FULL,)) -> Context:
-  """Appends one image to each row: clean VAE split, then ViT split; either may be None.
+  """Appends one image to each row: a clean VAE split, then a ViT split; either may be None.
 
   Args:
-    latents: [B, P, latent_dim] clean latent tokens, or None.
-    patches: [B, Q, patch * patch * 3] pixels in [-1, 1], or None.
-    latent_grid, vit_grid: (rows, columns) of the tokens, static.
+    latents_BPC: [B, P, latent_dim] clean latent tokens, or None.
+    patches_BPC: [B, P, patch * patch * 3] pixels in [-1, 1], or None.
+    latent_grid, vit_grid: static (rows, columns) of the tokens of each split.
     views: as in `append_text`.
   """
   apply = functools.partial(model.apply, {"params": params})
-  B = ctx.length.shape[0]
-  ends = _image_ends(apply, special, B)
-  und, gen, und_tokens, gen_tokens = [], [], [], []  # tokens: (index, split), index in order
+  B = len(ctx.length)
+  ends_B2D = _image_ends(apply, special, B)
+  und, gen, und_places, gen_places = [], [], [], []  # places: (index, split) of the tokens
   start = split = 0
-  if latents is not None:
-    n = latents.shape[1]
-    place = position_ids(*latent_grid, model.config.max_latent_size)
-    gen = [apply(latents, jnp.zeros(()), place, method="embed_latents")]
-    gen_tokens = [(start + 1 + jnp.arange(n), split)]
-    und, und_tokens = [ends], [(start + jnp.array([0, n + 1]), split)]
-    start, split = n + 2, split + 1
-  if patches is not None:
-    n = patches.shape[1]
-    place = jnp.broadcast_to(position_ids(*vit_grid, model.config.vit.grid_size), (B, n))
-    vit = apply(patches, place, jnp.zeros_like(place), method="embed_vit")
-    und = und + [ends[:, :1], vit, ends[:, 1:]]
-    und_tokens = und_tokens + [(start + jnp.arange(n + 2), split)]
+  if latents_BPC is not None:
+    P = latents_BPC.shape[1]
+    cell_P = position_ids(*latent_grid, model.config.max_latent_size)
+    gen = [apply(latents_BPC, jnp.zeros(()), cell_P, method="embed_latents")]
+    gen_places = [(start + 1 + jnp.arange(P), split)]
+    und, und_places = [ends_B2D], [(start + jnp.array([0, P + 1]), split)]
+    start, split = P + 2, split + 1
+  if patches_BPC is not None:
+    P = patches_BPC.shape[1]
+    cell_BP = jnp.broadcast_to(position_ids(*vit_grid, model.config.vit.grid_size), (B, P))
+    vit_BPD = apply(patches_BPC, cell_BP, jnp.zeros_like(cell_BP), method="embed_vit")
+    und = und + [ends_B2D[:, :1], vit_BPD, ends_B2D[:, 1:]]
+    und_places = und_places + [(start + jnp.arange(P + 2), split)]
     split += 1
 
-  index = jnp.concatenate([i for i, _ in und_tokens + gen_tokens])
-  splits = jnp.concatenate([jnp.full(i.shape, s) for i, s in und_tokens + gen_tokens])
-  rows = lambda x: jnp.broadcast_to(x, (B, len(index)))
-  tokens = Tokens(sample=rows(jnp.zeros_like(index)), index=rows(index), split=rows(splits),
-                  kind=rows(jnp.full_like(index, tokens_lib.FULL)))
-  position = ctx.position[:, views[0], None] + rows(splits)
+  places = und_places + gen_places
+  index_T = jnp.concatenate([index for index, _ in places])
+  split_T = jnp.concatenate([jnp.full(index.shape, split) for index, split in places])
+  rows = lambda x_T: jnp.broadcast_to(x_T, (B, len(x_T)))
+  tokens = Tokens(sample=rows(jnp.zeros_like(index_T)), index=rows(index_T), split=rows(split_T),
+                  kind=rows(jnp.full_like(index_T, tokens_lib.FULL)))
+  position_BT = ctx.position[:, views[0], None] + rows(split_T)
   buffers = {"und": jnp.concatenate(und, 1)} | ({"gen": gen[0]} if gen else {})
-  _, kv = _decode(model, params, buffers, tokens, position, cached(ctx, views[:1]))
-  return claim(write(ctx, kv), jnp.full((B,), len(index)), views, advance=split)
+  _, kv = _decode(model, params, buffers, tokens, position_BT, cached(ctx, views[:1]))
+  return claim(write(ctx, kv), jnp.full((B,), len(index_T)), views, advance=split)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "limit", "sampling", "special", "on_progress"))
-def think(model, params, ctx: Context, keys, *, limit: int, sampling: Sampling,
-          special: SpecialTokens, on_progress=None, round_number=0):
-  """Writes a text in the FULL view, each row until `<|im_end|>` or the limit.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draft:
+  """A text of at most T tokens that is being written, beside the Context.
 
-  The context stays as it is: what is decoded is kept beside it meanwhile, to be read back as
-  a text of its own (spec section 7: it is re-tokenised).
+  Attributes:
+    step: int32 scalar, tokens decoded so far.
+    token: int32 [B], the last one.
+    ids: int32 [B, T], 0 from the end of the text on.
+    count: int32 [B], tokens of text.
+    ended: bool [B], whether the row has produced `<|im_end|>`.
+    kv: keys and values of the decoded tokens, [L, B, K, T, H] each.
+  """
+
+  step: jax.Array
+  token: jax.Array
+  ids: jax.Array
+  count: jax.Array
+  ended: jax.Array
+  kv: tuple[jax.Array, jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "size", "special"))
+def new_draft(config: ModelConfig, batch: int, size: int, special: SpecialTokens) -> Draft:
+  """An empty draft with room for `size` tokens a row."""
+  zeros_B = jnp.zeros((batch,), jnp.int32)
+  return Draft(step=jnp.int32(0), token=zeros_B + special.text_start, count=zeros_B,
+               ids=jnp.zeros((batch, size), jnp.int32), ended=zeros_B > 0,
+               kv=new_kv(config, batch, size))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "special"),
+                   donate_argnames=("draft",))
+def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: Sampling,
+          special: SpecialTokens) -> Draft:
+  """Writes a text in the FULL view, each row until `<|im_end|>`, up to step `stop`.
+
+  The context does not change: a finished text is tokenised again and appended with `append_text`
+  (docs/spec.md, section 7).
 
   Args:
-    keys: PRNG keys [B].
-    limit: static, tokens of a text with its start token.
-    on_progress: static, None or a function (kind, round, step, total) called on the host.
-
-  Returns:
-    (ids int32 [B, limit - 1], count int32 [B], ended bool [B]): `count` tokens of each row are
-    text; `ended` is false where the limit cut it.
+    keys_B: PRNG keys; a row's token depends on its key and the step.
+    stop: int32 scalar, last step to run; at most T.
   """
-  B, total = ctx.length.shape[0], limit - 1
-  params, before = unstack_layers(params), cached(ctx, (FULL,))
-  before = dataclasses.replace(before, k=unstack(before.k), v=unstack(before.v))
-  written = jax.tree.map(unstack, new_kv(model.config, B, total))
+  B, T = draft.ids.shape
+  before = cached(ctx, (FULL,))
 
-  def step(state):
-    i, token, ended, ids, count, written = state
-    buffers = {"und": model.apply({"params": params}, token[:, None], method="embed_text")}
-    zero = jnp.zeros((B, 1), jnp.int32)
-    tokens = Tokens(sample=zero, index=zero, split=zero, kind=zero + CAUSAL)
-    position = ctx.position[:, FULL, None] + i
-    so_far = jnp.broadcast_to(jnp.arange(total) < i, (B, total))
-    caches = before, KeyValues(*written, seen_before(so_far))
-    buffers, kv = _decode(model, params, buffers, tokens, position, *caches)
-    put = lambda cache, new: lax.dynamic_update_slice_in_dim(cache, new, i, axis=-2)
-    written = jax.tree.map(put, written, kv)
-    logits = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
-    token = next_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), sampling)
-    ended |= token == special.text_end
-    ids = lax.dynamic_update_slice_in_dim(ids, jnp.where(ended, 0, token)[:, None], i, axis=1)
-    _report(on_progress, "think", round_number, i + 1, total)
-    return i + 1, token, ended, ids, count + ~ended, written
+  def step(d):
+    und_B1D = model.apply({"params": params}, d.token[:, None], method="embed_text")
+    zeros_B1 = jnp.zeros((B, 1), jnp.int32)
+    tokens = Tokens(sample=zeros_B1, index=zeros_B1, split=zeros_B1, kind=zeros_B1 + CAUSAL)
+    position_B1 = ctx.position[:, FULL, None] + d.step
+    decoded = seen_before(jnp.broadcast_to(jnp.arange(T) < d.step, (B, T)))
+    buffers, kv = _decode(model, params, {"und": und_B1D}, tokens, position_B1, before,
+                          KeyValues(*d.kv, decoded))
+    put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, d.step, axis=-2)
+    logits_BV = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
+    step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, d.step))(keys_B)
+    token_B = next_token(logits_BV, step_keys_B, sampling)
+    ended_B = d.ended | (token_B == special.text_end)
+    ids_BT = lax.dynamic_update_slice_in_dim(
+        d.ids, jnp.where(ended_B, 0, token_B)[:, None], d.step, axis=1)
+    return Draft(step=d.step + 1, token=token_B, ids=ids_BT, count=d.count + ~ended_B,
+                 ended=ended_B, kv=jax.tree.map(put, d.kv, kv))
 
-  state = (jnp.int32(0), jnp.full((B,), special.text_start, jnp.int32), jnp.zeros((B,), bool),
-           jnp.zeros((B, total), jnp.int32), jnp.zeros((B,), jnp.int32), written)
-  if total:
-    state = lax.while_loop(lambda s: (s[0] < total) & ~jnp.all(s[2]), step, state)
-  _, _, ended, ids, count, _ = state
-  return ids, count, ended
+  # The static bound T tells `plan` the most turns that the loop can take.
+  return lax.while_loop(lambda d: (d.step < T) & (d.step < stop) & ~jnp.all(d.ended), step, draft)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views", "on_progress"))
-def denoise(model, params, ctx: Context, noise, times, guidance: Guidance | None, *, grid,
-         special: SpecialTokens, views, on_progress=None, round_number=0):
-  """Denoises one image for each row: Euler steps along the flow.
+def next_token(logits_BV, keys_B, sampling: Sampling):
+  """Samples one token for each row, int32 [B], independently of the other rows.
 
   Args:
-    noise: float32 [B, P, latent_dim].
-    times: float32 [N], see `flow.schedule`.
-    guidance: scales, interval and renorm; what `views` does not name is not used. None where
-      there is only one view, so that all rounds without guidance are one program.
-    grid: static (rows, columns) of latent tokens, rows * columns = P.
-    views: static, the contexts that guidance combines, FULL first (see `guidance_views`).
-    on_progress: as in `think`.
-
-  Returns:
-    float32 [B, P, latent_dim], clean latent tokens.
+    logits_BV: float32.
+    keys_B: PRNG keys.
   """
-  params = unstack_layers(params)
-
-  def guided(x, t):
-    velocities = _velocities(model, params, ctx, x, t, grid, special, views)
-    return flow.guide(velocities, guidance.text_scale, guidance.image_scale, guidance.renorm,
-                      guidance.renorm_min)
-
-  def plain(x, t):
-    return _velocities(model, params, ctx, x, t, grid, special, (FULL,))["full"]
-
-  def step(x, inputs):
-    i, t, t_next = inputs
-    if len(views) > 1:
-      low, high = guidance.interval
-      v = lax.cond((low < t) & (t <= high), guided, plain, x, t)
-    else:
-      v = plain(x, t)
-    _report(on_progress, "draw", round_number, i + 1, len(times) - 1)
-    return x - v * (t - t_next), None
-
-  inputs = (jnp.arange(len(times) - 1), times[:-1], times[1:])
-  return lax.scan(step, noise.astype(jnp.float32), inputs)[0]
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+  logits_BV = logits_BV / sampling.temperature
+  if sampling.top_k:
+    kept = lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0]
+    logits_BV = jnp.where(logits_BV < kept[:, -1:], -jnp.inf, logits_BV)
+  if sampling.top_p < 1:
+    logits_BV = jnp.where(logits_BV < _nucleus_bound(logits_BV, sampling.top_p), -jnp.inf,
+                          logits_BV)
+  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def guidance_views(guidance: Guidance) -> tuple[int, ...]:
-  """The views that `denoise` needs for a guidance: without text guidance there is none at all."""
-  if guidance.text_scale <= 1:
-    return (FULL,)
-  return (FULL, NO_TEXT, NO_IMAGE) if guidance.image_scale > 1 else (FULL, NO_TEXT)
+def _nucleus_bound(logits_BV, top_p):
+  """The lowest logit of the most likely tokens that together reach `top_p`, [B, 1]."""
+  descending_BV = -jnp.sort(-logits_BV, -1)
+  probability_BV = jax.nn.softmax(descending_BV, -1)
+  before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
+  return jnp.min(jnp.where(before_BV < top_p, descending_BV, jnp.inf), -1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views"))
-def velocities(model, params, ctx: Context, x, t, *, grid, special: SpecialTokens, views):
-  """The velocity at x [B, P, latent_dim] and time t under each view, by view name."""
-  return _velocities(model, params, ctx, x, t, grid, special, views)
+def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | None, start, stop, *,
+            grid, special: SpecialTokens, views):
+  """Euler steps along the flow from time `times_M[start]` to `times_M[stop]`.
+
+  Args:
+    x_BPC: float32 [B, P, latent_dim], noise if `start` is 0.
+    times_M: float32, see `flow.schedule`; a whole image takes the steps from 0 to M - 1.
+    guidance: scales, interval and renorm; None if there is only one view, so that all rounds
+      without guidance share one program.
+    start, stop: int32 scalars.
+    grid: static (rows, columns) of the P latent tokens.
+    views: static, see `context.guidance_views`.
+
+  Returns:
+    float32 [B, P, latent_dim]; clean latent tokens if `stop` is M - 1.
+  """
+  def guided(x_BPC, t):
+    v = _velocities(model, params, ctx, x_BPC, t, grid, special, views)
+    return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
+                      guidance.renorm_min)
+
+  def plain(x_BPC, t):
+    return _velocities(model, params, ctx, x_BPC, t, grid, special, (FULL,))["full"]
+
+  def velocity(x_BPC, t):
+    if len(views) == 1:
+      return plain(x_BPC, t)
+    low, high = guidance.interval
+    return lax.cond((low < t) & (t <= high), guided, plain, x_BPC, t)
+
+  def step(state):
+    i, x_BPC = state
+    return i + 1, x_BPC - velocity(x_BPC, times_M[i]) * (times_M[i] - times_M[i + 1])
+
+  # The static bound tells `plan` the most turns that the loop can take.
+  more = lambda state: (state[0] < len(times_M) - 1) & (state[0] < stop)
+  return lax.while_loop(more, step, (jnp.int32(start), x_BPC.astype(jnp.float32)))[1]
 
 
-def _velocities(model, params, ctx, x, t, grid, special, views):
-  """All views run as one batch against one cache: R = B * views query rows."""
+@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views"))
+def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialTokens, views):
+  """Velocity at x [B, P, latent_dim] and time t under each view: dict of float32 by view name."""
+  return _velocities(model, params, ctx, x_BPC, t, grid, special, views)
+
+
+def _velocities(model, params, ctx, x_BPC, t, grid, special, views):
+  """All views as one batch of R = B * W query rows against one cache."""
   apply = functools.partial(model.apply, {"params": params})
-  B, P, _ = x.shape
-  rows = lambda a: jnp.repeat(a, len(views), axis=0)
-  gen = rows(apply(x, t, position_ids(*grid, model.config.max_latent_size), method="embed_latents"))
-  und = _image_ends(apply, special, B * len(views))
-  index = jnp.concatenate([jnp.array([0, P + 1]), 1 + jnp.arange(P)])
-  index = jnp.broadcast_to(index, (B * len(views), P + 2))
-  zero = jnp.zeros_like(index)
-  tokens = Tokens(sample=zero, index=index, split=zero, kind=zero + NOISE)
-  position = zero + ctx.position[:, list(views)].reshape(-1, 1)
-  buffers, _ = _decode(model, params, {"und": und, "gen": gen}, tokens, position,
-                       cached(ctx, views))
-  v = apply(buffers["gen"], method="velocity").reshape(B, len(views), P, -1)
-  return {VIEW_NAMES[view]: v[:, i] for i, view in enumerate(views)}
+  B, P, _ = x_BPC.shape
+  W = len(views)
+  gen_BPD = apply(x_BPC, t, position_ids(*grid, model.config.max_latent_size),
+                  method="embed_latents")
+  gen_RPD = repeat(gen_BPD, "b p d -> (b w) p d", w=W)
+  index_T = jnp.concatenate([jnp.array([0, P + 1]), 1 + jnp.arange(P)])
+  index_RT = jnp.broadcast_to(index_T, (B * W, P + 2))
+  zeros_RT = jnp.zeros_like(index_RT)
+  tokens = Tokens(sample=zeros_RT, index=index_RT, split=zeros_RT, kind=zeros_RT + NOISE)
+  position_RT = zeros_RT + rearrange(ctx.position[:, list(views)], "b w -> (b w) 1")
+  buffers, _ = _decode(model, params, {"und": _image_ends(apply, special, B * W), "gen": gen_RPD},
+                       tokens, position_RT, cached(ctx, views))
+  v_RPC = apply(buffers["gen"], method="velocity")
+  v_BWPC = rearrange(v_RPC, "(b w) p c -> b w p c", w=W)
+  return {VIEW_NAMES[view]: v_BWPC[:, i] for i, view in enumerate(views)}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "grid"))
-def decode_pixels(config: ModelConfig, params, latents, grid):
+def decode_pixels(config: ModelConfig, params, latents_BPC, grid):
   """Latent tokens [B, P, latent_dim] -> 8-bit images, uint8 [B, height, width, 3].
 
   Args:
     params: the VAE's parameters.
     grid: static (rows, columns) of latent tokens.
   """
-  z = unpatchify_latents(latents, *(g * config.latent_patch_size for g in grid),
-                         config.latent_patch_size)
-  return to_uint8(Vae(config.vae, config.dtype).apply({"params": params}, z, method="decode"))
+  z_BYXC = unpatchify_latents(latents_BPC, *(g * config.latent_patch_size for g in grid),
+                              config.latent_patch_size)
+  vae = Vae(config.vae, config.dtype)
+  return to_uint8(vae.apply({"params": params}, z_BYXC, method="decode"))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def encode_pixels(config: ModelConfig, params, pixels, noise=None):
-  """Pictures [B, H, W, 3] in [-1, 1] -> clean latent tokens float32 [B, P, latent_dim].
+def encode_pixels(config: ModelConfig, params, pixels_BYXC, noise_BYXC=None):
+  """Pixels [B, height, width, 3] in [-1, 1] -> clean latent tokens, float32 [B, P, latent_dim].
 
   Args:
     params: the VAE's parameters.
-    noise: float32 [B, h, w, z_channels], draw from the posterior; None takes its mean.
+    noise_BYXC: standard normal, [B, Y, X, z_channels] at the latents' resolution, to sample the
+      posterior; None takes its mean.
   """
-  pixels = constrain(pixels, "batch", None, None, None)
-  moments = Vae(config.vae, config.dtype).apply({"params": params}, pixels, method="encode")
-  return patchify_latents(sample_latents(config.vae, *moments, noise), config.latent_patch_size)
+  pixels_BYXC = constrain(pixels_BYXC, "batch", None, None, None)
+  moments = Vae(config.vae, config.dtype).apply({"params": params}, pixels_BYXC, method="encode")
+  return patchify_latents(sample_latents(config.vae, *moments, noise_BYXC),
+                          config.latent_patch_size)
 
 
-def _decode(model, params, buffers, tokens, position, *caches):
-  return model.apply({"params": params}, buffers, tokens, position, caches, method="decode")
+def _decode(model, params, buffers, tokens, position_RT, *caches):
+  return model.apply({"params": params}, buffers, tokens, position_RT, caches, method="decode")
 
 
 def _image_ends(apply, special, rows):
   """Embeddings of <start of image> and <end of image>, [rows, 2, D]."""
-  ids = jnp.array([special.image_start, special.image_end])
-  ends = apply(ids, method="embed_text")
-  return jnp.broadcast_to(ends, (rows, *ends.shape))
-
-
-def _report(on_progress, kind, round_number, step, total):
-  """Calls the host without waiting for it."""
-  if on_progress is not None:
-    call = lambda r, i: on_progress(kind, int(r), int(i), total)
-    jax.debug.callback(call, round_number, step)
+  ends_12D = apply(jnp.array([[special.image_start, special.image_end]]), method="embed_text")
+  return repeat(ends_12D, "1 t d -> b t d", b=rows)

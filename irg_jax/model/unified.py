@@ -1,14 +1,30 @@
-"""The unified transformer: everything that becomes a token, the decoder, the heads."""
+"""The unified transformer: embeddings of all token kinds, decoder and heads."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.decoder import Decoder
-from irg_jax.model.heads import Heads
-from irg_jax.model.layers import sincos_2d, timestep_features
+from irg_jax.model.layers import dense, sincos_2d, timestep_features
 from irg_jax.model.vit import Vit
 from irg_jax.sharding import lookup, pick
+
+
+class Heads(nn.Module):
+  """Linear prediction heads on the decoder's hidden states [..., D].
+
+  A fork's new head is a line here and a row for its parameters in `weights/names.py` and
+  `sharding.py`; call it as `model.heads.<name>(hidden)`.
+
+  text: next-token logits [..., V], on the und buffer.
+  velocity: flow velocity of a latent token [..., latent_dim], on the gen buffer.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    self.text = dense(self.config, self.config.llm.vocab_size, bias=False)
+    self.velocity = dense(self.config, self.config.latent_dim)
 
 
 class TwoLayer(nn.Module):
@@ -20,17 +36,16 @@ class TwoLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = lambda name: nn.Dense(self.features, dtype=self.config.dtype,
-                                  param_dtype=self.config.param_dtype, name=name)
-    return dense("fc2")(getattr(nn, self.activation)(dense("fc1")(x)))
+    hidden = dense(self.config, self.features, name="fc1")(x)
+    return dense(self.config, self.features, name="fc2")(getattr(nn, self.activation)(hidden))
 
 
 class UnifiedTransformer(nn.Module):
-  """Embeddings, decoder and heads; used through `init` and `apply(..., method=...)`.
+  """Embeddings, decoder and heads; use through `init` and `apply(..., method=...)`.
 
   Attributes:
     config: sizes and dtypes.
-    attention: see `attention.attend`.
+    attention: implementation of attention, see `attention.attend`.
   """
 
   config: ModelConfig
@@ -40,69 +55,69 @@ class UnifiedTransformer(nn.Module):
     c = self.config
     width = c.llm.hidden_size
     self.embed = nn.Embed(c.llm.vocab_size, width, dtype=c.dtype, param_dtype=c.param_dtype)
-    self.latent_embed = nn.Dense(width, dtype=c.dtype, param_dtype=c.param_dtype)
+    self.latent_embed = dense(c, width)
     self.time_embed = TwoLayer(width, "silu", c)
     self.vit = Vit(c, self.attention)
     self.connector = TwoLayer(width, "gelu", c)
     self.decoder = Decoder(c, self.attention)
     self.heads = Heads(c)
 
-  def embed_text(self, ids):
-    """Token ids [...] -> [..., D]."""
-    rows = jnp.atleast_2d(ids)
-    return lookup(self.embed.embedding, rows).astype(self.config.dtype).reshape(*ids.shape, -1)
+  def embed_text(self, ids_BT):
+    """Embeddings of token ids, [B, T, D] in the compute dtype."""
+    return lookup(self.embed.embedding, ids_BT).astype(self.config.dtype)
 
-  def embed_latents(self, latents, timestep, position):
-    """Latent tokens with their flow time and place.
+  def embed_latents(self, latents_PC, timestep_P, position_P):
+    """Embeddings of latent tokens with their flow time and position, [..., P, D].
 
     Args:
-      latents: float [..., P, latent_dim].
-      timestep: float, broadcastable to [..., P]; 0 for clean images.
-      position: int, broadcastable to [..., P]; `row * max_latent_size + column`.
+      latents_PC: float [..., P, latent_dim].
+      timestep_P: float, broadcastable to [..., P]; 0 for clean images.
+      position_P: int, broadcastable to [..., P]; `row * max_latent_size + column`.
     """
-    width = self.config.llm.hidden_size
-    time = self.time_embed(timestep_features(timestep))
-    place = sincos_2d(position, self.config.max_latent_size, width).astype(self.config.dtype)
-    return self.latent_embed(latents) + time + place
+    c = self.config
+    time_PD = self.time_embed(timestep_features(timestep_P))
+    place_PD = sincos_2d(position_P, c.max_latent_size, c.llm.hidden_size).astype(c.dtype)
+    return self.latent_embed(latents_PC) + time_PD + place_PD
 
-  def encode_vit(self, patches, position, image):
-    """ViT hidden states, [R, P, vit width]; arguments as in `Vit`."""
-    return self.vit(patches, position, image)
+  def encode_vit(self, patches_RPC, position_RP, image_RP):
+    """ViT hidden states, [R, P, ViT width]; arguments as in `Vit`."""
+    return self.vit(patches_RPC, position_RP, image_RP)
 
-  def embed_vit(self, patches, position, image):
-    """ViT tokens as the decoder sees them, [R, P, D]; arguments as in `Vit`."""
-    place = sincos_2d(position, self.config.vit.grid_size, self.config.llm.hidden_size)
-    return self.connector(self.vit(patches, position, image)) + place.astype(self.config.dtype)
+  def embed_vit(self, patches_RPC, position_RP, image_RP):
+    """ViT tokens as input of the decoder, [R, P, D]; arguments as in `Vit`."""
+    c = self.config
+    place_RPD = sincos_2d(position_RP, c.vit.grid_size, c.llm.hidden_size).astype(c.dtype)
+    return self.connector(self.vit(patches_RPC, position_RP, image_RP)) + place_RPD
 
-  def decode(self, buffers, tokens, position, caches=()):
+  def decode(self, buffers, tokens, position_RT, caches=()):
     """See `decoder.Decoder`."""
-    return self.decoder(buffers, tokens, position, caches)
+    return self.decoder(buffers, tokens, position_RT, caches)
 
-  def text_logits(self, und):
-    """Next-token logits, float32 [..., vocab_size]."""
-    return self.heads.text(und).astype(jnp.float32)
+  def text_logits(self, und_D):
+    """Next-token logits, float32 [..., V], of hidden states [..., D]."""
+    return self.heads.text(und_D).astype(jnp.float32)
 
-  def velocity(self, gen):
-    """Flow velocity of latent tokens, float32 [..., latent_dim]."""
-    return self.heads.velocity(gen).astype(jnp.float32)
+  def velocity(self, gen_D):
+    """Flow velocity, float32 [..., latent_dim], of hidden states [..., D]."""
+    return self.heads.velocity(gen_D).astype(jnp.float32)
 
-  def __call__(self, batch, latents, timestep):
+  def __call__(self, batch, latents_BGC, timestep_BG):
     """Training forward pass over packed rows.
 
     Args:
       batch: `data.batch.Batch`.
-      latents: float [B, G, latent_dim], clean or noised as `timestep` says.
-      timestep: float [B, G], flow time of each latent token, 0 where clean.
+      latents_BGC: float [B, G, latent_dim], noised to `timestep_BG`.
+      timestep_BG: float, flow time of each latent token, 0 on clean ones.
 
     Returns:
-      (final hidden states of the und buffer [B, U, D], for `text_logits` where there is a
-      loss; velocity float32 [B, G, latent_dim]).
+      (hidden states of the und buffer [B, U, D], for `text_logits` at the places with a loss;
+      velocity float32 [B, G, latent_dim]).
     """
-    und = self.embed_text(batch.text_ids)
+    und_BUD = self.embed_text(batch.text_ids)
     if batch.vit_patches.shape[1]:
-      vit = self.embed_vit(batch.vit_patches, batch.vit_position, batch.vit_image)
-      picked = pick(vit, jnp.maximum(batch.vit_index, 0))
-      und = jnp.where((batch.vit_index >= 0)[..., None], picked, und)
-    gen = self.embed_latents(latents, timestep, batch.latent_position)
-    buffers, _ = self.decode({"und": und, "gen": gen}, batch.tokens, batch.position)
+      vit_BPD = self.embed_vit(batch.vit_patches, batch.vit_position, batch.vit_image)
+      vit_BUD = pick(vit_BPD, jnp.maximum(batch.vit_index, 0))
+      und_BUD = jnp.where((batch.vit_index >= 0)[..., None], vit_BUD, und_BUD)
+    gen_BGD = self.embed_latents(latents_BGC, timestep_BG, batch.latent_position)
+    buffers, _ = self.decode({"und": und_BUD, "gen": gen_BGD}, batch.tokens, batch.position)
     return buffers["und"], self.velocity(buffers["gen"])

@@ -1,8 +1,8 @@
-"""The FLUX.1 autoencoder: pixels to latents and back (spec section 2). Frozen in training.
+"""The FLUX.1 autoencoder: pixels to latents and back (docs/spec.md, section 2). Frozen in training.
 
-Everything is NHWC: pixels [B, height, width, 3] in [-1, 1], latents [B, h, w, z] with
-h = height / config.downsample. GroupNorm and the middle attention see the whole image, so
-images of different sizes must never be padded into one batch: group them by size.
+All arrays are NHWC: pixels [B, Y, X, 3] in [-1, 1], latents [B, Y, X, z_channels] at 1 /
+`config.downsample` of the resolution. Group norms and the middle attention cover the whole image,
+so images of different sizes must not be padded into one batch: group them by size.
 """
 
 import functools
@@ -10,18 +10,24 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 
 from irg_jax.config import ModelConfig, VaeConfig
-from irg_jax.model.vae_layers import GROUPS, Attention, GroupNorm, ResBlock, UpsampleConv, conv3x3
+from irg_jax.model.layers import GroupNorm
+
+GROUPS, NORM_EPS = 32, 1e-6
+group_norm = functools.partial(GroupNorm, GROUPS, NORM_EPS)
+# Queries of the middle attention scored at once: 64 MiB an image of 1024 pixels a side, where
+# all 16384 queries together would take 1 GiB.
+QUERY_CHUNK = 1024
 
 
 class Vae(nn.Module):
-  """Encoder and decoder; use as `Vae(cfg).apply({"params": p}, x, method="encode")`.
+  """Encoder and decoder; use as `Vae(config).apply({"params": p}, x, method="encode")`.
 
   Attributes:
-    config: sizes, latent scale and shift.
-    dtype: dtype of convolutions and activations. Norm statistics, softmax and the pixels and
-      moments that come out are float32.
+    config: sizes, scale and shift of the latents.
+    dtype: dtype of convolutions and activations. Norm statistics, softmax and outputs are float32.
     param_dtype: dtype of freshly initialised parameters.
   """
 
@@ -34,186 +40,312 @@ class Vae(nn.Module):
     self.encoder = Encoder(self.config, self.dtype, self.param_dtype)
     self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
 
-  def encode(self, pixels):
-    """Moments of the posterior.
-
-    Args:
-      pixels: float [B, height, width, 3] in [-1, 1].
+  def encode(self, pixels_BYXC):
+    """Moments of the posterior of pixels, float [B, height, width, 3] in [-1, 1].
 
     Returns:
-      (mean, logvar), unscaled, float32 [B, h, w, z]; see `sample_latents`.
+      (mean, logvar), unscaled, float32 [B, Y, X, z_channels]; see `sample_latents`.
 
     Raises:
-      ValueError: a shape the encoder cannot halve.
+      ValueError: not [B, Y, X, 3], or sides that are no multiples of `config.downsample`.
     """
     stride = self.config.downsample
-    if pixels.ndim != 4 or pixels.shape[-1] != 3:
-      raise ValueError(f"pixels {pixels.shape}: want [batch, height, width, 3]")
-    if pixels.shape[1] % stride or pixels.shape[2] % stride:
-      raise ValueError(
-          f"pixels {pixels.shape}: height and width must be multiples of {stride}; resize first")
-    return tuple(jnp.split(self.encoder(pixels), 2, axis=-1))
+    if pixels_BYXC.ndim != 4 or pixels_BYXC.shape[-1] != 3:
+      raise ValueError(f"pixels {pixels_BYXC.shape}: want [batch, height, width, 3]")
+    if pixels_BYXC.shape[1] % stride or pixels_BYXC.shape[2] % stride:
+      raise ValueError(f"pixels {pixels_BYXC.shape}: height and width must be multiples of "
+                       f"{stride}; resize first")
+    return tuple(jnp.split(self.encoder(pixels_BYXC), 2, axis=-1))
 
-  def decode(self, latents):
-    """Pixels of scaled latents: float [B, h, w, z] -> float32 [B, height, width, 3], not clipped.
+  def decode(self, latents_BYXC):
+    """Pixels of scaled latents, float32 [B, height, width, 3], not clipped.
 
     Raises:
-      ValueError: the channels are not those of the config.
+      ValueError: not [B, Y, X, z_channels].
     """
     z = self.config.z_channels
-    if latents.ndim != 4 or latents.shape[-1] != z:
-      raise ValueError(f"latents {latents.shape}: want [batch, h, w, {z}]; unpatchify first")
-    latents = latents.astype(jnp.float32)
-    return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
+    if latents_BYXC.ndim != 4 or latents_BYXC.shape[-1] != z:
+      raise ValueError(f"latents {latents_BYXC.shape}: want [batch, h, w, {z}]; unpatchify first")
+    latents_BYXC = latents_BYXC.astype(jnp.float32)
+    return self.decoder(latents_BYXC / self.config.scale_factor + self.config.shift_factor)
 
-  def __call__(self, pixels):
-    """Reconstruction through the mean; one `init` with it makes every parameter."""
-    return self.decode(sample_latents(self.config, *self.encode(pixels)))
+  def __call__(self, pixels_BYXC):
+    """Reconstruction through the mean; `init` with it creates all parameters."""
+    return self.decode(sample_latents(self.config, *self.encode(pixels_BYXC)))
 
 
 class Encoder(nn.Module):
-  """[B, height, width, 3] -> moments, float32 [B, h, w, 2 * z]."""
+  """Pixels [B, height, width, 3] -> moments, float32 [B, Y, X, 2 * z_channels]."""
 
   config: VaeConfig
   dtype: str
   param_dtype: str
 
   @nn.compact
-  def __call__(self, x):
-    cfg, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    x = conv3x3(cfg.ch, name="conv_in", **dtypes)(x)
-    for i, mult in enumerate(cfg.ch_mult):
-      x = DownStage(cfg.ch * mult, cfg.num_res_blocks, i + 1 < len(cfg.ch_mult),
-                    name=f"down_{i}", **dtypes)(x)
-    x = Middle(name="mid", **dtypes)(x)
-    x = nn.swish(GroupNorm(self.param_dtype, name="norm_out")(x))
-    return conv3x3(2 * cfg.z_channels, name="conv_out", **dtypes)(x).astype(jnp.float32)
+  def __call__(self, x_BYXC):
+    c, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    x_BYXC = conv3x3(c.ch, name="conv_in", **dtypes)(x_BYXC)
+    for i, mult in enumerate(c.ch_mult):
+      resample = "downsample" if i + 1 < len(c.ch_mult) else ""
+      x_BYXC = Stage(c.ch * mult, c.num_res_blocks, resample, name=f"down_{i}", **dtypes)(x_BYXC)
+    x_BYXC = Middle(name="mid", **dtypes)(x_BYXC)
+    x_BYXC = nn.swish(group_norm(self.param_dtype, name="norm_out")(x_BYXC))
+    return conv3x3(2 * c.z_channels, name="conv_out", **dtypes)(x_BYXC).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
-  """Unscaled latents [B, h, w, z] -> float32 [B, height, width, 3]."""
+  """Unscaled latents [B, Y, X, z_channels] -> pixels, float32 [B, height, width, 3]."""
 
   config: VaeConfig
   dtype: str
   param_dtype: str
 
   @nn.compact
-  def __call__(self, x):
-    cfg, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    x = conv3x3(cfg.ch * cfg.ch_mult[-1], name="conv_in", **dtypes)(x)
-    x = Middle(name="mid", **dtypes)(x)
-    # The published names count stages by resolution, so the last one runs first.
-    for i, mult in reversed(list(enumerate(cfg.ch_mult))):
-      x = UpStage(cfg.ch * mult, cfg.num_res_blocks + 1, i > 0, name=f"up_{i}", **dtypes)(x)
-    x = nn.swish(GroupNorm(self.param_dtype, name="norm_out")(x))
-    return conv3x3(3, name="conv_out", **dtypes)(x).astype(jnp.float32)
+  def __call__(self, x_BYXC):
+    c, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    x_BYXC = conv3x3(c.ch * c.ch_mult[-1], name="conv_in", **dtypes)(x_BYXC)
+    x_BYXC = Middle(name="mid", **dtypes)(x_BYXC)
+    # The published names count stages from the highest resolution, so the last one runs first.
+    for i, mult in reversed(list(enumerate(c.ch_mult))):
+      resample = "upsample" if i else ""
+      x_BYXC = Stage(c.ch * mult, c.num_res_blocks + 1, resample, name=f"up_{i}", **dtypes)(x_BYXC)
+    x_BYXC = nn.swish(group_norm(self.param_dtype, name="norm_out")(x_BYXC))
+    return conv3x3(3, name="conv_out", **dtypes)(x_BYXC).astype(jnp.float32)
 
 
-class DownStage(nn.Module):
-  """Residual blocks at one resolution, then (but for the last stage) half the resolution."""
+class Stage(nn.Module):
+  """Residual blocks at one resolution, then half or twice the resolution.
+
+  Attributes:
+    resample: "downsample", "upsample", or "" for a stage that keeps its resolution.
+  """
 
   features: int
   blocks: int
-  halve: bool
+  resample: str
   dtype: str
   param_dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x_BYXC):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     for j in range(self.blocks):
-      x = ResBlock(self.features, name=f"block_{j}", **dtypes)(x)
-    if self.halve:
-      x = nn.Conv(self.features, (3, 3), strides=2, padding=((0, 1), (0, 1)),
-                  name="downsample", **dtypes)(x)
-    return x
-
-
-class UpStage(nn.Module):
-  """Residual blocks at one resolution, then (but for the last stage) twice the resolution."""
-
-  features: int
-  blocks: int
-  double: bool
-  dtype: str
-  param_dtype: str
-
-  @nn.compact
-  def __call__(self, x):
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    for j in range(self.blocks):
-      x = ResBlock(self.features, name=f"block_{j}", **dtypes)(x)
-    return UpsampleConv(self.features, name="upsample", **dtypes)(x) if self.double else x
+      x_BYXC = ResBlock(self.features, name=f"block_{j}", **dtypes)(x_BYXC)
+    if self.resample == "upsample":
+      x_BYXC = UpsampleConv(self.features, name="upsample", **dtypes)(x_BYXC)
+    if self.resample == "downsample":
+      x_BYXC = nn.Conv(self.features, (3, 3), strides=2, padding=((0, 1), (0, 1)),
+                       name="downsample", **dtypes)(x_BYXC)
+    return x_BYXC
 
 
 class Middle(nn.Module):
-  """Block, attention over all positions, block, at the lowest resolution."""
+  """Residual block, attention over all positions, residual block, at the lowest resolution."""
 
   dtype: str
   param_dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x_BYXC):
+    features, dtypes = x_BYXC.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    x_BYXC = ResBlock(features, name="block_1", **dtypes)(x_BYXC)
+    x_BYXC = Attention(name="attn_1", **dtypes)(x_BYXC)
+    return ResBlock(features, name="block_2", **dtypes)(x_BYXC)
+
+
+class ResBlock(nn.Module):
+  """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 shortcut where the width changes."""
+
+  features: int
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x_BYXC):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    x = ResBlock(x.shape[-1], name="block_1", **dtypes)(x)
-    x = Attention(name="attn_1", **dtypes)(x)
-    return ResBlock(x.shape[-1], name="block_2", **dtypes)(x)
+    h_BYXC = nn.swish(group_norm(self.param_dtype, name="norm1")(x_BYXC))
+    h_BYXC = conv3x3(self.features, name="conv1", **dtypes)(h_BYXC)
+    h_BYXC = nn.swish(group_norm(self.param_dtype, name="norm2")(h_BYXC))
+    h_BYXC = conv3x3(self.features, name="conv2", **dtypes)(h_BYXC)
+    if x_BYXC.shape[-1] != self.features:
+      x_BYXC = PointConv(self.features, name="shortcut", **dtypes)(x_BYXC)
+    return x_BYXC + h_BYXC
 
 
-def sample_latents(config: VaeConfig, mean, logvar, noise=None):
+class Attention(nn.Module):
+  """x + single-head attention over all positions of the image."""
+
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x_BYXC):
+    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    _, Y, X, C = x_BYXC.shape
+    h_BYXC = group_norm(self.param_dtype, name="norm")(x_BYXC)
+    q_BPC, k_BPC, v_BPC = (rearrange(PointConv(C, name=name, **dtypes)(h_BYXC),
+                                     "b y x c -> b (y x) c") for name in "qkv")
+    h_BPC = attend_positions(q_BPC, k_BPC, v_BPC)
+    h_BYXC = rearrange(h_BPC, "b (y x) c -> b y x c", y=Y, x=X)
+    return x_BYXC + PointConv(C, name="out", **dtypes)(h_BYXC)
+
+
+class PointConv(nn.Module):
+  """A 1x1 convolution, written as a matrix product (faster on a CPU)."""
+
+  features: int
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x_BYXC):
+    shape = (1, 1, x_BYXC.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    return x_BYXC.astype(self.dtype) @ kernel[0, 0].astype(self.dtype) + bias.astype(self.dtype)
+
+
+class UpsampleConv(nn.Module):
+  """Nearest-neighbour doubling followed by a 3x3 convolution."""
+
+  features: int
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x_BYXC):
+    shape = (3, 3, x_BYXC.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    return upsample_conv(x_BYXC.astype(self.dtype), kernel) + bias.astype(self.dtype)
+
+
+@jax.custom_vjp
+def upsample_conv(x_BYXC, kernel):
+  """Doubles [B, Y, X, C] and convolves with [3, 3, C, F], in 4/9 of the operations.
+
+  An output pixel of either parity sees only 2x2 input pixels. So a 2x2 convolution with summed
+  taps and four times the features computes all four parities.
+
+  Returns:
+    [B, 2Y, 2X, F] in x's dtype.
+  """
+  _, Y, X, _ = x_BYXC.shape
+  y_BYXF = _conv(x_BYXC, parity_kernel(kernel.astype(jnp.float32)), ((1, 1), (1, 1)))
+  y_BYX22F = rearrange(y_BYXF, "b y x (i j f) -> b y x i j f", i=2, j=2)
+  # The windows of y start one pixel early: at (y, x) they cover rows y - 1 and y of the input.
+  rows = [jnp.stack([y_BYX22F[:, i:i + Y, j:j + X, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
+  return rearrange(jnp.stack(rows, axis=2), "b y i x j f -> b (y i) (x j) f")
+
+
+def _plain_upsample_conv(x_BYXC, kernel):
+  return _conv(repeat(x_BYXC, "b y x c -> b (y i) (x j) c", i=2, j=2), kernel, "SAME")
+
+
+def _conv(x_BYXC, kernel, padding):
+  return jax.lax.conv_general_dilated(x_BYXC, kernel.astype(x_BYXC.dtype), (1, 1), padding,
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# The gradient of the plain form is the same, and XLA runs it far faster on a CPU.
+upsample_conv.defvjp(
+    lambda x_BYXC, kernel: (upsample_conv(x_BYXC, kernel), (x_BYXC, kernel)),
+    lambda saved, cotangent: jax.vjp(_plain_upsample_conv, *saved)[1](cotangent))
+
+
+def parity_kernel(kernel):
+  """2x2 kernels for the four output parities of doubling and convolving.
+
+  Along an axis with taps (a, b, c), even outputs see (before, here) with taps (a, b + c), odd
+  outputs (here, after) with taps (a + b, c).
+
+  Args:
+    kernel: [3, 3, in, out].
+
+  Returns:
+    [2, 2, in, 4 * out], output features ordered (row parity, column parity, out).
+  """
+  def split(k, axis):
+    a, b, c = jnp.split(k, 3, axis)
+    return jnp.concatenate([a, b + c], axis), jnp.concatenate([a + b, c], axis)
+
+  return jnp.concatenate([k for row in split(kernel, 0) for k in split(row, 1)], axis=-1)
+
+
+def attend_positions(q_BPC, k_BPC, v_BPC, chunk: int = QUERY_CHUNK):
+  """softmax(q k^T / sqrt(C)) v with float32 softmax, `chunk` queries at a time.
+
+  Returns:
+    [B, P, C] in v's dtype. At most B * chunk * P scores exist at once.
+  """
+  def one_query(q_BC):
+    logits_BP = jnp.einsum("bc,bpc->bp", q_BC, k_BPC, preferred_element_type=jnp.float32)
+    weights_BP = jax.nn.softmax(logits_BP * q_BC.shape[-1] ** -0.5)
+    return jnp.einsum("bp,bpc->bc", weights_BP.astype(v_BPC.dtype), v_BPC)
+
+  q_PBC = rearrange(q_BPC, "b p c -> p b c")
+  out_PBC = jax.lax.map(one_query, q_PBC, batch_size=min(chunk, len(q_PBC)))
+  return rearrange(out_PBC, "p b c -> b p c")
+
+
+def sample_latents(config: VaeConfig, mean_BYXC, logvar_BYXC, noise_BYXC=None):
   """Scaled latents of a posterior: `scale * (mean + std * noise - shift)`.
 
   Args:
-    mean, logvar: [B, h, w, z] from `Vae.encode`.
-    noise: standard normal [B, h, w, z]; None takes the mean.
+    mean_BYXC, logvar_BYXC: from `Vae.encode`.
+    noise_BYXC: standard normal; None takes the mean.
   """
-  if noise is not None:
-    mean = mean + jnp.exp(0.5 * logvar) * noise
-  return config.scale_factor * (mean - config.shift_factor)
+  if noise_BYXC is not None:
+    mean_BYXC = mean_BYXC + jnp.exp(0.5 * logvar_BYXC) * noise_BYXC
+  return config.scale_factor * (mean_BYXC - config.shift_factor)
 
 
-def patchify_latents(latents, patch: int):
-  """[B, h, w, z] -> tokens [B, h/p * w/p, p * p * z], each flattened (row, column, channel).
+def patchify_latents(latents_BYXC, patch: int):
+  """Latents [B, Y, X, z] -> tokens [B, Y/p * X/p, p * p * z], flattened (row, column, channel).
 
   Raises:
-    ValueError: h or w is not a multiple of `patch`.
+    ValueError: a side that is no multiple of `patch`.
   """
-  b, h, w, z = latents.shape
-  if h % patch or w % patch:
-    raise ValueError(f"latents {latents.shape}: height and width must be multiples of {patch}")
-  x = latents.reshape(b, h // patch, patch, w // patch, patch, z)
-  return jnp.transpose(x, (0, 1, 3, 2, 4, 5)).reshape(b, -1, patch * patch * z)
+  _, Y, X, _ = latents_BYXC.shape
+  if Y % patch or X % patch:
+    raise ValueError(
+        f"latents {latents_BYXC.shape}: height and width must be multiples of {patch}")
+  return rearrange(latents_BYXC, "b (y i) (x j) c -> b (y x) (i j c)", i=patch, j=patch)
 
 
-def unpatchify_latents(tokens, h: int, w: int, patch: int):
+def unpatchify_latents(tokens_BPC, h: int, w: int, patch: int):
   """The inverse of `patchify_latents`; h and w count latents, not tokens.
 
   Raises:
     ValueError: the tokens do not make an h x w image.
   """
-  b, length, dim = tokens.shape
-  if h % patch or w % patch or length * patch * patch != h * w or dim % (patch * patch):
-    raise ValueError(f"tokens {tokens.shape} do not make {h} x {w} latents in patches of {patch}")
-  x = tokens.reshape(b, h // patch, w // patch, patch, patch, -1)
-  return jnp.transpose(x, (0, 1, 3, 2, 4, 5)).reshape(b, h, w, -1)
+  _, P, C = tokens_BPC.shape
+  if h % patch or w % patch or P * patch * patch != h * w or C % (patch * patch):
+    raise ValueError(
+        f"tokens {tokens_BPC.shape} do not make {h} x {w} latents in patches of {patch}")
+  return rearrange(tokens_BPC, "b (y x) (i j c) -> b (y i) (x j) c", y=h // patch, i=patch, j=patch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_levels(model: ModelConfig, params, levels):
-  """Posterior moments of 8-bit images, uint8 [B, H, W, 3] -> float32 [B, 2, h, w, z]."""
-  pixels = (levels.astype(jnp.float32) / 255 - 0.5) / 0.5  # as images.to_pixels
+def encode_levels(model: ModelConfig, params, levels_BYXC):
+  """Posterior moments of 8-bit images, uint8 [B, height, width, 3] -> float32 [B, 2, Y, X, z]."""
+  pixels_BYXC = (levels_BYXC.astype(jnp.float32) / 255 - 0.5) / 0.5  # as `images.to_pixels`
   vae = Vae(model.vae, model.dtype)
-  return jnp.stack(vae.apply({"params": params}, pixels, method="encode"), 1)
+  return jnp.stack(vae.apply({"params": params}, pixels_BYXC, method="encode"), 1)
 
 
 def to_uint8(pixels):
-  """[-1, 1] -> 0..255, clipped, and truncated as the reference does (spec section 8)."""
+  """[-1, 1] to 0..255, clipped, then truncated like the reference (docs/spec.md, section 8)."""
   return ((jnp.clip(pixels, -1.0, 1.0) * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
+
+
+def conv3x3(features: int, **kwargs):
+  """A 3x3 convolution that keeps the resolution."""
+  return nn.Conv(features, (3, 3), padding=1, **kwargs)
 
 
 def _check_config(config: VaeConfig):
   for mult in config.ch_mult:
     if config.ch * mult % GROUPS:
-      raise ValueError(
-          f"VAE width ch {config.ch} * ch_mult {mult} is not a multiple of {GROUPS}, "
-          "the number of its norm groups")
+      raise ValueError(f"VAE width ch {config.ch} * ch_mult {mult} is not a multiple of {GROUPS}, "
+                       "the number of its norm groups")

@@ -1,78 +1,76 @@
-"""SigLIP NaViT: patches of any number of images packed in a row (spec section 2)."""
+"""SigLIP NaViT vision transformer on packed patches (docs/spec.md, section 2)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues, attend
-from irg_jax.tokens import FULL, Tokens
-from irg_jax.model.layers import scan_layers
+from irg_jax.model.layers import dense, scan_layers
 from irg_jax.sharding import constrain, lookup
+from irg_jax.tokens import FULL, Tokens
 
 
 class VitLayer(nn.Module):
+  """Pre-norm layer: attention within each image, then an MLP."""
+
   config: ModelConfig
   attention: str
 
   @nn.compact
   def __call__(self, x_RPD, tokens: Tokens):
     c, vit = self.config, self.config.vit
-    dense = lambda features, name: nn.Dense(
-        features, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
-    norm = lambda name: layer_norm(c, name)
-    heads = lambda x: x.reshape(*x.shape[:-1], vit.num_heads, -1)
+    h_RPD = layer_norm(c, "norm1")(x_RPD)
+    q_RPNH, k_RPNH, v_RPNH = (
+        constrain(rearrange(dense(c, vit.hidden_size, name=name)(h_RPD), "r p (n h) -> r p n h",
+                            n=vit.num_heads), "batch", "length", "heads", None) for name in "qkv")
+    keys = KeyValues(*(rearrange(x, "r p n h -> r n p h") for x in (k_RPNH, v_RPNH)), tokens)
+    attended_RPNH = attend(q_RPNH, tokens, [keys], implementation=self.attention)
+    x_RPD += dense(c, vit.hidden_size, name="o")(rearrange(attended_RPNH, "r p n h -> r p (n h)"))
 
-    h = norm("norm1")(x_RPD)
-    q, k, v = (constrain(heads(dense(vit.hidden_size, n)(h)), "batch", "length", "heads", None)
-               for n in "qkv")
-    keys = KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2), tokens)
-    attended = attend(q, tokens, [keys], implementation=self.attention)
-    x_RPD = x_RPD + dense(vit.hidden_size, "o")(attended.reshape(x_RPD.shape))
-
-    h = nn.gelu(dense(vit.mlp_size, "fc1")(norm("norm2")(x_RPD)), approximate=True)
-    h = constrain(h, "batch", "length", "mlp")
-    return constrain(x_RPD + dense(vit.hidden_size, "fc2")(h), "batch", "length", "embed"), None
+    h_RPF = dense(c, vit.mlp_size, name="fc1")(layer_norm(c, "norm2")(x_RPD))
+    h_RPF = constrain(nn.gelu(h_RPF, approximate=True), "batch", "length", "mlp")
+    x_RPD += dense(c, vit.hidden_size, name="fc2")(h_RPF)
+    return constrain(x_RPD, "batch", "length", "embed"), None
 
 
 class Vit(nn.Module):
-  """Vision transformer. The published last layer is dropped, the post-norm is kept."""
+  """Vision transformer without the published last layer, with the published post-norm."""
 
   config: ModelConfig
   attention: str = "auto"
 
   @nn.compact
   def __call__(self, patches_RPC, position_RP, image_RP):
-    """Encodes patches; attention stays inside each image.
+    """Encodes patches of any number of images a row; attention stays within each image.
 
     Args:
       patches_RPC: float [R, P, patch * patch * 3], pixels in [-1, 1], flattened
         (row, column, channel).
-      position_RP: int [R, P], `row * grid_size + column` of the patch in its image.
-      image_RP: int [R, P], number of the image within the row, `attention.PADDING` where
-        there is no patch.
+      position_RP: int, `row * grid_size + column` of the patch in its image.
+      image_RP: int, number of the image within the row; `tokens.PADDING` on padding.
 
     Returns:
-      [R, P, width] in the compute dtype.
+      [R, P, ViT width] in the compute dtype.
     """
     c = self.config
-    x = nn.Dense(c.vit.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype,
-                 name="patch_embed")(patches_RPC)
+    x_RPD = dense(c, c.vit.hidden_size, name="patch_embed")(patches_RPC)
     place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
                      name="position_embed")
-    x += lookup(place.embedding, position_RP).astype(c.dtype)
-    tokens = patch_tokens(image_RP)
+    x_RPD += lookup(place.embedding, position_RP).astype(c.dtype)
     layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),
                          config=c, attention=self.attention)
-    x, _ = layers(constrain(x, "batch", "length", "embed"), tokens)
-    return layer_norm(c, "post_norm")(x)
+    x_RPD, _ = layers(constrain(x_RPD, "batch", "length", "embed"), patch_tokens(image_RP))
+    return layer_norm(c, "post_norm")(x_RPD)
 
 
-def patch_tokens(image) -> Tokens:
-  """Metadata of patches of these images, int [..., P]: each sees all of its own image."""
-  zeros = jnp.zeros_like(image)
-  return Tokens(sample=image, index=zeros, split=zeros, kind=zeros + FULL)
+def patch_tokens(image_RP) -> Tokens:
+  """Metadata of patches, given each patch's image: a patch sees all of its own image."""
+  zeros_RP = jnp.zeros_like(image_RP)
+  return Tokens(sample=image_RP, index=zeros_RP, split=zeros_RP, kind=zeros_RP + FULL)
 
 
 def layer_norm(config: ModelConfig, name: str):
+  """Layer norm over the last axis in the dtypes of the config."""
   return nn.LayerNorm(epsilon=config.vit.norm_eps, dtype=config.dtype,
                       param_dtype=config.param_dtype, name=name)

@@ -13,7 +13,7 @@ from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.data.batch import pack_row
 from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.generate import steps
-from irg_jax.generate.context import FULL, NO_IMAGE, new_context, rung
+from irg_jax.generate.context import FULL, NO_IMAGE, guidance_views, new_context, rung
 from irg_jax.generate.settings import Settings
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.settings import Switches, TrainSettings
@@ -88,15 +88,17 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   vit_width, vit_height = (side // config.vit.patch_size
                            for side in s.vit_transform.size(vae_width, vae_height))
   latents, patches = height * width, vit_height * vit_width
-  views, text = steps.guidance_views(s.later), rung(s.think_limit + 1)
+  views, text = guidance_views(s.later), rung(s.think_limit + 1)
 
   array = functools.partial(_array, mesh)
   params = abstract_params(config, jnp.dtype(config.dtype))
   params = jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
                         params, sharding.parameter_shardings(params, mesh))
-  context = jax.tree.map(lambda x: array(x.shape, x.dtype), jax.eval_shape(
-      functools.partial(new_context, config, rows, cache)))
-  on_context = model, params["transformer"], context
+  shapes = lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype), tree)
+  context = shapes(jax.eval_shape(functools.partial(new_context, config, rows, cache)))
+  draft = shapes(jax.eval_shape(
+      functools.partial(steps.new_draft, config, rows, s.think_limit - 1, _SPECIAL)))
+  on_context, scalar = (model, params["transformer"], context), array((), jnp.int32)
   noise = array((rows, latents, config.latent_dim))
   needed = functools.partial(_pass_flops, config, rows, cache)
 
@@ -112,13 +114,13 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
        array((rows, patches, config.vit.patch_size**2 * 3)), latent_grid=(height, width),
        vit_grid=(vit_height, vit_width), special=_SPECIAL,
        needed=needed(und=patches + 4, gen=latents, vit=patches, seen=patches + latents + 4))
-  made(f"a thought of {s.think_limit - 1} tokens a row", steps.think, *on_context,
-       jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), limit=s.think_limit,
+  made(f"a thought of {s.think_limit - 1} tokens a row", steps.think, *on_context, draft,
+       jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), scalar,
        sampling=s.sampling, special=_SPECIAL,
        needed=(s.think_limit - 1) * needed(und=1, text=1, seen=1))
   made(f"{s.steps - 1} updates under {len(views)} views, an image a row", steps.denoise,
-       *on_context, noise, flow.schedule(s.steps, s.timestep_shift), s.later,
-       grid=(height, width), special=_SPECIAL, views=views,
+       *on_context, noise, flow.schedule(s.steps, s.timestep_shift), s.later, scalar,
+       scalar, grid=(height, width), special=_SPECIAL, views=views,
        needed=(s.steps - 1) * len(views) * needed(und=2, gen=latents, seen=latents + 2))
   made("an image a row", steps.decode_pixels, config, params["vae"], noise, (height, width))
   made("an image a row", steps.encode_pixels, config, params["vae"],
@@ -130,7 +132,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
 def _array(mesh, shape, dtype=jnp.float32):
   """An abstract array of rows, or of a cache [layers, rows, kv heads, slots, head dim]."""
   axes = ("layers", "batch", "heads") if len(shape) == 5 else ("batch",)
-  axes += (None,) * (len(shape) - len(axes))
+  axes = (axes + (None,) * len(shape))[:len(shape)]
   spec = sharding.partition_spec(shape, axes, mesh)
   return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 

@@ -11,7 +11,6 @@ from irg_jax import flow
 from irg_jax.config import ModelConfig
 from irg_jax.data.batch import BufferSizes
 from irg_jax.model.attention import visible_pairs
-from irg_jax.model.decoder import unstack_layers
 from irg_jax.model.vit import patch_tokens
 from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
 from irg_jax.tokens import PADDING
@@ -83,8 +82,6 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
 
   def objective(params, part, key):
     params = map_frozen(jax.lax.stop_gradient, params, switches.frozen)
-    if model.config.remat == "none":  # the scan is what recomputes layer by layer
-      params = unstack_layers(params)
     noise = sample_noise(part, key, settings.timestep_shift)
     sums = loss_sums(*token_losses(model, params, part, *noise), part)
     loss = total({name: sums[name] / divisors[name] for name in switches.losses})

@@ -9,7 +9,7 @@ from conftest import relative_error
 from irg_jax import flow
 from irg_jax.config import SpecialTokens
 from irg_jax.generate import irg, steps
-from irg_jax.generate.context import FULL, NO_TEXT, fork
+from irg_jax.generate.context import FULL, NO_TEXT, fork, guidance_views
 from irg_jax.generate.settings import Guidance, Sampling, Settings
 from irg_jax.images import ImageTransform
 
@@ -54,26 +54,26 @@ def _guidance(turn):
                   renorm_min=turn["cfg_renorm_min"])
 
 
-def run_of(reference, checkpoint, **changes):
+def job_of(reference, checkpoint, **changes):
   """The recorded run as what `irg.generate` would make of it."""
   fields = dict(
       model=checkpoint.model, params=checkpoint.params,
       tokenizer=IdTokenizer(checkpoint.special), settings=settings_of(reference, checkpoint),
       seeds=[0], system_ids=reference["irg/system_ids"].tolist(),
       prompt_ids=[reference["irg/prompt_ids"].tolist()], images=None,
-      draws=recorded_draws(reference), on_progress=None)
-  return irg.Run(**(fields | changes))
+      noise=recorded_noise(reference), on_progress=None)
+  return irg.Job(**(fields | changes))
 
 
-def recorded_draws(reference):
+def recorded_noise(reference):
   """The reference's draws, repeated for every row."""
-  def draws(kind, number, shape):
+  def noise(kind, number, shape):
     if kind == "noise":
       return np.broadcast_to(reference[f"irg/noise{number + 1}"], shape)
     return np.broadcast_to(
         reference[f"irg/vae_encode_noise{number + 1}"].transpose(0, 2, 3, 1), shape)
 
-  return draws
+  return noise
 
 
 def thoughts_of(reference, number):
@@ -82,18 +82,18 @@ def thoughts_of(reference, number):
 
 def context_before_image(reference, checkpoint, number):
   """The context as the reference had it before it drew image `number`, with its views."""
-  run = run_of(reference, checkpoint)
-  ctx = irg._begin(run, irg._plan(run)[0])
-  ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
+  job = job_of(reference, checkpoint)
+  ctx = irg.begin(job)
+  ctx = irg.read_thoughts(job, ctx, thoughts_of(reference, 1), after_image=False)
   if number == 2:
-    ctx = look_at_image1(reference, run, ctx)
+    ctx = look_at_image1(reference, job, ctx)
     ctx = fork(ctx, FULL, NO_TEXT)
-    ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 2), apart=True)
-  return run, ctx
+    ctx = irg.read_thoughts(job, ctx, thoughts_of(reference, 2), after_image=True)
+  return job, ctx
 
 
-def look_at_image1(reference, run, ctx):
-  return irg._look(run, ctx, irg._encode(run, reference["irg/image1"][None], 0))
+def look_at_image1(reference, job, ctx):
+  return irg.look(job, ctx, irg.encode(job, reference["irg/image1"][None], 0))
 
 
 def check_cache(reference, ctx, name, order):
@@ -112,9 +112,9 @@ def test_cache_after_system_prompt_and_thought(reference, checkpoint):
 
 
 def test_cache_after_the_first_image(reference, checkpoint):
-  run, ctx = context_before_image(reference, checkpoint, 1)
+  job, ctx = context_before_image(reference, checkpoint, 1)
   start = int(ctx.length[0])
-  ctx = look_at_image1(reference, run, ctx)
+  ctx = look_at_image1(reference, job, ctx)
   length, position = reference["irg/kv_len_after_image1"]
   assert (int(ctx.length[0]), int(ctx.position[0, FULL])) == (length, position)
   # Slots hold [und | gen]; the reference has the latents between their two ends.
@@ -126,12 +126,12 @@ def test_cache_after_the_first_image(reference, checkpoint):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_thoughts_are_identical(reference, checkpoint, number):
-  run, ctx = context_before_image(reference, checkpoint, 1)
-  ctx = irg._begin(run, irg._plan(run)[0])
+  job, ctx = context_before_image(reference, checkpoint, 1)
+  ctx = irg.begin(job)
   if number == 2:
-    ctx = irg._read_thoughts(run, ctx, thoughts_of(reference, 1), apart=False)
-    ctx = look_at_image1(reference, run, ctx)
-  thoughts = irg._think(run, ctx, number - 1)
+    ctx = irg.read_thoughts(job, ctx, thoughts_of(reference, 1), after_image=False)
+    ctx = look_at_image1(reference, job, ctx)
+  thoughts = irg.think(job, ctx, number - 1)
   assert thoughts[0].ids == thoughts_of(reference, number)[0].ids
 
 
@@ -161,11 +161,11 @@ def test_velocity_under_every_guidance(reference, checkpoint, number, name, guid
   if name == "none":
     scales["text_scale"] = 1.0
   guidance = Guidance(**scales, renorm=guidance.renorm, renorm_min=guidance.renorm_min)
-  run, ctx = _context(reference, checkpoint, number)
-  views = steps.guidance_views(guidance)
+  job, ctx = _context(reference, checkpoint, number)
+  views = guidance_views(guidance)
   v = steps.velocities(
-      run.model, run.params["transformer"], ctx, reference[f"irg/noise{number}"][None],
-      np.float32(recorded[f"velocity{number}_t"]), grid=irg._grid(run),
+      job.model, job.params["transformer"], ctx, reference[f"irg/noise{number}"][None],
+      np.float32(recorded[f"velocity{number}_t"]), grid=job.grid,
       special=checkpoint.special, views=views)
   got = v["full"] if len(views) == 1 else flow.guide(
       v, guidance.text_scale, guidance.image_scale, guidance.renorm, guidance.renorm_min)
@@ -179,16 +179,16 @@ def _context(reference, checkpoint, number):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_latents_after_all_steps(reference, checkpoint, number):
-  run, ctx = _context(reference, checkpoint, number)
-  latents = irg._draw(run, ctx, number - 1)
+  job, ctx = _context(reference, checkpoint, number)
+  latents = irg.denoise(job, ctx, number - 1)
   assert relative_error(latents[0], reference[f"irg/latent{number}"]) < 1e-4
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_images_from_recorded_latents(reference, checkpoint, number):
-  run = run_of(reference, checkpoint)
+  job = job_of(reference, checkpoint)
   image = steps.decode_pixels(checkpoint.config, checkpoint.params["vae"],
-                                reference[f"irg/latent{number}"][None], irg._grid(run))
+                                reference[f"irg/latent{number}"][None], job.grid)
   check_image(image[0], reference[f"irg/image{number}"], levels=1, exact=0.99)
 
 
@@ -206,7 +206,7 @@ def test_two_rounds_end_to_end(reference, checkpoint):
   trajectories = irg.generate(
       checkpoint.model, checkpoint.params, IdTokenizer(checkpoint.special),
       [reference["irg/prompt_ids"]], seeds=[0], settings=settings_of(reference, checkpoint),
-      system_prompt=reference["irg/system_ids"], draws=recorded_draws(reference))
+      system_prompt=reference["irg/system_ids"], noise=recorded_noise(reference))
   for number, result in enumerate(trajectories[0].rounds, 1):
     assert result.thought.ids == thoughts_of(reference, number)[0].ids
     check_image(result.image, reference[f"irg/image{number}"], levels=2, exact=0.99)

@@ -1,14 +1,13 @@
-"""Attention block by block, with a backward pass of its own.
+"""Attention in blocks, with linear memory and its own backward pass.
 
-A block of queries goes through those blocks of keys in which one of them sees something (the
-online softmax), so memory is linear in the length, and a block that is hidden from all of them
-costs no more than its mask. What autodiff would keep of such a loop is every block's scores.
-Here the forward pass keeps its result and, for each query, the logarithm of the softmax's
-divisor; the backward pass makes the scores anew (the recurrence of "FlashAttention", arXiv
-2205.14135).
+A block of queries runs over the blocks of keys in which any of its queries sees a key (online
+softmax). Memory is linear in the length, and a block that is hidden from all queries costs only
+its mask. Autodiff would keep the scores of every block. Instead, the forward pass keeps its
+output and each query's log-sum-exp, and the backward pass recomputes the scores
+("FlashAttention", arXiv 2205.14135).
 
-Inside, queries are [B, K, G, T, H], grouped by the keys that their G = N // K heads share: with
-k and v [B, K, S, H] that makes plain products of matrices.
+Queries are grouped by key-value head, [B, K, J, T, H]: with k and v [B, K, S, H], scores are
+plain matrix products. Letters as in `tokens`.
 """
 
 import functools
@@ -16,25 +15,26 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from irg_jax.sharding import partition_spec
 
 MASKED = -1e30
-MAX_INIT = -1e29  # above MASKED: exp(MASKED - max) is exactly 0, also where nothing is seen
+MAX_INIT = -1e29  # above MASKED, so that exp(MASKED - max) is 0 even if a query sees nothing
 
 
 def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, query, keys):
-  """Softmax attention over one row of keys for each row of queries.
+  """Softmax attention, one row of keys for each row of queries; differentiable in q, k and v.
 
-  On a mesh every device takes its own queries: `length` stays split, while the keys, which
-  are few with grouped queries, are gathered, and their gradients are added up once.
+  On a mesh, each device attends with its own queries: q stays split along `length`. Keys and
+  values, few with grouped-query heads, are gathered, and their gradients are summed once.
 
   Args:
-    mask: function (query, keys) -> bool [B, Tq, Tk].
-    query_chunk, key_chunk: largest blocks on a device.
-    query, keys: what `mask` wants to know, pytrees of [B, T] and [B, S].
+    mask: function (query, keys) -> bool [B, T, S].
+    query_chunk, key_chunk: largest block sizes on a device.
+    query, keys: the arguments of `mask`, pytrees of [B, T] and [B, S].
 
   Returns:
     [B, T, N, H] in q's dtype; zeros for queries that see nothing.
@@ -46,13 +46,14 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, qu
   spec = lambda x, *axes: partition_spec(x.shape, axes, mesh)
   kv = spec(k_BKSH, "batch", "heads", None, None)
   q = spec(q_BTNH, "batch", "length", "heads", None)
-  if kv[1] != q[2]:  # heads that share keys stay together
+  if kv[1] != q[2]:  # query heads that share a key-value head stay together
     q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
-  parts = q[1] or ()  # mesh axes that queries are split over and keys are not
+  length_axes = q[1] or ()  # mesh axes that split queries but not keys
 
   def local(q, k, v, query, keys):
-    # Seen by every part: the transpose of this is the sum of their gradients.
-    k, v = (lax.pcast(x, parts, to="varying") for x in (k, v)) if parts else (k, v)
+    # k and v are replicated over `length_axes`: the transpose of this cast sums their gradients.
+    if length_axes:
+      k, v = (lax.pcast(x, length_axes, to="varying") for x in (k, v))
     return attend(q, k, v, query, keys)
 
   specs = (q, kv, kv, jax.tree.map(lambda x: spec(x, "batch", "length"), query),
@@ -60,190 +61,194 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, qu
   return jax.shard_map(local, in_specs=specs, out_specs=q)(q_BTNH, k_BKSH, v_BKSH, query, keys)
 
 
-def softmax_state(mask, key_chunk: int, q, k, v, query, keys):
-  """What the online softmax knows of some keys, to be joined with what it knows of others.
+def softmax_state(mask, key_chunk: int, q_BKJTH, k_BKSH, v_BKSH, query, keys):
+  """Online softmax over one set of keys, to be merged with that over other keys.
 
   Args:
-    q, k, v: [B, K, G, T, H], [B, K, S, H] and [B, K, S, H].
     mask, key_chunk, query, keys: see `blockwise`.
 
   Returns:
-    (highest logit, sum of exponentials, weighted sum of values): float32 [B, K, G, T],
-    [B, K, G, T] and [B, K, G, T, H].
+    (highest logit, sum of exponentials, weighted sum of values): float32 [B, K, J, T],
+    [B, K, J, T] and [B, K, J, T, H].
   """
-  def step(k, v, visible, _, state):
-    logits, (highest, total, out) = _logits(q, k, visible), state
-    new = jnp.maximum(highest, jnp.max(logits, -1))
-    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
-    values = product("bkgtc,bkch->bkgth", weights.astype(v.dtype), v)
-    return new, total * decay + jnp.sum(weights, -1), out * decay[..., None] + values
+  def step(k_BKSH, v_BKSH, visible_BTS, _, state):
+    highest_BKJT, total_BKJT, out_BKJTH = state
+    logits_BKJTS = _logits(q_BKJTH, k_BKSH, visible_BTS)
+    new_BKJT = jnp.maximum(highest_BKJT, jnp.max(logits_BKJTS, -1))
+    weights_BKJTS = jnp.exp(logits_BKJTS - new_BKJT[..., None])
+    decay_BKJT = jnp.exp(highest_BKJT - new_BKJT)
+    values_BKJTH = product("bkjts,bksh->bkjth", weights_BKJTS.astype(v_BKSH.dtype), v_BKSH)
+    return (new_BKJT, total_BKJT * decay_BKJT + jnp.sum(weights_BKJTS, -1),
+            out_BKJTH * decay_BKJT[..., None] + values_BKJTH)
 
-  empty = q.astype(jnp.float32) * 0  # made of q: on a mesh it varies over devices as q does
-  state = empty[..., 0] + MAX_INIT, empty[..., 0], empty
-  return _over_visible_blocks(mask(query, keys), k, v, key_chunk, step, state)
+  # Made from q, so that on a mesh it varies over the same devices as q.
+  zeros_BKJTH = q_BKJTH.astype(jnp.float32) * 0
+  state = zeros_BKJTH[..., 0] + MAX_INIT, zeros_BKJTH[..., 0], zeros_BKJTH
+  return _over_visible_blocks(mask(query, keys), k_BKSH, v_BKSH, key_chunk, step, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(mask, query_chunk, key_chunk, q, k, v, query, keys):
-  return _forward(mask, query_chunk, key_chunk, q, k, v, query, keys)[0]
+def _attend(mask, query_chunk, key_chunk, q_BTNH, k_BKSH, v_BKSH, query, keys):
+  return _forward(mask, query_chunk, key_chunk, q_BTNH, k_BKSH, v_BKSH, query, keys)[0]
 
 
-def _forward(mask, query_chunk, key_chunk, q, k, v, query, keys):
-  # Tied to q: a mask that depends on nothing that is trained would be made once, before the
-  # scan over layers, and kept whole for all blocks and heads.
-  q, query, keys = lax.optimization_barrier((q, query, keys))
+def _forward(mask, query_chunk, key_chunk, q_BTNH, k_BKSH, v_BKSH, query, keys):
+  # The barrier ties the metadata to q. Otherwise XLA computes the mask, which depends on no
+  # layer, before the scan over layers and keeps it for all blocks.
+  q_BTNH, query, keys = lax.optimization_barrier((q_BTNH, query, keys))
 
   def block(args):
-    q, query = args
-    highest, total, out = softmax_state(
-        mask, key_chunk, grouped(q, k.shape[1]), k, v, query, keys)
-    seen = jnp.where(total > 0, total, 1.0)
-    return ungrouped((out / seen[..., None]).astype(q.dtype)), highest + jnp.log(seen)
+    q_BTNH, query = args
+    q_BKJTH = grouped(q_BTNH, k_BKSH.shape[1])
+    highest_BKJT, total_BKJT, out_BKJTH = softmax_state(
+        mask, key_chunk, q_BKJTH, k_BKSH, v_BKSH, query, keys)
+    seen_BKJT = jnp.where(total_BKJT > 0, total_BKJT, 1.0)
+    out_BTNH = ungrouped((out_BKJTH / seen_BKJT[..., None]).astype(q_BTNH.dtype))
+    return out_BTNH, highest_BKJT + jnp.log(seen_BKJT)
 
-  out, lse = lax.map(block, cut((q, query), query_chunk))
-  out = join(out, q.shape[1])
-  return out, (q, k, v, query, keys, out, lse)
+  out_ZBTNH, lse_ZBKJT = lax.map(block, cut((q_BTNH, query), query_chunk))
+  out_BTNH = join(out_ZBTNH, q_BTNH.shape[1])
+  return out_BTNH, (q_BTNH, k_BKSH, v_BKSH, query, keys, out_BTNH, lse_ZBKJT)
 
 
-def _backward(mask, query_chunk, key_chunk, residuals, d_out):
-  q, k, v, query, keys, out, lse = lax.optimization_barrier(residuals)
-  T, (_, K, _, H) = q.shape[1], k.shape
+def _backward(mask, query_chunk, key_chunk, residuals, d_out_BTNH):
+  q_BTNH, k_BKSH, v_BKSH, query, keys, out_BTNH, lse_ZBKJT = lax.optimization_barrier(residuals)
+  _, K, _, H = k_BKSH.shape
   scale = H ** -0.5
+  transposed = lambda x: rearrange(x, "b k s h -> b k h s")
 
   def block(d_kv, args):
-    q, out, d_out, query, lse = args
-    q, out, d_out = (grouped(x, K) for x in (q, out, d_out))
-    # Sum over keys of weight times its gradient, without the weights.
-    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1)
-    # Transposed once, not block by block: the products below contract the queries.
-    q_columns, d_out_columns = lax.optimization_barrier(
-        (q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)))
+    *blocks, query, lse_BKJT = args
+    q_BKJTH, out_BKJTH, d_out_BKJTH = (grouped(x_BTNH, K) for x_BTNH in blocks)
+    # Equals the sum over keys of weight * d_weight, without the weights.
+    inner_BKJT = jnp.sum(d_out_BKJTH.astype(jnp.float32) * out_BKJTH, -1)
+    # Transposed once for all blocks of keys: the products for d_k and d_v contract the queries.
+    q_BKJHT, d_out_BKJHT = lax.optimization_barrier(tuple(
+        rearrange(x, "b k j t h -> b k j h t") for x in (q_BKJTH, d_out_BKJTH)))
 
-    def step(k, v, visible, start, state):
-      d_q, d_k, d_v = state
-      weights = jnp.exp(_logits(q, k, visible) - lse[..., None])
-      d_logits = weights * (product("bkgth,bkch->bkgtc", d_out, v) - inner[..., None])
-      weights, d_logits = weights.astype(q.dtype), d_logits.astype(q.dtype)
-      d_q += product("bkgtc,bkch->bkgth", d_logits, k)
-      d_k = _add_at(start, d_k, product("bkght,bkgtc->bkhc", q_columns, d_logits))
-      d_v = _add_at(start, d_v, product("bkght,bkgtc->bkhc", d_out_columns, weights))
-      return d_q, d_k, d_v
+    def step(k_BKSH, v_BKSH, visible_BTS, start, state):
+      d_q_BKJTH, d_k_BKHS, d_v_BKHS = state
+      weights_BKJTS = jnp.exp(_logits(q_BKJTH, k_BKSH, visible_BTS) - lse_BKJT[..., None])
+      d_weights_BKJTS = product("bkjth,bksh->bkjts", d_out_BKJTH, v_BKSH)
+      d_logits_BKJTS = weights_BKJTS * (d_weights_BKJTS - inner_BKJT[..., None])
+      weights_BKJTS, d_logits_BKJTS = (
+          x.astype(q_BKJTH.dtype) for x in (weights_BKJTS, d_logits_BKJTS))
+      d_q_BKJTH += product("bkjts,bksh->bkjth", d_logits_BKJTS, k_BKSH)
+      d_k_BKHS = _add_at(start, d_k_BKHS, product("bkjht,bkjts->bkhs", q_BKJHT, d_logits_BKJTS))
+      d_v_BKHS = _add_at(start, d_v_BKHS,
+                         product("bkjht,bkjts->bkhs", d_out_BKJHT, weights_BKJTS))
+      return d_q_BKJTH, d_k_BKHS, d_v_BKHS
 
-    d_q = q.astype(jnp.float32) * 0
-    d_q, *d_kv = _over_visible_blocks(mask(query, keys), k, v, key_chunk, step, (d_q, *d_kv))
-    return tuple(d_kv), ungrouped((d_q * scale).astype(q.dtype))
+    state = q_BKJTH.astype(jnp.float32) * 0, *d_kv
+    d_q_BKJTH, *d_kv = _over_visible_blocks(mask(query, keys), k_BKSH, v_BKSH, key_chunk, step,
+                                            state)
+    return tuple(d_kv), ungrouped((d_q_BKJTH * scale).astype(q_BKJTH.dtype))
 
-  # Gradients of keys and values are gathered as [B, K, H, S].
-  zeros = tuple(x.astype(jnp.float32).swapaxes(2, 3) * 0 for x in (k, v))
-  queries = cut((q, out, d_out, query), query_chunk)
-  (d_k, d_v), d_q = lax.scan(block, zeros, (*queries, lse))
-  d_k, d_v = (d.swapaxes(2, 3) for d in (d_k * scale, d_v))
-  return join(d_q, T), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+  zeros = tuple(transposed(x.astype(jnp.float32)) * 0 for x in (k_BKSH, v_BKSH))
+  queries = cut((q_BTNH, out_BTNH, d_out_BTNH, query), query_chunk)
+  (d_k_BKHS, d_v_BKHS), d_q_ZBTNH = lax.scan(block, zeros, (*queries, lse_ZBKJT))
+  d_k_BKSH, d_v_BKSH = (rearrange(x, "b k h s -> b k s h") for x in (d_k_BKHS * scale, d_v_BKHS))
+  return (join(d_q_ZBTNH, q_BTNH.shape[1]), d_k_BKSH.astype(k_BKSH.dtype),
+          d_v_BKSH.astype(v_BKSH.dtype), None, None)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _over_visible_blocks(visible, k, v, key_chunk, step, state):
-  """`state = step(k, v, visible, start, state)` for the blocks in which any row sees something.
+def _over_visible_blocks(visible_BTS, k_BKSH, v_BKSH, key_chunk, step, state):
+  """`state = step(k, v, visible, start, state)` over the blocks of keys that any row sees.
 
-  Args:
-    visible: the mask, bool [B, T, S]. It is made in front of the loop: within it, it would
-      become part of the loops over scores, and so be made anew for each head.
+  The mask is made before the loop. Inside, XLA would fuse it into the loops over scores and
+  recompute it for every head.
   """
-  visible = mask_in_blocks(visible, key_chunk)
-  S, size = k.shape[2], visible.shape[-1]
-  some = jnp.any(visible, (0, 1, 3))
-  order, count = jnp.argsort(~some, stable=True), jnp.sum(some)
+  visible_BTZS = mask_in_blocks(visible_BTS, key_chunk)
+  S, size = k_BKSH.shape[2], visible_BTZS.shape[-1]
+  some_Z = jnp.any(visible_BTZS, (0, 1, 3))
+  order_Z, count = jnp.argsort(~some_Z, stable=True), jnp.sum(some_Z)
 
   def body(carry):
     i, state = carry
-    start = jnp.minimum(order[i] * size, S - size)
-    part = lambda x: lax.dynamic_slice_in_dim(x, start, size, 2)
-    seen = lax.dynamic_index_in_dim(visible, order[i], 2, keepdims=False)
-    return i + 1, step(part(k), part(v), seen, start, state)
+    start = jnp.minimum(order_Z[i] * size, S - size)
+    part = lambda x_BKSH: lax.dynamic_slice_in_dim(x_BKSH, start, size, 2)
+    seen_BTS = lax.dynamic_index_in_dim(visible_BTZS, order_Z[i], 2, keepdims=False)
+    return i + 1, step(part(k_BKSH), part(v_BKSH), seen_BTS, start, state)
 
-  # The bound that does not depend on data stands there for those who read the program.
-  more = lambda carry: (carry[0] < len(some)) & (carry[0] < count)
+  # The static bound changes nothing: `plan` reads it as the most turns that the loop can take.
+  more = lambda carry: (carry[0] < len(some_Z)) & (carry[0] < count)
   return lax.while_loop(more, body, (count * 0, state))[1]
 
 
-def mask_in_blocks(visible, most: int):
-  """[B, T, S] -> [B, T, blocks, `key_size(S, most)`]. The last block ends with the keys.
+def mask_in_blocks(visible_BTS, most: int):
+  """Cuts a mask along its keys: [B, T, S] -> [B, T, Z, `key_size(S, most)`].
 
-  So it may begin within the one before, and keys need no padding, which would copy them; what
-  both have is hidden in the last one.
+  The last block ends where the keys end, so it may overlap the block before it; the overlap is
+  masked in the last block. Padding instead would copy all keys.
   """
-  B, T, S = visible.shape
+  B, T, S = visible_BTS.shape
   size = key_size(S, most)
-  own = -(-S // size) * size - size  # keys in front of the last block's own
-  hidden = jnp.zeros((B, T, own + size - S), bool)
-  parts = visible[..., :own], hidden, visible[..., own:]
-  return jnp.concatenate(parts, -1).reshape(B, T, -1, size)
+  whole = -(-S // size) * size - size  # keys of all blocks but the last
+  hidden_BTS = jnp.zeros((B, T, whole + size - S), bool)
+  parts = visible_BTS[..., :whole], hidden_BTS, visible_BTS[..., whole:]
+  return rearrange(jnp.concatenate(parts, -1), "b t (z s) -> b t z s", s=size)
 
 
-def _logits(q, k, visible):
-  """Scores [B, K, G, T, C] of a block, MASKED where the query must not look."""
-  scores = product("bkgth,bkch->bkgtc", q, k) * q.shape[-1] ** -0.5
-  return jnp.where(visible[:, None, None], scores, MASKED)
+def _logits(q_BKJTH, k_BKSH, visible_BTS):
+  """Scaled scores, float32 [B, K, J, T, S]; MASKED where the query must not see the key."""
+  scores_BKJTS = product("bkjth,bksh->bkjts", q_BKJTH, k_BKSH) * q_BKJTH.shape[-1] ** -0.5
+  return jnp.where(visible_BTS[:, None, None], scores_BKJTS, MASKED)
 
 
 def _add_at(start, total, new):
-  """Adds `new` to `total` from `start` of the last axis on."""
+  """`total` with `new` added from `start` on along the last axis."""
   new += lax.dynamic_slice_in_dim(total, start, new.shape[-1], -1)
   return lax.dynamic_update_slice_in_dim(total, new, start, -1)
 
 
 def grouped(q_RTNH, K: int):
-  """[R, T, N, H] -> [R, K, N // K, T, H]."""
-  R, T, N, H = q_RTNH.shape
-  return q_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  """Groups query heads by the key-value head that they share: [R, K, J, T, H]."""
+  return rearrange(q_RTNH, "r t (k j) h -> r k j t h", k=K)
 
 
-def ungrouped(x_RKGTH):
-  """The inverse of `grouped`."""
-  R, K, G, T, H = x_RKGTH.shape
-  return x_RKGTH.transpose(0, 3, 1, 2, 4).reshape(R, T, K * G, H)
+def ungrouped(x_RKJTH):
+  """The inverse of `grouped`: [R, T, N, H]."""
+  return rearrange(x_RKJTH, "r k j t h -> r t (k j) h")
 
 
 def product(equation, a, b):
-  """An einsum whose sums are float32."""
+  """An einsum that accumulates in float32."""
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def equal_size(length: int, most: int) -> int:
-  """The size of blocks of at most `most` that pads a length least."""
+  """The size, at most `most`, of equal blocks that pad a length least."""
   return -(-length // -(-length // most))
 
 
 def key_size(length: int, most: int) -> int:
-  """The size of blocks of at most `most` keys that share least, in whole lanes of a TPU."""
+  """The size, at most `most`, of blocks of keys that overlap least, in whole TPU lanes (128)."""
   if length <= most:
     return length
   return min(range(most, most // 2, -math.gcd(most, 128)), key=lambda size: -length % size)
 
 
 def pad_to_multiple(x, size: int, axis: int):
-  """Pads an axis at its end to a multiple of `size`.
+  """Pads the end of an axis to a multiple of `size`: floats with 0, integers with -1.
 
-  Integers, which is what the mask looks at, are padded with -1, which sees nothing and is
-  seen by nothing.
+  The integers are the mask's metadata; -1 is `tokens.PADDING`.
   """
   widths = [(0, -x.shape[axis] % size if i == axis else 0) for i in range(x.ndim)]
   return jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
 
 
 def cut(tree, most: int):
-  """[B, T, ...] -> [n, B, size, ...]: equal blocks, the last one padded."""
+  """Cuts rows [B, T, ...] into equal blocks [Z, B, T / Z, ...]; the last one is padded."""
   def one(x):
     size = equal_size(x.shape[1], most)
-    x = pad_to_multiple(x, size, 1)
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    return rearrange(pad_to_multiple(x, size, 1), "b (z t) ... -> z b t ...", t=size)
 
   return jax.tree.map(one, tree)
 
 
 def join(tree, length: int):
-  """The inverse of `cut`."""
-  one = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
-  return jax.tree.map(one, tree)
+  """The inverse of `cut`, for rows of `length` tokens."""
+  return jax.tree.map(lambda x: rearrange(x, "z b t ... -> b (z t) ...")[:, :length], tree)
