@@ -231,6 +231,22 @@ def test_progress_reports_every_step_of_every_phase():
   assert {e[0] for e in events} == {"prompt", "think", "draw", "decode", "encode"}
 
 
+def test_a_listener_changes_neither_the_programs_nor_the_results():
+  settings = dataclasses.replace(SETTINGS, think_limit=40, steps=32)  # more steps than reports
+  silent, = generate(PROMPTS[:1], SEEDS[:1], settings)
+  compiled, heard = [], ([], [])
+  jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+  for events in heard:
+    listened, = generate(PROMPTS[:1], SEEDS[:1], settings,
+                         on_progress=lambda *event, to=events: to.append(event))
+    assert_same(listened, silent)
+  assert not compiled
+  assert heard[0] == heard[1]
+  assert [step for kind, number, step, total in heard[0] if (kind, number) == ("draw", 1)] == [
+      *range(0, 31, 2), 31]
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(rounds=0), "'rounds' is 0"),
     (dict(height=40), "height 40 is not a positive multiple of 16"),

@@ -1,7 +1,7 @@
-"""The FLUX.1 autoencoder: pixels to latents and back (docs/spec.md, section 2). Frozen in training.
+"""The FLUX.1 autoencoder, frozen in training (docs/spec.md, section 2).
 
-All arrays are NHWC: pixels [B, Y, X, 3] in [-1, 1], latents [B, Y, X, z_channels] at 1 /
-`config.downsample` of the resolution. Group norms and the middle attention cover the whole image,
+All arrays are NHWC: pixels [B, Y, X, 3] in [-1, 1], latents [B, Y, X, z] of a resolution that is
+lower by the factor `config.downsample`. Group norms and the middle attention cover the whole image,
 so images of different sizes must not be padded into one batch: group them by size.
 """
 
@@ -17,9 +17,7 @@ from irg_jax.model.layers import GroupNorm
 
 GROUPS, NORM_EPS = 32, 1e-6
 group_norm = functools.partial(GroupNorm, GROUPS, NORM_EPS)
-# Queries of the middle attention scored at once: 64 MiB an image of 1024 pixels a side, where
-# all 16384 queries together would take 1 GiB.
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 1024  # of the middle attention: 64 MiB of scores, not 1 GiB, at 1024 pixels a side
 
 
 class Vae(nn.Module):
@@ -44,7 +42,7 @@ class Vae(nn.Module):
     """Moments of the posterior of pixels, float [B, height, width, 3] in [-1, 1].
 
     Returns:
-      (mean, logvar), unscaled, float32 [B, Y, X, z_channels]; see `sample_latents`.
+      (mean, logvar), unscaled, float32 [B, Y, X, z]; see `sample_latents`.
 
     Raises:
       ValueError: not [B, Y, X, 3], or sides that are no multiples of `config.downsample`.
@@ -61,7 +59,7 @@ class Vae(nn.Module):
     """Pixels of scaled latents, float32 [B, height, width, 3], not clipped.
 
     Raises:
-      ValueError: not [B, Y, X, z_channels].
+      ValueError: not [B, Y, X, z].
     """
     z = self.config.z_channels
     if latents_BYXC.ndim != 4 or latents_BYXC.shape[-1] != z:
@@ -75,7 +73,7 @@ class Vae(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pixels [B, height, width, 3] -> moments, float32 [B, Y, X, 2 * z_channels]."""
+  """Pixels [B, height, width, 3] -> moments, float32 [B, Y, X, 2 * z]."""
 
   config: VaeConfig
   dtype: str
@@ -94,7 +92,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Unscaled latents [B, Y, X, z_channels] -> pixels, float32 [B, height, width, 3]."""
+  """Unscaled latents [B, Y, X, z] -> pixels, float32 [B, height, width, 3]."""
 
   config: VaeConfig
   dtype: str
