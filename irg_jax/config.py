@@ -25,6 +25,7 @@ from ml_collections import config_dict
 from ml_collections import config_flags
 
 DTYPES = ("float32", "bfloat16", "float16")
+REQUIRED = dataclasses.MISSING  # the default of a setting without one
 
 
 def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), was: str = ""):
@@ -68,10 +69,10 @@ class VitConfig:
 
   hidden_size: int = setting(1152, "width", low=1)
   mlp_size: int = setting(4304, "width inside the MLP", low=1)
-  num_layers: int = setting(26, "layers that run: one less than published", low=1)
+  num_layers: int = setting(26, "layers that run, one fewer than in the published model", low=1)
   num_heads: int = setting(16, "heads", low=1)
-  patch_size: int = setting(14, "pixels of a patch's side", low=1)
-  grid_size: int = setting(70, "learned positions of a side", low=1)
+  patch_size: int = setting(14, "pixels along the side of a patch", low=1)
+  grid_size: int = setting(70, "learned positions along a side", low=1)
   norm_eps: float = setting(1e-6, "epsilon of LayerNorm", low=0)
 
 
@@ -80,7 +81,7 @@ class VaeConfig:
   """FLUX.1 autoencoder. Latents are `scale_factor * (z - shift_factor)`."""
 
   ch: int = setting(128, "channels of the first level", low=1)
-  ch_mult: tuple[int, ...] = setting((1, 2, 4, 4), "channels of each level, in `ch`", low=1)
+  ch_mult: tuple[int, ...] = setting((1, 2, 4, 4), "multiple of `ch` at each level", low=1)
   num_res_blocks: int = setting(2, "residual blocks of a level", low=1)
   z_channels: int = setting(16, "channels of a latent", low=1)
   scale_factor: float = setting(0.3611, "scale of the latents")
@@ -101,12 +102,11 @@ class ModelConfig:
   llm: LlmConfig = LlmConfig()
   vit: VitConfig = VitConfig()
   vae: VaeConfig = VaeConfig()
-  max_latent_size: int = setting(64, "latent tokens of the longest side (64: 1024 pixels)", low=1)
-  latent_patch_size: int = setting(2, "latents of a latent token's side", low=1)
+  max_latent_size: int = setting(64, "latent tokens along the long side (64: 1024 px)", low=1)
+  latent_patch_size: int = setting(2, "latents along the side of a latent token", low=1)
   dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
   param_dtype: str = setting("float32", "dtype of new parameters", choices=DTYPES)
-  remat: str = setting(
-      "none", "recomputed in the backward pass: none, full or a name in jax.checkpoint_policies")
+  remat: str = setting("none", "recomputed in backward: none, full or a jax.checkpoint_policies")
 
   @property
   def latent_dim(self) -> int:
@@ -115,7 +115,7 @@ class ModelConfig:
 
   @property
   def pixel_stride(self) -> int:
-    """Pixels of a latent token's side."""
+    """Pixels along the side of a latent token."""
     return self.latent_patch_size * self.vae.downsample
 
   def faults(self):
@@ -178,8 +178,7 @@ def check(settings, prefix: str = "") -> None:
     name, value = prefix + field.name, getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       check(value, name + ".")
-    items = value.items() if isinstance(value, dict) else [("", value)]
-    for key, item in items:
+    for key, item in value.items() if isinstance(value, dict) else [("", value)]:
       if fault := _fault(item, **field.metadata):
         raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {item!r}, {fault}")
   for name, fault in getattr(settings, "faults", tuple)():
@@ -273,12 +272,12 @@ def _run(path, preset):
   if not path.is_file():
     raise ValueError(f"config file {path}: no such file")
   try:
-    get_config = runpy.run_path(str(path))["get_config"]
-    config = get_config(preset) if preset else get_config()
-  except KeyError as e:
-    raise ValueError(f"config file {path}: has no function get_config() ({e})") from e
+    names = runpy.run_path(str(path))
+    config = "get_config" in names and names["get_config"](*[preset] if preset else [])
   except Exception as e:  # whatever the file's own code raises is a fault of the file
     raise ValueError(f"config file {path}: {type(e).__name__}: {e}") from e
+  if "get_config" not in names:
+    raise ValueError(f"config file {path}: has no function get_config()")
   if not isinstance(config, config_dict.ConfigDict):
     raise ValueError(f"config file {path}: get_config() returned a {type(config).__name__}, "
                      "not an ml_collections.ConfigDict")

@@ -8,6 +8,8 @@ import einops
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from irg_jax.config import REQUIRED, setting
+
 # The published transform also limits the area, before the long side. This changes only images
 # more stretched than about 7 to 1, and those only by the rounding in between.
 _MAX_PIXELS = 14 * 14 * 9 * 1024
@@ -23,9 +25,9 @@ class ImageTransform:
   The long side wins if a stretched image cannot satisfy both.
   """
 
-  max_size: int
-  min_size: int
-  stride: int
+  max_size: int = setting(REQUIRED, "longest side of an image, pixels", low=1)
+  min_size: int = setting(REQUIRED, "shortest side of an image, pixels", low=1)
+  stride: int = setting(REQUIRED, "both sides become multiples of this, pixels", low=1)
 
   def __post_init__(self):
     if self.stride < 1 or not self.stride <= self.min_size <= self.max_size:

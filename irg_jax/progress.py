@@ -1,9 +1,11 @@
-"""What a long run is doing, on stderr: a bar in a terminal, a line a phase elsewhere."""
+"""Progress of a long run on stderr: a bar in a terminal, one line for each phase elsewhere."""
 
 import contextlib
 import sys
 
-# What the engine calls its phases, and what a person reads. `{n}` is the round from 1.
+from rich import console, progress
+
+# Kinds of phases and their labels; `{n}` is the round from 1.
 LABELS = {
     "read": "reading weights",
     "prompt": "reading the prompt",
@@ -12,86 +14,69 @@ LABELS = {
     "decode": "decoding the image, round {n}",
     "encode": "looking at the image, round {n}",
 }
-UNITS = {"read": "tensor", "think": "token", "draw": "step"}
 
 
 class Progress:
-  """Shows events as they come; a context manager, so that the bar never outlives the run.
+  """Context manager that shows events: `progress(kind, round, step, total)`.
 
-  Call it as the engine does, `progress(kind, round, step, total)`: `kind` is a key of
-  `LABELS` (any other text is shown as it is), `round` counts from 0, `step` of `total` steps
-  are done (total 0: length unknown). Step 0 announces a phase; the first time it is also when
-  its program is compiled, and the display says so.
+  `kind` is a key of `LABELS` or the label itself. `round` counts from 0. `step` of `total` steps
+  are done; total 0 is an unknown length. Step 0 announces a phase; the first one of a kind also
+  compiles its program, and the display says so.
 
   Attributes:
     prefix: put before every label, for example "prompt 3 of 10: "; may be changed.
   """
 
   def __init__(self, stream=None, prefix: str = ""):
-    self.prefix = prefix
-    self._stream = stream or sys.stderr
-    self._bar = terminal_bar(self._stream) if self._stream.isatty() else None
-    self._task = None
-    self._label, self._step = None, 0
-    self._over = set()  # labels of phases that have passed
-    self._kinds = set()  # kinds that have been seen
+    self.prefix, self._stream = prefix, stream or sys.stderr
+    self._bar = terminal_bar(self._stream)
+    self._task, self._label, self._step = None, None, 0
+    self._seen = set()  # kinds and labels
 
   def __enter__(self):
-    if self._bar:
-      self._bar.start()
+    self._bar.start()
     return self
 
   def __exit__(self, *_):
-    if self._bar:
-      self._bar.stop()
+    self._bar.stop()
 
   def __call__(self, kind: str, round: int = 0, step: int = 0, total: int = 0):
     label = self.prefix + LABELS.get(kind, kind).format(n=round + 1)
-    if label in self._over:
-      return  # devices report without being waited for, so an event may come late
     if label != self._label:
-      self._start(label, kind, step)
+      if label in self._seen:
+        return  # devices are not waited for, so an event may come after its phase
+      self._begin(kind, label, step)
     self._step = max(self._step, step)
-    if self._bar:
-      self._bar.update(self._task, completed=self._step, total=total or None)
-      if self._step:
-        self._bar.update(self._task, description=label)
+    shown = {"description": label} if self._step else {}
+    self._bar.update(self._task, completed=self._step, total=total or None, **shown)
 
-  def _start(self, label, kind, step):
-    compiles = step == 0 and kind not in self._kinds and kind != "read"
+  def _begin(self, kind, label, step):
+    compiles = step == 0 and kind not in self._seen and kind != "read"
     text = label + " (the first time compiles)" if compiles else label
-    if self._label is not None:
-      self._over.add(self._label)
     self._label, self._step = label, 0
-    self._kinds.add(kind)
-    if not self._bar:
+    self._seen |= {kind, label}
+    if self._bar.disable:
       print(text, file=self._stream, flush=True)
-      return
     if self._task is not None:
       self._bar.remove_task(self._task)
-    self._task = self._bar.add_task(text, total=None, unit=UNITS.get(kind, ""))
+    self._task = self._bar.add_task(text, total=None)
 
 
-def terminal_bar(stream, width: int = 40):
-  """A `rich` display for a terminal, its bar `width` wide; tasks name a `unit`."""
-  from rich import console, progress  # only a terminal pays for the import
-  columns = (
-      progress.SpinnerColumn(),
-      progress.TextColumn("{task.description}"),
-      progress.BarColumn(width),
-      progress.TextColumn("{task.fields[unit]}"),
-      progress.MofNCompleteColumn(separator=" of "),
-      progress.TimeElapsedColumn(),
-  )
-  return progress.Progress(*columns, console=console.Console(file=stream), transient=True)
+def terminal_bar(stream, width: int = 40) -> progress.Progress:
+  """A `rich` display whose bar is `width` wide; it shows nothing where there is no terminal."""
+  columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"),
+             progress.BarColumn(width), progress.MofNCompleteColumn(separator=" of "),
+             progress.TimeElapsedColumn())
+  return progress.Progress(*columns, console=console.Console(file=stream), transient=True,
+                           disable=not stream.isatty())
 
 
 @contextlib.contextmanager
 def counting(label: str, total: int | None):
-  """Yields a function that passes an iterable on and shows how far it is; None: of how many."""
-  with Progress() as progress:
+  """Yields a function that passes an iterable on and shows how many items have passed."""
+  with Progress() as shown:
     def count(items):
       for number, item in enumerate(items, 1):
-        progress(label, 0, number, total or 0)
+        shown(label, 0, number, total or 0)
         yield item
     yield count

@@ -1,14 +1,18 @@
 """Configuration files: their values, and reading them with overrides."""
 
+import argparse
 import dataclasses
+import functools
 import pathlib
 import re
+import runpy
 import sys
 
 import pytest
 from absl import flags
 
 from irg_jax import config as config_lib
+from irg_jax.commands import flags as command_flags
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import run as mini_run
 from irg_jax.train import settings as train_settings
@@ -168,3 +172,77 @@ def test_a_settings_file_with_a_wrong_field_is_named(tmp_path, fields, message):
   path = _write(tmp_path, f"def get_config():\n  return config_dict.ConfigDict({fields})")
   with pytest.raises(ValueError, match=message):
     config_lib.read(Settings(), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inner:
+  size: int = config_lib.setting(2, "a size", low=1, high=4, was="width")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+  inner: _Inner = _Inner()
+  rate: float = config_lib.setting(0.5, "a rate", above=0)
+  kind: str = config_lib.setting("a", "a kind", choices=("a", "b"))
+  weights: dict[str, float] = config_lib.setting({"x": 1.0, "y": 0.0}, "weights", low=0)
+  limit: int | None = config_lib.setting(None, "a limit", low=1)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("inner.size=0", "config field 'inner.size' is 0, but must be at least 1"),
+    ("inner.size=5", "config field 'inner.size' is 5, but must be at most 4"),
+    ("rate=0", "config field 'rate' is 0.0, but must be above 0"),
+    ("rate=nan", "config field 'rate' is nan, but must be finite"),
+    ("kind=c", "config field 'kind' is 'c', not one of ('a', 'b')"),
+    ("weights.y=-1", "config field 'weights.y' is -1.0, but must be at least 0"),
+    ("weights.z=1", "no field 'z' in weights; its fields: x, y"),
+    ("limit=0", "config field 'limit' is 0, but must be at least 1"),
+])
+def test_a_setting_out_of_its_bounds_is_named(override, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    config_lib.read(_Outer(), overrides=[override])
+
+
+def test_settings_come_back_from_their_config():
+  settings = _Outer(inner=_Inner(size=3), weights={"x": 0.0, "y": 2.0}, limit=7)
+  config = config_lib.to_config(settings)
+  assert config_lib.build(_Outer, config) == settings
+  assert config_lib.build(_Outer, dataclasses.asdict(settings)) == settings
+
+
+def test_an_older_name_is_taken_with_a_note(tmp_path, capsys):
+  path = _write(tmp_path, "def get_config():\n"
+                          "  return config_dict.ConfigDict({'inner': {'width': 3}})")
+  assert config_lib.read(_Outer(), path).inner.size == 3
+  assert config_lib.read(_Outer(), overrides=["inner.width=4"]).inner.size == 4
+  assert config_lib.build(_Outer, {"inner": {"width": 1}}).inner.size == 1
+  assert capsys.readouterr().err.count("is now") == 3
+  assert config_lib.renamed(_Outer) == {"inner.width": "inner.size"}
+
+
+def test_a_preset_is_asked_for_by_the_name_of_the_file(tmp_path, capsys):
+  path = _write(tmp_path, "def get_config(preset='one'):\n"
+                          "  return config_dict.ConfigDict({'kind': {'one': 'a', 'two': 'b'}[preset]})")
+  assert config_lib.read(_Outer(), path).kind == "a"
+  assert config_lib.read(_Outer(), f"{path}:two").kind == "b"
+  assert capsys.readouterr().err == ""
+  assert config_lib.read(_Outer(), path, ["preset=two"]).kind == "b"
+  assert f"--config.preset=two is now --config {path}:two" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="custom.py: .*'three'"):
+    config_lib.read(_Outer(), f"{path}:three")
+
+
+def test_the_tables_of_settings_are_those_of_the_code():
+  made = runpy.run_path(str(CONFIGS.parent / "docs" / "settings.py"))["render"]()
+  assert (CONFIGS.parent / "docs" / "settings.md").read_text(encoding="utf-8") == made, (
+      "docs/settings.md is older than the code: run python docs/settings.py")
+
+
+def test_short_flags_show_the_defaults_of_the_settings():
+  group = argparse.ArgumentParser()
+  command_flags.add_shorthands(group, Settings().think_limit)
+  for action in group._actions[1:]:
+    shown = re.search(r"\(([\d.]+)\)$", action.help)
+    for field in command_flags.SHORTHANDS.get(action.dest, ()) if shown else ():
+      value = functools.reduce(getattr, field.split("."), Settings())
+      assert str(value) == shown[1], action.dest

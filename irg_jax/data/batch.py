@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from irg_jax.config import REQUIRED, setting
 from irg_jax.images import to_pixels
 from irg_jax.tokens import PADDING, Tokens
 
@@ -26,11 +27,11 @@ class BufferSizes:
     ValueError: a negative size, or no room for a single sample.
   """
 
-  und: int
-  gen: int
-  vit: int
-  text: int
-  samples: int
+  und: int = setting(REQUIRED, "understanding tokens of a row", low=0)
+  gen: int = setting(REQUIRED, "generation tokens of a row", low=0)
+  vit: int = setting(REQUIRED, "ViT patches of a row", low=0)
+  text: int = setting(REQUIRED, "predicted text positions of a row", low=0)
+  samples: int = setting(REQUIRED, "samples of a row", low=1)
 
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():

@@ -46,13 +46,14 @@ class Guidance:
   """How the velocities of several contexts are combined (see `flow.guide`)."""
 
   text_scale: float = setting(
-      4.0, "weight of the full context against the one without text; <= 1 is no guidance")
+      4.0, "weight of the full context against the context without text; <= 1: no guidance")
   image_scale: float = setting(
-      1.0, "weight against the context without images; <= 1 leaves it out")
+      1.0, "weight of the full context against the context without images; <= 1: no guidance")
   interval: tuple[float, float] = setting(
       (0.4, 1.0), "guidance is on while interval[0] < t <= interval[1], t the shifted timestep")
-  renorm: str = setting("global", "what the guided velocity is rescaled over", choices=RENORMS)
-  renorm_min: float = setting(0.0, "lower bound of the rescaling", low=0, high=1)
+  renorm: str = setting(
+      "global", "values whose norm is restored after guidance (see `flow.guide`)", choices=RENORMS)
+  renorm_min: float = setting(0.0, "smallest factor by which a norm is restored", low=0, high=1)
 
   def faults(self):
     if len(self.interval) != 2 or self.interval[0] >= self.interval[1]:
@@ -72,25 +73,28 @@ class Sampling:
 class Settings:
   """One run of interleaved generation."""
 
-  rounds: int = setting(2, "images of a prompt", low=1)
-  height: int = setting(1024, "pixels of the images", low=1)
-  width: int = setting(1024, "pixels of the images", low=1)
-  steps: int = setting(50, "points of the flow schedule: steps - 1 Euler updates", low=2)
+  rounds: int = setting(2, "images generated for each prompt, one a round", low=1)
+  height: int = setting(1024, "image height in pixels", low=1)
+  width: int = setting(1024, "image width in pixels", low=1)
+  steps: int = setting(50, "points of the flow schedule, so steps - 1 Euler updates", low=2)
   timestep_shift: float = setting(3.0, "warps the schedule towards noise; 1: none", above=0)
   think: bool = setting(True, "write a thought before each image")
   think_limit: int = setting(
-      1000, "tokens of a thought with its start token; 4096 in the paper's evaluations", low=1,
-      high=_LONGEST)
-  temperature: float = setting(0.3, "of thoughts and answers; 0 is greedy", low=0)
-  top_k: int = setting(0, "sample from the k likeliest tokens; 0: all", low=0)
-  top_p: float = setting(1.0, "sample from this share of the probability", above=0, high=1)
+      1000, "longest thought in tokens, its start token included (the paper's evaluations: 4096)",
+      low=1, high=_LONGEST)
+  temperature: float = setting(
+      0.3, "sampling temperature of thoughts and answers; 0 is greedy", low=0)
+  top_k: int = setting(0, "sample from the top_k likeliest tokens; 0: all", low=0)
+  top_p: float = setting(
+      1.0, "sample from the likeliest tokens that reach this probability together", above=0, high=1)
   first: Guidance = Guidance()
   later: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
   window: int | None = setting(
-      None, "earlier rounds that a round sees; not set: all that fit", low=1)
-  max_prompt_tokens: int = setting(512, "longest prompt; sizes the cache", low=1, high=_LONGEST)
+      None, "earlier rounds that a round can see; not set: all that fit the cache", low=1)
+  max_prompt_tokens: int = setting(
+      512, "longest prompt in tokens; decides the size of the cache", low=1, high=_LONGEST)
   cache_size: int | None = setting(
-      None, "slots of the kv cache of a row; not set: as needed; too few shorten the window")
+      None, "kv cache slots of a row; not set: as many as needed; fewer shorten the window")
   vae_transform: ImageTransform = VAE_TRANSFORM
   vit_transform: ImageTransform = VIT_TRANSFORM
 

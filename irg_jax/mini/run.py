@@ -71,19 +71,19 @@ class Settings:
 
   config: str = ""
   model: ModelConfig = MODEL
-  seed: int = setting(0, "of everything that is random", low=0)
+  seed: int = setting(0, "random seed of everything", low=0)
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
-  vae_batch: int = setting(2, "images of an update of the autoencoder", low=1)
+  vae_batch: int = setting(2, "images in an update of the autoencoder", low=1)
   vae_learning_rate: float = setting(1e-3, "peak learning rate of the autoencoder", above=0)
-  vae_pictures: int = setting(6000, "different images that the autoencoder learns from", low=1)
+  vae_pictures: int = setting(6000, "distinct images to train the autoencoder on", low=1)
   autoencoder: str = setting(
-      "", "checkpoint folder whose autoencoder is used as it is; empty: one is trained")
-  base_rows: int = setting(72000, "rows that the base model learns from", low=1)
+      "", "checkpoint folder to take the autoencoder from; empty: train one")
+  base_rows: int = setting(72000, "rows to train the base model on", low=1)
   trajectories: int = setting(6000, "prompts of the trajectories for the two stages", low=1)
   first_temperature: float = setting(
-      1.0, "of the thoughts of those; high, so that more images can be improved", low=0)
+      1.0, "sampling temperature of their thoughts; high: more images to improve", low=0)
   sample_batch: int = setting(64, "prompts generated side by side", low=1)
-  train: tuple[str, ...] = setting((), "overrides of every training, \"field=value\"")
+  train: tuple[str, ...] = setting((), "overrides for every training, \"field=value\"")
   test_seen: int = setting(168, "test prompts of combinations seen in training", low=1)
   test_unseen: int = setting(96, "test prompts of combinations not seen in training", low=0)
   test_pictures: int = setting(4, "images of a test prompt", low=1)

@@ -59,7 +59,7 @@ class Log(contextlib.ExitStack):
     if stream.isatty():
       self._bar = self.enter_context(progress.terminal_bar(stream, _BAR_WIDTH))
       self._task = self._bar.add_task(f"{self._stage}: the first step compiles", completed=start,
-                                      total=self._total, unit="")
+                                      total=self._total)
 
   def note(self, text: str) -> None:
     """Prints a line of text in the terminal."""

@@ -28,9 +28,11 @@ def mixture(**weights) -> dict[str, float]:
 class Dropout:
   """Probabilities that a conditioning split is dropped (spec section 3)."""
 
-  text: float = setting(0.0, "probability that a conditioning text is dropped", low=0, high=1)
-  vit: float = setting(0.0, "probability that the ViT view of an image is dropped", low=0, high=1)
-  vae: float = setting(0.3, "probability that the VAE view of an image is dropped", low=0, high=1)
+  text: float = setting(0.0, "probability of dropping a conditioning text", low=0, high=1)
+  vit: float = setting(
+      0.0, "probability of dropping the ViT view of a conditioning image", low=0, high=1)
+  vae: float = setting(
+      0.3, "probability of dropping the VAE view of a conditioning image", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,20 +40,22 @@ class DataSettings:
   """From records to packed rows."""
 
   path: str = setting(
-      "", "folder of the data, published or of `irg data build`; \"sample\": `irg data sample`")
-  streams: int = setting(0, "independent streams that the data is cut into; 0: one a row", low=0)
-  workers: int = setting(8, "worker processes of a host; 0: none", low=0)
-  rows: int = setting(64, "rows of a global batch", low=1)
+      "", "folder of published data or of `irg data build`; \"sample\": made by `irg data sample`")
+  streams: int = setting(
+      0, "independent streams that the data is split into; 0: one for each row", low=0)
+  workers: int = setting(8, "worker processes on each host; 0: none", low=0)
+  rows: int = setting(64, "rows of the global batch", low=1)
   accumulate: int = setting(1, "batches whose gradients are summed before an update", low=1)
-  bins: int = setting(32, "rows that the packer of a stream fills at a time", low=1)
-  max_sample_tokens: int = setting(32768, "longer samples are skipped and counted", low=1)
+  bins: int = setting(32, "rows that the packer of each stream fills at a time", low=1)
+  max_sample_tokens: int = setting(
+      32768, "longest sample in tokens; longer ones are skipped and counted", low=1)
   vae_transform: ImageTransform = VAE_TRANSFORM
   vit_transform: ImageTransform = VIT_TRAIN_TRANSFORM
   dropout: Dropout = Dropout()
   posterior: str = setting(
-      "sample", "latents: a sample of the VAE's posterior, or its mean", choices=("sample", "mean"))
+      "sample", "latents: a sample of the VAE's posterior or its mean", choices=("sample", "mean"))
   noise_samples: int = setting(
-      1, "noised copies of a target image, each with its own noise and timestep", low=1,
+      1, "noised copies of each target image, each with its own noise and timestep", low=1,
       was="noise_draws")
   ce_loss_reweighting: bool = setting(False, "weigh each text by 1 / sqrt(length)")
   max_rejected: float = setting(
@@ -70,23 +74,27 @@ class DataSettings:
 class Freeze:
   """Step of the stage from which a part is not trained; -1: never."""
 
-  und: int = setting(NEVER, "understanding experts; step from which frozen, -1: never", low=NEVER)
-  gen: int = setting(NEVER, "generation experts, likewise", low=NEVER)
-  vit: int = setting(NEVER, "vision transformer without its connector, likewise", low=NEVER)
-  llm: int = setting(NEVER, "both experts, token embedding and text head, likewise", low=NEVER)
+  und: int = setting(NEVER, "step from which the und experts are frozen; -1: never", low=NEVER)
+  gen: int = setting(NEVER, "step from which the gen experts are frozen; -1: never", low=NEVER)
+  vit: int = setting(
+      NEVER, "step from which the ViT is frozen, without its connector; -1: never", low=NEVER)
+  llm: int = setting(
+      NEVER, "step from which experts, embedding and text head are frozen; -1: never", low=NEVER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOff:
   """Step of the stage from which a loss is measured, but not trained on; -1: never."""
 
-  ce: int = setting(NEVER, "step from which the text loss is only measured, -1: never", low=NEVER)
-  mse: int = setting(NEVER, "step from which the image loss is only measured, -1: never", low=NEVER)
+  ce: int = setting(
+      NEVER, "step from which the text loss is measured but not trained on; -1: never", low=NEVER)
+  mse: int = setting(
+      NEVER, "step from which the image loss is measured but not trained on; -1: never", low=NEVER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-  """What changes during a stage and is compiled in: one compilation each.
+  """Static arguments of the train step that change during a stage: one compilation each.
 
   Attributes:
     frozen: names of `Freeze` that are not trained.
@@ -102,16 +110,16 @@ class StageSettings:
   """One stage; the defaults are those of stage 1."""
 
   steps: int = setting(2000, "updates", low=1)
-  learning_rate: float = setting(2e-5, "constant between warm-up and decay", low=0)
-  warmup_steps: int = setting(500, "steps of the linear rise from 0", low=0)
-  decay_steps: int = setting(0, "last steps, with a linear fall to 0", low=0)
+  learning_rate: float = setting(2e-5, "learning rate, constant between warm-up and decay", low=0)
+  warmup_steps: int = setting(500, "steps of the linear warm-up from 0", low=0)
+  decay_steps: int = setting(0, "last steps, with a linear decay to 0", low=0)
   mixture: dict[str, float] = setting(mixture(
       initial_thinking_understanding_learning=0.5,
       initial_thinking_generation_learning=0.5,
       initial_full_learning=1.0,
       improving_thinking_understanding_learning=0.5,
       improving_thinking_generation_learning=0.5,
-      improving_full_learning=1.0), "weight of the mode; 0 leaves it out", low=0)
+      improving_full_learning=1.0), "weight of the mode in the data; 0: none", low=0)
   sizes: BufferSizes = BufferSizes(und=20480, gen=12288, vit=14720, text=4096, samples=16)
   freeze: Freeze = Freeze()
   loss_off: LossOff = LossOff()
@@ -124,7 +132,7 @@ class StageSettings:
                     losses=tuple(name for name in ("ce", "mse") if name not in off))
 
 
-# More images are drawn than read: another proportion of the buffers.
+# Stage 2 trains on more target images than it reads: other proportions of the buffers.
 STAGE2 = StageSettings(
     steps=30000, warmup_steps=0,
     mixture=mixture(initial_full_learning=1.0, improving_full_learning=1.0),
@@ -144,10 +152,11 @@ class OptimizerSettings:
 class MeshSettings:
   """Devices along each mesh axis."""
 
-  data: int = setting(1, "devices that replicate the weights", low=1)
-  fsdp: int = setting(0, "devices that shard the weights; 0: all that the other axes leave", low=0)
-  sequence: int = setting(1, "devices that share a row", low=1)
-  tensor: int = setting(1, "devices that share heads and MLPs", low=1)
+  data: int = setting(1, "devices on the axis that replicates the weights", low=1)
+  fsdp: int = setting(
+      0, "devices on the axis that shards the weights; 0: all that the other axes leave", low=0)
+  sequence: int = setting(1, "devices on the axis that splits rows", low=1)
+  tensor: int = setting(1, "devices on the axis that splits heads and MLPs", low=1)
 
   def shape(self, devices: int) -> dict[str, int]:
     """Sizes by axis for a number of devices, for `sharding.make_mesh`."""
@@ -160,23 +169,25 @@ class TrainSettings:
   """One run of training: both stages, or one of them."""
 
   model: ModelConfig = ModelConfig(dtype="bfloat16", param_dtype="float32", remat="full")
-  checkpoint: str = setting("", "folder of the weights that training starts from")
-  random_weights: bool = setting(False, "without a checkpoint, start from random weights")
+  checkpoint: str = setting("", "folder of the weights to start from")
+  random_weights: bool = setting(False, "start from random weights if there is no checkpoint")
   data: DataSettings = DataSettings()
   stage1: StageSettings = StageSettings()
   stage2: StageSettings = STAGE2
   run_stages: str = setting("both", "stages to run", choices=("both", *STAGES))
   optimizer: OptimizerSettings = OptimizerSettings()
   ema_decay: float = setting(
-      0.995, "of the moving average of the weights, which is exported", low=0, high=1)
-  timestep_shift: float = setting(4.0, "warps sampled timesteps towards noise; 1: none", above=0)
+      0.995, "decay of the moving average of the weights, which is what is exported", low=0, high=1)
+  timestep_shift: float = setting(
+      4.0, "shift of the sampled timesteps towards noise; 1: none", above=0)
   mesh: MeshSettings = MeshSettings()
   checkpoint_every: int = setting(500, "steps between checkpoints", low=1)
-  keep: int = setting(3, "newest checkpoints that are kept", low=1)
-  log_every: int = setting(10, "steps between lines of the log", low=1)
+  keep: int = setting(3, "number of newest checkpoints to keep", low=1)
+  log_every: int = setting(10, "steps between lines in the terminal", low=1)
   profile_at: int = setting(
-      0, "step of each stage from which a profiler trace of 3 steps is taken; 0: none", low=0)
-  seed: int = setting(0, "of data order, dropout, noise, timesteps and random weights", low=0)
+      0, "step of each stage at which a profiler trace of 3 steps starts; 0: no trace", low=0)
+  seed: int = setting(
+      0, "random seed of data order, dropout, noise, timesteps and initial weights", low=0)
 
   @property
   def stages(self) -> dict[str, StageSettings]:
