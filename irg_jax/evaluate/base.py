@@ -87,11 +87,8 @@ class Benchmark:
   def read(self, path=None) -> list[Item]:
     """Reads and checks the official prompt files, in their order.
 
-    Args:
-      path: a file or folder as published; None: the file that comes with this package.
-
-    Raises:
-      ValueError: names the file, the line and the fault.
+    `path` is a file or folder as published; None: the file that comes with this package.
+    ValueError names the file, the line and the fault.
     """
     if path is None and self.packaged is None:
       raise ValueError(f"--prompts: give the path of your copy of {self.name}'s prompts")
@@ -134,9 +131,7 @@ class Benchmark:
   def image_path(self, item: Item, image: int, round: int) -> pathlib.PurePath:
     """Path of an image below the run's folder, where the official scorer expects it.
 
-    Args:
-      image: from 0; the images of a grid share a path.
-      round: from 1. Every round has a root of its own, `round_root`.
+    Images count from 0, those of a grid share a path. Rounds count from 1, see `round_root`.
     """
     raise NotImplementedError
 
@@ -145,12 +140,10 @@ class Benchmark:
     return {}
 
   def questions(self, item: Item, path, round: int, references=None, templates=None):
-    """Yields the `questions.Question`s about a prompt's image (or grid) of one round.
+    """Yields the `questions.Question`s about the image (or grid) of a prompt and round at `path`.
 
-    Args:
-      path: of the image.
-      references: what the benchmark reads from its question files.
-      templates: {name: Template} in place of the built-in ones.
+    `references` is what the benchmark reads from its question files, `templates` {name: Template}
+    in place of the built-in ones.
     """
     raise NotImplementedError
 
@@ -159,15 +152,10 @@ class Benchmark:
     return (templates or {}).get(name) or self.templates[name][0]
 
   def score(self, folder, options, open_judge) -> dict:
-    """Scores a run's images, writes scores.json and items.jsonl, and returns the former.
+    """Scores a `score.ImageFolder`, writes scores.json and items.jsonl, returns the former.
 
-    Args:
-      folder: a `score.ImageFolder`.
-      options: the parsed flags.
-      open_judge: () -> context manager of a `questions.Panel`; refuses missing judge flags.
-
-    Raises:
-      ValueError: a flag or file is missing or unfit; names it.
+    `options` are the parsed flags, `open_judge` () -> context manager of a `questions.OpenJudge`.
+    ValueError names a flag or file that is missing or unfit.
     """
     raise NotImplementedError
 
@@ -229,15 +217,11 @@ class Mean:
 
 
 class Unscored:
-  """Items without a score, counted by reason; the first few are named.
-
-  Attributes:
-    counts: {reason: number of items}.
-    examples: the first `limit` of them, as {"item": str, "reason": str, "detail": str}.
-  """
+  """Items without a score, counted by reason; the first `limit` of them are named."""
 
   def __init__(self, limit: int = 20):
-    self.counts, self.examples, self._limit = {}, [], limit
+    self.counts = {}  # {reason: number of items}
+    self.examples, self._limit = [], limit  # [{"item", "reason", "detail"}]
 
   def add(self, item: str, reason: str, detail: str = "") -> None:
     """Counts an item; `reason` is a short constant phrase, `detail` what was found."""
@@ -253,20 +237,13 @@ class Unscored:
 
 
 class GroupMeans:
-  """The mean over prompts of the mean of each prompt's values, overall and by group.
-
-  Attributes:
-    unscored: prompts without a score.
-  """
+  """The mean over prompts of the mean of each prompt's values, overall and by group."""
 
   def __init__(self):
     self.unscored, self._groups = Unscored(), collections.defaultdict(Mean)
 
   def add(self, group: str, number: str, values) -> float | None:
-    """Adds a prompt's values and returns their mean.
-
-    None among the values, or no value at all, makes a prompt without a score.
-    """
+    """Adds a prompt's values and returns their mean; unscored without values, or with a None."""
     values = list(values)
     if not values or any(v is None for v in values):
       reason = "a cell has no score" if values else "no cell to score"

@@ -159,17 +159,14 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
 
 
 def records(images, classes, detect, classify, cache_path, names: str):
-  """Yields a record of detections an image, in order; finished ones come from the cache.
+  """Yields a record of detections an image, in order; ValueError where image after image failed.
 
   Args:
     images: iterable of (path, filename, metadata): the file, and what its record shall hold.
     classes: the class names to detect.
     detect, classify: see the top of this file; `classify` may be None where no colours are asked.
-    cache_path: keeps the finished records, by the images' content.
-    names: of the two functions; records of others are not taken from the cache.
-
-  Raises:
-    ValueError: one image after another failed.
+    cache_path: keeps the finished records, by the images' content and by `names`, those of the
+      two functions.
   """
   failures = 0
   with records_lib.Cache(cache_path, "digest") as cache:
@@ -208,11 +205,7 @@ def clip_classifier(encode_image, encode_text):
 
 
 def object_crop(image: Image.Image, box, mask=None) -> Image.Image:
-  """An object for the colour classifier: grey outside the mask, cropped to the rounded box.
-
-  Raises:
-    ValueError: the mask is not of the image's size, or the box holds no pixel.
-  """
+  """An object for the colour classifier: grey outside the mask, cropped to the rounded box."""
   if mask is not None:
     pixels, mask = np.array(image), np.asarray(mask, bool)
     if mask.shape != pixels.shape[:2]:

@@ -85,12 +85,7 @@ class OutFolder:
 
 
 def generate_images(request: Request) -> Result:
-  """Generates the images that are not there yet.
-
-  Raises:
-    ValueError, OSError: with a message for the user; before the weights are read wherever
-      that is possible.
-  """
+  """Generates the images that are not there yet; refuses before the weights are read if it can."""
   config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
   tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
@@ -153,11 +148,7 @@ def open_run(out, settings: dict, notes: dict, process: str):
   Args:
     settings: JSON; what decides every file. Recorded, and compared from then on.
     notes: JSON; recorded beside them, not compared.
-    process: names this process among those that share the folder.
-
-  Raises:
-    ValueError: the folder is of other settings or of something else, or a process of that
-      name is at work in it.
+    process: names this process among those that share the folder; ValueError if it is at work.
   """
   out = pathlib.Path(out)
   _check_run(out, settings)

@@ -60,23 +60,14 @@ class Stop(ValueError):
 
 
 class Judge:
-  """Answers questions from the cache or the endpoint. A context manager.
-
-  Attributes:
-    account: counts of what happened so far.
-    lost: lines of an old cache that could not be imported.
-  """
+  """Answers questions from the cache or the endpoint; a context manager. `account` counts them."""
 
   def __init__(self, settings: JudgeSettings, cache_path):
-    """Opens the cache and the client; sends nothing.
-
-    Raises:
-      ValueError: the key cannot be one, the `openai` package is missing, or the cache is in use.
-    """
+    """Opens the cache and the client; ValueError for an impossible key or a cache in use."""
     self.settings, self.account = settings, Account()
     self._client = _client(settings)
     self._cache = Cache(cache_path, "digest")
-    self.lost = self._cache.lost
+    self.lost = self._cache.lost  # lines of an old cache that could not be imported
     self._encode = functools.lru_cache(settings.concurrency + 4)(encode)
     self._turns = asyncio.Semaphore(settings.concurrency)
     self._locks = weakref.WeakValueDictionary()  # by digest, of what is under way
@@ -110,8 +101,7 @@ class Judge:
 
     Raises:
       ValueError: two questions have one key.
-      Stop: asking on makes no sense: a wrong key, no such model, quota used up, or nothing but
-        failures. What was answered is in the cache.
+      Stop: for a wrong key, no such model, quota used up, or nothing but failures.
     """
     waiting, ahead, self._failures = collections.deque(), _AHEAD * self.settings.concurrency, 0
     try:
@@ -181,7 +171,7 @@ class Judge:
 
   async def _call(self, question, images):
     """One HTTP request; raises Fault, or Stop after which nothing is asked any more."""
-    while (left := self._resume_at - time.monotonic()) > 0:
+    while not self._over.is_set() and (left := self._resume_at - time.monotonic()) > 0:
       await self._sleep(left)
     self._check_open()
     self.account.calls += 1

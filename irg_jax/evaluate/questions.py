@@ -148,14 +148,9 @@ def split_key(text: str) -> tuple[str, str, int, int, str]:
 
 
 def answers(items, rounds, ask, questions_of):
-  """Asks about every item, round by round.
+  """Yields (item, round, {(cell, name of the question): Answer}), every item of every round once.
 
-  Args:
-    ask: `OpenJudge.ask`.
-    questions_of: (item, round) -> iterable of questions, possibly none.
-
-  Yields:
-    (item, round, {(cell, name of the question): Answer}), one for every item and round.
+  `ask` is that of an `OpenJudge`, `questions_of` (item, round) -> iterable of questions.
   """
   groups = collections.deque()  # (item, round, answers so far, number of questions)
 
@@ -235,13 +230,10 @@ class Encoded:
 
 
 def encode(image) -> Encoded:
-  """The bytes to send of a path or a Cell.
+  """The bytes to send of a path or a Cell; raises Unusable, which names the file.
 
   A cell becomes a JPEG of Pillow's default quality, as official scripts send it. A file of a type
   that endpoints take is sent unchanged.
-
-  Raises:
-    Unusable: names the file.
   """
   cell = isinstance(image, Cell)
   path = image.path if cell else pathlib.Path(image)

@@ -131,21 +131,14 @@ class Cache:
 
   A record is in the file when `add` returns, so a killed run loses none. Threads may share a
   cache, processes may not. Caches of older versions were JSON lines: the first opening imports
-  the `.jsonl` file that lies at or beside the path, and leaves it as it is.
-
-  Attributes:
-    path: of the sqlite3 file.
-    lost: lines of an imported file that could not be read.
+  the `.jsonl` file that lies at or beside the path, and leaves it as it is. `lost` counts the
+  lines of it that could not be read.
   """
 
   def __init__(self, path, field: str):
-    """Opens or makes the file; its folder is made.
+    """Opens or makes the file; `field` is the entry of a record that is its name, a string.
 
-    Args:
-      field: the entry of a record that is its name, a string.
-
-    Raises:
-      ValueError: another process has it open, or it is a file of another kind.
+    ValueError where another process has it open, or where it is a file of another kind.
     """
     self.path, old = _cache_paths(pathlib.Path(path))
     self.lost, self._field = 0, field

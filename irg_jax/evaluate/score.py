@@ -48,11 +48,7 @@ class ImageFolder:
 
 
 def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolder:
-  """Finds the rounds of a folder and reads its prompts.
-
-  Raises:
-    ValueError: no such folder, no rounds in it, or it is of another benchmark.
-  """
+  """Finds the rounds of a folder and reads its prompts; ValueError for an unfit folder."""
   out = pathlib.Path(out)
   if not out.is_dir():
     raise ValueError(f"--out {out}: no such folder; it is what irg eval generate wrote")
@@ -76,18 +72,12 @@ def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolde
 
 
 def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict) -> dict:
-  """Scores a stream of answers and writes both files.
+  """Scores a stream of answers, writes both files, and returns the content of scores.json.
 
   Args:
     make_scorer: () -> a scorer; a round gets one of its own, so that no rounds are pooled.
-    groups: iterable of (item, round, answers); a prompt and round comes once.
+    groups: iterable of (item, round, answers); ValueError where a prompt and round comes twice.
     extra: more entries for scores.json.
-
-  Returns:
-    The content of scores.json.
-
-  Raises:
-    ValueError: a prompt and round comes twice.
   """
   rounds = {number: make_scorer() for number in folder.rounds}
   done = {number: set() for number in folder.rounds}
@@ -102,12 +92,7 @@ def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict) -> dict
 
 
 def score_images(folder: ImageFolder, make_scorer, extra: dict) -> dict:
-  """Scores every image that is there by itself, and writes both files.
-
-  Args:
-    make_scorer: () -> an object with `add(item, path)` and `value()`, otherwise like a scorer.
-    extra: more entries for scores.json.
-  """
+  """`score_answers` for images that are scored one by one, by `scorer.add(item, path)`."""
   rounds = {number: make_scorer() for number in folder.rounds}
   total = sum(item.images for item in folder.items)
   missing = dict.fromkeys(folder.rounds, total)
@@ -121,12 +106,11 @@ def score_images(folder: ImageFolder, make_scorer, extra: dict) -> dict:
 
 def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, extra=None,
                  measured=None) -> dict:
-  """Asks a judge and scores its answers.
+  """`score_answers` for the answers of a judge.
 
   Args:
     open_judge: () -> context manager of a `questions.OpenJudge`; None: measurements alone count.
     references: for the benchmark's `questions`.
-    extra: more entries for scores.json.
     measured: figures to add to the answers, from `read_measurements`.
   """
   if open_judge is None:
@@ -149,14 +133,8 @@ def judged(folder: ImageFolder, ask, references=None, templates=None):
 def measured_by(folder: ImageFolder, function, name: str, cache_path, question: str):
   """Yields (item, round, answers) of a function of the user's: (path, prompt) -> 0 to 1.
 
-  Scores are cached by the image's content, so that a run that was stopped goes on.
-
-  Args:
-    name: of the function; scores of others are not taken from the cache.
-    question: the name under which an answer is handed on.
-
-  Raises:
-    ValueError: image after image failed.
+  Scores are cached by the image's content and by `name`, that of the function. `question` is the
+  name under which an answer is handed on. ValueError where image after image failed.
   """
   failures = 0
   with records.Cache(cache_path, "digest") as cache:
@@ -172,18 +150,10 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
 
 
 def read_measurements(path, parts: dict) -> dict[tuple[int, str, str], list[float]]:
-  """Reads figures of other models than a judge, a JSON line a prompt, round and part:
+  """{(round, part, prompt id): numbers} of a file of figures of other models than a judge.
 
-    {"round": 1, "part": PART, "id": prompt id, "values": [...]}
-
-  Args:
-    parts: {name: function from an entry of "values" to a number}.
-
-  Returns:
-    {(round, part, prompt id): numbers}.
-
-  Raises:
-    ValueError: names the file and the line: malformed, or the same thing twice.
+  A line is {"round": 1, "part": PART, "id": prompt id, "values": [...]}, and `parts` maps a part
+  to a function from an entry of "values" to a number. ValueError names the line at fault.
   """
   found = {}
   for number, record in records.read_lines(path):
@@ -264,12 +234,9 @@ def finish(folder: ImageFolder, summaries: dict, missing: dict, extra: dict) -> 
 
 @contextlib.contextmanager
 def new_text(path):
-  """Yields a text file that appears at `path` on success.
-
-  Partial files of killed writers go away; one that is being written has a lock.
-  """
+  """Yields a text file that appears at `path` on success; removes those of killed writers."""
   path = pathlib.Path(path)
-  for left in path.parent.glob(f".{'[0-9a-f]' * 8}.partial"):
+  for left in path.parent.glob(f".{'[0-9a-f]' * 8}.partial"):  # locked while it is written
     with contextlib.suppress(OSError), open(left, encoding="utf-8") as file:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       left.unlink()
@@ -280,10 +247,9 @@ def new_text(path):
 
 
 def load_function(spec: str, flag: str):
-  """The function of the user's that MODULE:FUNCTION names, in the working directory as well.
+  """The function that MODULE:FUNCTION names, in the working directory as well.
 
-  Raises:
-    ValueError: names the flag and the part of `spec` at fault.
+  ValueError names the flag and the part of `spec` at fault.
   """
   module_name, _, name = spec.partition(":")
   if not module_name or not name:
