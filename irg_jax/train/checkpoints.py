@@ -4,6 +4,7 @@ Orbax writes each checkpoint in the background, into a folder of another name th
 when complete. A kill at any time leaves the earlier checkpoints as they were.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -57,15 +58,11 @@ class Checkpoints:
     """Steps of the complete checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def last_good(self) -> str:
+  def last_good(self, wait: bool = True) -> str:
     """Names the newest complete checkpoint in words, after waiting for a save in progress."""
-    try:
-      self.wait()
-    except CheckpointError:
-      pass  # this save is not complete, then
-    return self._last_good()
-
-  def _last_good(self):
+    if wait:
+      with contextlib.suppress(CheckpointError):  # a failed save is no checkpoint
+        self.wait()
     steps = steps_in(self.folder)
     return f"the last good checkpoint is {self.folder / str(steps[-1])}" if steps else (
         f"there is no good checkpoint in {self.folder}")
@@ -180,7 +177,7 @@ class Checkpoints:
   def _save_error(self, error):
     step, self._saving = self._saving, None
     return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
-                           f"{self._last_good()}")
+                           f"{self.last_good(wait=False)}")
 
 
 def _async_options():
