@@ -1,7 +1,7 @@
-"""BAGEL-7B-MoT: the sizes of the published checkpoint, activations in bfloat16.
+"""BAGEL-7B-MoT: sizes of the published checkpoint, activations in bfloat16.
 
-14.1 billion parameters in the decoder with its embeddings, 7 billion of them active a token.
-The sizes themselves are the defaults of `irg_jax.config`.
+The decoder has 14.1 billion parameters with its embeddings; 7 billion of them are active for each
+token. The sizes are the defaults of `irg_jax.config`.
 """
 
 from ml_collections import config_dict

@@ -1,6 +1,6 @@
-"""The model of the speed benchmark, float32: large enough that matrix products dominate.
+"""Model of the speed benchmarks, float32, large enough that matrix products dominate.
 
-Images of 256 x 256 pixels: 16 x 16 latent tokens; the ViT sees 252 x 252 (18 x 18 patches).
+Images are 256 x 256 pixels, 16 x 16 latent tokens. The ViT sees 252 x 252 pixels, 18 x 18 patches.
 
   python benchmarks/generate.py
 """

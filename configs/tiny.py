@@ -1,7 +1,7 @@
-"""A model that initialises and runs in seconds on a CPU: tests, quick start, CI.
+"""Model that initializes and runs in seconds on a CPU: tests, quick start, CI.
 
-The tree is that of `bagel_7b.py`; only the sizes differ. Images have at most 128 pixels
-a side (8 latent tokens of 16 pixels).
+Its parameter tree is that of `bagel_7b.py`; only the sizes differ. Images have at most 128 pixels a
+side, 8 latent tokens.
 
   irg init --config configs/tiny.py --out out/tiny
 """

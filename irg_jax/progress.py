@@ -30,8 +30,7 @@ class Progress:
   def __init__(self, stream=None, prefix: str = ""):
     self.prefix, self._stream = prefix, stream or sys.stderr
     self._bar = terminal_bar(self._stream)
-    self._task, self._label, self._step = None, None, 0
-    self._seen = set()  # kinds and labels
+    self._task, self._label, self._kinds = None, None, set()
 
   def __enter__(self):
     self._bar.start()
@@ -43,18 +42,14 @@ class Progress:
   def __call__(self, kind: str, round: int = 0, step: int = 0, total: int = 0):
     label = self.prefix + LABELS.get(kind, kind).format(n=round + 1)
     if label != self._label:
-      if label in self._seen:
-        return  # devices are not waited for, so an event may come after its phase
-      self._begin(kind, label, step)
-    self._step = max(self._step, step)
-    shown = {"description": label} if self._step else {}
-    self._bar.update(self._task, completed=self._step, total=total or None, **shown)
+      compiles = step == 0 and kind not in self._kinds and kind != "read"
+      self._begin(label + " (the first time compiles)" if compiles else label)
+      self._label = label
+      self._kinds.add(kind)
+    self._bar.update(self._task, completed=step, total=total or None,
+                     description=label if step else None)
 
-  def _begin(self, kind, label, step):
-    compiles = step == 0 and kind not in self._seen and kind != "read"
-    text = label + " (the first time compiles)" if compiles else label
-    self._label, self._step = label, 0
-    self._seen |= {kind, label}
+  def _begin(self, text):
     if self._bar.disable:
       print(text, file=self._stream, flush=True)
     if self._task is not None:

@@ -21,14 +21,14 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-  """Runs `irg generate` up to the engine and returns the Request it would get."""
+  """Runs `irg generate` up to the engine and returns the Inputs it would get."""
   from irg_jax.generate import run
-  requests = []
-  monkeypatch.setattr(run, "run_generate", requests.append)
+  asked_for = []
+  monkeypatch.setattr(run, "run_generate", asked_for.append)
 
   def call(*argv):
     assert commands.main(["generate", *map(str, argv)]) == 0
-    return requests.pop()
+    return asked_for.pop()
 
   return call
 
@@ -72,66 +72,66 @@ def test_module_and_command_are_the_same():
 
 
 def test_defaults_are_those_of_the_settings(asked, checkpoint):
-  request = asked("a fox", "--checkpoint", checkpoint)
-  assert request.prompts == ("a fox",)
-  assert request.settings == Settings()
-  assert request.system_prompt == SYSTEM_PROMPT.strip()
-  assert (request.seed, request.batch_size) == (0, 1)
-  assert request.mesh is request.dtype is request.image is None
-  assert request.out.parent == pathlib.Path("out")
+  inputs = asked("a fox", "--checkpoint", checkpoint)
+  assert inputs.prompts == ("a fox",)
+  assert inputs.settings == Settings()
+  assert inputs.system_prompt == SYSTEM_PROMPT.strip()
+  assert (inputs.seed, inputs.batch_size) == (0, 1)
+  assert inputs.mesh is inputs.dtype is inputs.image is None
+  assert inputs.out.parent == pathlib.Path("out")
 
 
 def test_short_flags_set_their_fields(asked, checkpoint):
-  request = asked(
+  inputs = asked(
       "--checkpoint", checkpoint, "--rounds", 3, "--size", "768x1024", "--steps", 25,
       "--text-scale", 2, "--image-scale", 1.5, "--think-limit", 64, "--temperature", 0.7,
       "--top-k", 40, "--top-p", 0.9, "--window", 1, "--no-think", "--mesh",
       "data=2,fsdp=2,tensor=2", "--dtype", "bfloat16", "--seed", 5, "--batch-size", 4, "a", "b")
-  s = request.settings
+  s = inputs.settings
   assert (s.rounds, s.width, s.height, s.steps) == (3, 768, 1024, 25)
   assert (s.think, s.think_limit, s.temperature) == (False, 64, 0.7)
   assert (s.top_k, s.top_p, s.window) == (40, 0.9, 1)
   assert s.first.text_scale == s.later.text_scale == 2.0
   assert (s.first.image_scale, s.later.image_scale) == (1.0, 1.5)
-  assert request.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert (request.dtype, request.seed, request.batch_size) == ("bfloat16", 5, 4)
-  assert request.prompts == ("a", "b")
+  assert inputs.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert (inputs.dtype, inputs.seed, inputs.batch_size) == ("bfloat16", 5, 4)
+  assert inputs.prompts == ("a", "b")
 
 
 def test_short_flags_win_over_overrides_and_these_over_the_file(asked, checkpoint):
-  request = asked(
+  inputs = asked(
       "a fox", "--rounds", 4, "--checkpoint", checkpoint, "--config.rounds=3",
       "--config", ROOT / "configs" / "generate_tiny.py", "--config.steps=7",
       "--config.later.interval=(0.1, 0.9)", "--greedy")
-  assert (request.settings.rounds, request.settings.steps) == (4, 7)
-  assert (request.settings.width, request.settings.temperature) == (64, 0.0)
-  assert request.settings.later.interval == (0.1, 0.9)
+  assert (inputs.settings.rounds, inputs.settings.steps) == (4, 7)
+  assert (inputs.settings.width, inputs.settings.temperature) == (64, 0.0)
+  assert inputs.settings.later.interval == (0.1, 0.9)
 
 
 def test_overrides_need_no_file(asked, checkpoint):
-  request = asked("a fox", "--checkpoint", checkpoint, "--config.first.renorm=channel")
-  assert request.settings.first.renorm == "channel"
+  inputs = asked("a fox", "--checkpoint", checkpoint, "--config.first.renorm=channel")
+  assert inputs.settings.first.renorm == "channel"
 
 
 def test_prompts_come_from_arguments_then_from_the_file(asked, checkpoint, tmp_path):
   path = tmp_path / "prompts.txt"
   path.write_bytes("\ufeffein Füchslein\r\n\r\n  two dogs  \n".encode())
-  request = asked("a fox", "--prompts-file", path, "--checkpoint", checkpoint)
-  assert request.prompts == ("a fox", "ein Füchslein", "two dogs")
+  inputs = asked("a fox", "--prompts-file", path, "--checkpoint", checkpoint)
+  assert inputs.prompts == ("a fox", "ein Füchslein", "two dogs")
 
 
 def test_a_prompt_may_look_like_a_flag_behind_two_dashes(asked, checkpoint):
-  request = asked("--checkpoint", checkpoint, "--", "--config.rounds=3", "-5 degrees")
-  assert request.prompts == ("--config.rounds=3", "-5 degrees")
-  assert request.settings.rounds == 2
+  inputs = asked("--checkpoint", checkpoint, "--", "--config.rounds=3", "-5 degrees")
+  assert inputs.prompts == ("--config.rounds=3", "-5 degrees")
+  assert inputs.settings.rounds == 2
 
 
 def test_the_system_prompt_can_be_replaced_or_left_out(asked, checkpoint, tmp_path):
   path = tmp_path / "system.txt"
   for text in ("Draw like a child.", ""):
     path.write_text(text + "\n")
-    request = asked("a fox", "--system-prompt-file", path, "--checkpoint", checkpoint)
-    assert request.system_prompt == text
+    inputs = asked("a fox", "--system-prompt-file", path, "--checkpoint", checkpoint)
+    assert inputs.system_prompt == text
 
 
 def test_the_system_prompt_asks_for_both_thoughts():

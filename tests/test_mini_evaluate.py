@@ -18,7 +18,7 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate import generate as runner
 from irg_jax.evaluate import score
 from irg_jax.evaluate.generate import fingerprint
-from irg_jax.commands.generate import make_request
+from irg_jax.commands.generate import make_inputs
 from irg_jax.generate import run as generate_run
 from irg_jax.generate import settings as generate_settings
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
@@ -359,11 +359,11 @@ def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_
   folder, settings = checkpoint
   monkeypatch.setattr(generate_settings, "SHIPPED", folder)
   args = commands.make_parser().parse_args(["generate", "a red circle"])
-  asked = make_request(args, [])
+  asked = make_inputs(args, [])
   assert asked.checkpoint == folder and asked.settings == settings
   assert asked.system_prompt == thoughts.SYSTEM_PROMPT
   args = commands.make_parser().parse_args(["generate", "a", "--checkpoint", str(tmp_path)])
-  assert make_request(args, []).settings == Settings()
+  assert make_inputs(args, []).settings == Settings()
 
 
 def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):

@@ -53,13 +53,13 @@ def add(verbs, new_parser) -> None:
 
 
 def _run(args, overrides):
-  asked = make_request(args, overrides)
+  inputs = make_inputs(args, overrides)
   from irg_jax.generate import run
-  run.run_generate(asked)
+  run.run_generate(inputs)
 
 
-def make_request(args, overrides):
-  """Checks the parsed flags and returns the `generate.run.Request` that they ask for.
+def make_inputs(args, overrides):
+  """Checks the parsed flags and returns them as `generate.run.Inputs`.
 
   Raises:
     ValueError: names the flag or the file.
@@ -75,8 +75,8 @@ def make_request(args, overrides):
     raise ValueError(f"--seed {args.seed}: must be 0 or more, and that of the last prompt "
                      f"(SEED + {len(prompts) - 1}) below 2**32")
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
-  from irg_jax.generate.run import Request
-  return Request(
+  from irg_jax.generate.run import Inputs
+  return Inputs(
       checkpoint=checkpoint, prompts=prompts, image=args.image,
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,

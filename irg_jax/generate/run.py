@@ -1,4 +1,4 @@
-"""One `irg generate`, from request to files: check everything, read weights, draw, write."""
+"""One `irg generate`, from inputs to files: check everything, read weights, generate, write."""
 
 import dataclasses
 import importlib.metadata
@@ -19,18 +19,18 @@ from irg_jax.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """What one `irg generate` draws.
+class Inputs:
+  """Inputs of one `irg generate`.
 
   Attributes:
     checkpoint: folder of the weights.
     prompts: one trace each; prompt number i has the seed `seed + i`.
     image: image file that every prompt edits, or None.
     out: folder of the results; it may not exist yet.
-    settings: how to generate.
+    settings: of generation.
     system_prompt: read before every prompt; may be empty.
     seed: seed of the first prompt.
-    batch_size: prompts drawn side by side.
+    batch_size: prompts generated side by side.
     mesh: mesh sizes by axis name, or None for all devices on one axis.
     dtype: dtype of the activations, or None for the checkpoint's own.
   """
@@ -47,41 +47,42 @@ class Request:
   dtype: str | None
 
 
-def run_generate(request: Request) -> None:
-  """Draws every prompt, writes its trace as soon as it is done, and prints where.
+def run_generate(inputs: Inputs) -> None:
+  """Generates the images of every prompt, and writes each trace as soon as it is complete.
 
   Raises:
-    ValueError, OSError: with a message for the user; before the weights are read, and so
-      before anything is written, wherever that is possible.
+    ValueError, OSError: with a message for the user. What can be checked before the weights are
+      read is checked then, before anything is written.
   """
-  folders = trace_folders(request)
+  folders = trace_folders(inputs)
   for folder in folders:
     trace.check_trace_folder(folder)
-  config = weights.read_config(request.checkpoint)
-  request.settings.validate(config)
-  tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
-  _check_prompts(request, tokenizer)
-  image = None if request.image is None else read_image(request.image)
-  _check_cache(request, config, tokenizer, image)
-  mesh = sharding.make_mesh(request.mesh)
+  config = weights.read_config(inputs.checkpoint)
+  inputs.settings.validate(config)
+  tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
+  _check_prompts(inputs, tokenizer)
+  image = None if inputs.image is None else read_image(inputs.image)
+  _check_cache(inputs, config, tokenizer, image)
+  mesh = sharding.make_mesh(inputs.mesh)
   with Progress() as progress, jax.set_mesh(mesh):
-    model, params = load_model(request.checkpoint, mesh, request.dtype, progress)
+    model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress)
     entries = []
-    for rows in batches(len(request.prompts), request.batch_size):
-      progress.prefix = _prefix(rows, len(request.prompts))
-      drawn = _generate(request, model, params, tokenizer, rows, image, progress)
-      entries += [trace.write_trace(folders[i], _record(request, i, t, model.config.dtype, image))
+    for rows in batches(len(inputs.prompts), inputs.batch_size):
+      progress.prefix = _prefix(rows, len(inputs.prompts))
+      drawn = _generate(inputs, model, params, tokenizer, rows, image, progress)
+      entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, image))
                   for i, t in zip(rows, drawn)]
   if len(folders) > 1:
-    trace.write_index(request.out, entries)
-  _print_results(request.out, folders)
+    trace.write_index(inputs.out, entries)
+  _print_results(inputs.out, folders)
 
 
 def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, dict]:
-  """Model and parameters of a checkpoint, on the devices of `mesh`.
+  """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
   Args:
     dtype: of parameters and arithmetic, or None for the checkpoint's own.
+    progress: `progress.Progress` or another function of a phase.
   """
   progress("read")
   dtype = dtype or read_defaults(checkpoint).dtype
@@ -94,12 +95,12 @@ def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, d
   return UnifiedTransformer(config), params
 
 
-def trace_folders(request: Request) -> list[pathlib.Path]:
+def trace_folders(inputs: Inputs) -> list[pathlib.Path]:
   """Folders of the traces: `out` itself for one prompt, out/001, out/002, ... for several."""
-  count = len(request.prompts)
+  count = len(inputs.prompts)
   if count == 1:
-    return [request.out]
-  return [request.out / f"{i:0{max(3, len(str(count)))}}" for i in range(1, count + 1)]
+    return [inputs.out]
+  return [inputs.out / f"{i:0{max(3, len(str(count)))}}" for i in range(1, count + 1)]
 
 
 def batches(count: int, size: int) -> list[range]:
@@ -118,10 +119,10 @@ def versions() -> dict[str, str]:
   return found
 
 
-def _check_prompts(request, tokenizer):
+def _check_prompts(inputs, tokenizer):
   """Checks all prompts before the first batch costs anything, and notes unknown words."""
-  limit, defaults = request.settings.max_prompt_tokens, read_defaults(request.checkpoint)
-  for number, prompt in enumerate(request.prompts, 1):
+  limit, defaults = inputs.settings.max_prompt_tokens, read_defaults(inputs.checkpoint)
+  for number, prompt in enumerate(inputs.prompts, 1):
     count = len(tokenizer.encode(prompt))
     if count > limit:
       raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
@@ -130,22 +131,22 @@ def _check_prompts(request, tokenizer):
       print(f'note on "{prompt}": {note}', file=sys.stderr)
 
 
-def _check_cache(request, config, tokenizer, image):
-  size, s = None, request.settings
+def _check_cache(inputs, config, tokenizer, image):
+  size, s = None, inputs.settings
   if image is not None:
     size = s.vae_transform.size(image.shape[1], image.shape[0])[::-1]
-  plan_cache(config, s, len(tokenizer.encode(request.system_prompt)), size)
+  plan_cache(config, s, len(tokenizer.encode(inputs.system_prompt)), size)
 
 
-def _generate(request, model, params, tokenizer, rows, image, progress):
+def _generate(inputs, model, params, tokenizer, rows, image, progress):
   # A short last batch repeats its last row: another batch size would compile again, and no row's
   # result depends on its neighbours.
-  size = min(request.batch_size, len(request.prompts))
+  size = min(inputs.batch_size, len(inputs.prompts))
   padded = [*rows, *[rows[-1]] * (size - len(rows))]
   return irg.generate(
-      model, params, tokenizer, [request.prompts[i] for i in padded],
-      seeds=[request.seed + i for i in padded], settings=request.settings,
-      system_prompt=request.system_prompt,
+      model, params, tokenizer, [inputs.prompts[i] for i in padded],
+      seeds=[inputs.seed + i for i in padded], settings=inputs.settings,
+      system_prompt=inputs.system_prompt,
       images=None if image is None else [image] * size, on_progress=progress)[:len(rows)]
 
 
@@ -156,21 +157,21 @@ def _prefix(rows, count):
   return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
 
 
-def _record(request, number, trajectory, dtype, image) -> dict:
+def _record(inputs, number, trajectory, dtype, image) -> dict:
   """The record of one prompt for `trace.write_trace`; seconds are those of its whole batch."""
-  thinks = request.settings.think
-  run = {"batch_size": request.batch_size,
-         "image": None if request.image is None else str(request.image), "dtype": dtype,
-         "mesh": request.mesh,
+  thinks = inputs.settings.think
+  run = {"batch_size": inputs.batch_size,
+         "image": None if inputs.image is None else str(inputs.image), "dtype": dtype,
+         "mesh": inputs.mesh,
          "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   return {
       "prompt": trajectory.prompt,
-      "system_prompt": request.system_prompt,
-      "seed": request.seed + number,
-      "checkpoint": str(request.checkpoint),
-      "settings": dataclasses.asdict(request.settings) | run,
+      "system_prompt": inputs.system_prompt,
+      "seed": inputs.seed + number,
+      "checkpoint": str(inputs.checkpoint),
+      "settings": dataclasses.asdict(inputs.settings) | run,
       "versions": versions(),
-      "source": None if image is None else request.settings.vae_transform(image),
+      "source": None if image is None else inputs.settings.vae_transform(image),
       "rounds": [{
           "think": r.thought.text if thinks else None,
           "think_tokens": len(r.thought.ids),
