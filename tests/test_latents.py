@@ -12,13 +12,12 @@ from irg_jax import commands, weights
 from irg_jax.images import ImageTransform, to_pixels
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import array_records, latents, pipeline
-from irg_jax.data.batch import BufferSizes
+from irg_jax.data.batch import BufferSizes, DataSettings, Dropout
 from irg_jax.data.samples import posterior_latents
 from irg_jax.data.latents import Encoder
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.sources import open_source
 from irg_jax.model.vae import Vae, encode_levels, patchify_latents, sample_latents
-from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.weights import init
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 

@@ -12,14 +12,13 @@ from PIL import Image
 
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data import pipeline
-from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
+from irg_jax.data.batch import BufferSizes, DataSettings, Dropout, pack_row, stack_rows
 from irg_jax.data.samples import record_features
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.images import ImageTransform
 from irg_jax.tokens import PADDING
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.loss import token_losses
-from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.weights import names
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 

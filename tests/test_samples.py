@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from irg_jax.data.batch import DataSettings, Dropout
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.data.samples import record_features, record_splits
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.samples import DroppedImage, ImageSplit, TextSplit
 from irg_jax.images import ImageTransform
-from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 MODEL = ModelConfig(  # places and sizes of the model; nothing is computed with it

@@ -33,7 +33,7 @@ def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict,
   """Opens an endless iterator of the packed rows that one process feeds.
 
   Args:
-    data: `train.settings.DataSettings`.
+    data: `batch.DataSettings`.
     sources: random access to records by mode (`sources.open_sources`).
     tokenizer: `tokenizer.Tokenizer`.
     model: sizes.

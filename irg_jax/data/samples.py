@@ -74,7 +74,7 @@ def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> l
     record: an image without moments yields a split with `pixels`.
     tokenizer: `tokenizer.Tokenizer`.
     model: sizes.
-    data: `train.settings.DataSettings`: transforms, dropout, posterior.
+    data: `batch.DataSettings`: transforms, dropout, posterior.
     rng: numpy Generator; the splits are a function of it and of the record.
 
   Raises:

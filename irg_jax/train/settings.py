@@ -7,9 +7,8 @@ import dataclasses
 
 from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig, setting
-from irg_jax.data.batch import BufferSizes
+from irg_jax.data.batch import BufferSizes, DataSettings
 from irg_jax.data.records import MODES
-from irg_jax.images import VAE_TRANSFORM, VIT_TRAIN_TRANSFORM, ImageTransform
 
 STAGES = ("stage1", "stage2")
 NEVER = -1
@@ -22,52 +21,6 @@ GONE = ("preset", "ce_weight", "mse_weight", "optimizer.b1", "optimizer.b2", "pe
 def mixture(**weights) -> dict[str, float]:
   """Weights of all modes by name; those not given have weight 0."""
   return dict.fromkeys(MODES, 0.0) | weights
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dropout:
-  """Probabilities that a conditioning split is dropped (spec section 3)."""
-
-  text: float = setting(0.0, "probability of dropping a conditioning text", low=0, high=1)
-  vit: float = setting(
-      0.0, "probability of dropping the ViT view of a conditioning image", low=0, high=1)
-  vae: float = setting(
-      0.3, "probability of dropping the VAE view of a conditioning image", low=0, high=1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-  """From records to packed rows."""
-
-  path: str = setting(
-      "", "folder of published data or of `irg data build`; \"sample\": made by `irg data sample`")
-  streams: int = setting(
-      0, "independent streams that the data is split into; 0: one for each row", low=0)
-  workers: int = setting(8, "worker processes on each host; 0: none", low=0)
-  rows: int = setting(64, "rows of the global batch", low=1)
-  accumulate: int = setting(1, "batches whose gradients are summed before an update", low=1)
-  bins: int = setting(32, "rows that the packer of each stream fills at a time", low=1)
-  max_sample_tokens: int = setting(
-      32768, "longest sample in tokens; longer ones are skipped and counted", low=1)
-  vae_transform: ImageTransform = VAE_TRANSFORM
-  vit_transform: ImageTransform = VIT_TRAIN_TRANSFORM
-  dropout: Dropout = Dropout()
-  posterior: str = setting(
-      "sample", "latents: a sample of the VAE's posterior or its mean", choices=("sample", "mean"))
-  noise_samples: int = setting(
-      1, "noised copies of each target image, each with its own noise and timestep", low=1,
-      was="noise_draws")
-  ce_loss_reweighting: bool = setting(False, "weigh each text by 1 / sqrt(length)")
-  max_rejected: float = setting(
-      0.01, "share of a mode's records that may be unusable", low=0, high=1)
-
-  def faults(self):
-    if not self.path:
-      yield "path", "is empty: set --config.data.path=FOLDER"
-    if self.streams and self.rows % self.streams:
-      yield "streams", f"is {self.streams}, but must divide data.rows {self.rows}"
-    if self.workers > (self.streams or self.rows):
-      yield "workers", f"is {self.workers}, more than there are streams"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ import conftest
 import numpy as np
 import pytest
 
+from irg_jax.data.batch import DataSettings, Dropout
 from irg_jax.config import LlmConfig, ModelConfig, VitConfig
 from irg_jax.data import array_records, samples, sources
 from irg_jax.data.parquet import iterate_texts, mode_files
 from irg_jax.data.records import MODES, Rejected, TextPart, parse_conversation
 from irg_jax.data.samples import DroppedImage, TextSplit
 from irg_jax.images import ImageTransform
-from irg_jax.train.settings import DataSettings, Dropout
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
 SAMPLE = conftest.reference_root() / "irgl_sample"
