@@ -55,7 +55,7 @@ afterwards: no file is in two of them, but for run.json, which is the same.
 _SCORE = """\
 Scores the images of irg eval generate by the benchmark's official protocol, each round apart.
 Writes OUT/scores.json (the figures), and OUT/items.jsonl (each prompt's, with the judge's words).
-What cannot be scored is counted by reason and never becomes a number.
+Items without a score are counted by reason; they never become a number.
 
 the paper's setting:
 {paper}
@@ -246,7 +246,7 @@ def _generate(args, overrides):
   for name in result.failed[:20]:
     print(f"no image (its latents are not finite): {name}", file=sys.stderr)
   share = "" if args.num_processes == 1 else f" of process {args.process_id}"
-  print(f"{benchmark.name}: {result.drawn} images drawn, {result.kept} were there already{share}; "
+  print(f"{benchmark.name}: {result.generated} images drawn, {result.kept} were there already{share}; "
         f"{len(result.failed)} failed")
   roots = ", ".join(str(args.out / f"round{n + 1}") for n in range(settings.rounds))
   print(f"for the official scorer: {roots}; thoughts: {args.out / 'traces'}")

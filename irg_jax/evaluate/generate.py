@@ -21,6 +21,7 @@ import pathlib
 import shutil
 import time
 
+import einops
 import jax
 import numpy as np
 from PIL import Image
@@ -30,8 +31,8 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN, SCORES
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
-from irg_jax.generate.settings import Settings
 from irg_jax.generate.context import plan_cache
+from irg_jax.generate.settings import Settings
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 
@@ -63,7 +64,7 @@ class Request:
 class Result:
   """The outcome of this process's share."""
 
-  drawn: int  # images generated now
+  generated: int  # images of now
   kept: int  # images that were there
   failed: list[str]  # "ITEM, image N, round N" of every image that could not be generated
 
@@ -85,7 +86,7 @@ class OutFolder:
 
 
 def generate_images(request: Request) -> Result:
-  """Generates the images that are not there yet; refuses before the weights are read if it can."""
+  """Generates the missing images. Errors are raised before the weights are read, where possible."""
   config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
   tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
@@ -109,7 +110,7 @@ def generate_images(request: Request) -> Result:
 
 
 def identity(request: Request) -> dict:
-  """All that decides a run's files: not how many devices, processes or rows work on it."""
+  """The settings that decide a run's files; devices, processes and batch size do not."""
   lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
   settings = dataclasses.asdict(request.settings)
   return json.loads(json.dumps({
@@ -124,10 +125,9 @@ def identity(request: Request) -> dict:
 
 
 def fingerprint(folder) -> str:
-  """A short text that differs for other weights or another tokenizer.
+  """A digest of a checkpoint: every file's name, size, and first, middle and last MiB.
 
-  Of every file: its name, its size, and its beginning, middle and end. Copies agree; another
-  layout of the same weights does not. Scores that a checkpoint got since are no part of it.
+  Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
   """
   folder, digest = pathlib.Path(folder), hashlib.sha256()
   files = [p for p in sorted(folder.rglob("*")) if p.is_file() and _counts(p.relative_to(folder))]
@@ -170,8 +170,8 @@ def paste_cells(cells: list[np.ndarray | None], height: int, width: int) -> np.n
   None is an image that failed: a black cell, which official code leaves out.
   """
   black = np.zeros((height, width, 3), np.uint8)
-  a, b, c, d = (black if cell is None else cell for cell in cells)
-  return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
+  images = np.stack([black if cell is None else cell for cell in cells])
+  return einops.rearrange(images, "(row column) h w c -> (row h) (column w) c", row=2)
 
 
 def _check_run(out, settings):
@@ -236,9 +236,9 @@ def _generate_batches(request, folder, model, params, tokenizer, rows, progress)
   size = min(request.batch_size, len(rows))
   batches = [rows[i:i + size] for i in range(0, len(rows), size)]
   batches = [b for b in batches if not all(_is_done(request, folder, *row) for row in b)]
-  total, drawn, ends = sum(map(len, batches)), 0, []
+  total, done, ends = sum(map(len, batches)), 0, []
   for batch in batches:
-    progress.prefix = f"{drawn} of {total} images{_left(ends, len(batches))}: "
+    progress.prefix = f"{done} of {total} images{_left(ends, len(batches))}: "
     # A batch that is not full repeats its last row: another size would compile anew.
     padded = [*batch, *[batch[-1]] * (size - len(batch))]
     trajectories = irg.generate(
@@ -249,12 +249,12 @@ def _generate_batches(request, folder, model, params, tokenizer, rows, progress)
       if not _is_done(request, folder, item, image):
         _write(request, folder, item, image, trajectory)
       _paste(request, folder, item)
-    drawn += len(batch)
+    done += len(batch)
     ends.append(time.monotonic())
 
 
 def _left(ends, batches):
-  """The remaining time, from when batches ended; the first one compiles and says nothing."""
+  """The remaining time, by when batches ended. The first one compiles, so it does not count."""
   if len(ends) < 2:
     return ""
   minutes = (ends[-1] - ends[0]) / (len(ends) - 1) * (batches - len(ends)) / 60
@@ -262,7 +262,7 @@ def _left(ends, batches):
 
 
 def _write(request, folder, item, image, trajectory):
-  """Writes the files of an image, its trace last."""
+  """Writes an image of every round, then the trace."""
   rounds = []
   for number, r in enumerate(trajectory.rounds, 1):
     path = request.benchmark.image_path(item, image, number)
@@ -289,9 +289,11 @@ def _cell_path(item, image, round):
 
 
 def _paste(request, folder, item):
-  """Makes the grids of a prompt once all its cells are there, then removes the cells."""
+  """Writes the grids of a prompt when all their cells are there, then removes the cells."""
+  if not request.benchmark.grid:
+    return
   traces = [base.read_trace(folder.out, item, image) for image in range(item.images)]
-  if not request.benchmark.grid or not all(traces):
+  if not all(traces):
     return
   places = []
   for number in range(1, request.settings.rounds + 1):

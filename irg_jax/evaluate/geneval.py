@@ -57,7 +57,7 @@ def verdict(metadata: dict, detections: dict, options: clauses.Options = clauses
 
 
 def relations(a: np.ndarray, b: np.ndarray, position_threshold: float = 0.1) -> list[str]:
-  """Where box `a` is as seen from box `b`, two relations at most; y grows downward.
+  """Relations of box `a` to box `b`, two at most; y grows downward.
 
   The offset of the centres is shortened by a share of both boxes' sizes, then compared with
   half the length of the whole offset. Arithmetic is float32, as upstream.

@@ -173,7 +173,7 @@ def answers(items, rounds, ask, questions_of):
 
 
 def failure(answer) -> str | None:
-  """Why there is no answer, as "reason: detail"; None where there is one."""
+  """The reason for a missing answer, as "reason: detail"; None where there is an answer."""
   return "no answer" if answer is None else answer.error or None
 
 

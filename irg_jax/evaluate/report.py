@@ -218,7 +218,7 @@ def _round(run, folder, number, line):
   path = run.out / line["file"]
   link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
   return {"number": number, "link": link, "words": _words(line), "why": line["why"],
-          "alt": f"Round {number}, drawn for: {pages.short(line['prompt'], 300)}",
+          "alt": f"round {number}: {pages.short(line['prompt'], 300)}",
           "scores": " · ".join(f"{name} {value:g}" for name, value in line["scores"].items())}
 
 

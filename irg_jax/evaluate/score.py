@@ -4,7 +4,7 @@
   OUT/items.jsonl   a line for each prompt and round (each image, where a benchmark scores images
                     one by one): scores, or why there is none, and the judge's words
 
-Both appear whole. A score that cannot be had is a reason, never a number. A scorer adds up one
+Both files are written atomically. A missing score is a reason, never a number. A scorer adds up one
 round: `add(item, answers)` returns the end of a prompt's line (see `item_line`), `value()` the
 summary. `answers` maps (cell, name of the question) to a `questions.Answer`.
 """

@@ -214,7 +214,7 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> 
       out=folder, checkpoint=checkpoint, batch_size=batch_size,
       settings=dataclasses.replace(defaults.settings, rounds=arm.rounds, think=arm.think),
       system_prompt=defaults.system_prompt if arm.think else ""))
-  if result.drawn:
+  if result.generated:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process so far
     peak *= 1 if sys.platform == "darwin" else 1024
     storage.write_json(folder / "cost.json", {"peak_bytes": peak, "batch_size": batch_size})
