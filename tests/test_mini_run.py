@@ -15,7 +15,7 @@ from irg_jax.generate.settings import read_defaults
 from irg_jax.mini import datasets, run, thoughts, world
 from irg_jax.mini.world import paint
 
-TINY = ("vae_steps=2", "vae_batch=1", "vae_pictures=2", "base_rows=120", "trajectories=12",
+TINY = ("vae_steps=2", "vae_batch=1", "vae_images=2", "base_rows=120", "trajectories=12",
         "sample_batch=8", "model.llm.num_layers=1", "model.llm.hidden_size=48",
         "model.llm.mlp_size=64", "model.vae.ch_mult=(1, 1, 1, 1)",
         "train=('stage1.steps=2', 'stage2.steps=2', 'data.rows=1', 'checkpoint_every=1')")

@@ -15,7 +15,7 @@ import pathlib
 import resource
 import sys
 
-from irg_jax import storage
+from irg_jax import runs, storage
 from irg_jax.evaluate import generate, score
 from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import benchmark, vae, world
@@ -72,21 +72,19 @@ _TEXTS = {
 
 
 def run(out) -> pathlib.Path:
-  """Reports on a finished run, or else on the checkpoint that comes with the package.
+  """Reports on a finished run, or else on the package's checkpoint; returns the page's path.
 
   Missing images of the test are generated first.
-
-  Returns:
-    the path of the page.
 
   Raises:
     ValueError: the run is not finished; there is no run and no checkpoint in the package.
   """
   out, checkpoint = pathlib.Path(out), generate_settings.SHIPPED
   if (out / FINAL.weights).is_dir():
-    settings = json.loads((out / "mini.json").read_text())
-    limits = settings["test_seen"], settings["test_unseen"], settings["test_pictures"]
-    evaluate(out, select(*limits), settings["sample_batch"])
+    settings = runs.read(out / "mini.json")
+    images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
+    items = select(settings["test_seen"], settings["test_unseen"], images)
+    evaluate(out, items, settings["sample_batch"])
     return make(out, settings=settings)
   if (out / "mini.json").is_file():
     raise ValueError(f"--out {out}: the run in there is not finished; go on with irg mini run "
@@ -103,7 +101,7 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   """Writes the report of the arms that are scored under `out`; returns the page's path.
 
   Args:
-    others: figures of further arms, by name, see `build`.
+    others: see `build`.
     settings: the run's mini.json; with it the run's checkpoint gets the figures and its card.
   """
   out = pathlib.Path(out)
@@ -137,8 +135,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
   `make` adds "autoencoder": {"right", "pictures"}. See `benchmark.arm_figures` for rounds and cost.
 
   Args:
-    drawn: {arm: from `benchmark.read`}.
-    others: {arm: figures} of arms that are not in `drawn`.
+    drawn, others: by arm, from `benchmark.read`, and figures of arms that are not in `drawn`.
   """
   arms = {}
   for arm in ARMS:
@@ -162,12 +159,12 @@ def build(drawn: dict, others: dict | None = None) -> dict:
 
 def _shipped_arms(path):
   """The figures of the other arms that come with a checkpoint, marked as measured elsewhere."""
+  if not path.is_file():
+    return {}
   try:
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     return {name: arm | {"measured": ELSEWHERE} for name, arm in arms.items()
             if name != FINAL.name}
-  except FileNotFoundError:
-    return {}
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{path}: is not a report.json of irg mini report ({e})") from e
 
@@ -177,7 +174,7 @@ def _shipped_arms(path):
 
 def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
   """The first test prompts of each split, with at most `images` images each."""
-  limits, items = {"seen": seen, "unseen": unseen}, benchmark.MINI.read()
+  items, limits = benchmark.MINI.read(), {"seen": seen, "unseen": unseen}
   return [dataclasses.replace(item, images=min(images, item.images)) for split in limits
           for item in [i for i in items if i.extra["split"] == split][:limits[split]]]
 
@@ -186,8 +183,7 @@ def evaluate(out, items, batch_size: int = 64, arms=ARMS, checkpoint=None) -> No
   """Generates missing images of each arm and scores them; and the autoencoder alone.
 
   Args:
-    out: folder of the run.
-    items: from `select`.
+    out, items: folder of the run, and prompts from `select`.
     checkpoint: used for all arms in place of the run's own.
 
   Raises:
@@ -325,8 +321,8 @@ def charts(report: dict) -> dict[str, bytes]:
 
 
 def _markdown(report, *before_notes):
-  bullets = "\n".join(f"- {text}" for text in notes(report))
-  return [*(markdown_table(*found) for found in tables(report)), *before_notes, bullets]
+  return [*(markdown_table(*found) for found in tables(report)), *before_notes,
+          "\n".join(f"- {text}" for text in notes(report))]
 
 
 def _rows(report):

@@ -75,7 +75,8 @@ class Settings:
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
   vae_batch: int = setting(2, "images in an update of the autoencoder", low=1)
   vae_learning_rate: float = setting(1e-3, "peak learning rate of the autoencoder", above=0)
-  vae_pictures: int = setting(6000, "distinct images to train the autoencoder on", low=1)
+  vae_images: int = setting(
+      6000, "distinct images to train the autoencoder on", low=1, was="vae_pictures")
   autoencoder: str = setting(
       "", "checkpoint folder to take the autoencoder from; empty: train one")
   base_rows: int = setting(72000, "rows to train the base model on", low=1)
@@ -86,7 +87,7 @@ class Settings:
   train: tuple[str, ...] = setting((), "overrides for every training, \"field=value\"")
   test_seen: int = setting(168, "test prompts of combinations seen in training", low=1)
   test_unseen: int = setting(96, "test prompts of combinations not seen in training", low=0)
-  test_pictures: int = setting(4, "images of a test prompt", low=1)
+  test_images: int = setting(4, "images of a test prompt", low=1, was="test_pictures")
   generate: generate_settings.Settings = GENERATE
 
   @property
@@ -132,12 +133,12 @@ def run(settings: Settings, out, until: str | None = None) -> int:
 
 
 def check_same(settings: Settings, out: pathlib.Path) -> None:
-  """Records the settings of a new run; ValueError if those of an old one differ."""
+  """Records the settings of a run; ValueError if it was started with others."""
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
-    runs.check_same(runs.read(out / "mini.json"), now, f"--out {out}", flag="--config.")
-  else:
-    runs.write(out / "mini.json", now)
+    runs.check_same(runs.read(out / "mini.json"), now, f"--out {out}", flag="--config.",
+                    renamed=config_lib.renamed(Settings))
+  runs.write(out / "mini.json", now)
 
 
 # --- Autoencoder ---
@@ -170,7 +171,7 @@ def _trained_vae(settings, out):
     return vae.train(
         settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
         batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
-        images=settings.vae_pictures, seed=settings.seed, progress=progress)
+        images=settings.vae_images, seed=settings.seed, progress=progress)
 
 
 def _given_vae(settings):
