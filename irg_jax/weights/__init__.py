@@ -56,11 +56,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
 
 
 def read_config(folder) -> ModelConfig:
-  """Reads the model's sizes from a folder in any layout, and no weights.
-
-  Raises:
-    CheckpointError: not a checkpoint folder, or a config that contradicts the weights.
-  """
+  """Reads the model's sizes, and no weights, from a folder in any layout; CheckpointError."""
   read, _ = _READERS[_mark(pathlib.Path(folder))]
   return read(folder)
 

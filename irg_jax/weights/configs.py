@@ -6,6 +6,7 @@ stored beside the parameters, but the model computes the same numbers from posit
 checked on load, computed on export and never trained.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -35,6 +36,17 @@ _LABELS = {
     "llm_config.json": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "vit_config.json": {"model_type": "siglip_vision_model"},
 }
+
+# Published field -> ours.
+_LLM = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "mlp_size",
+        "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads", "rope_theta": "rope_theta",
+        "rms_norm_eps": "norm_eps"}
+_VIT = {"hidden_size": "hidden_size", "intermediate_size": "mlp_size",
+        "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+        "patch_size": "patch_size", "layer_norm_eps": "norm_eps"}
+_VAE = {name: name for name in (
+    "ch", "num_res_blocks", "z_channels", "scale_factor", "shift_factor")}
 
 # Fields with the only values that the model implements, the default first.
 _LLM_FIXED = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,),
@@ -76,11 +88,16 @@ class _Fields:
       self.fail(name, "expected a number")
     return float(value)
 
-  def heads(self, name, width) -> int:
-    value = self.count(name)
-    if width % value:
+  def check_divides(self, name, width) -> None:
+    if width % self.count(name):
       self.fail(name, f"it must divide {width}")
-    return value
+
+  def values(self, table, defaults, required=False) -> dict:
+    """Values by our field; `required`: only numbers that are not whole may be missing."""
+    read = lambda name, default: (
+        self.number(name, default) if isinstance(default, float) else
+        self.count(name, None if required else default))
+    return {field: read(name, getattr(defaults, field)) for name, field in table.items()}
 
 
 def read_config(folder, dtype: str = "float32") -> ModelConfig:
@@ -106,8 +123,16 @@ def read_config(folder, dtype: str = "float32") -> ModelConfig:
 
 def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> None:
   """Writes the three files; further fields of `source`'s files are kept."""
-  for name, ours in zip(NAMES, (_llm_json(config.llm), _vit_json(config.vit),
-                                _vae_json(config.vae))):
+  vit, vae = config.vit, config.vae
+  published = lambda part, table: {name: getattr(part, field) for name, field in table.items()}
+  contents = (
+      {"hidden_act": "silu", "tie_word_embeddings": False} | published(config.llm, _LLM),
+      {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3} | published(vit, _VIT)
+      | {"num_hidden_layers": vit.num_layers + DROPPED_VIT_LAYERS,
+         "image_size": vit.grid_size * vit.patch_size},
+      {"in_channels": 3, "out_ch": 3, "downsample": vae.downsample, "ch_mult": list(vae.ch_mult)}
+      | published(vae, _VAE))
+  for name, ours in zip(NAMES, contents, strict=True):
     kept = pathlib.Path(source) / name if source is not None else None
     theirs = _Fields(kept, {}).content if kept is not None and kept.is_file() else {}
     write_json(folder / name, _LABELS.get(name, {}) | theirs | ours)
@@ -158,33 +183,29 @@ def check_table(tensor: Tensor, grid: int) -> None:
 
 def _read_llm(folder):
   f = _Fields(folder / "llm_config.json", _LLM_FIXED)
-  width = f.count("hidden_size")
+  llm = LlmConfig(**f.values(_LLM, LlmConfig(), required=True))
+  width, heads = llm.hidden_size, llm.num_heads
   if width % 4:
     f.fail("hidden_size", "the position tables need a multiple of 4")
-  heads = f.heads("num_attention_heads", width)
+  f.check_divides("num_attention_heads", width)
   if (width // heads) % 2:
     f.fail("num_attention_heads", f"{width} / {heads} must be even for rotary positions")
   if f.content.get("head_dim") not in (None, width // heads):
     f.fail("head_dim", f"only hidden_size / num_attention_heads = {width // heads} is supported")
-  return LlmConfig(
-      vocab_size=f.count("vocab_size"), hidden_size=width, mlp_size=f.count("intermediate_size"),
-      num_layers=f.count("num_hidden_layers"), num_heads=heads,
-      num_kv_heads=f.heads("num_key_value_heads", heads),
-      rope_theta=f.number("rope_theta", 1e6), norm_eps=f.number("rms_norm_eps", 1e-6))
+  f.check_divides("num_key_value_heads", heads)
+  return llm
 
 
 def _read_vit(folder):
   f = _Fields(folder / "vit_config.json", _VIT_FIXED)
-  width, layers, patch = (f.count(n) for n in ("hidden_size", "num_hidden_layers", "patch_size"))
-  if layers <= DROPPED_VIT_LAYERS:
+  vit = VitConfig(**f.values(_VIT, VitConfig(), required=True))
+  if vit.num_layers <= DROPPED_VIT_LAYERS:
     f.fail("num_hidden_layers", "the last one is dropped, so there must be at least 2")
-  if f.count("image_size") % patch:
-    f.fail("image_size", f"it must be a multiple of patch_size {patch}")
-  return VitConfig(
-      hidden_size=width, mlp_size=f.count("intermediate_size"),
-      num_layers=layers - DROPPED_VIT_LAYERS, num_heads=f.heads("num_attention_heads", width),
-      patch_size=patch, grid_size=f.count("image_size") // patch,
-      norm_eps=f.number("layer_norm_eps", 1e-6))
+  if f.count("image_size") % vit.patch_size:
+    f.fail("image_size", f"it must be a multiple of patch_size {vit.patch_size}")
+  f.check_divides("num_attention_heads", vit.hidden_size)
+  return dataclasses.replace(vit, num_layers=vit.num_layers - DROPPED_VIT_LAYERS,
+                             grid_size=f.count("image_size") // vit.patch_size)
 
 
 def _read_vae(folder):
@@ -194,12 +215,7 @@ def _read_vae(folder):
   mult = f.content.get("ch_mult", list(flux.ch_mult))
   if not isinstance(mult, list) or not mult or any(type(m) is not int or m < 1 for m in mult):
     f.fail("ch_mult", "expected a list of whole numbers of at least 1")
-  vae = VaeConfig(
-      ch=f.count("ch", flux.ch), ch_mult=tuple(mult),
-      num_res_blocks=f.count("num_res_blocks", flux.num_res_blocks),
-      z_channels=f.count("z_channels", flux.z_channels),
-      scale_factor=f.number("scale_factor", flux.scale_factor),
-      shift_factor=f.number("shift_factor", flux.shift_factor))
+  vae = VaeConfig(ch_mult=tuple(mult), **f.values(_VAE, flux))
   if f.count("downsample", vae.downsample) != vae.downsample:
     f.fail("downsample", f"ch_mult {mult} makes {vae.downsample}")
   return vae
@@ -224,26 +240,3 @@ def _side(tensor, axis, channels=1) -> int:
     raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}; axis {axis} must "
                           f"list a square grid{per}")
   return side
-
-
-def _llm_json(llm):
-  return {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": llm.vocab_size,
-          "hidden_size": llm.hidden_size, "intermediate_size": llm.mlp_size,
-          "num_hidden_layers": llm.num_layers, "num_attention_heads": llm.num_heads,
-          "num_key_value_heads": llm.num_kv_heads, "rope_theta": llm.rope_theta,
-          "rms_norm_eps": llm.norm_eps}
-
-
-def _vit_json(vit):
-  return {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
-          "hidden_size": vit.hidden_size, "intermediate_size": vit.mlp_size,
-          "num_hidden_layers": vit.num_layers + DROPPED_VIT_LAYERS,
-          "num_attention_heads": vit.num_heads, "image_size": vit.grid_size * vit.patch_size,
-          "patch_size": vit.patch_size, "layer_norm_eps": vit.norm_eps}
-
-
-def _vae_json(vae):
-  return {"in_channels": 3, "out_ch": 3, "downsample": vae.downsample, "ch": vae.ch,
-          "ch_mult": list(vae.ch_mult), "num_res_blocks": vae.num_res_blocks,
-          "z_channels": vae.z_channels, "scale_factor": vae.scale_factor,
-          "shift_factor": vae.shift_factor}

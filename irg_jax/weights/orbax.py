@@ -22,7 +22,7 @@ from irg_jax.storage import atomic_folder, write_json
 from irg_jax.weights import names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, listing
-from irg_jax.weights.safetensors import all_finite
+from irg_jax.weights.safetensors import all_finite, in_groups
 
 PARAMS = "params"
 CONFIG = "model_config.json"
@@ -33,11 +33,7 @@ BASE = "base"  # likewise, if it started from random weights
 
 
 def read_config(folder) -> ModelConfig:
-  """Reads the configuration that the folder was saved with.
-
-  Raises:
-    CheckpointError: no such file, or not a model configuration.
-  """
+  """Reads the configuration that the folder was saved with; CheckpointError without one."""
   path = pathlib.Path(folder) / CONFIG
   try:
     return config_lib.build(ModelConfig, json.loads(path.read_text(encoding="utf-8")))
@@ -84,11 +80,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
 
 def read_run_config(folder) -> ModelConfig:
-  """Reads the sizes of the model of a training run from the folder of one of its checkpoints.
-
-  Raises:
-    CheckpointError: the folder is not inside that of a training run.
-  """
+  """Reads the model's sizes of a training run from the folder of one of its checkpoints."""
   settings, _ = _read_run(folder)
   return config_lib.build(ModelConfig, settings["model"])
 
@@ -144,22 +136,10 @@ def restore(path, wanted: dict) -> dict:
 
 
 def _groups(wanted):
-  """Names in groups of at most 1 / `GROUPS` of all bytes, or of one larger parameter.
-
-  The largest come first, while there is room for their copies.
-  """
-  limit, groups, size = sum(map(_bytes, wanted.values())) / GROUPS, [[]], 0
-  for name, x in sorted(wanted.items(), key=lambda item: -_bytes(item[1])):
-    if groups[-1] and size + _bytes(x) > limit:
-      groups.append([])
-      size = 0
-    groups[-1].append(name)
-    size += _bytes(x)
-  return groups
-
-
-def _bytes(x) -> int:
-  return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+  """Names in groups of 1 / `GROUPS` of all bytes; the largest first, while there is room."""
+  size = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in wanted.items()}
+  return in_groups(sorted(size, key=lambda name: -size[name]), size.get,
+                   sum(size.values()) / GROUPS)
 
 
 def _metadata(path):

@@ -37,11 +37,7 @@ ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Location of a tensor in a file; none of its data is in memory.
-
-  Attributes:
-    offset: of its first byte in the file.
-  """
+  """Location of a tensor in a file, `offset` in bytes; none of its data is in memory."""
 
   path: pathlib.Path
   key: str
@@ -141,7 +137,6 @@ class Pending:
 
   @property
   def size(self) -> int:
-    """Bytes."""
     return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -153,12 +148,10 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
     max_shard_bytes: upper bound on the tensor bytes of a file (a larger tensor gets a file of
       its own); None: one file.
   """
-  tensors = in_order(tensors)
-  shards = _split(tensors, max_shard_bytes)
+  tensors, weight_map = in_order(tensors), {}
+  shards = in_groups(tensors, lambda t: t.size, max_shard_bytes or math.inf)
   if len(shards) == 1:
-    _write_file(folder / f"{stem}.safetensors", tensors)
-    return
-  weight_map = {}
+    return _write_file(folder / f"{stem}.safetensors", tensors)
   for i, shard in enumerate(shards, 1):
     name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
     _write_file(folder / name, shard)
@@ -166,6 +159,18 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
   index = {"metadata": {"total_size": sum(t.size for t in tensors)},
            "weight_map": dict(sorted(weight_map.items()))}
   write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def in_groups(items, size, limit) -> list[list]:
+  """Cuts a list into groups whose sizes sum up to at most `limit`, or of one larger item."""
+  groups, total = [[]], 0
+  for item in items:
+    if groups[-1] and total + size(item) > limit:
+      groups.append([])
+      total = 0
+    groups[-1].append(item)
+    total += size(item)
+  return groups
 
 
 def in_order(tensors: list[Pending]) -> list[Pending]:
@@ -236,17 +241,6 @@ def _read_index(index):
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
       raise CheckpointError(f"{index}: weight_map places {key} in {name!r}; expected a file name")
   return weight_map
-
-
-def _split(tensors, max_bytes):
-  shards, size = [[]], 0
-  for t in tensors:
-    if max_bytes is not None and shards[-1] and size + t.size > max_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(t)
-    size += t.size
-  return shards
 
 
 def _write_file(path, tensors):
