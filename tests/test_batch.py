@@ -1,4 +1,4 @@
-"""Splits to arrays, arrays to rows: layouts written out by hand."""
+"""Splits to arrays and arrays to rows: layouts written out by hand."""
 
 import dataclasses
 
@@ -109,9 +109,9 @@ def test_dropped_image_leaves_a_gap_in_the_positions_and_nothing_else():
 
 def test_images_to_be_encoded_come_with_the_place_of_their_tokens():
   raw = [np.full((2, 1, 3), i, np.uint8) for i in range(2)]
-  draw = np.zeros((2, 1, 1))
-  got = features(ImageSplit(draw, None, need_vae=True, pixels=raw[0]), image(need_vae=True),
-                 ImageSplit(draw, None, need_loss=True, pixels=raw[1]))
+  noise = np.zeros((2, 1, 1))
+  got = features(ImageSplit(noise, None, need_vae=True, pixels=raw[0]), image(need_vae=True),
+                 ImageSplit(noise, None, need_loss=True, pixels=raw[1]))
   assert [start for start, _ in got["images"]] == [0, 4]
   assert all(a is b for (_, a), b in zip(got["images"], raw))
 
@@ -192,7 +192,7 @@ def test_eight_bit_patches_become_pixels_and_are_never_mixed_with_floats():
 
 
 def test_every_image_of_a_row_has_a_number_of_its_own():
-  """One flow time is drawn for each number, and ViT attention stays within one."""
+  """One timestep is sampled for each number, and ViT attention stays within one."""
   samples = two_samples() + [features(TextSplit([4]))] + two_samples()
   row = pack_row(samples, sizes(samples))
   numbers = [*row.latent_image[::2], *row.vit_image[::3]]

@@ -1,4 +1,4 @@
-"""`irg data`: what it prints, what it writes, and how it ends."""
+"""`irg data`: output, files and exit status."""
 
 import re
 import subprocess

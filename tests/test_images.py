@@ -1,4 +1,4 @@
-"""Reading images, the resize rule's promises, patches."""
+"""Images: decoding, the resize rule, patches."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Latents: encoded beforehand or on the fly they are the same, and encoding can be interrupted."""
+"""VAE moments: the same beforehand and during training; encoding can be interrupted."""
 
 import dataclasses
 import io
@@ -105,7 +105,7 @@ def test_a_group_holds_only_what_fits_the_devices(encoder, monkeypatch):
   assert np.abs(got[4] - got[3]).max() > 1e-3
 
 
-def test_draws_are_those_of_the_model(params):
+def test_latents_are_those_of_the_model(params):
   rng = np.random.default_rng(1)
   moments = rng.standard_normal((2, 4, 6, 2), np.float32)
   noise = rng.standard_normal((1, 4, 6, 2), np.float32)

@@ -1,4 +1,4 @@
-"""The Grain pipeline: nothing may change what a stream yields but its number and the seed."""
+"""The Grain pipeline: a stream depends on its number and the seed alone; exact resumption."""
 
 import collections
 import dataclasses
@@ -175,7 +175,7 @@ def test_two_packings_hold_the_same_tokens(open_batches):
   one, other = by_sample(one), by_sample(other)
   shared = one.keys() & other.keys()
   assert len(shared) > 20
-  for key in shared:  # one epoch's dropout and draws may be seen by one packing only
+  for key in shared:  # one epoch's dropout and noise may be seen by one packing only
     fewer, more = sorted((one[key], other[key]), key=len)
     for sample in fewer:
       assert any(all(np.array_equal(sample[k], want[k]) for k in want) for want in more), key
@@ -188,8 +188,8 @@ def test_two_packings_have_the_same_losses_of_every_token(open_batches):
   def losses(params, batch, timestep, noise):
     return token_losses(model, params, batch, timestep, noise)
 
-  def draws(batch):
-    """Flow times and noise that belong to the sample, wherever it stands."""
+  def timesteps_and_noise(batch):
+    """Timesteps and noise that belong to the sample, wherever it stands."""
     noise, time = np.zeros_like(batch.latents), np.zeros_like(batch.latent_weight)
     und = batch.text_ids.shape[1]
     for r, columns in enumerate(batch.tokens.sample[:, und:]):
@@ -206,7 +206,7 @@ def test_two_packings_have_the_same_losses_of_every_token(open_batches):
                         names.abstract_params(MODEL, np.float32)["transformer"])
   found = []
   for batches in packings:
-    values = [losses(params, batch, *draws(batch)) for batch in batches]
+    values = [losses(params, batch, *timesteps_and_noise(batch)) for batch in batches]
     found.append(by_sample(batches, *(np.asarray(v) for v in zip(*values))))
   compared = 0
   for key in found[0].keys() & found[1].keys():

@@ -1,4 +1,4 @@
-"""Rows are read strictly: good ones exactly, bad ones not at all, each for a reason."""
+"""Strict parsing of rows: usable rows exactly, unusable rows with their reason."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Records to splits: order and draws of images, and what dropout may drop."""
+"""Records to splits: order and noise of images, and what dropout may drop."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ def test_image_comes_as_target_then_clean_then_for_the_vit(tokenizer):
   target, clean, vit = splits(tokenizer, image(need_loss=True, need_vae=True, need_vit=True))
   assert target.need_loss and clean.need_vae and vit.need_vit
   np.testing.assert_array_equal(target.pixels, clean.pixels)
-  assert np.abs(target.latents - clean.latents).max() > 0.1  # a draw for each role
+  assert np.abs(target.latents - clean.latents).max() > 0.1  # noise of its own for each role
   assert vit.vit_patches.dtype == np.uint8
 
 

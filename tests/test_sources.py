@@ -1,4 +1,4 @@
-"""From parquet to ArrayRecord and back: the same records, nothing half-written, nothing lost."""
+"""Parquet and ArrayRecord: the same records in both forms, atomic builds, damaged files."""
 
 import collections
 import dataclasses

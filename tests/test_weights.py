@@ -1,4 +1,4 @@
-"""Weights in and out: what goes in comes out, however it is stored, split or sharded."""
+"""Checkpoints: round trips in every layout, dtype, split and sharding."""
 
 import json
 import pathlib

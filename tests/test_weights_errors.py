@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used: each a message with file and key, and nothing written."""
+"""Unusable checkpoints: messages name file and key, and nothing is written."""
 
 import gc
 import json

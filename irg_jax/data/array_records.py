@@ -93,11 +93,8 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
           shard_bytes: int = SHARD_BYTES, progress=None) -> dict[str, dict]:
   """Builds modes of the published dataset at `source` as `out/irgl/MODE`, all or none.
 
-  Returns:
-    By mode, `parquet.Tally.metadata`.
-
-  Raises:
-    ValueError: a mode has no files, exists already, or has too many unusable rows.
+  Returns `parquet.Tally.metadata` by mode. Raises ValueError if a mode has no files, exists
+  already, or has too many unusable rows.
   """
   out = pathlib.Path(out)
   for mode in modes:
@@ -160,18 +157,10 @@ def serialize(example: dict) -> bytes:
 
 
 def write_shard(path, records) -> tuple[int, int]:
-  """Writes records to one file, atomically.
+  """Writes records (Record, or bytes from `serialize`) to one file, atomically.
 
-  Args:
-    path: the file.
-    records: iterable of Record, or of bytes from `serialize`; at least one.
-
-  Returns:
-    Number of records, and of their bytes.
-
-  Raises:
-    ValueError: there is no record.
-    OSError: the file cannot be written, for example because the disk is full.
+  Returns the number of records, and of their bytes. Raises ValueError if there is no record, and
+  OSError if the file cannot be written, for example because the disk is full.
   """
   path = pathlib.Path(path)
   with atomic_file(path) as partial:
@@ -182,11 +171,10 @@ def write_shard(path, records) -> tuple[int, int]:
 
 
 def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
-  """Writes examples in order to as many files as needed, holding one example at a time.
+  """Writes examples (from `to_example`) in order to files, holding one example at a time.
 
   Args:
     folder: an empty folder.
-    examples: iterable of what `to_example` returns, at least one.
     shard_bytes: a file ends with the record that reaches this size.
 
   Returns:

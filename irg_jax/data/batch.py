@@ -136,8 +136,7 @@ class Batch:
 def pack_row(samples, sizes: BufferSizes) -> Batch:
   """Packs samples (`samples.sample_features`) into one row: a Batch without its B axis.
 
-  Raises:
-    ValueError: no sample, or samples that do not fit the buffers.
+  Raises ValueError if there is no sample, or if samples do not fit the buffers.
   """
   if not samples:
     raise ValueError("a row needs at least one sample")

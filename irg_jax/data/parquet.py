@@ -87,11 +87,7 @@ def summary(mode: str, metadata: dict) -> str:
 
 
 def mode_files(path, mode: str) -> list[pathlib.Path]:
-  """The parquet files of a mode, sorted by name.
-
-  Raises:
-    ValueError: there are none; or a file cannot be read, or lacks the column.
-  """
+  """The parquet files of a mode by name; ValueError if there are none or one is not usable."""
   folder = pathlib.Path(path) / mode
   files = sorted(folder.glob("*.parquet"))
   if not files:
@@ -124,10 +120,8 @@ def iterate_texts(file, group: int | None = None):
   """Yields the rows of a file, or of one row group, as bytes (None for a null), lazily.
 
   One page of the file is in memory at a time. Common writers make one page of a row group of up
-  to a thousand rows, so row groups of tens of rows are best for images.
-
-  Raises:
-    ValueError: the file is damaged.
+  to a thousand rows, so row groups of tens of rows are best for images. Raises ValueError if the
+  file is damaged.
   """
   with open_file(file) as parquet:
     groups = None if group is None else [group]

@@ -68,12 +68,7 @@ class Record:
 
 
 class Rejected(ValueError):
-  """A row that cannot be used.
-
-  Attributes:
-    reason: a short constant name, for counting.
-    detail: the fault and where it is.
-  """
+  """An unusable row: `reason` is a constant name for counting, `detail` the fault and its place."""
 
   def __init__(self, reason: str, detail: str):
     super().__init__(reason, detail)  # both, else the exception could not be unpickled

@@ -47,15 +47,11 @@ class ImageSplit:
 
 @dataclasses.dataclass(frozen=True)
 class DroppedImage:
-  """A condition image that dropout has removed; its rotary position stays used."""
+  """A condition image removed by dropout; its rotary position stays used."""
 
 
 def record_features(record: Record, tokenizer, model: ModelConfig, data, rng) -> dict:
-  """`sample_features` of a record; arguments as of `record_splits`.
-
-  Raises:
-    ValueError: the record cannot be laid out; names its mode and number.
-  """
+  """`sample_features` of a record; arguments and errors as of `record_splits`."""
   try:
     splits = record_splits(record, tokenizer, model, data, rng)
     return sample_features(
