@@ -1,13 +1,13 @@
-"""`irg mini`: the whole method in a small world of shapes, on two cores."""
+"""`irg mini`: trains and measures the whole method in a small world of shapes, on two cores."""
 
 import pathlib
 
-_MINI = "The paper in miniature: from nothing to a trained model and its table, on two cores."
+_MINI = "The paper in miniature: from nothing to a trained model and its tables, on two cores."
 
 _RUN = """\
-Makes everything in order: the autoencoder, the base model, its own first images, what the
-verifier says of them, the trajectories, both stages of training, and the report. Stop it at any
-time: the same command goes on where it was.
+Runs all steps in order: the autoencoder, the base model, its first images and the verifier's
+verdicts on them, the trajectories, both stages of training, and the report. Stop it at any time:
+the same command continues it.
 
 examples:
   irg mini run --out out/mini
@@ -17,14 +17,14 @@ examples:
 """
 
 _REPORT = """\
-Makes the tables, the plots and the page of a finished run from what its last step has drawn:
-OUT/report/index.html, report.md, report.json, scores.png, tasks.png. Where there is no run under
---out, the checkpoint that comes with the package draws the test there and is measured; the other
-rows are then those of the run that made it, and say so.
+Writes tables, plots and a page for a finished run, from the images of its last step:
+OUT/report/index.html, report.md, report.json, scores.png, tasks.png. If there is no run in --out,
+the package's checkpoint is tested there; the other rows are then those of the run that made it,
+and marked so.
 
 examples:
   irg mini report --out out/mini
-  irg mini report --out out/shipped              no run in there: the package's checkpoint
+  irg mini report --out out/shipped              no run there: the package's checkpoint
 """
 
 
@@ -36,7 +36,7 @@ def add(verbs, new_parser) -> None:
   _add_run(new_parser(actions.add_parser, "run", description=_RUN,
                       help="train everything from nothing"))
   _add_report(new_parser(actions.add_parser, "report", description=_REPORT,
-                         help="tables, plots and traces of what was learned"))
+                         help="tables, plots and traces of a run"))
 
 
 def _add_run(parser):
@@ -46,7 +46,7 @@ def _add_run(parser):
   add("--config", type=pathlib.Path, default=pathlib.Path("configs", "mini.py"), metavar="FILE",
       help="sizes and steps (default configs/mini.py); --config.FIELD=VALUE changes a field")
   add("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"), metavar="DIR",
-      help="folder of the run: made, or gone on with (default out/mini)")
+      help="folder of the run, new or to be continued (default out/mini)")
   add("--until", choices=STEPS, metavar="STEP", help=f"stop after one of {', '.join(STEPS)}")
 
 
@@ -65,6 +65,6 @@ def _report(args, _):
 
 def _run(args, overrides):
   from absl import logging
-  logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
+  logging.set_verbosity(logging.FATAL)  # Orbax raises its errors too
   from irg_jax.mini import run
   return run.run(run.load(args.config, overrides), args.out, args.until)
