@@ -236,6 +236,28 @@ def test_a_busy_endpoint_is_left_alone_for_as_long_as_it_says(tmp_path, image, m
       assert time.monotonic() - begin >= 0.3 and waits == [1]
 
 
+def test_a_stop_ends_the_waits_of_the_other_questions(tmp_path, image, monkeypatch):
+  monkeypatch.setattr(judge_lib, "retry_after", lambda headers: 60.0)
+  fault = lambda _, body: {"question 0": "429", "question 1": "401"}[prompt_of(body)]
+  with JudgeServer(echo, fault) as server:
+    begin = time.monotonic()
+    with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
+      with pytest.raises(judge_lib.Stop, match="refuses the key"):
+        list(judge.ask(requests(image, 2)))
+    assert time.monotonic() - begin < 5
+
+
+def test_an_interrupted_reader_keeps_the_answers_under_way(tmp_path, image):
+  with JudgeServer(echo, seconds=0.3) as server:
+    with pytest.raises(KeyboardInterrupt):
+      with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
+        for _ in judge.ask(requests(image, 20)):
+          raise KeyboardInterrupt
+    assert len(server.bodies) <= 4
+  with records.Cache(tmp_path / "cache.sqlite", "digest") as cache:
+    assert len(list(cache.records())) == len(server.bodies)
+
+
 def test_retry_after_is_read_as_seconds_or_as_a_date():
   read = lambda value: judge_lib.retry_after({"retry-after": value})
   assert read("2.5") == 2.5 and read("-3") == 0.0
