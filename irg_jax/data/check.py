@@ -1,6 +1,5 @@
 """Report on IRGL data before anything is built or trained on it: `irg data check`."""
 
-import base64
 import collections
 import dataclasses
 import io
@@ -189,5 +188,4 @@ def _part(part):
   image.thumbnail((_THUMBNAIL, _THUMBNAIL))
   buffer = io.BytesIO()
   image.save(buffer, "JPEG", quality=88)
-  return {"jpeg": base64.b64encode(buffer.getvalue()).decode("ascii"), "width": width,
-          "height": height, "marks": marks}
+  return {"jpeg": buffer.getvalue(), "width": width, "height": height, "marks": marks}

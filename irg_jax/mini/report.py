@@ -8,7 +8,6 @@
   OUT/report/scores.png, tasks.png  the plots
 """
 
-import base64
 import dataclasses
 import json
 import pathlib
@@ -298,8 +297,7 @@ def card(report: dict, settings: dict) -> str:
 def page(report: dict, images: dict[str, bytes], examples: list[dict]) -> str:
   """The page: plots (PNG by file name), tables, notes, and traces from `benchmark.choose`."""
   return pages.render("mini_report", test=report["test"], plots=images, tables=tables(report),
-                      notes=notes(report), examples=examples,
-                      data=lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}")
+                      notes=notes(report), examples=examples)
 
 
 def charts(report: dict) -> dict[str, bytes]:

@@ -2,10 +2,9 @@
 
 import collections
 
-from tabulate import tabulate
-
 from irg_jax.chips import GIB, Slice
 from irg_jax.plan import Estimate
+from irg_jax.reports.tables import table
 
 _HEAD = ["FLOPs", "needed", "compute", "HBM", "ICI", "at least"]
 _HINTS = {
@@ -20,12 +19,12 @@ _HINTS = {
 def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
   """The report of programs on one slice; `headroom` is the share of memory to stay free."""
   head = ["program", "arguments", "temporaries", f"peak of {slice_.chip.hbm_gib:g} GiB", "free"]
-  table = tabulate([_row(e, slice_) for e in estimates], head + _HEAD, tablefmt="pipe",
-                   disable_numparse=True, colalign=["left"] + ["right"] * 10)
+  rows = [_row(e, slice_) for e in estimates]
   chip = slice_.chip
   parts = [
       f"{slice_.name}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
-      f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way", table,
+      f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
+      table(head + _HEAD, rows, numbers=True, padded=True),
       "Memory in GiB, FLOPs and seconds for one chip. FLOPs: matrix products of the program, loops "
       "counted\nas often as they run; needed: the share of them that the mathematics asks for."]
   parts += ["\n".join(_details(e)) for e in estimates]
