@@ -206,7 +206,7 @@ def write_info(path, mode: str, shard_lengths: list[int], num_bytes: int, metada
 
 def _split_info(folder, lengths, size):
   template = tfds.core.ShardedFileTemplate(
-      data_dir=tfds.core.as_path(folder), dataset_name=NAME, split=SPLIT,
+      data_dir=tfds.core.Path(folder), dataset_name=NAME, split=SPLIT,
       filetype_suffix="array_record")
   return tfds.core.SplitInfo(
       name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
