@@ -20,7 +20,6 @@ import re
 import numpy as np
 
 from irg_jax.evaluate import base, questions, records, score
-from irg_jax.progress import counting
 
 QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
 SCORE_CACHE = "vqascore_cache.sqlite"  # the usual name
@@ -172,10 +171,9 @@ class GenAIBench(base.Benchmark):
       return score.score_judged(folder, make, None, extra=extra, measured=table)
     if options.scorer:
       function = score.load_function(options.scorer, "--scorer")
-      with counting("scoring", len(folder.items) * len(folder.rounds)) as count:
-        groups = count(score.measured_by(folder, function, options.scorer,
-                                         folder.out / SCORE_CACHE, QUESTION))
-        return score.score_answers(folder, make, groups, {"protocol": {"scorer": options.scorer}})
+      groups = score.measured_by(folder, function, options.scorer, folder.out / SCORE_CACHE,
+                                 QUESTION)
+      return score.score_answers(folder, make, groups, {"protocol": {"scorer": options.scorer}})
     return score.score_judged(folder, make, open_judge)
 
   def categories(self, summary):

@@ -122,13 +122,11 @@ class GenEval(clauses.ClauseBenchmark):
     sources = {"detector": options.detector, "classifier": options.classifier,
                "detections": ", ".join(map(str, options.detections)) or None}
     protocol = {"protocol": vars(chosen) | sources}
-    if options.detections:
-      with counting("scoring", None) as count:
-        found = count(read_detections(options.detections))
-        return score_detections(folder, found, chosen, protocol, options.round)
+    found = (read_detections(options.detections) if options.detections
+             else _detected(folder, options))
     total = sum(item.images for item in folder.items) * len(folder.rounds)
-    with counting("detecting", total) as count:
-      return score_detections(folder, count(_detected(folder, options)), chosen, protocol)
+    with counting("images", total) as count:
+      return score_detections(folder, count(found), chosen, protocol, options.round)
 
 
 GENEVAL = GenEval()

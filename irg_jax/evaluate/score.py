@@ -71,18 +71,21 @@ def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolde
                      _is_whole(benchmark, every))
 
 
-def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict) -> dict:
+def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict,
+                  label: str = "scoring") -> dict:
   """Scores a stream of answers, writes both files, and returns the content of scores.json.
 
   Args:
     make_scorer: () -> a scorer; a round gets one of its own, so that no rounds are pooled.
     groups: iterable of (item, round, answers); ValueError where a prompt and round comes twice.
     extra: more entries for scores.json.
+    label: of the progress bar.
   """
   rounds = {number: make_scorer() for number in folder.rounds}
   done = {number: set() for number in folder.rounds}
-  with item_writer(folder) as write:
-    for item, number, answers in groups:
+  total = len(folder.items) * len(rounds)
+  with item_writer(folder) as write, counting(label, total) as count:
+    for item, number, answers in count(groups):
       if item.id in done[number]:
         raise ValueError(f"{item.id}, round {number}: answers came twice")
       done[number].add(item.id)
@@ -96,7 +99,7 @@ def score_images(folder: ImageFolder, make_scorer, extra: dict) -> dict:
   rounds = {number: make_scorer() for number in folder.rounds}
   total = sum(item.images for item in folder.items)
   missing = dict.fromkeys(folder.rounds, total)
-  with (item_writer(folder) as write, counting("scoring", total * len(rounds)) as count):
+  with item_writer(folder) as write, counting("scoring", total * len(rounds)) as count:
     for item, number, image in count(images_there(folder)):
       missing[number] -= 1
       result = rounds[number].add(item, folder.path(item, image, number))
@@ -116,11 +119,10 @@ def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, 
   if open_judge is None:
     groups = ((item, number, {}) for number in folder.rounds for item in folder.items)
     return score_answers(folder, make_scorer, with_measurements(groups, measured), extra)
-  with (open_judge() as judge,
-        counting("asking the judge", len(folder.items) * len(folder.rounds)) as count):
-    groups = count(judged(folder, judge.ask, references, judge.templates))
+  with open_judge() as judge:
+    groups = judged(folder, judge.ask, references, judge.templates)
     return score_answers(folder, make_scorer, with_measurements(groups, measured or {}),
-                         {"judge": judge.record, **(extra or {})})
+                         {"judge": judge.record, **(extra or {})}, "asking the judge")
 
 
 def judged(folder: ImageFolder, ask, references=None, templates=None):
