@@ -256,7 +256,7 @@ def test_a_training_checkpoint_outside_its_run_is_refused(both, tmp_path, capsys
     (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
     (["--coordinator", "host:1", "--process-id", "0"], "--num-processes missing"),
     (["--coordinator", "host:1", "--process-id", "2", "--num-processes", "2"],
-     "--coordinator host:1 --num-processes 2 --process-id 2: the processes cannot meet: "),
+     "--coordinator host:1 --num-processes 2 --process-id 2: the processes cannot connect: "),
     (["--mesh", "data=2,pipe=4"], "no field 'pipe' in mesh"),
 ])
 def test_invalid_flags_are_named(data, tmp_path, capsys, argv, message):

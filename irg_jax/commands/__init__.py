@@ -11,7 +11,7 @@ import sys
 from irg_jax.commands import convert, data, flags, generate, init, mini, plan, train
 from irg_jax.commands import eval as eval_verb
 
-VERBS = (generate, convert, init, data, eval_verb, mini, plan, train)
+VERBS = (generate, convert, init, train, data, eval_verb, mini, plan)
 
 _MAIN = """\
 Interleaved reasoning generation: think, draw, look, think again, draw better.

@@ -3,8 +3,8 @@
 import pathlib
 
 _TEXT = """\
-Copies a checkpoint between the published layout and Orbax; the same dtype round-trips bit
-for bit. Keys, shapes and tables are checked before anything is written.
+Copies a checkpoint between the published layout and Orbax. Without a change of dtype the round trip
+is exact. Keys, shapes and dtypes are checked before anything is written.
 
 examples:
   irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
@@ -16,7 +16,7 @@ examples:
 def add(verbs, new_parser) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = new_parser(verbs.add_parser, "convert", description=_TEXT,
-                      help="checkpoints in and out")
+                      help="convert a checkpoint to the published layout or Orbax")
   parser.set_defaults(run=_run)
   add = parser.add_argument
   add("source", type=pathlib.Path, metavar="SRC", help="folder to read")

@@ -19,16 +19,16 @@ SHORTHANDS = {
 
 
 def new_parser(make, *args, **kwargs) -> argparse.ArgumentParser:
-  """Makes a parser by `make`, such as `subparsers.add_parser`; descriptions keep their lines."""
+  """Calls `make`, such as `subparsers.add_parser`, for a parser that keeps line breaks in texts."""
   return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
               **kwargs)
 
 
 def mesh(text: str) -> dict[str, int]:
-  """Sizes by axis name of "data=2,fsdp=4".
+  """Parses "data=2,fsdp=4" to sizes by axis name.
 
   Raises:
-    argparse.ArgumentTypeError: not of that form, or an axis twice.
+    argparse.ArgumentTypeError: another form, or an axis twice.
   """
   axes = [re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip()) for part in text.split(",")]
   if not all(axes) or len({a[1] for a in axes}) < len(axes):
@@ -37,10 +37,10 @@ def mesh(text: str) -> dict[str, int]:
 
 
 def size(text: str) -> tuple[int, int]:
-  """Width and height of "S" or "WxH".
+  """Parses "S" or "WxH" to (width, height).
 
   Raises:
-    argparse.ArgumentTypeError: not of that form.
+    argparse.ArgumentTypeError: another form.
   """
   match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
   if not match:
@@ -50,10 +50,10 @@ def size(text: str) -> tuple[int, int]:
 
 
 def count(text: str) -> int:
-  """A whole number, 1 or more.
+  """Parses an integer of at least 1.
 
   Raises:
-    argparse.ArgumentTypeError: something else.
+    argparse.ArgumentTypeError: another text.
   """
   if not re.fullmatch(r"0*[1-9]\d*", text):
     raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -61,10 +61,10 @@ def count(text: str) -> int:
 
 
 def address(text: str) -> str:
-  """HOST:PORT.
+  """Checks "HOST:PORT".
 
   Raises:
-    argparse.ArgumentTypeError: not of that form.
+    argparse.ArgumentTypeError: another form.
   """
   if not re.fullmatch(r"\S+:\d+", text):
     raise argparse.ArgumentTypeError(f"{text!r} is not an address; write host0:1234")
@@ -72,21 +72,21 @@ def address(text: str) -> str:
 
 
 def add_hosts(parser) -> None:
-  """--process-id and --num-processes, of hosts that share work through a common folder."""
+  """Adds --process-id and --num-processes, for hosts that share the work in one folder."""
   parser.add_argument("--process-id", type=int, default=0, metavar="I",
-                      help="of this host, from 0 (default 0)")
+                      help="number of this host, from 0 (default 0)")
   parser.add_argument("--num-processes", type=count, default=1, metavar="N",
-                      help="hosts (default 1)")
+                      help="number of hosts (default 1)")
 
 
 def check_hosts(args) -> None:
-  """Raises ValueError where there is no such host."""
+  """Raises ValueError if --process-id is out of range."""
   if not 0 <= args.process_id < args.num_processes:
     raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
 
 
 def check_mesh(sizes: dict[str, int] | None) -> None:
-  """Raises ValueError where --mesh names an axis that does not exist."""
+  """Raises ValueError if --mesh names an unknown axis."""
   from irg_jax import sharding
   unknown = set(sizes or ()) - set(sharding.MESH_AXES)
   if unknown:
@@ -94,25 +94,26 @@ def check_mesh(sizes: dict[str, int] | None) -> None:
 
 
 def add_shorthands(group, think_limit: int = 1000) -> None:
-  """Adds the short flags of `SHORTHANDS`; `think_limit` is the default to show."""
+  """Adds the short flags; `think_limit` is the default to show for --think-limit."""
   add = group.add_argument
-  add("--rounds", type=int, metavar="N", help="images of a prompt (2)")
+  add("--rounds", type=int, metavar="N", help="rounds, one image each (2)")
   add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
-  add("--steps", type=int, metavar="N", help="points of the schedule; N - 1 updates (50)")
-  add("--text-scale", type=float, metavar="X", help="text guidance, every round (4.0)")
+  add("--steps", type=int, metavar="N", help="points of the flow schedule, N - 1 updates (50)")
+  add("--text-scale", type=float, metavar="X", help="text guidance of all rounds (4.0)")
   add("--image-scale", type=float, metavar="X",
-      help="image guidance, rounds that have seen an image (2.0)")
-  add("--think-limit", type=int, metavar="N", help=f"tokens of a thought ({think_limit})")
-  add("--temperature", type=float, metavar="X", help="of the thoughts (0.3)")
+      help="image guidance of the rounds after an image (2.0)")
+  add("--think-limit", type=int, metavar="N", help=f"longest thought in tokens ({think_limit})")
+  add("--temperature", type=float, metavar="X", help="sampling temperature of thoughts (0.3)")
   add("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; 0: all (0)")
-  add("--top-p", type=float, metavar="X", help="sample from this share of probability (1.0)")
+  add("--top-p", type=float, metavar="X",
+      help="sample from the likeliest tokens of this total probability (1.0)")
   add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
-  add("--no-think", action="store_true", help="draw without thinking")
-  add("--window", type=int, metavar="N", help="keep only the last N rounds in view (all)")
+  add("--no-think", action="store_true", help="generate images without thoughts")
+  add("--window", type=int, metavar="N", help="earlier rounds that a round can see (all)")
 
 
 def shorthand_overrides(args) -> list[str]:
-  """The short flags that were given, as "field=value" texts."""
+  """Overrides ("field=value") by the short flags that are given."""
   fields = {f: getattr(args, flag) for flag, names in SHORTHANDS.items() for f in names}
   if args.size is not None:
     fields["width"], fields["height"] = args.size
@@ -124,7 +125,7 @@ def shorthand_overrides(args) -> list[str]:
 
 
 def read_settings(args, overrides, checkpoint, default=None):
-  """Settings and system prompt of generation, from the checkpoint and all flags.
+  """Reads settings and system prompt of generation from the checkpoint and all flags.
 
   Args:
     default: `generate.settings.Settings` for a checkpoint without generate.json.
@@ -146,7 +147,7 @@ def read_text(flag: str, path) -> str:
   """Reads the UTF-8 text file that a flag names.
 
   Raises:
-    ValueError: an unreadable file or one that is not UTF-8; names the flag.
+    ValueError: the file cannot be read or is not UTF-8; names the flag.
   """
   try:
     return pathlib.Path(path).read_text(encoding="utf-8-sig")

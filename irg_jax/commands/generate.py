@@ -1,4 +1,4 @@
-"""`irg generate`: prompts to thoughts, images and traces."""
+"""`irg generate`: thoughts, images and traces of prompts."""
 
 import pathlib
 import time
@@ -6,7 +6,7 @@ import time
 from irg_jax.commands import flags
 
 _TEXT = """\
-Writes, for each prompt, the image of each round, trace.json, and a trace.html to read, under --out.
+Writes a trace for each prompt under --out: the image of each round, trace.json, and trace.html.
 
 examples:
   irg generate "two red circles and a blue star"
@@ -19,10 +19,10 @@ examples:
 """
 
 _END = """\
-settings, the later one wins (docs/settings.md lists them):
+sources of a setting, the later one wins (docs/settings.md lists all settings):
   1. generate.json of the checkpoint, if it has one, else the defaults
-  2. --config FILE, which may set some of the fields only
-  3. --config.FIELD=VALUE, any field, in order
+  2. --config FILE, which may set only some of the fields
+  3. --config.FIELD=VALUE, for any field, in order
   4. the short flags above (--rounds, --size, ...)
 """
 
@@ -30,26 +30,29 @@ settings, the later one wins (docs/settings.md lists them):
 def add(verbs, new_parser) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = new_parser(verbs.add_parser, "generate", description=_TEXT, epilog=_END,
-                      help="prompts to thoughts and images")
+                      help="generate thoughts and images for prompts")
   parser.set_defaults(run=_run)
   add = parser.add_argument
-  add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make several traces")
+  add("prompts", nargs="*", metavar="PROMPT",
+      help="description of an image; several make several traces")
   add("--checkpoint", type=pathlib.Path, metavar="DIR",
       help="weights, in the published layout or Orbax (default: the mini world's, which come with "
            "the package)")
   add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
   add("--image", type=pathlib.Path, metavar="FILE",
-      help="edit this image as the prompts say; the result has --size")
-  add("--out", type=pathlib.Path, metavar="DIR", help="results (default out/DATE-TIME)")
+      help="image to edit; the prompts are the instructions, and the result has --size")
+  add("--out", type=pathlib.Path, metavar="DIR",
+      help="folder of the results (default out/DATE-TIME)")
   add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
   add("--system-prompt-file", type=pathlib.Path, metavar="FILE",
-      help="replaces the system prompt; an empty file means none")
+      help="system prompt to use; an empty file means none")
   add("--seed", type=int, default=0, help="prompt number i (from 0) uses SEED + i (default 0)")
-  add("--batch-size", type=int, default=1, metavar="N", help="prompts side by side (default 1)")
+  add("--batch-size", type=int, default=1, metavar="N",
+      help="prompts generated side by side (default 1)")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
-  flags.add_shorthands(parser.add_argument_group("settings, short (see the end)"))
+  flags.add_shorthands(parser.add_argument_group("short flags of settings (see the end)"))
 
 
 def _run(args, overrides):
@@ -84,13 +87,13 @@ def make_inputs(args, overrides):
 
 
 def read_prompts(arguments, path=None) -> tuple[str, ...]:
-  """The prompts of the command line, then those of a file (one a line, blank lines skipped).
+  """Returns the prompts of the command line, then those of a file (one a line).
 
   Raises:
-    ValueError: no prompt at all, a blank one, an unreadable file or one that is not UTF-8.
+    ValueError: no prompt, a blank one, or a file that cannot be read; names the flag.
   """
   if any(not p.strip() for p in arguments):
-    raise ValueError("PROMPT: a prompt is empty; leave it out or write what to draw")
+    raise ValueError("PROMPT: a prompt is empty; leave it out or write a description")
   prompts = [p.strip() for p in arguments]
   if path is not None:
     lines = [line.strip() for line in flags.read_text("--prompts-file", path).splitlines()]
@@ -98,7 +101,7 @@ def read_prompts(arguments, path=None) -> tuple[str, ...]:
       raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")
     prompts += [line for line in lines if line]
   if not prompts:
-    raise ValueError("nothing to draw: give a PROMPT or --prompts-file FILE")
+    raise ValueError("no prompt: give a PROMPT or --prompts-file FILE")
   return tuple(prompts)
 
 

@@ -3,7 +3,7 @@
 import pathlib
 
 _TEXT = """\
-Writes a checkpoint of random weights in the published layout, to try the commands and to test.
+Writes a checkpoint of random weights in the published layout, for tests and first steps.
 
 examples:
   irg init --config configs/tiny.py --out out/tiny
@@ -14,13 +14,13 @@ examples:
 def add(verbs, new_parser) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = new_parser(verbs.add_parser, "init", description=_TEXT,
-                      help="a checkpoint of random weights")
+                      help="make a checkpoint of random weights")
   parser.set_defaults(run=_run)
   add = parser.add_argument
   add("--config", type=pathlib.Path, required=True, metavar="FILE",
       help="sizes, like configs/tiny.py; --config.FIELD=VALUE changes one")
   add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write")
-  add("--seed", type=int, default=0, help="of the weights (default 0)")
+  add("--seed", type=int, default=0, help="random seed of the weights (default 0)")
 
 
 def _run(args, overrides):

@@ -52,14 +52,14 @@ def _add_hosts(group):
   # argparse parses a default that is a string, and names the flag if it is no number.
   add = group.add_argument
   add("--distributed", action="store_true",
-      help="find the other processes through TPU, SLURM or MPI")
+      help="find the other processes through the TPU slice, SLURM or MPI")
   add("--coordinator", type=flags.address, metavar="HOST:PORT",
       default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
-      help="of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
+      help="address of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
   add("--num-processes", type=int, metavar="N", default=os.environ.get("JAX_NUM_PROCESSES"),
-      help="default: $JAX_NUM_PROCESSES")
+      help="number of processes (default: $JAX_NUM_PROCESSES)")
   add("--process-id", type=int, metavar="I", default=os.environ.get("JAX_PROCESS_ID"),
-      help="of this process, from 0 (default: $JAX_PROCESS_ID)")
+      help="number of this process, from 0 (default: $JAX_PROCESS_ID)")
 
 
 def _run(args, overrides):
@@ -72,16 +72,17 @@ def _run(args, overrides):
 
 
 def _read(args, overrides):
-  """(settings, folder of the run)."""
+  """Returns (settings, folder of the run)."""
   from irg_jax.config import locate
   from irg_jax.train import settings
-  file, preset, _ = locate(args.config, overrides)
+  file, preset, overrides = locate(args.config, overrides)
   out = args.out or pathlib.Path("out", f"train-{preset or file.stem}")
-  return settings.load(args.config, [*_shorthands(args), *overrides]), out
+  config = f"{file}:{preset}" if preset else file
+  return settings.load(config, [*_shorthands(args), *overrides]), out
 
 
 def _shorthands(args) -> list[str]:
-  """The flags that stand for fields, as "field=value"; --config.FIELD=VALUE wins over them."""
+  """Overrides by the flags that stand for fields; --config.FIELD=VALUE wins over them."""
   fields = {f"mesh.{axis}": size for axis, size in (args.mesh or {}).items()}
   if args.mesh is not None:
     fields = dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"), 1) | fields
@@ -111,4 +112,4 @@ def _connect(args):
   except Exception as e:  # of any kind
     given = [f"{flag} {value}" for flag, value in by_hand.items() if flag not in missing]
     raise ValueError(f"{' '.join(['--distributed'] * args.distributed + given)}: the processes "
-                     f"cannot meet: {e}") from e
+                     f"cannot connect: {e}") from e

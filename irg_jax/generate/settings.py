@@ -1,6 +1,6 @@
-"""Settings of generation, and `generate.json`: how a checkpoint is meant to be used.
+"""Settings of generation, and `generate.json`, the defaults that a checkpoint brings.
 
-The defaults of the settings are the published two-round runs (docs/spec.md, section 7).
+The settings' own defaults are the published two-round runs (docs/spec.md, section 7).
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
-from irg_jax.storage import atomic_file
+from irg_jax.storage import write_json
 
 NAME = "generate.json"  # beside the weights
 SHIPPED = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # comes with the package
 
 _LONGEST = LADDER[-1] - 2  # tokens of a text, framed by its two ends
 
-# Used where a checkpoint brings no prompt of its own.
+# Default of checkpoints without a system prompt of their own.
 SYSTEM_PROMPT = """\
 You turn a written request into a picture, and you always think before you draw.
 Put every thought between <think> and </think>.
@@ -43,7 +43,7 @@ again, keeping what was already right.
     data_fields=["text_scale", "image_scale", "interval", "renorm_min"], meta_fields=["renorm"])
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """How the velocities of several contexts are combined (see `flow.guide`)."""
+  """Guidance of one round (see `flow.guide`)."""
 
   text_scale: float = setting(
       4.0, "weight of the full context against the context without text; <= 1: no guidance")
@@ -52,8 +52,9 @@ class Guidance:
   interval: tuple[float, float] = setting(
       (0.4, 1.0), "guidance is on while interval[0] < t <= interval[1], t the shifted timestep")
   renorm: str = setting(
-      "global", "values whose norm is restored after guidance (see `flow.guide`)", choices=RENORMS)
-  renorm_min: float = setting(0.0, "smallest factor by which a norm is restored", low=0, high=1)
+      "global", "guidance may not raise the norm: of the image, of a token, or of a token before "
+      "image guidance", choices=RENORMS)
+  renorm_min: float = setting(0.0, "lowest factor of that scaling", low=0, high=1)
 
   def faults(self):
     if len(self.interval) != 2 or self.interval[0] >= self.interval[1]:
@@ -103,11 +104,11 @@ class Settings:
     return Sampling(self.temperature, self.top_k, self.top_p)
 
   def validate(self, model: ModelConfig) -> None:
-    """Raises ValueError that names the setting that a model cannot have."""
+    """Raises ValueError that names a setting that is wrong, or wrong for a model."""
     config_lib.check(self)
     if self.rounds > 1 and not self.think:
-      raise ValueError(f"config field 'rounds' is {self.rounds}, but without thinking nothing new "
-                       "is said after the first: set rounds to 1 or think to true")
+      raise ValueError(f"config field 'rounds' is {self.rounds}, but without thinking the rounds "
+                       "after the first read nothing new: set rounds to 1 or think to true")
     side, stride = model.max_latent_size * model.pixel_stride, model.pixel_stride
     for name in ("height", "width"):
       pixels = getattr(self, name)
@@ -120,14 +121,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-  """How a checkpoint is meant to be used.
+  """Defaults of a checkpoint.
 
   Attributes:
-    settings: used where nothing else is given.
-    system_prompt: likewise.
-    words: all words of its training prompts, if those are few; else empty.
-    note: what the model knows, told about prompts with other words.
-    dtype: of the arithmetic; None: that of the weights.
+    settings: of generation.
+    system_prompt: read before every prompt.
+    words: all words of its training prompts, if they are few; else empty.
+    note: says what the model knows; shown for prompts with other words.
+    dtype: dtype of the arithmetic; None: that of the weights.
   """
 
   settings: Settings = Settings()
@@ -137,7 +138,7 @@ class Defaults:
   dtype: str | None = None
 
   def about(self, prompt: str) -> str | None:
-    """Says which words of a prompt the model never saw; None if it saw them all."""
+    """Names the words of a prompt that the model never saw; None if there are none."""
     words = re.findall(r"\w+", prompt.lower()) if self.words else ()
     unknown = dict.fromkeys(w for w in words if w not in self.words)
     return f"this model has never seen {', '.join(unknown)}. {self.note}" if unknown else None
@@ -148,8 +149,7 @@ def write_defaults(folder, defaults: Defaults) -> None:
   content = {"system_prompt": defaults.system_prompt,
              "settings": dataclasses.asdict(defaults.settings), "words": sorted(defaults.words),
              "note": defaults.note, "dtype": defaults.dtype}
-  with atomic_file(pathlib.Path(folder) / NAME) as path:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+  write_json(pathlib.Path(folder) / NAME, content, indent=1)
 
 
 def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
