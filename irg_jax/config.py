@@ -1,10 +1,10 @@
-"""Settings: each is declared once, as a field of a frozen dataclass.
+"""Declaration of settings as fields of frozen dataclasses; configuration files and overrides.
 
 The field `rounds: int = setting(2, "images of a prompt", low=1)` holds the default, the bounds
 and the documentation of a setting. Everything else is derived from it: validation (`build`,
 `check`), the ConfigDict that files and overrides change (`to_config`, `read`), and the tables of
-docs/settings.md. Checks across fields are a method `faults()` that yields pairs of a field's name
-and what is wrong with it.
+docs/settings.md. A class checks several fields together in a method `faults()`, which yields
+(name of the field, what is wrong with it).
 
 A configuration file (`configs/*.py`) is Python with a function `get_config()` that returns an
 `ml_collections.ConfigDict`. `FILE.py:PRESET` calls `get_config("PRESET")`. An override is
@@ -21,8 +21,7 @@ import types
 import typing
 
 from absl import flags
-from ml_collections import config_dict
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = dataclasses.MISSING  # the default of a setting without one
@@ -143,11 +142,10 @@ class SpecialTokens:
 def build(cls, fields, prefix: str = ""):
   """Builds and checks settings of class `cls` from a mapping; missing fields keep defaults.
 
-  Args:
-    prefix: dotted path of `fields`, ending in a dot, for messages.
+  `prefix` is the dotted path of `fields` in messages, with a dot at its end.
 
   Raises:
-    ValueError: unknown field, value of another type or out of bounds; names the field.
+    ValueError: unknown field, wrong type or out of bounds; names the field.
   """
   settings = update(cls(), fields, prefix)
   check(settings, prefix)
@@ -158,7 +156,7 @@ def update(settings, fields, prefix: str = ""):
   """Returns a copy of `settings` with the fields of a mapping; does not check bounds.
 
   Raises:
-    ValueError: unknown field or value of another type; names the field.
+    ValueError: unknown field or wrong type; names the field.
   """
   kinds, values = typing.get_type_hints(type(settings)), {}
   for name, value in fields.items():
@@ -186,7 +184,7 @@ def check(settings, prefix: str = "") -> None:
 
 
 def renamed(cls, prefix: str = "") -> dict[str, str]:
-  """Dotted names that settings had in older versions, and their present names."""
+  """Maps the dotted names of older versions to the present ones."""
   names = {}
   for field in dataclasses.fields(cls):
     if field.metadata.get("was"):
@@ -213,7 +211,7 @@ def to_config(settings) -> config_dict.ConfigDict:
 def read(default, path=None, overrides=()):
   """Reads settings: `default`, changed by the file at `path`, then by `overrides` in order.
 
-  A file may set some of the fields only. Raises ValueError that names the file or the field.
+  A file may set only some of the fields. Raises ValueError that names the file or the field.
   """
   settings = default
   if path is not None:
@@ -274,7 +272,7 @@ def _run(path, preset):
   try:
     names = runpy.run_path(str(path))
     config = "get_config" in names and names["get_config"](*[preset] if preset else [])
-  except Exception as e:  # whatever the file's own code raises is a fault of the file
+  except Exception as e:  # any error of the file's own code
     raise ValueError(f"config file {path}: {type(e).__name__}: {e}") from e
   if "get_config" not in names:
     raise ValueError(f"config file {path}: has no function get_config()")
@@ -285,12 +283,14 @@ def _run(path, preset):
 
 
 def _updated(name, old, value, kind):
-  """The value of a setting, converted from what a file or JSON holds."""
+  """The new value of a setting, from that of a file or JSON object."""
   is_group = dataclasses.is_dataclass(old) or isinstance(old, dict)
   if is_group and not hasattr(value, "items"):
     raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
   if dataclasses.is_dataclass(old):
     return update(old, value, f"{name}.")
+  if is_group and (unknown := [key for key in value if key not in old]):
+    raise ValueError(f"config field {name!r} has no {unknown[0]!r}; known: {', '.join(old)}")
   if is_group:
     return old | {key: _updated(f"{name}.{key}", 0.0, x, float) for key, x in value.items()}
   types_of = typing.get_args(kind) or (kind,)  # of `int | None`, `tuple[float, ...]`, `int`
@@ -321,7 +321,7 @@ def _fault(value, low=None, high=None, above=None, choices=(), **_):
 
 
 def _present(cls, text):
-  """A field, or "field=value", by its present name, with a note where the given one is older."""
+  """Replaces an older name in "field" or "field=value" by the present one, with a note."""
   field, equals, value = text.partition("=")
   new = renamed(cls).get(field, field)
   if new != field:
@@ -330,11 +330,11 @@ def _present(cls, text):
 
 
 def _note(old, new):
-  print(f"note: {old} is now {new}; the old form goes with the next version", file=sys.stderr)
+  print(f"note: {old} is now {new}; the old form will go in the next version", file=sys.stderr)
 
 
 def _check_field(config, field, equals):
-  """Says which name of the path is wrong; config_flags would not."""
+  """Names the wrong part of an override's path, which config_flags would not."""
   if not equals:
     raise ValueError(f"--config.{field}: write it as --config.{field}=VALUE")
   node, path = config, field.split(".")

@@ -196,11 +196,25 @@ class _Outer:
     ("kind=c", "config field 'kind' is 'c', not one of ('a', 'b')"),
     ("weights.y=-1", "config field 'weights.y' is -1.0, but must be at least 0"),
     ("weights.z=1", "no field 'z' in weights; its fields: x, y"),
+    ("limit=x", "--config.limit=x: invalid literal"),
     ("limit=0", "config field 'limit' is 0, but must be at least 1"),
 ])
 def test_a_setting_out_of_its_bounds_is_named(override, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     config_lib.read(_Outer(), overrides=[override])
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"weights": {"z": 1.0}}, "config field 'weights' has no 'z'; known: x, y"),
+    ({"weights": 1.0}, "config field 'weights' is 1.0, but must be a group of fields"),
+    ({"rate": "fast"}, "config field 'rate' is 'fast', but must be float"),
+    ({"inner": {"size": 2.5}}, "config field 'inner.size' is 2.5, but must be int"),
+    ({"inner": {"size": True}}, "config field 'inner.size' is True, but must be int"),
+    ({"speed": 1}, "config field 'speed' is unknown; known: inner, rate"),
+])
+def test_a_field_of_another_form_is_named(fields, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    config_lib.build(_Outer, fields)
 
 
 def test_settings_come_back_from_their_config():
