@@ -52,7 +52,7 @@ def path_flag(name: str, metavar: str, help: str, **options) -> Flag:
 
 
 def positive(text: str) -> int:
-  """The whole number, 1 or more, of a flag."""
+  """A whole number of 1 or more, from a flag."""
   if not text.isdecimal() or not int(text):
     raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
   return int(text)
@@ -184,7 +184,7 @@ def round_root(round: int) -> pathlib.PurePath:
 
 
 def trace_path(item: Item, image: int) -> pathlib.PurePath:
-  """The trace of an image; where it is, all files of the image are."""
+  """Path of an image's trace. An image with a trace is done: its files are written before."""
   return pathlib.PurePath("traces", item.id, f"{image}.json")
 
 

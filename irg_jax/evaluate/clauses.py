@@ -114,7 +114,7 @@ class TaskSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Which boxes count; the defaults are official. `max_overlap` 1 keeps overlapping boxes."""
+  """Selection of boxes; the defaults are official. `max_overlap` 1 keeps overlapping boxes."""
 
   threshold: float = 0.3
   counting_threshold: float = 0.9
@@ -140,7 +140,7 @@ class Box:
 
 
 def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict[str, list[Box]]:
-  """Boxes that count, by class, highest score first; a class without any is absent.
+  """The boxes that count, by class, highest score first; classes without any are absent.
 
   Their score is above the threshold, and they are at most `max_objects` a class. Scores are
   compared as float32, so that 0.3 is not above 0.3. Raises Unscorable for a malformed box.
@@ -159,7 +159,7 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
 
 
 def records(images, classes, detect, classify, cache_path, names: str):
-  """Yields a record of detections an image, in order; ValueError where image after image failed.
+  """Yields one record of detections per image, in order; ValueError after 20 failures in a row.
 
   Args:
     images: iterable of (path, filename, metadata): the file, and what its record shall hold.

@@ -44,7 +44,7 @@ _ASIDE, _SAMPLE = ".aside", 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """All that a run needs; nothing here has touched the weights."""
+  """Everything a run needs, before any weights are read."""
 
   benchmark: base.Benchmark
   items: tuple[base.Item, ...]  # all prompts of the files; they belong to the run's identity
@@ -125,7 +125,7 @@ def identity(request: Request) -> dict:
 
 
 def fingerprint(folder) -> str:
-  """A digest of a checkpoint: every file's name, size, and first, middle and last MiB.
+  """Digest of a checkpoint: every file's name, size, and first, middle and last MiB.
 
   Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
   """
@@ -183,7 +183,7 @@ def _check_run(out, settings):
 
 @contextlib.contextmanager
 def _alone(folder, out):
-  """Makes a folder and holds a lock on it that ends with the process, however that ends."""
+  """Makes a folder and holds a lock on it, which ends with the process at the latest."""
   folder.mkdir(parents=True, exist_ok=True)
   handle = os.open(folder, os.O_RDONLY)
   try:

@@ -245,7 +245,7 @@ def _plain(metadata):
 
 
 def _include_fault(clause, found, groups, options):
-  """The line that says why an include clause fails, or None; `groups`: matches of the earlier."""
+  """The fault of an include clause, or None; `groups` are the boxes of the earlier clauses."""
   name, count = clause["class"], clause["count"]
   if len(found) < count:
     return f"expected {name}>={count}, found {len(found)}"

@@ -56,7 +56,7 @@ class Fault(Exception):
 
 
 class Stop(ValueError):
-  """No further call makes sense."""
+  """A failure after which no further call makes sense."""
 
 
 class Judge:
@@ -314,14 +314,14 @@ def _parse(body, question, asked_model):
 
 
 def _digest(settings, question, images):
-  """Identifies an answer by all that decides it: neither the key nor the endpoint's address."""
+  """Name of an answer in the cache, by all that decides it: not the key, nor the address."""
   asked = [settings.model, float(settings.temperature), question.system, question.prompt,
            question.max_tokens, question.probability, [image.digest for image in images]]
   return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _read(question, record, cached):
-  """The Answer that a record of the cache is to this question."""
+  """The Answer to a question from a record of the cache."""
   fault = None
   if question.probability:
     if record["probability"] is None:

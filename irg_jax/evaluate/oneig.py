@@ -288,7 +288,7 @@ class OneIG(base.Benchmark):
     return base.round_root(round) / "images" / folder / base.MODEL / f"{number}.webp"
 
   def questions(self, item, path, round, references=None, templates=None):
-    """Of each cell with an image: the questions of its prompt, or one for its text.
+    """Yields the alignment questions, or the one for the text, of each cell with an image.
 
     `references`: those of `read_references`, and "grid": (columns, rows).
     """

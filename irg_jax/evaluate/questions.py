@@ -1,4 +1,4 @@
-"""Questions to a judge: their wording, how a judge is asked, and its answers grouped by prompt.
+"""Questions to a judge: wording, images, settings, and the answers grouped by prompt.
 
 The key of a question is
 
@@ -101,7 +101,7 @@ class Account:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-  """Which judge to ask, and how. Waits between tries are random below their bound."""
+  """The judge's endpoint and how it is asked. Waits between tries are random below a bound."""
 
   url: str  # base address in OpenAI's form, such as http://localhost:8000/v1
   model: str  # its name there

@@ -56,7 +56,7 @@ def read_lines(path):
 
 
 def json_lines(path) -> list[Entry]:
-  """Records of a JSON-lines file. Every line must be an object: ValueError names the first bad."""
+  """Records of a JSON-lines file; ValueError names the first line that is not an object."""
   entries = []
   for number, line in enumerate(_read(path).rstrip().split("\n"), 1):
     where = f"{path}, line {number}"
@@ -118,7 +118,7 @@ def field(entry: Entry, name: str, kind: type):
 
 
 def check_unique(entries, ids) -> None:
-  """Raises ValueError with both places where two records have one id."""
+  """Raises ValueError, naming both places, where two records share an id."""
   first = {}
   for entry, name in zip(entries, ids):
     if name in first:
@@ -127,7 +127,7 @@ def check_unique(entries, ids) -> None:
 
 
 class Cache:
-  """Records by name in an sqlite3 file. All that were added are kept; the last of a name counts.
+  """An sqlite3 file of records by name. All additions are kept; the last of a name counts.
 
   A record is in the file when `add` returns, so a killed run loses none. Threads may share a
   cache, processes may not. Caches of older versions were JSON lines: the first opening imports
@@ -183,7 +183,7 @@ class Cache:
       raise OSError(f"{self.path}: cannot be written ({e})") from e
 
   def records(self):
-    """Yields every record, in the order of their adding."""
+    """Yields every record, oldest first."""
     for text, in self._db.execute("SELECT record FROM records ORDER BY number"):
       yield json.loads(text)
 

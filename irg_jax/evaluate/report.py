@@ -119,7 +119,7 @@ def write(runs: list[Scored], folder) -> pathlib.Path:
 
 
 def sections(report: dict) -> list[dict]:
-  """The tables: [{"title", "head", "rows", optional "benchmark" and "published" rows}], as text."""
+  """The tables as text: title, head, rows; for some a benchmark, or the count of published rows."""
   title = lambda name: evaluate.get(name).title
   published = sum(row["published"] for row in report["rows"])
   found = [{"title": "Results", "published": published, "head": ["", *report["columns"]], "rows": [
@@ -158,7 +158,7 @@ def table_text(report: dict) -> str:
 
 
 def is_partial(report: dict) -> bool:
-  """Whether a figure of the main table is of a part of the prompts."""
+  """Whether the main table has a figure for a part of the prompts only."""
   return any(row["partial"] for row in report["rows"])
 
 
@@ -174,7 +174,7 @@ def round_lines(run: Scored):
 
 
 def show(value: float | None, column: str = "") -> str:
-  """A figure with the published number of decimal places; `column`: of it, or a benchmark."""
+  """A figure with its benchmark's decimal places; `column` is a column or a benchmark's name."""
   places = next((b.places for b in evaluate.BENCHMARKS.values()
                  if column == b.name or column in b.columns), 3)
   return "–" if value is None else f"{value:.{places}f}"

@@ -136,7 +136,7 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
   """Yields (item, round, answers) of a function of the user's: (path, prompt) -> 0 to 1.
 
   Scores are cached by the image's content and by `name`, that of the function. `question` is the
-  name under which an answer is handed on. ValueError where image after image failed.
+  name under which an answer is handed on. ValueError after 20 failures in a row.
   """
   failures = 0
   with records.Cache(cache_path, "digest") as cache:
@@ -196,7 +196,7 @@ def images_there(folder: ImageFolder):
 
 
 def item_line(answer, scores: dict, why: str | None = None) -> dict:
-  """The end of a line of items.jsonl: scores, "reason: detail" of none, the judge's words."""
+  """The end of a line of items.jsonl: scores, or why there are none, and the judge's words."""
   return {"scores": scores, "why": why, "words": getattr(answer, "text", None)}
 
 

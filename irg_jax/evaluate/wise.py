@@ -54,7 +54,7 @@ _LONE_DIGIT = re.compile(r"\s*([012])\s*")
 
 
 def parse(text: str) -> dict[str, float]:
-  """The scores that the judge's text holds; a name that it lacks is absent, never a number.
+  """Scores in the judge's text; a score that it lacks is absent, never a number.
 
   The last mention of a name wins. Where no name is found, three lone digits do.
   """
