@@ -39,7 +39,7 @@ PARAMETER_AXES = (
     (r"vit/layers/fc1/kernel", ("layers", "width", "mlp")),
     (r"vit/layers/fc2/kernel", ("layers", "mlp", "width")),
     (r"(connector|time_embed)/fc\d/kernel", ("width", None)),
-    (r"(latent_embed|heads/velocity|vit/patch_embed)/kernel", ("width", None)),
+    (r"(latent_embed|heads/\w+|vit/patch_embed)/kernel", ("width", None)),
     (r"vit/position_embed/embedding", (None, "width")),
     (r".*(scale|bias)", ()),
     (r"vae/.*", ()),  # small and frozen: a copy on every device
