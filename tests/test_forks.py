@@ -22,9 +22,6 @@ from irg_jax.data import sample_set, sources
 from irg_jax.train import settings
 loaded = settings.load("configs/irgl.py:tiny", ["data.path=data"])
 assert loaded.stage2.mixture["critique_learning"] == 0.5
-from irg_jax.data import records
-records.MODES = records.MODES[:6]
-sample_set.MODES = records.MODES
 sample_set.write("data")
 shutil.copytree("data/initial_full_learning", "data/critique_learning")
 source = sources.open_source(pathlib.Path("data"), "critique_learning", max_rejected=0.1)
@@ -32,8 +29,9 @@ assert source[0].mode == "critique_learning" and len(source) == sample_set.ROWS
 """,
     "guidance rule": """
 import numpy as np
-from irg_jax import flow
-from irg_jax.generate.run import read_settings
+from irg_jax import config, flow
+from irg_jax.generate.settings import Settings
+assert config.read(Settings(), None, ["later.renorm=none"]).later.renorm == "none"
 full, no_text = np.float32([[[3.0, 4.0]]]), np.float32([[[1.0, 1.0]]])
 guided = flow.guide({"full": full, "no_text": no_text}, 4.0, 1.0, "none", 0.0)
 np.testing.assert_allclose(guided, no_text + 4 * (full - no_text), rtol=1e-6)
@@ -77,7 +75,7 @@ def test_an_example_of_a_fork_applies_and_works(name, tmp_path):
                     ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
   run = lambda *command, **options: subprocess.run(
       command, cwd=copy, capture_output=True, text=True, **options)
-  applied = run("git", "apply", "--unidiff-zero", "--recount", "-", input=patch)
+  applied = run("git", "apply", "-", input=patch)
   assert applied.returncode == 0, applied.stderr
   used = run(sys.executable, "-c", "import sys; sys.path.insert(0, '.')\n" + USES[name])
   assert used.returncode == 0, used.stderr
