@@ -1,6 +1,6 @@
 """Settings that fit the model of `configs/tiny.py`: small images, short thoughts.
 
-What is not set here is as in `configs/generate.py`.
+Fields that are not set here keep their defaults.
 
   irg generate "a fox" --checkpoint out/tiny --config configs/generate_tiny.py
 """

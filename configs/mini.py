@@ -1,20 +1,19 @@
-"""The mini world: the whole method on two cores (docs/mini.md).
+"""Mini world: the whole method on two cores (docs/mini.md).
 
   irg mini run --out out/mini                          every step, in order
   irg train --config configs/mini.py:base ...          one of its trainings alone
 
-The preset "world" is the settings of `irg mini run`; docs/settings.md lists them. The others are
-trainings, read by `irg train` like `configs/irgl.py`, and differ in their data and steps only:
-"base" makes the stand-in for BAGEL, "irgl" trains it in the two stages of the paper, and "quality"
-trains it on images better than its own and nothing else (the ablation of the paper).
+The preset "world" holds the settings of `irg mini run`, which docs/settings.md lists. The other
+presets are trainings for `irg train`, like `configs/irgl.py`, and differ in data and steps only:
+"base" trains the stand-in for BAGEL, "irgl" trains it further in the two stages of the paper, and
+"quality" trains it only on images better than its own (the ablation of the paper).
 """
 
 from ml_collections import config_dict
 
 from irg_jax import config as config_lib
-from irg_jax.data.records import MODES
 from irg_jax.mini.run import MODEL, Settings
-from irg_jax.train.settings import TrainSettings
+from irg_jax.train.settings import TrainSettings, mixture
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
@@ -34,22 +33,20 @@ def _irgl():
   config.data.streams = 1
   config.data.rows = 8
   config.data.noise_samples = 2
-  config.data.vae_transform = _group(max_size=64, min_size=64, stride=16)
-  config.data.vit_transform = _group(max_size=64, min_size=64, stride=16)
+  for transform in (config.data.vae_transform, config.data.vit_transform):
+    transform.update(max_size=64, min_size=64, stride=16)
   for stage, steps in ((config.stage1, 500), (config.stage2, 4000)):
     stage.steps = steps
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
     stage.decay_steps = stage.steps // 2
-  # Two of three rows of words alone are replayed ones (`datasets.replayed_rows`).
+  # Two of three rows of text alone are replayed ones (`datasets.replayed_rows`).
   config.stage1.mixture.initial_thinking_generation_learning = 1.5
   config.stage2.mixture.initial_thinking_generation_learning = 1.0
-  config.stage1.sizes = _group(und=480, gen=64, vit=48, text=440, samples=3)
-  config.stage2.sizes = _group(und=480, gen=80, vit=16, text=440, samples=3)
-  config.ema_decay = 0.995
+  config.stage1.sizes.update(und=480, gen=64, vit=48, text=440, samples=3)
+  config.stage2.sizes.update(und=480, gen=80, vit=16, text=440, samples=3)
   config.optimizer.eps = 1e-8
-  config.timestep_shift = 3.0  # towards noise: only there must the plan be read
-  config.checkpoint_every = 500
+  config.timestep_shift = 3.0  # towards noise: only there does the model need its plan
   config.keep = 2
   config.log_every = 20
   return config
@@ -60,13 +57,13 @@ def _base():
   config.data.dropout.vae = 0.0
   config.data.noise_samples = 4
   config.data.rows = 12
-  config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # words alone
-  config.stage1.sizes = _group(und=352, gen=0, vit=0, text=304, samples=3)
+  config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # text alone
+  config.stage1.sizes.update(und=352, gen=0, vit=0, text=304, samples=3)
   config.stage1.steps = 2300
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
                                    initial_full_learning=0.8)
-  # Short rows: attention over them is cheap.
-  config.stage2.sizes = _group(und=224, gen=128, vit=32, text=200, samples=3)
+  # Attention over short rows is cheap.
+  config.stage2.sizes.update(und=224, gen=128, vit=32, text=200, samples=3)
   config.stage2.steps = 1500
   for stage, rate in ((config.stage1, 1e-3), (config.stage2, 1.5e-3)):
     stage.learning_rate = rate
@@ -85,8 +82,4 @@ def _quality():
 
 
 def _mixture(**weights):
-  return _group(**dict.fromkeys(MODES, 0.0) | weights)
-
-
-def _group(**fields):
-  return config_dict.ConfigDict(fields)
+  return config_dict.ConfigDict(mixture(**weights))

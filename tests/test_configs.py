@@ -252,6 +252,15 @@ def test_the_tables_of_settings_are_those_of_the_code():
       "docs/settings.md is older than the code: run python docs/settings.py")
 
 
+def test_parts_are_frozen_and_losses_switched_off_from_their_steps_on():
+  stage = train_settings.StageSettings(freeze=train_settings.Freeze(gen=3, vit=0),
+                                       loss_off=train_settings.LossOff(ce=5))
+  switches = train_settings.Switches
+  assert stage.switches(2) == switches(frozen=("vit",))
+  assert stage.switches(3) == switches(frozen=("gen", "vit"))
+  assert stage.switches(5) == switches(frozen=("gen", "vit"), losses=("mse",))
+
+
 def test_short_flags_show_the_defaults_of_the_settings():
   group = argparse.ArgumentParser()
   command_flags.add_shorthands(group, Settings().think_limit)
