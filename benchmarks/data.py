@@ -1,16 +1,16 @@
-"""How full the rows are, how fast the pipeline makes them, and whether that feeds a chip.
+"""Data pipeline: fill of the packed rows, samples per second of a core, and what a chip needs.
 
   python benchmarks/data.py
   python benchmarks/data.py --rows 32 --tokenizer weights/bagel-7b
 
-Three parts, on made-up data shaped like IRGL-300K: thoughts of 100 to 1500 tokens, images of
-1024 x 1024 pixels, the mixtures and buffers of `configs/irgl.py`.
-1. Packing: the share of a row's FLOPs that is spent on tokens, with the real packer on lengths.
-2. Rate: samples and images a second of one core through the whole pipeline, with JPEG images
-   that are decoded, resized and cut into patches; with precomputed moments and without.
-   Seconds are those of the processor, so that a busy machine does not matter.
-3. What one TPU v5p chip eats at 459 TFLOP/s times an assumed utilisation, against that rate;
-   attention skips the blocks of scores in which nothing is visible.
+Random data of the shape of IRGL-300K: thoughts of 100 to 1500 tokens, images of 1024 x 1024
+pixels, the mixtures and buffers of `configs/irgl.py`.
+1. Packing: share of a row's FLOPs that is spent on tokens; the real packer packs lengths.
+2. Rate: samples and images a second of one core through the whole pipeline: JPEG images are
+   decoded, resized and cut into patches; with precomputed moments and without. CPU time, so that
+   a busy machine does not matter.
+3. Samples a second of one TPU v5p chip at 459 TFLOP/s times an assumed utilisation, against that
+   rate; attention skips the blocks of scores in which nothing is visible.
 """
 
 import argparse
@@ -46,14 +46,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIDE = 1024  # pixels
 SYSTEM, PROMPT, THOUGHT = 90, (20, 200), (100, 1500)  # tokens, from and to
 PEAK = CHIPS["v5p"].tflops * 1e12  # bfloat16
-UTILISATION = 0.5  # assumed, and on the high side
+UTILISATION = 0.5  # assumed; high
 HOST_CORES, HOST_CHIPS = 208, 4  # of a v5p host
 
-# What a mode's sample consists of, after the system prompt and the prompt (spec section 5).
-SEEN, SHOWN, DRAWN, GIVEN, LEARNT = "vit", "vae vit", "loss", "thought", "thought loss"
+# Parts of a sample of each mode, after the system prompt and the prompt (docs/spec.md, section 5).
+SEEN, SHOWN, TARGET, GIVEN, LEARNT = "vit", "vae vit", "loss", "thought", "thought loss"
 PARTS = dict(zip(MODES, (
-    (SEEN, LEARNT), (LEARNT,), (LEARNT, DRAWN), (SEEN, SEEN, LEARNT), (GIVEN, SHOWN, LEARNT),
-    (GIVEN, SHOWN, LEARNT, DRAWN))))
+    (SEEN, LEARNT), (LEARNT,), (LEARNT, TARGET), (SEEN, SEEN, LEARNT), (GIVEN, SHOWN, LEARNT),
+    (GIVEN, SHOWN, LEARNT, TARGET))))
 
 
 def main():
@@ -135,7 +135,7 @@ def sample_lengths(mode, settings, rng) -> dict[str, int]:
 
 
 class MadeUp:
-  """Records of one mode; images and moments are the same few over and over."""
+  """Records of one mode; a few images and moments are repeated."""
 
   def __init__(self, mode, settings, moments, length=10000):
     self._mode, self._length = mode, length

@@ -1,13 +1,12 @@
-"""Host memory that reading a checkpoint takes, over the size of the arrays it makes.
+"""Host memory of reading a checkpoint, relative to the size of its arrays.
 
   python benchmarks/load_memory.py
   python benchmarks/load_memory.py --gigabytes 4
 
-Writes made-up checkpoints of at least so many gigabytes, then reads each in a fresh process:
-on one device, spread over 8 virtual devices, cast on the way, and from Orbax. Prints how far
-the process's largest resident size rose above what it was with JAX started, divided by the
-bytes of the arrays. Arrays of CPU devices are host memory themselves, so 1 is the least
-possible. Exit status 1 if a case is above the bar.
+Writes random checkpoints of at least so many gigabytes and reads each in a new process: onto one
+device, onto 8 virtual devices, with a cast, and from Orbax. Prints the rise of the process's peak
+resident size after the start of JAX, divided by the bytes of the arrays. CPU arrays are host
+memory, so 1 is the minimum. Exit status 1 if a case is above the bar.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def _write(folder, size, dtype):
 
 
 def _config(size, itemsize):
-  """The fewest layers of a middling model that make a checkpoint of `size` bytes."""
+  """A model of the fewest layers that make a checkpoint of `size` bytes."""
   for layers in range(1, 1000):
     config = config_lib.ModelConfig(
         llm=config_lib.LlmConfig(vocab_size=32000, hidden_size=1024, mlp_size=4096,

@@ -86,7 +86,7 @@ def test_every_published_key_has_one_row_of_its_shape(reference):
 def test_real_sizes_have_the_published_number_of_parameters():
   rows = [r for r in names.rows(config_lib.ModelConfig()) if r.path.startswith("transformer/")]
   count = sum(int(np.prod(r.shape)) for r in rows if "/vit/" not in r.path)
-  assert 14.1e9 < count < 14.2e9  # spec section 2
+  assert 14.1e9 < count < 14.2e9  # docs/spec.md, section 2
 
 
 def test_layers_are_stacked_and_kernels_turned(folder):

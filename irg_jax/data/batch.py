@@ -46,7 +46,7 @@ class BufferSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropout:
-  """Probabilities that a conditioning split is dropped (spec section 3)."""
+  """Probabilities that a conditioning split is dropped (docs/spec.md, section 3)."""
 
   text: float = setting(0.0, "probability of dropping a conditioning text", low=0, high=1)
   vit: float = setting(
