@@ -161,29 +161,32 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
 
 def _with_moments(records, encoder, transform, dtype):
   """The records with moments in their images for the VAE, window by window."""
+  read = lambda pair: transform(decode_image(pair[1].data, _name(pair[0])))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     while window := list(itertools.islice(records, _WINDOW)):
-      wanted = [(r, p) for r, record in enumerate(window) for p, part in enumerate(record.parts)
-                if isinstance(part, ImagePart) and (part.need_loss or part.need_vae)]
-      read = lambda where: transform(decode_image(
-          window[where[0]].parts[where[1]].data,
-          f"{window[where[0]].mode}, record {window[where[0]].index}"))
-      moments = dict(zip(wanted, encoder.moments(list(pool.map(read, wanted)))))
-      for r, record in enumerate(window):
-        parts = [_with(part, moments.get((r, p)), dtype, record)
-                 for p, part in enumerate(record.parts)]
+      wanted = [(record, part) for record in window for part in record.parts if _is_encoded(part)]
+      moments = iter(encoder.moments(list(pool.map(read, wanted))))
+      for record in window:
+        parts = (dataclasses.replace(part, moments=_cast(next(moments), dtype, record))
+                 if _is_encoded(part) else part for part in record.parts)
         yield dataclasses.replace(record, parts=tuple(parts))
 
 
-def _with(part, moments, dtype, record):
-  if moments is None:
-    return part
+def _is_encoded(part):
+  return isinstance(part, ImagePart) and (part.need_loss or part.need_vae)
+
+
+def _name(record):
+  return f"{record.mode}, record {record.index}"
+
+
+def _cast(moments, dtype, record):
   with np.errstate(over="ignore"):  # reported below
     moments = moments.astype(dtype)
   if not np.isfinite(moments).all():
-    raise ValueError(f"{record.mode}, record {record.index}: the VAE gives moments that {dtype} "
-                     "cannot hold; check the checkpoint, or store float32")
-  return dataclasses.replace(part, moments=moments)
+    raise ValueError(f"{_name(record)}: the VAE gives moments that {dtype} cannot hold; check the "
+                     "checkpoint, or store float32")
+  return moments
 
 
 def _finish(out, mode, paths, lengths, metadata):

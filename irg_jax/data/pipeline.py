@@ -160,9 +160,7 @@ class Batches:
 
   def _add(self, skipped):
     for mode, limits in skipped.items():
-      mine = self.skipped.setdefault(mode, {})
-      for limit, count in limits.items():
-        mine[limit] = mine.get(limit, 0) + count
+      self.skipped.setdefault(mode, collections.Counter()).update(limits)
 
 
 def open_stream(stream: int, streams: int, data, sources, tokenizer, model: ModelConfig,
