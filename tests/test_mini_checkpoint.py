@@ -1,4 +1,4 @@
-"""The model that comes with the package: what it is, that it draws right, batches and devices."""
+"""The shipped model: its size, its images, batches and devices."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_eight_devices_draw_what_one_draws(alone):
   assert_same(draw(model, params, words, mesh, [DEMO["prompt"]], [0])[0], alone)
 
 
-def test_the_autoencoder_alone_keeps_a_image_right():
+def test_the_autoencoder_alone_keeps_an_image_right():
   config, params = weights.load_checkpoint(FOLDER, part="vae", dtype="float32",
                                            compute_dtype="float32")
   rng = np.random.default_rng(9)

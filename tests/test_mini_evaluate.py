@@ -1,6 +1,6 @@
-"""The mini world's test: the same prompts for ever, the runner's layout, scores, report.
+"""The mini world's benchmark and report: constant prompts, layout, scores, figures, tables, page.
 
-All but the last test work on painted images and written thoughts in place of a model's.
+All tests but the last use painted images and written thoughts, not a model.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def scored(folder):
 
 
 def write_arm(folder, patterns, say=lambda verdict, place: verdict.faults):
-  """Pictures, traces and scores as `report.evaluate` leaves them."""
+  """Images, traces and scores as `report.evaluate` leaves them."""
   items, rng = benchmark.MINI.read(), np.random.default_rng(0)
   for (i, image), rights in patterns.items():
     item, rounds, verdict = items[i], [], None

@@ -203,7 +203,7 @@ def test_a_trajectory_is_six_modes_that_the_reader_accepts():
   assert first.need_vae and first.need_vit and not first.need_loss and last.need_loss
 
 
-def test_a_image_of_a_later_round_stands_after_a_reflection_that_ends_in_its_plan():
+def test_an_image_of_a_later_round_stands_after_a_reflection_that_ends_in_its_plan():
   told = []
   for record, scene, rng in cases(60, seed=5):
     plan, verdict = thoughts.plan(record, scene), verifier.judge(seen(scene), record)

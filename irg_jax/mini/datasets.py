@@ -21,15 +21,11 @@ LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, 
 
 
 def base_rows(count: int, rng):
-  """Rows that teach the base model all but improving; none has an unseen pair.
+  """`count` rows that teach the base model all but improving; none has an unseen pair.
 
   It learns to plan, to draw after a plan, from a prompt alone and from nothing (for guidance), to
   draw a description, and to describe an image, also one that differs from its plan. Some images
   are crowded, which fills more of their cells.
-
-  Args:
-    count: of all rows, in the proportions of `_BASE`.
-    rng: numpy Generator.
   """
   for kind in rng.choice(len(_BASE), count, p=[share for share, _ in _BASE]):
     yield _BASE[kind][1](rng)
@@ -39,11 +35,9 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   """The rows of one trajectory of the base model, in the six modes (spec section 5).
 
   Args:
-    record: the request.
     plan, first: the base model's thought and image, uint8 [64, 64, 3]. A share `LATER_ROUNDS` of
       the plans is rewritten as a reflection, which is what a third round sees.
-    verdict: the verifier's, on `first`.
-    better: the improved Scene.
+    verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
   """
   scene = world.sample_scene(record, rng)
@@ -81,9 +75,7 @@ def texts(conversation: list):
 def write_tokenizer(folder, texts, vocab_size: int) -> None:
   """Learns a byte-level BPE from texts and writes `folder`/tokenizer.json in Qwen2's form.
 
-  Args:
-    texts: an iterable of texts.
-    vocab_size: tokens at most, with the 256 bytes and the four control tokens.
+  `vocab_size` is the most tokens, with the 256 bytes and the four control tokens.
   """
   spec = qwen2_spec({}, [], [])
   learner = tokenizers.Tokenizer(models.BPE())
@@ -160,9 +152,11 @@ def _copied(rng):
 
   Without these rows a model takes a pair it was never shown for a mistake, and writes another.
   """
-  cells = [thoughts.EMPTY] * world.GRID**2
+  cells, words = [thoughts.EMPTY] * world.GRID**2, [*world.COLORS, *world.SHAPES]
   for i in rng.permutation(len(cells))[:rng.integers(1, 8)]:
-    cells[i] = " ".join(_any_words(rng))
+    while {(pair := tuple(map(str, rng.choice(words, 2)))), pair[::-1]} & world.UNSEEN_PAIRS:
+      pass
+    cells[i] = " ".join(pair)
   said = text_part(f"{thoughts.listed(cells)} {thoughts.grid_text(cells)}")
   return TELL, [_user(thoughts.grid_text(cells)), assistant([said])]
 
@@ -246,8 +240,7 @@ def _confused(scene, rng):
 def _spoiled(scene, rng, in_place=False):
   """A scene in which things may be removed, added, moved, or have another shape or colour.
 
-  Args:
-    in_place: nothing is added or moved, so that nothing can touch.
+  With `in_place` nothing is added or moved, so that nothing can touch.
   """
   if rng.random() < 0.4:
     return scene
@@ -271,13 +264,6 @@ def _spoiled(scene, rng, in_place=False):
 
 def _with(scene, things):
   return dataclasses.replace(scene, things=tuple(things))
-
-
-def _any_words(rng):
-  while True:
-    words = tuple(map(str, rng.choice([*world.COLORS, *world.SHAPES], 2)))
-    if not {words, words[::-1]} & world.UNSEEN_PAIRS:
-      return words
 
 
 # --- Turns and parts ---

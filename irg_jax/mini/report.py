@@ -139,7 +139,8 @@ def build(drawn: dict, others: dict | None = None) -> dict:
   arms = {}
   for arm in ARMS:
     if arm.name in drawn:
-      arms[arm.name] = {"title": arm.title, "measured": HERE, **benchmark.arm_figures(drawn[arm.name])}
+      figures = benchmark.arm_figures(drawn[arm.name])
+      arms[arm.name] = {"title": arm.title, "measured": HERE, **figures}
     elif arm.name in (others or {}):
       arms[arm.name] = others[arm.name]
   items = benchmark.MINI.read()
@@ -150,8 +151,8 @@ def build(drawn: dict, others: dict | None = None) -> dict:
       "differences": {name: benchmark.difference(values[after], values[before], items)
                       for name, after, before in _DIFFERENCES
                       if after in values and before in values},
-      "intervals": f"95 %, bootstrap over the prompts of each task, {benchmark.RESAMPLES} resamples, "
-                   f"seed {benchmark.SEED}",
+      "intervals": "95 %, bootstrap over the prompts of each task, "
+                   f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
       "test": {"prompts": len(items), **benchmark.SPLITS},
   }
 
@@ -258,24 +259,10 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def notes(report: dict) -> list[str]:
   """What to know about the figures."""
-  found = [f"Intervals: {report['intervals']}; where all prompts of a task came out alike, it has "
-           "no width.",
-           "A picture is right if the verifier sees exactly what was asked for in it. \"Unseen\" "
-           "are prompts with a shape in a colour, or a relation of two shapes, that no training "
-           "picture or prompt has; single_object, two_object and counting cannot be unseen.",
-           "Seconds are those of a whole batch; memory is the process's peak up to the end of "
-           "that arm, so what ran before in the same process counts."]
-  if alone := report.get("autoencoder"):
-    found.append(f"The autoencoder alone: of {alone['pictures']} painted pictures of the test's "
-                 f"prompts its round trip keeps {alone['right']} right "
-                 f"({alone['right'] / alone['pictures']:.3f}).")
-  if there := [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]:
-    found.append(f"Measured {ELSEWHERE}: {', '.join(there)}.")
-  if missing := [f"{name}: {entry['missing']}" for name, _, entry in _rows(report)
-                 if entry["missing"]]:
-    found.append(f"Pictures that could not be drawn or scored, and count nowhere: "
-                 f"{'; '.join(missing)}.")
-  return found
+  others = [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]
+  missing = [f"{name}: {entry['missing']}" for name, _, entry in _rows(report) if entry["missing"]]
+  return pages.render("mini_notes.txt", report=report, elsewhere=ELSEWHERE, others=others,
+                      missing=missing).splitlines()
 
 
 def markdown_table(title: str, head: list[str], rows: list[list[str]]) -> str:
@@ -304,7 +291,7 @@ def charts(report: dict) -> dict[str, bytes]:
   """The plots, PNG by file name."""
   rows = list(_rows(report))
   found = {"scores.png": plots.bar_chart(
-      "Whole pictures right, mean over tasks, with 95 % intervals",
+      "Whole images right, mean over tasks, with 95 % intervals",
       [name.replace(", ", "\n") for name, *_ in rows],
       [(f"{split} combinations", [entry["scores"][split]["overall"] for *_, entry in rows])
        for split in ("seen", "unseen")])}

@@ -8,18 +8,17 @@ letter and two words, so a model finds a cell by its letter, at a constant dista
   <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
-A reflection has the four parts of IRGL: the faults (after what is seen), the improvements, the
-steps, and the final prompt. No counting is needed to find the faults: the things seen are listed in
-the order of the places in the thought before, so the two lists are equal if nothing is wrong.
+A reflection has the four parts of IRGL: faults (after what is seen), improvements, steps, final
+prompt. Things seen are listed in the order of the places in the thought before, so faults are the
+differences of two lists, without counting.
 
   <think> I see: The ground is grey. Cells: A empty ground ... Things: E red circle, I empty
   ground, G blue star. What falls short: one red circle is missing. Improvements: the prompt asks
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-Steps name a cell after its thing, as the places of a plan do, so the cells of the final prompt are
-looked up like those of a plan; all other cells are copied from those seen. The list of things has
-the letter first, so that it is not looked up in place of the steps.
+Steps name a cell after its thing, like places, so the final prompt is looked up like a plan; its
+other cells are copied. Things have the letter first, so that they are not looked up instead.
 """
 
 import itertools
@@ -52,11 +51,7 @@ def request(record: dict) -> str:
 
 
 def plan(record: dict, scene: world.Scene, cells=None) -> str:
-  """The thought before the first image.
-
-  Args:
-    cells: content of each cell, where it does not follow from the places (a careless plan).
-  """
+  """The thought before the first image; `cells` are those of a careless plan, else of the scene."""
   return (f"<think> The picture shows {request(record)}. {places(scene, record)} "
           f"{grid_text(cells or grid(scene.things))} </think>")
 
@@ -69,12 +64,8 @@ def describe(seen) -> str:
 def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  Args:
-    record, verdict: the request, and the verifier's verdict on the image.
-    before: the thought before the image.
-
   Raises:
-    Inexpressible: `before` has no readable places.
+    Inexpressible: `before`, the thought before the image, has no readable places.
   """
   seen = verdict.seen
   cells = grid(seen.things, seen.unclear)
@@ -95,7 +86,8 @@ def edits(before, after) -> list[str]:
 def places(scene: world.Scene, record: dict | None = None) -> str:
   """The ground and the cell of each thing; with a record, in the order of its prompt."""
   things = _in_prompt_order(scene, record) if record else scene.things
-  named = ", ".join(f"{t.color} {t.shape} {_LETTERS[_number(t.cell)]}" for t in things)
+  at = lambda thing: _LETTERS[world.GRID * thing.cell[0] + thing.cell[1]]
+  named = ", ".join(f"{t.color} {t.shape} {at(t)}" for t in things)
   return f"The ground is {scene.background}. Places: {named or 'none'}."
 
 
@@ -107,10 +99,10 @@ def grid(things, unclear=()) -> list[str]:
   """
   cells = [EMPTY] * world.GRID**2
   named = [(t.cell, f"{t.color} {t.shape}") for t in things]
-  for cell, name in [*named, *((cell, UNCLEAR) for cell in unclear)]:
-    if cells[_number(cell)] != EMPTY:
+  for (row, column), name in [*named, *((cell, UNCLEAR) for cell in unclear)]:
+    if cells[world.GRID * row + column] != EMPTY:
       raise Inexpressible("two things in one cell")
-    cells[_number(cell)] = name
+    cells[world.GRID * row + column] = name
   return cells
 
 
@@ -126,20 +118,13 @@ def listed(cells, first=()) -> str:
 
 
 def _in_prompt_order(scene, record):
-  """The things in the order of the prompt; those of one clause from the first cell to the last.
-
-  So each of several like things has a later letter than the one before, and none comes twice.
-  """
+  """The things in the order of the prompt; like things by cell, so that no letter repeats."""
   things, include = iter(scene.things), record["include"]
   groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
             for clause in include]
   if world.relations(include):
     groups.reverse()  # "a star above a cross": the cross is the first clause
   return itertools.chain(*groups)
-
-
-def _number(cell):
-  return world.GRID * cell[0] + cell[1]
 
 
 # --- Reading ---
@@ -153,10 +138,8 @@ def read_grid(text: str) -> list[str] | None:
 
 
 def read_places(text: str) -> list[str]:
-  """The letters of the cells where a thought wants things, possibly with repeats.
-
-  Those of a plan are in its order. A reflection has no places: its letters are those of the
-  things in its final prompt.
+  """The letters of the cells where a thought wants things: a plan's places, in its order, maybe
+  with repeats; or the filled cells of a reflection's final prompt.
 
   Raises:
     Inexpressible: neither can be read.
@@ -171,10 +154,9 @@ def read_places(text: str) -> list[str]:
 
 
 def read_scene(text: str) -> world.Scene | None:
-  """The scene of the last ground and cells in a text; None if there is none.
+  """The scene of the last ground and cells in a text, with medium things; None if there is none.
 
-  Things have a medium size and stand in the middle of their cells. A cell whose words are no
-  colour and shape counts as empty.
+  A cell whose words are no colour and shape counts as empty.
   """
   grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
   if not grounds or cells is None:
@@ -200,9 +182,7 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 
 def improve(record: dict, verdict, rng) -> world.Scene:
-  """A scene that is correct and keeps as much of the image seen as possible.
-
-  Its things are in the order of the prompt.
+  """A correct scene, in the order of the prompt, that keeps as much of the image as possible.
 
   Raises:
     Inexpressible: the image shows what training must not, or no arrangement was found.
@@ -211,31 +191,25 @@ def improve(record: dict, verdict, rng) -> world.Scene:
   check_showable(seen)
   matches, _ = verifier.assign(seen.things, record["include"])
   if verdict.correct:
-    return _checked(world.Scene(seen.background, tuple(itertools.chain(*matches))))
+    things = tuple(itertools.chain(*matches))
+    grid(things)  # raises
+    return world.Scene(seen.background, things)
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
     things = _complete(record["include"], kept, seen, rng, 8.0 if attempt < 600 else 1.0)
     if things is not None:
-      return _checked(world.Scene(seen.background, things))
+      grid(things)
+      return world.Scene(seen.background, things)
   raise Inexpressible("no arrangement found")
 
 
 def check_showable(seen) -> None:
-  """Refuses an image that training must not show.
-
-  Raises:
-    Inexpressible: it has an unseen pair, or no known ground.
-  """
+  """Raises Inexpressible for an image that training must not show: unseen pair, unknown ground."""
   if any((t.shape, t.color) in world.UNSEEN_PAIRS for t in seen.things):
     raise Inexpressible("a pair that training must not show")
   if seen.background is None:
     raise Inexpressible("no known ground")
-
-
-def _checked(scene):
-  grid(scene.things)
-  return scene
 
 
 def _complete(include, kept, seen, rng, lure):

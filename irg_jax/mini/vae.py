@@ -24,11 +24,9 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   """Trains on painted scenes; continues from the state in `path` if there is one.
 
   Args:
-    path: file of the state.
     steps, batch: updates, and images of each.
     learning_rate: peak; it falls along a cosine, and once more from a lower peak.
-    images: number of different images to train on.
-    seed: of images, parameters, batches and noise.
+    images: number of distinct images to train on.
     save_every: updates between two writes of the state.
     progress: see `irg_jax.progress.Progress`.
 
@@ -112,8 +110,7 @@ def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
   """Whether painted images of `records` are still correct once encoded and decoded.
 
   Args:
-    records: see `world`; a new scene of each is painted.
-    rng: numpy Generator, of the scenes.
+    records: see `world`; a new scene of each is painted with `rng`.
 
   Returns:
     bool [len(records)].

@@ -11,7 +11,7 @@ unclear where the things found do not explain the pixels.
 
 import dataclasses
 import functools
-import typing
+import types
 
 import numpy as np
 from scipy import ndimage
@@ -151,20 +151,6 @@ def _sentence(count, shape, color, fault):
 # --- Reading an image ---
 
 
-class _Fit(typing.NamedTuple):
-  """A blob read as a shape; `offset` is its colour less the background's."""
-
-  shape: str
-  x: float
-  y: float
-  radius: float
-  offset: np.ndarray
-  window: tuple[slice, slice]
-  cover: np.ndarray
-  error: float
-  second: float
-
-
 def _square(offsets):
   """Squared lengths of colours, [..., 3] to [...]."""
   return np.einsum("...c,...c->...", offsets, offsets)
@@ -192,7 +178,7 @@ def _blobs(offset):
   return np.where(keep, np.cumsum(keep), 0)[labels], int(keep.sum())
 
 
-def _fit(offset, blobs, label, box, noise) -> _Fit | None:
+def _fit(offset, blobs, label, box, noise):
   """The shape that explains a blob best; None if it is too large to be a thing.
 
   Args:
@@ -200,13 +186,18 @@ def _fit(offset, blobs, label, box, noise) -> _Fit | None:
     blobs: labels [64, 64].
     label, box: the blob's label and bounding slices.
     noise: squared levels a pixel.
+
+  Returns:
+    shape, x, y, radius; offset: its colour less the background's; window (slices) and cover of
+    its pixels; error, and that of the second best shape.
   """
   if max(s.stop - s.start for s in box) + 4 > _WINDOW:
     return None
   window = tuple(slice(max(0, s.start - 2), min(world.SIZE, s.stop + 2)) for s in box)
   near, own = offset[window], blobs[window] == label
   free = own | (ndimage.maximum_filter(own, 5) & (blobs[window] == 0))
-  color = _core(near[own])
+  level, weak = _square(near[own]), int(0.6 * own.sum())
+  color = np.median(near[own][np.argpartition(level, weak)[weak:]], axis=0)  # the strongest 40 %
   size = max(float(color @ color), 1.0)
   cover = near @ color / size * free
   area = max(float(cover.sum()), 1.0)
@@ -220,14 +211,9 @@ def _fit(offset, blobs, label, box, noise) -> _Fit | None:
   error = ((cover - drawn * free) ** 2).sum((1, 2)) + aside - free.sum() * noise / size
   error = np.maximum(error, 0) / (lengths * radius)
   best, second = np.argsort(error)[:2]
-  return _Fit(world.SHAPES[best], float(x[best]), float(y[best]), float(radius[best]), color,
-              window, drawn[best], float(error[best]), float(error[second]))
-
-
-def _core(offsets):
-  """The colour of a blob less the background's: the median of its strongest pixels."""
-  level, weak = _square(offsets), int(0.6 * len(offsets))
-  return np.median(offsets[np.argpartition(level, weak)[weak:]], axis=0)
+  return types.SimpleNamespace(
+      shape=world.SHAPES[best], x=float(x[best]), y=float(y[best]), radius=float(radius[best]),
+      offset=color, window=window, cover=drawn[best], error=error[best], second=error[second])
 
 
 def _explained(offset, blobs, fits, ground):
@@ -240,22 +226,17 @@ def _explained(offset, blobs, fits, ground):
   things, unclear = [], []
   for label, fit in enumerate(fits, 1):
     color = fit and _nearest(ground + fit.offset, world.COLORS, _COLOR)
-    if color and _is_clear(fit, rest[fit.window]):
+    part = fit and rest[fit.window][fit.cover > 0].max(initial=0.0) / np.linalg.norm(fit.offset)
+    if (color and _RADII[0] <= fit.radius <= _RADII[1] and part <= _GAP
+        and fit.error <= _ERROR and fit.second >= _AHEAD * fit.error):
       things.append(world.Thing(fit.shape, color, fit.x, fit.y, fit.radius))
     else:
-      unclear.append(_middle_cell(blobs == label))
+      unclear.append(blobs == label)
   known = ndimage.maximum_filter(blobs > 0, 5)
   strays, count = ndimage.label((rest > _LEFT) & unlike & ~known, _SQUARE)
-  unclear += [_middle_cell(strays == i + 1) for i in range(count)
-              if (strays == i + 1).sum() >= _AREA]
-  return things, unclear
-
-
-def _is_clear(fit, rest):
-  """Whether a fit explains its blob well, everywhere, and better than any other shape."""
-  part = rest[fit.cover > 0].max(initial=0.0) / np.sqrt(fit.offset @ fit.offset)
-  return (_RADII[0] <= fit.radius <= _RADII[1] and fit.error <= _ERROR
-          and fit.second >= _AHEAD * fit.error and part <= _GAP)
+  unclear += [strays == i for i in range(1, count + 1) if (strays == i).sum() >= _AREA]
+  middles = map(ndimage.center_of_mass, unclear)
+  return things, [tuple(int(v) // world.CELL for v in middle) for middle in middles]
 
 
 def _nearest(color, palette, within):
@@ -263,10 +244,6 @@ def _nearest(color, palette, within):
   distances = {name: float(np.linalg.norm(color - levels)) for name, levels in palette.items()}
   name = min(distances, key=distances.get)
   return name if distances[name] <= within else None
-
-
-def _middle_cell(mask):
-  return tuple(int(v) // world.CELL for v in ndimage.center_of_mass(mask))
 
 
 # --- Drawing the shapes ---

@@ -172,11 +172,6 @@ def _pick(names, count, rng):
   return rng.choice(list(names), count, replace=False)
 
 
-def _color_attr(rng):
-  shapes = _pick(SHAPES, 2, rng)
-  return [_clause(s, 1, c) for s, c in zip(shapes, _pick(COLORS, 2, rng))]
-
-
 def _position(rng):
   first, second = _pick(SHAPES, 2, rng)
   return [_clause(first), _clause(second, position=[str(rng.choice(RELATIONS)), 0])]
@@ -203,7 +198,8 @@ _CLAUSES = {
     "counting": lambda rng: [_clause(*_pick(SHAPES, 1, rng), rng.integers(2, 5))],
     "colors": lambda rng: [_clause(*_pick(SHAPES, 1, rng), 1, *_pick(COLORS, 1, rng))],
     "position": _position,
-    "color_attr": _color_attr,
+    "color_attr": lambda rng: [
+        _clause(s, 1, c) for s, c in zip(_pick(SHAPES, 2, rng), _pick(COLORS, 2, rng))],
     "free": _free,
 }
 
