@@ -6,6 +6,7 @@ of a step is filled when it is used.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import pathlib
 import sys
@@ -90,6 +91,7 @@ examples:
 # Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
 # says itself how it is to be used.
 _THINK_LIMIT = 4096
+_COUNTS = ("concurrency", "timeout", "tries", "asks")  # flags of `questions.JudgeSettings`
 
 
 class _StepParser(argparse.ArgumentParser):
@@ -208,18 +210,18 @@ def _add_judge(add):
   parts = {b.name: [n.removeprefix(f"{b.name}_") for n in b.templates if n != b.name]
            for b in judged}
   named = "; ".join(f"for {name} NAME is {' or '.join(p)}" for name, p in parts.items() if p)
-  add("--judge-url", metavar="URL", help="base address, such as http://localhost:8000/v1")
-  add("--judge-model", metavar="NAME", help="its name at the endpoint")
+  from irg_jax.evaluate.questions import JudgeSettings
+  settings = {field.name: field for field in dataclasses.fields(JudgeSettings)}
+  add("--judge-url", metavar="URL", help=settings["url"].metadata["doc"])
+  add("--judge-model", metavar="NAME", help=settings["model"].metadata["doc"])
   add("--temperature", type=float, metavar="X",
       help=f"of the judge (default: the official script's: {temperatures})")
   add("--template", action="append", default=[], metavar="[NAME=]FILE",
       help=f"your wording of the question, JSON with \"user\" and \"system\"; {named}")
-  add("--concurrency", type=int, default=8, metavar="N", help="questions at a time (8)")
-  add("--timeout", type=float, default=120.0, metavar="S", help="seconds of one try (120)")
-  add("--tries", type=int, default=8, metavar="N",
-      help="of a question that fails (8), with growing waits or as Retry-After says")
-  add("--asks", type=int, default=3, metavar="N",
-      help="answers asked for until one can be parsed (3)")
+  for name in _COUNTS:
+    default = settings[name].default
+    add(f"--{name}", type=type(default), default=default, metavar="N",
+        help=f"{settings[name].metadata['doc']} ({default:g})")
   add("--judge-cache", type=pathlib.Path, metavar="FILE",
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
@@ -266,8 +268,8 @@ def _check_flags(args, parser):
   """Refuses flags of other benchmarks, which would do nothing, and files that are not there."""
   users = {name: list(by_benchmark) for name, by_benchmark in _flags().items()}
   judged = [b.name for b in benchmarks().values() if b.official]
-  users |= dict.fromkeys(("--judge-url", "--judge-model", "--temperature", "--template", "--tries",
-                          "--concurrency", "--timeout", "--asks", "--judge-cache"), judged)
+  users |= dict.fromkeys(("--judge-url", "--judge-model", "--temperature", "--template",
+                          "--judge-cache", *(f"--{name}" for name in _COUNTS)), judged)
   for name, names in users.items():
     attribute = name[2:].replace("-", "_")
     value = getattr(args, attribute)
@@ -288,9 +290,8 @@ def _open_judge(args, benchmark):
   from irg_jax.evaluate import judge, questions
   official = benchmark.official.temperature
   settings = questions.JudgeSettings(
-      args.judge_url, args.judge_model, concurrency=args.concurrency, timeout=args.timeout,
-      temperature=official if args.temperature is None else args.temperature, tries=args.tries,
-      asks=args.asks)
+      args.judge_url, args.judge_model, official if args.temperature is None else args.temperature,
+      **{name: getattr(args, name) for name in _COUNTS})
   templates = questions.chosen_templates(benchmark, args.template)
   with judge.Judge(settings, args.judge_cache or args.out / judge.CACHE) as opened:
     if opened.lost:

@@ -121,7 +121,7 @@ class TextSummary:
             "prompts": self._prompts, "unscored": self.unscored.summary()}
 
 
-# Parts that other models measure, and a number of what they give.
+# Parts that other models measure: an entry of their values to a number.
 MEASURED = {"reasoning": lambda value: value, "style": lambda pair: style_cell(*pair),
             "diversity": lambda value: value}
 
@@ -224,7 +224,7 @@ def read_questions(path) -> dict[str, tuple[dict, dict]]:
 
 
 def read_texts(path) -> dict[str, str]:
-  """{prompt id: the raw text to draw} of text_content.csv; ValueError names file and line."""
+  """{prompt id: raw text of the image} of text_content.csv; ValueError names file and line."""
   entries = records.csv_rows(path, ("id", "text_content"))
   numbers = [entry.record["id"].zfill(3) for entry in entries]
   for entry, number in zip(entries, numbers):

@@ -22,6 +22,8 @@ import urllib.parse
 
 from PIL import Image
 
+from irg_jax.config import check, setting
+
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
@@ -103,27 +105,22 @@ class Account:
 class JudgeSettings:
   """The judge's endpoint and how it is asked. Waits between tries are random below a bound."""
 
-  url: str  # base address in OpenAI's form, such as http://localhost:8000/v1
-  model: str  # its name there
-  temperature: float = 0.0  # of the answers
-  concurrency: int = 8  # questions under way at the same time
-  timeout: float = 120.0  # seconds of one try, from sending to the last byte
-  tries: int = 8  # of one question, while the endpoint is busy, broken or unreachable
-  asks: int = 3  # answers asked for until one can be parsed
-  first_wait: float = 1.0  # bound of the first wait, in seconds; doubles each time, up to 60
-  longest_wait: float = 600.0  # seconds that Retry-After may ask for; more ends the run
+  url: str = setting("", "base address, such as http://localhost:8000/v1")
+  model: str = setting("", "its name at the endpoint")
+  temperature: float = setting(0.0, "of the answers", low=0, high=2)
+  concurrency: int = setting(8, "questions at a time", low=1)
+  timeout: float = setting(120.0, "seconds of one try", above=0)
+  tries: int = setting(8, "of a question that fails, with growing waits or as Retry-After says",
+                       low=1)
+  asks: int = setting(3, "answers asked for until one can be parsed", low=1)
+  first_wait: float = setting(1.0, "bound of the first wait, in seconds; doubles up to 60")
+  longest_wait: float = setting(600.0, "seconds that Retry-After may ask for; more ends the run")
 
   def __post_init__(self):
     _check_url(self.url)
     if not self.model:
       raise ValueError("the judge's model has no name: set --judge-model")
-    if not 0 <= self.temperature <= 2:
-      raise ValueError(f"temperature {self.temperature}: must be from 0 to 2")
-    for name in ("concurrency", "tries", "asks"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
-    if not self.timeout > 0:
-      raise ValueError(f"timeout {self.timeout}: must be more than 0 seconds")
+    check(self)
 
 
 class OpenJudge(typing.NamedTuple):
