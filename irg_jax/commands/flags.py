@@ -4,18 +4,22 @@ import argparse
 import pathlib
 import re
 
-# Short flags that only set fields of `generate.settings.Settings`: flag -> fields.
-SHORTHANDS = {
-    "rounds": ("rounds",),
-    "steps": ("steps",),
-    "think_limit": ("think_limit",),
-    "temperature": ("temperature",),
-    "top_k": ("top_k",),
-    "top_p": ("top_p",),
-    "text_scale": ("first.text_scale", "later.text_scale"),
-    "image_scale": ("later.image_scale",),
-    "window": ("window",),
-}
+# Short flags of settings of generation: (flag, type, what stands for the value, help, fields).
+_SHORT = (
+    ("--rounds", int, "N", "rounds, one image each (2)", ("rounds",)),
+    ("--steps", int, "N", "points of the flow schedule, N - 1 updates (50)", ("steps",)),
+    ("--text-scale", float, "X", "text guidance of all rounds (4.0)",
+     ("first.text_scale", "later.text_scale")),
+    ("--image-scale", float, "X", "image guidance of the rounds after an image (2.0)",
+     ("later.image_scale",)),
+    ("--think-limit", int, "N", "longest thought in tokens ({think_limit})", ("think_limit",)),
+    ("--temperature", float, "X", "sampling temperature of thoughts (0.3)", ("temperature",)),
+    ("--top-k", int, "N", "sample from the N likeliest tokens; 0: all (0)", ("top_k",)),
+    ("--top-p", float, "X", "sample from the likeliest tokens of this total probability (1.0)",
+     ("top_p",)),
+    ("--window", int, "N", "earlier rounds that a round can see (all)", ("window",)),
+)
+SHORTHANDS = {flag[2:].replace("-", "_"): fields for flag, *_, fields in _SHORT}
 
 
 def new_parser(make, *args, **kwargs) -> argparse.ArgumentParser:
@@ -95,21 +99,12 @@ def check_mesh(sizes: dict[str, int] | None) -> None:
 
 def add_shorthands(group, think_limit: int = 1000) -> None:
   """Adds the short flags; `think_limit` is the default to show for --think-limit."""
+  for flag, kind, metavar, text, _ in _SHORT:
+    group.add_argument(flag, type=kind, metavar=metavar, help=text.format(think_limit=think_limit))
   add = group.add_argument
-  add("--rounds", type=int, metavar="N", help="rounds, one image each (2)")
   add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
-  add("--steps", type=int, metavar="N", help="points of the flow schedule, N - 1 updates (50)")
-  add("--text-scale", type=float, metavar="X", help="text guidance of all rounds (4.0)")
-  add("--image-scale", type=float, metavar="X",
-      help="image guidance of the rounds after an image (2.0)")
-  add("--think-limit", type=int, metavar="N", help=f"longest thought in tokens ({think_limit})")
-  add("--temperature", type=float, metavar="X", help="sampling temperature of thoughts (0.3)")
-  add("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; 0: all (0)")
-  add("--top-p", type=float, metavar="X",
-      help="sample from the likeliest tokens of this total probability (1.0)")
   add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
   add("--no-think", action="store_true", help="generate images without thoughts")
-  add("--window", type=int, metavar="N", help="earlier rounds that a round can see (all)")
 
 
 def shorthand_overrides(args) -> list[str]:

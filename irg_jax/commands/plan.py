@@ -99,7 +99,8 @@ def _make_programs(args, overrides, slice_):
 def _load(args, overrides):
   """(model config for generation, training settings or None)."""
   from irg_jax import config as config_lib
-  config, model = (f(args.config, overrides) for f in (config_lib.load, config_lib.read_model))
+  config = config_lib.load(args.config, overrides)
+  model = config_lib.read_model(args.config, overrides)
   # Generation has no backward pass to recompute anything for.
   model = dataclasses.replace(model, remat="none")
   if "train" not in args.programs:
