@@ -21,7 +21,7 @@ examples:
   irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
   irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
   irg train --config configs/irgl.py:tiny
-  irg eval generate geneval --checkpoint weights/irg-7b --out out/geneval
+  irg eval generate BENCH --checkpoint weights/irg-7b --out out/BENCH
 """
 
 
