@@ -3,16 +3,16 @@
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 
 from irg_jax import chips
 from irg_jax.commands import flags
 
 _PLAN = """\
-Compiles the programs of training and generation for a TPU slice on this machine, which needs no
-TPU, and prints what each needs of a chip: memory, FLOPs, collectives, and a roofline estimate of
-its time. Takes minutes and some gigabytes for a large model. Needs libtpu:
-pip install 'irg_jax[tpu]'.
+Compiles the programs of training and generation for a TPU slice, without a TPU, and prints memory,
+FLOPs, collectives and a roofline estimate of the time of each on one chip. Takes minutes and some
+gigabytes for a large model. Needs libtpu: pip install 'irg_jax[tpu]'.
 
 examples:
   irg plan --topology v5p:4x4x4 --config configs/irgl.py
@@ -24,8 +24,8 @@ examples:
 
 _PLAN_END = """\
 topologies are CHIP:SIDExSIDE with chips v4, v5e, v5p, v6e. programs are "train" (the step of
---stage), "generate" (all steps of generation), or single steps: append_text, append_image, think,
-denoise, decode_pixels, encode_pixels.
+--stage), "generate" (all steps of generation), or one of append_text, append_image, think, denoise,
+decode_pixels, encode_pixels.
 
 exit status:
   0  everything fits, with --headroom to spare
@@ -51,14 +51,10 @@ def add(verbs, new_parser) -> None:
   add("--stage", choices=("stage1", "stage2"), default="stage2", help="of training (stage2)")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis (default: the configuration's; for generation all on fsdp)")
-  add("--batch", type=flags.count, metavar="N",
-      help="prompts generated together (default: one per chip)")
-  add("--cache", type=flags.count, default=16384, metavar="N",
-      help="slots of each row's cache (16384)")
-  add("--size", type=flags.count, default=1024, metavar="S",
-      help="pixels of generated images (1024)")
-  add("--headroom", type=_share, default=0.1, metavar="X",
-      help="share of a chip's memory that must stay free (0.1)")
+  add("--batch", type=flags.count, metavar="N", help="prompts side by side (default: one a chip)")
+  add("--cache", type=flags.count, default=16384, metavar="N", help="slots a row (16384)")
+  add("--size", type=flags.count, default=1024, metavar="S", help="pixels of a side (1024)")
+  add("--headroom", type=_share, default=0.1, metavar="X", help="share of memory left free (0.1)")
 
 
 def _run(args, overrides) -> int:
@@ -66,8 +62,8 @@ def _run(args, overrides) -> int:
   from irg_jax import plan
   from irg_jax.plan import report
   from irg_jax.progress import Progress
-  slice_ = plan.open_slice(args.topology)
-  programs, estimates = _make_programs(args, overrides, slice_), []
+  slice_, estimates = plan.open_slice(args.topology), []
+  programs = [*_train(args, overrides, slice_), *_generation(args, overrides, slice_)]
   with Progress() as progress:
     for program in programs:
       progress(f"compiling {program.name} for {slice_.name}")
@@ -76,60 +72,52 @@ def _run(args, overrides) -> int:
   return int(any(e.headroom(slice_) < args.headroom for e in estimates))
 
 
-def _make_programs(args, overrides, slice_):
-  from irg_jax import sharding
+def _train(args, overrides, slice_):
+  """The program of a train step, if it is wanted."""
+  from irg_jax import config, sharding
   from irg_jax.plan import programs
-  model, settings = _load(args, overrides)
-  made, wanted = [], args.programs
-  if "train" in wanted:
-    shape = args.mesh or settings.mesh.shape(slice_.chips)
-    mesh = sharding.make_mesh(shape, slice_.devices)
-    made.append(programs.train_program(settings, args.stage, mesh))
-  names = programs.GENERATION if "generate" in wanted else wanted
-  if any(name in programs.GENERATION for name in names):
-    from irg_jax.generate.settings import Settings
-    mesh = sharding.make_mesh(args.mesh, slice_.devices)
-    asked = Settings(height=args.size, width=args.size)
-    asked.validate(model)
-    made += [p for p in programs.generation_programs(
-        model, asked, args.batch or slice_.chips, args.cache, mesh) if p.name in names]
-  return made
-
-
-def _load(args, overrides):
-  """(model config for generation, training settings or None)."""
-  from irg_jax import config as config_lib
-  config = config_lib.load(args.config, overrides)
-  model = config_lib.read_model(args.config, overrides)
-  # Generation has no backward pass to recompute anything for.
-  model = dataclasses.replace(model, remat="none")
+  from irg_jax.train import settings as train_settings
   if "train" not in args.programs:
-    return model, None
-  if "stage2" not in config:
+    return []
+  found = config.load(args.config, overrides)
+  if "stage2" not in found:
     raise ValueError(f"--config {args.config}: says nothing about training; give one like "
                      "configs/irgl.py, or --programs generate")
-  from irg_jax.train import settings
-  if not config.data.path:  # a plan reads no data
+  if not found.data.path:  # a plan reads no data
     overrides = ["data.path=-", *overrides]
-  return model, settings.load(args.config, overrides)
+  settings = train_settings.load(args.config, overrides)
+  mesh = sharding.make_mesh(args.mesh or settings.mesh.shape(slice_.chips), slice_.devices)
+  return [programs.train_program(settings, args.stage, mesh)]
+
+
+def _generation(args, overrides, slice_):
+  """The programs of generation that are wanted."""
+  from irg_jax import config, sharding
+  from irg_jax.generate.settings import Settings
+  from irg_jax.plan import programs
+  names = _STEPS if "generate" in args.programs else set(_STEPS) & set(args.programs)
+  if not names:
+    return []
+  # Generation has no backward pass to recompute anything for.
+  model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
+  mesh = sharding.make_mesh(args.mesh, slice_.devices)
+  settings = Settings(height=args.size, width=args.size)
+  settings.validate(model)
+  made = programs.generation_programs(model, settings, args.batch or slice_.chips, args.cache, mesh)
+  return [program for program in made if program.name in names]
 
 
 def _programs(text: str) -> tuple[str, ...]:
-  names, known = [], ("train", "generate", *_STEPS)
-  for name in text.split(","):
-    if name in _OLD:
-      print(f"note: program {name} is now called {_OLD[name]}", file=sys.stderr)
-    names.append(_OLD.get(name, name))
-    if names[-1] not in known:
-      raise argparse.ArgumentTypeError(f"{name!r} is no program; known: {', '.join(known)}")
-  return tuple(names)
+  names, known = text.split(","), ("train", "generate", *_STEPS)
+  for old in set(names) & set(_OLD):
+    print(f"note: program {old} is now called {_OLD[old]}", file=sys.stderr)
+  names = tuple(_OLD.get(name, name) for name in names)
+  if unknown := set(names) - set(known):
+    raise argparse.ArgumentTypeError(f"{min(unknown)!r} is no program; known: {', '.join(known)}")
+  return names
 
 
 def _share(text: str) -> float:
-  try:
-    share = float(text)
-  except ValueError:
-    share = -1.0
-  if not 0 <= share < 1:
+  if not re.fullmatch(r"0|0?\.\d+", text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a share of the memory, such as 0.1")
-  return share
+  return float(text)

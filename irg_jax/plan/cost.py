@@ -255,10 +255,10 @@ def device_group(attributes: str, devices: int) -> tuple[int, ...]:
   if found := re.search(r"replica_groups=\[([\d,]+)\]<=([^ ]*)", attributes):
     return tuple(_ids(found[2]).reshape(_numbers(found[1]))[0].tolist())
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes):
-    axes, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", found[1]))
-    ids = _ids(found[2] if "[" in found[2] else f"[{','.join(sizes)}]").reshape([*map(int, sizes)])
-    first = tuple(slice(None) if f"'{axis}'" in found[3] else 0 for axis in axes)
-    return tuple(ids[first].ravel().tolist())
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    ids = _ids(found[2]) if found[2].strip() else np.arange(math.prod(sizes.values()))
+    first = tuple(slice(None) if f"'{axis}'" in found[3] else 0 for axis in sizes)
+    return tuple(ids.reshape([*sizes.values()])[first].ravel().tolist())
   return tuple(range(devices))
 
 

@@ -21,7 +21,6 @@ from irg_jax.train.state import init_state, make_optimizer
 from irg_jax.train.step import make_train_step, row_flops, token_flops
 from irg_jax.weights.names import abstract_params
 
-GENERATION = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
 _SPECIAL = SpecialTokens()
 
 
@@ -73,7 +72,7 @@ def _batch(settings, sizes):
 
 def generation_programs(config: ModelConfig, settings: Settings, rows: int, cache: int,
                         mesh) -> list[Program]:
-  """The steps of `irg generate`, in the order of `GENERATION`, at their most expensive.
+  """The steps of `irg generate`, at their most expensive.
 
   Texts have the longest length that the settings allow, the cache is full, and guidance is that of
   the later rounds. Weights and cache have `config.dtype`.

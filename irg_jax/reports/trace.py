@@ -58,7 +58,7 @@ def write_trace(folder, trace: dict) -> dict:
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
   pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
-  names = [image_name(number) if png else None for number, png in enumerate(pngs, 1)]
+  names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
   with atomic_files(folder) as partial:
     for name, png in zip(names, pngs):
       if png:
@@ -73,20 +73,13 @@ def write_trace(folder, trace: dict) -> dict:
 
 
 def write_index(folder, entries: list[dict]) -> None:
-  """Writes `index.html`: final image and prompt of each trace, linked to its page.
+  """Writes `index.html` beside trace folders: final image and prompt of each, linked to its page.
 
-  Args:
-    folder: the folder that holds the trace folders.
-    entries: results of `write_trace`, in the order to show them.
+  `entries` are the results of `write_trace`, in the order to show them.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / "index.html", pages.render("index", entries=entries))
-
-
-def image_name(round_number: int) -> str:
-  """File name of the image of a round, counted from 1."""
-  return f"round{round_number}.png"
 
 
 def _png(image):
@@ -122,10 +115,10 @@ def _timings(rounds):
   phases = list(dict.fromkeys(p for entry in rounds for p in entry.get("seconds") or {}))
   rows = []
   for number, entry in enumerate(rounds, 1):
-    seconds = entry.get("seconds") or {}
+    cells = [f"{entry['seconds'][p]:.2f}" if p in (entry.get("seconds") or {}) else ""
+             for p in phases]
     tokens = "" if entry.get("think") is None else entry.get("think_tokens", "")
-    rows.append([f"Round {number}", *(f"{seconds[p]:.2f}" if p in seconds else "" for p in phases),
-                 tokens])
+    rows.append([f"Round {number}", *cells, tokens])
   return ["", *phases, "thought, tokens"], rows
 
 
