@@ -1,4 +1,7 @@
-"""Flow matching: from noise (t = 1) to image (t = 0) along straight lines (spec 4 and 7)."""
+"""Flow matching along straight lines from noise (t = 1) to image (t = 0).
+
+docs/spec.md, sections 4 and 7.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,22 +19,22 @@ def schedule(steps: int, shift: float) -> np.ndarray:
   return shift_time(np.linspace(1, 0, steps, dtype=np.float32), np.float32(shift))
 
 
-def interpolate(latents, noise, t):
-  """x_t between image and noise; t broadcasts against [..., latent_dim]."""
-  return (1 - t) * latents + t * noise
+def interpolate(latents_PC, noise_PC, t):
+  """x_t between image and noise; t broadcasts against [..., P, latent_dim]."""
+  return (1 - t) * latents_PC + t * noise_PC
 
 
 def guide(velocities, text_scale, image_scale, renorm: str, renorm_min):
-  """Combines the velocities of the full context and of the guidance contexts.
+  """Classifier-free guidance: combines the velocities of the full and the reduced contexts.
 
   Args:
-    velocities: dict with "full" and "no_text", and "no_image" where there is image guidance;
-      float32 [B, P, latent_dim] each.
+    velocities: dict of float32 [B, P, latent_dim] with "full", "no_text" and, for image guidance,
+      "no_image".
     text_scale, image_scale: scalars.
-    renorm: "global" scales the guided velocity down to the norm of the full one over the
-      whole image (never over the batch), "channel" token by token, "text_channel" token by
-      token and before the image guidance is applied.
-    renorm_min: lowest factor of that scaling.
+    renorm: how the guided velocity is scaled down to the norm of the full one: "global" over the
+      whole image, "channel" token by token, "text_channel" token by token and before image
+      guidance.
+    renorm_min: lower bound of the scaling factor.
 
   Returns:
     float32 [B, P, latent_dim].
@@ -41,15 +44,16 @@ def guide(velocities, text_scale, image_scale, renorm: str, renorm_min):
   """
   if renorm not in RENORMS:
     raise ValueError(f"unknown renorm {renorm!r}, not one of {RENORMS}")
-  full, no_text = velocities["full"], velocities["no_text"]
+  full_BPC, no_text_BPC = velocities["full"], velocities["no_text"]
   axes = (-2, -1) if renorm == "global" else -1
-  norm = lambda v: jnp.linalg.norm(v, axis=axes, keepdims=True)
-  rescale = lambda v: v * jnp.clip(norm(full) / (norm(v) + 1e-8), renorm_min, 1.0)
+  norm = lambda v_BPC: jnp.linalg.norm(v_BPC, axis=axes, keepdims=True)
+  rescale = lambda v_BPC: v_BPC * jnp.clip(
+      norm(full_BPC) / (norm(v_BPC) + 1e-8), renorm_min, 1.0)
 
-  guided = no_text + text_scale * (full - no_text)
+  guided_BPC = no_text_BPC + text_scale * (full_BPC - no_text_BPC)
   if renorm == "text_channel":
-    guided = rescale(guided)
+    guided_BPC = rescale(guided_BPC)
   if "no_image" in velocities:
-    no_image = velocities["no_image"]
-    guided = no_image + image_scale * (guided - no_image)
-  return guided if renorm == "text_channel" else rescale(guided)
+    no_image_BPC = velocities["no_image"]
+    guided_BPC = no_image_BPC + image_scale * (guided_BPC - no_image_BPC)
+  return guided_BPC if renorm == "text_channel" else rescale(guided_BPC)

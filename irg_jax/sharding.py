@@ -1,10 +1,11 @@
-"""From what an axis means to which mesh axis it is split over: one table for everything.
+"""Sharding rules: logical axis names to mesh axes, in one table.
 
-Parameters (and so optimizer state and EMA), caches, batches and activations all name their
-axes with the logical names below; `RULES` maps those to the mesh axes `data`, `fsdp`,
-`tensor` and `sequence`. A dimension that a mesh axis does not divide is left whole.
+Parameters (hence optimizer state and EMA), caches, batches and activations name their axes with
+the logical names below; `RULES` maps these to the mesh axes `data`, `fsdp`, `sequence` and
+`tensor`. A dimension that a mesh axis does not divide is not split over it.
 """
 
+import math
 import re
 
 import jax
@@ -14,18 +15,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 RULES = {
-    "batch": ("data", "fsdp"),  # rows of a batch, of a cache, of activations
-    "rows": ("data",),  # likewise, where `fsdp` is needed for the width
+    "batch": ("data", "fsdp"),  # rows of batches, caches and activations
+    "rows": ("data",),  # the same where `fsdp` splits the width
     "length": ("sequence",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "width": ("fsdp",),  # the model width in a parameter
-    "embed": (),  # the model width in an activation
+    "width": ("fsdp",),  # the model width of a parameter
+    "embed": (),  # the model width of an activation
     "layers": (),
 }
 
-# First match wins; a parameter that nothing matches is an error.
+# The first match wins; a parameter without a match is an error.
 PARAMETER_AXES = (
     (r"decoder/layers/\w+/[qkv]/kernel", ("layers", "width", "heads")),
     (r"decoder/layers/\w+/[qkv]/bias", ("layers", "heads")),
@@ -42,19 +43,18 @@ PARAMETER_AXES = (
     (r"(latent_embed|heads/\w+|vit/patch_embed)/kernel", ("width", None)),
     (r"vit/position_embed/embedding", (None, "width")),
     (r".*(scale|bias)", ()),
-    (r"vae/.*", ()),  # small and frozen: a copy on every device
+    (r"vae/.*", ()),  # small and frozen: replicated
 )
 
 
 def make_mesh(shape: dict[str, int] | None = None, devices=None):
-  """A mesh over `devices` (all by default) with the four axes of `MESH_AXES`.
+  """A mesh over `devices` (default: all) with the four axes of `MESH_AXES`.
 
   Args:
-    shape: sizes by axis name; axes left out are 1, and if no size is given at all, every
-      device goes to `fsdp`.
+    shape: sizes by axis name, 1 for missing axes; None or empty puts all devices on `fsdp`.
 
   Raises:
-    ValueError: an unknown axis, or sizes that do not use the devices exactly.
+    ValueError: an unknown axis, or sizes whose product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   shape = dict(shape) if shape else {"fsdp": len(devices)}
@@ -64,9 +64,7 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None):
   if min(shape.values()) < 1:
     raise ValueError(f"mesh {shape}: every axis needs at least 1 device")
   sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
-  count = 1
-  for size in sizes:
-    count *= size
+  count = math.prod(sizes)
   if count != len(devices):
     raise ValueError(f"mesh {shape} needs {count} devices, but there are {len(devices)}")
   types = (AxisType.Auto,) * len(MESH_AXES)
@@ -76,8 +74,8 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None):
 def partition_spec(shape, axes, mesh) -> PartitionSpec:
   """The PartitionSpec of an array with the given logical axes (names or None).
 
-  Mesh axes are taken from left to right as long as their product divides the dimension, each
-  mesh axis at most once in an array.
+  Mesh axes are taken from left to right while their product divides the dimension, and each at
+  most once in an array.
   """
   taken, spec = set(), []
   for size, name in zip(shape, axes, strict=True):
@@ -93,44 +91,44 @@ def partition_spec(shape, axes, mesh) -> PartitionSpec:
 
 
 def constrain(x, *axes):
-  """Asks XLA to lay out `x` by its logical axes; does nothing where no mesh is set."""
+  """Constrains the sharding of `x` by its logical axes; a no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
-def lookup(table, ids):
-  """Rows of an embedding table [V, D] for ids [B, T] -> [B, T, D].
+def lookup(table_VD, ids_BT):
+  """Rows of an embedding table, [B, T, D].
 
-  A table is split over the width and the ids over the rows of the batch, by the same mesh
-  axis. Each device looks up its part of the width for all rows of that axis, then the parts
-  change hands: the table itself never does.
+  The table is split over the width and the ids over the rows of the batch, by the same mesh axis.
+  Each device looks up its part of the width for all rows of that axis. Then the results are
+  exchanged; the table never moves.
   """
-  parts = constrain(table[constrain(ids, "rows", "length")], "rows", "length", "width")
-  return constrain(parts, "batch", "length", "embed")
+  parts_BTD = constrain(table_VD[constrain(ids_BT, "rows", "length")], "rows", "length", "width")
+  return constrain(parts_BTD, "batch", "length", "embed")
 
 
-def pick(x, place):
-  """x [B, T, D] at place [B, L] -> [B, L, D]; gathered from whole rows, cut up again after."""
-  x = constrain(x, "batch", None, "embed")
-  picked = jnp.take_along_axis(x, place[..., None], axis=1)
-  return constrain(picked, "batch", "length", "embed")
+def pick(x_BTD, place_BE):
+  """Tokens of x [B, T, D] at the given places, [B, E, D]."""
+  x_BTD = constrain(x_BTD, "batch", None, "embed")  # gathered along the length, then split again
+  picked_BED = jnp.take_along_axis(x_BTD, place_BE[..., None], axis=1)
+  return constrain(picked_BED, "batch", "length", "embed")
 
 
 def constrain_parameters(params):
-  """Asks XLA to lay out a parameter tree as `parameter_shardings` says, if a mesh is set."""
+  """Constrains a parameter tree to its `parameter_shardings`; a no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return params if mesh.empty else jax.tree.map(
       jax.lax.with_sharding_constraint, params, parameter_shardings(params, mesh))
 
 
 def gather_parameters(params):
-  """Asks for the parameters outside the stacks of layers to be whole along `fsdp`.
+  """Gathers the parameters outside the layer stacks along `fsdp`; a no-op without a mesh.
 
-  Once, where they are used often (the text head, chunk by chunk) or where XLA would rather
-  move the activations of the whole batch than a small matrix. The embedding table stays cut
-  up: see `lookup`.
+  Gathered once because the text head is used chunk by chunk, and because XLA would otherwise move
+  the activations of the whole batch instead of a small matrix. The embedding table stays split,
+  see `lookup`.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -147,20 +145,20 @@ def gather_parameters(params):
 
 
 def platform() -> str:
-  """The kind of device that a program is traced for: the mesh's, else JAX's default."""
+  """Platform that a program is traced for: the mesh's, else JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def parameter_shardings(params, mesh):
-  """Shardings of a parameter tree (or of anything built of the same paths and shapes).
+  """NamedShardings of a parameter tree, or of a tree with the same paths and shapes inside.
 
   Args:
-    params: pytree of arrays or ShapeDtypeStructs whose paths end in the parameter paths;
-      scalars beside them are whole on every device.
+    params: pytree of arrays or ShapeDtypeStructs whose paths end in parameter paths, such as
+      optimizer state; scalars are replicated.
 
   Raises:
-    ValueError: a parameter that `PARAMETER_AXES` does not cover.
+    ValueError: a parameter without a match in `PARAMETER_AXES`.
   """
   def sharding(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")

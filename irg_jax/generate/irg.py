@@ -13,11 +13,11 @@ result does not depend on its neighbours.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from irg_jax import config as config_lib
@@ -68,8 +68,6 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """All rounds of one prompt."""
-
   prompt: str
   rounds: list[Round]
 
@@ -146,24 +144,25 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   _, window = job.cache
   ctx, history, results = begin(job), [], []
   for number in range(settings.rounds):
-    clock = _Clock()
+    seconds = {}
+    lap = functools.partial(_lap, time.perf_counter(), seconds)
     thoughts = [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
       thoughts = think(job, ctx, number)
       ctx = read_thoughts(job, ctx, thoughts, after_image=bool(history))
-    clock.lap("think", ctx)
-    latents = clock.lap("draw", denoise(job, ctx, number))
+    lap("think", ctx)
+    latents = lap("draw", denoise(job, ctx, number))
     job.report("decode", number)
-    drawn = np.asarray(steps.decode_pixels(model.config, params["vae"], latents, job.grid))
-    clock.lap("decode", drawn)
+    drawn = lap("decode", np.asarray(
+        steps.decode_pixels(model.config, params["vae"], latents, job.grid)))
     if number + 1 < settings.rounds:
       job.report("encode", number)
       history = [*history, (thoughts, encode(job, drawn, number))][-window:]
       fits = number + 1 <= window
       ctx = look(job, ctx, history[-1][1]) if fits else _replay(job, history)
-      clock.lap("encode", ctx)
-    results.append([Round(*row, clock.seconds)
+      lap("encode", ctx)
+    results.append([Round(*row, seconds)
                     for row in zip(thoughts, np.asarray(latents), drawn)])
   return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
 
@@ -206,35 +205,18 @@ def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt
           f"prompt {number} has {len(ids)} tokens, but the cache is made for "
           f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
   return Job(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-             prompt_ids, images, noise or seeded_noise(seeds), on_progress, understand)
+             prompt_ids, images, noise or steps.seeded_noise(seeds), on_progress, understand)
 
 
 def _check_images(images, prompts):
   if len(images) != len(prompts):
-    raise ValueError(f"{len(prompts)} prompts but {len(images)} images: give one image a prompt")
+    raise ValueError(f"{len(prompts)} prompts but {len(images)} images: give one a prompt")
   sizes = {image.shape for image in images}
   if any(x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 for x in images):
     raise ValueError(f"images must be uint8 [height, width, 3], but have shapes {sizes} and "
                      f"dtypes {sorted({image.dtype.name for image in images})}")
   if len(sizes) > 1:
     raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
-
-
-def seeded_noise(seeds) -> Callable:
-  """The function `Job.noise`, each row's values from that row's seed."""
-  def noise(kind, number, shape):
-    keys_B = _keys(seeds, number, kind)
-    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys_B)
-
-  return noise
-
-
-def _keys(seeds, number, kind):
-  """PRNG keys [B] for one purpose in one round."""
-  purpose = ("think", "noise", "posterior").index(kind)
-  fold = jax.random.fold_in
-  return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), purpose))(
-      jnp.asarray(seeds, jnp.uint32))
 
 
 def begin(job: Job) -> Context:
@@ -255,20 +237,18 @@ def begin(job: Job) -> Context:
 def think(job: Job, ctx: Context, number: int) -> list[Thought]:
   """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
   s, tokenizer, total = job.settings, job.tokenizer, job.settings.think_limit - 1
-  keys_B = _keys(job.seeds, number, "think")
+  keys_B = steps.row_keys(job.seeds, number, "think")
   draft = steps.new_draft(job.model.config, len(job.seeds), total, tokenizer.special)
   for _, stop in _parts(job, "think", number, total):
     draft = jax.block_until_ready(steps.think(
         job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
         special=tokenizer.special))
-  return [_thought(tokenizer, ids_T[:count].tolist(), ended, total)
-          for ids_T, count, ended in zip(*map(np.asarray, (draft.ids, draft.count, draft.ended)))]
-
-
-def _thought(tokenizer, ids, ended, limit):
-  text = tokenizer.decode(ids)
-  again = tokenizer.encode(text)
-  return Thought(text, tuple(again[:limit]), not ended, max(0, len(again) - limit))
+  thoughts = []
+  for ids_T, count, ended in zip(*map(np.asarray, (draft.ids, draft.count, draft.ended))):
+    text = tokenizer.decode(ids_T[:count].tolist())
+    ids = tokenizer.encode(text)
+    thoughts.append(Thought(text, tuple(ids[:total]), not ended, max(0, len(ids) - total)))
+  return thoughts
 
 
 def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Context:
@@ -305,18 +285,18 @@ def encode(job: Job, images, number: int, vae=True) -> dict:
   """
   config, s = job.model.config, job.settings
   images = np.stack([s.vae_transform(image) for image in images])
-  B, height, width, _ = images.shape
+  B, *size, _ = images.shape
   seen = [to_pixels(s.vit_transform(image)) for image in images]
-  down = config.vae.downsample
-  noise_shape = (B, height // down, width // down, config.vae.z_channels)
-  latents_BPC = steps.encode_pixels(
-      config, job.params["vae"], to_pixels(images),
-      job.noise("posterior", number, noise_shape)) if vae else None
-  return dict(
-      latents_BPC=latents_BPC,
-      patches_BPC=np.stack([patchify(image, config.vit.patch_size) for image in seen]),
-      latent_grid=(height // config.pixel_stride, width // config.pixel_stride),
-      vit_grid=tuple(side // config.vit.patch_size for side in seen[0].shape[:2]))
+  tokens = lambda size, stride: tuple(side // stride for side in size)
+  latents_BPC = None
+  if vae:
+    shape = (B, *tokens(size, config.vae.downsample), config.vae.z_channels)
+    latents_BPC = steps.encode_pixels(config, job.params["vae"], to_pixels(images),
+                                      job.noise("posterior", number, shape))
+  patches_BPC = np.stack([patchify(image, config.vit.patch_size) for image in seen])
+  return dict(latents_BPC=latents_BPC, patches_BPC=patches_BPC,
+              latent_grid=tokens(size, config.pixel_stride),
+              vit_grid=tokens(seen[0].shape[:2], config.vit.patch_size))
 
 
 def look(job: Job, ctx: Context, encoded: dict) -> Context:
@@ -357,15 +337,8 @@ def _parts(job, kind, number, total):
     job.report(kind, number, stop, total)
 
 
-class _Clock:
-  """Wall time by phase."""
-
-  def __init__(self):
-    self.seconds, self._last = {}, time.perf_counter()
-
-  def lap(self, name, value):
-    """Waits for `value`, books the time since the last lap under `name`, returns `value`."""
-    jax.block_until_ready(value)
-    now = time.perf_counter()
-    self.seconds[name], self._last = now - self._last, now
-    return value
+def _lap(start, seconds, name, value):
+  """Waits for `value`, then books the time since `start` that no earlier phase has."""
+  jax.block_until_ready(value)
+  seconds[name] = time.perf_counter() - start - sum(seconds.values())
+  return value

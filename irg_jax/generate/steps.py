@@ -68,33 +68,34 @@ def append_image(model, params, ctx: Context, latents_BPC, patches_BPC, *, laten
   apply = functools.partial(model.apply, {"params": params})
   B = len(ctx.length)
   ends_B2D = _image_ends(apply, special, B)
-  und, gen, und_places, gen_places = [], [], [], []  # places: (index, split) of the tokens
+  parts = {"und": [], "gen": []}  # (embeddings, index within the image, split) of tokens
   start = split = 0
   if latents_BPC is not None:
     P = latents_BPC.shape[1]
     cell_P = position_ids(*latent_grid, model.config.max_latent_size)
-    gen = [apply(latents_BPC, jnp.zeros(()), cell_P, method="embed_latents")]
-    gen_places = [(start + 1 + jnp.arange(P), split)]
-    und, und_places = [ends_B2D], [(start + jnp.array([0, P + 1]), split)]
+    gen_BPD = apply(latents_BPC, jnp.zeros(()), cell_P, method="embed_latents")
+    parts["und"].append((ends_B2D, jnp.array([0, P + 1]), split))
+    parts["gen"].append((gen_BPD, 1 + jnp.arange(P), split))
     start, split = P + 2, split + 1
   if patches_BPC is not None:
     P = patches_BPC.shape[1]
     cell_BP = jnp.broadcast_to(position_ids(*vit_grid, model.config.vit.grid_size), (B, P))
     vit_BPD = apply(patches_BPC, cell_BP, jnp.zeros_like(cell_BP), method="embed_vit")
-    und = und + [ends_B2D[:, :1], vit_BPD, ends_B2D[:, 1:]]
-    und_places = und_places + [(start + jnp.arange(P + 2), split)]
+    und_BTD = jnp.concatenate([ends_B2D[:, :1], vit_BPD, ends_B2D[:, 1:]], 1)
+    parts["und"].append((und_BTD, start + jnp.arange(P + 2), split))
     split += 1
 
-  places = und_places + gen_places
-  index_T = jnp.concatenate([index for index, _ in places])
-  split_T = jnp.concatenate([jnp.full(index.shape, split) for index, split in places])
+  places = parts["und"] + parts["gen"]
   rows = lambda x_T: jnp.broadcast_to(x_T, (B, len(x_T)))
-  tokens = Tokens(sample=rows(jnp.zeros_like(index_T)), index=rows(index_T), split=rows(split_T),
-                  kind=rows(jnp.full_like(index_T, tokens_lib.FULL)))
-  position_BT = ctx.position[:, views[0], None] + rows(split_T)
-  buffers = {"und": jnp.concatenate(und, 1)} | ({"gen": gen[0]} if gen else {})
+  index_BT = rows(jnp.concatenate([index_T for _, index_T, _ in places]))
+  split_BT = rows(jnp.concatenate([jnp.full(len(index_T), n) for _, index_T, n in places]))
+  tokens = Tokens(sample=jnp.zeros_like(index_BT), index=index_BT, split=split_BT,
+                  kind=jnp.full_like(index_BT, tokens_lib.FULL))
+  position_BT = ctx.position[:, views[0], None] + split_BT
+  buffers = {name: jnp.concatenate([x_BTD for x_BTD, _, _ in part], 1)
+             for name, part in parts.items() if part}
   _, kv = _decode(model, params, buffers, tokens, position_BT, cached(ctx, views[:1]))
-  return claim(write(ctx, kv), jnp.full((B,), len(index_T)), views, advance=split)
+  return claim(write(ctx, kv), jnp.full((B,), index_BT.shape[1]), views, advance=split)
 
 
 @jax.tree_util.register_dataclass
@@ -166,6 +167,19 @@ def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: 
   return lax.while_loop(lambda d: (d.step < T) & (d.step < stop) & ~jnp.all(d.ended), step, draft)
 
 
+def row_keys(seeds, number: int, purpose: str):
+  """PRNG keys [B] of the rows for "think", "noise" or "posterior" in round `number`."""
+  index, fold = ("think", "noise", "posterior").index(purpose), jax.random.fold_in
+  return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), index))(
+      jnp.asarray(seeds, jnp.uint32))
+
+
+def seeded_noise(seeds):
+  """Function (kind, round, shape) -> standard normal float32, each row's from its own seed."""
+  return lambda kind, number, shape: jax.vmap(
+      lambda key: jax.random.normal(key, shape[1:]))(row_keys(seeds, number, kind))
+
+
 def next_token(logits_BV, keys_B, sampling: Sampling):
   """Samples one token for each row, int32 [B], independently of the other rows.
 
@@ -210,13 +224,15 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
   Returns:
     float32 [B, P, latent_dim]; clean latent tokens if `stop` is M - 1.
   """
+  at = functools.partial(velocities, model, params, ctx, grid=grid, special=special)
+
   def guided(x_BPC, t):
-    v = _velocities(model, params, ctx, x_BPC, t, grid, special, views)
+    v = at(x_BPC, t, views=views)
     return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
                       guidance.renorm_min)
 
   def plain(x_BPC, t):
-    return _velocities(model, params, ctx, x_BPC, t, grid, special, (FULL,))["full"]
+    return at(x_BPC, t, views=(FULL,))["full"]
 
   def velocity(x_BPC, t):
     if len(views) == 1:
@@ -233,14 +249,11 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
   return lax.while_loop(more, step, (jnp.int32(start), x_BPC.astype(jnp.float32)))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "views"))
 def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialTokens, views):
-  """Velocity at x [B, P, latent_dim] and time t under each view: dict of float32 by view name."""
-  return _velocities(model, params, ctx, x_BPC, t, grid, special, views)
+  """Velocities at x [B, P, latent_dim] and time t: dict of float32 [B, P, latent_dim] by view.
 
-
-def _velocities(model, params, ctx, x_BPC, t, grid, special, views):
-  """All views as one batch of R = B * W query rows against one cache."""
+  All views run as one batch of R = B * W query rows against one cache.
+  """
   apply = functools.partial(model.apply, {"params": params})
   B, P, _ = x_BPC.shape
   W = len(views)

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -163,7 +164,8 @@ def test_velocity_under_every_guidance(reference, checkpoint, number, name, guid
   guidance = Guidance(**scales, renorm=guidance.renorm, renorm_min=guidance.renorm_min)
   job, ctx = _context(reference, checkpoint, number)
   views = guidance_views(guidance)
-  v = steps.velocities(
+  velocities = jax.jit(steps.velocities, static_argnames=("model", "grid", "special", "views"))
+  v = velocities(
       job.model, job.params["transformer"], ctx, reference[f"irg/noise{number}"][None],
       np.float32(recorded[f"velocity{number}_t"]), grid=job.grid,
       special=checkpoint.special, views=views)
