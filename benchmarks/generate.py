@@ -5,9 +5,9 @@
 
 Random weights of `configs/bench.py`, float32. For each batch size it prints, after warm-up,
 the best of the repeats: seconds and analytic FLOPs by phase, their rate as a share of a
-2048-cubed matrix product timed in the same run, and how many compilations six further
-prompts of different lengths cause. FLOPs count what the phase needs (visible keys only), not
-what the program happens to compute.
+2048-cubed matrix product timed in the same run, and how many compilations six more
+prompts of different lengths cause. FLOPs are those that a phase needs (visible keys only), not
+those that the program computes.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from irg_jax.generate import irg
 from irg_jax.generate.settings import Settings
 from irg_jax.images import ImageTransform
 from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.model.vae import Vae
 from irg_jax.weights.init import random_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -128,7 +129,6 @@ def decoder(llm, tokens, cached, causal=True):
 
 
 def vae_flops(config, method):
-  from irg_jax.model.vae import Vae
   shape = {"encode": (1, SETTINGS.height, SETTINGS.width, 3),
            "decode": (1, SETTINGS.height // 8, SETTINGS.width // 8, config.vae.z_channels)}[method]
   vae = Vae(config.vae)

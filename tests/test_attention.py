@@ -1,4 +1,4 @@
-"""The mask rule, and attention against a float64 oracle: dense, chunked, cached, in bfloat16."""
+"""Attention mask, and attention against a float64 oracle: dense, chunked, cached, bfloat16."""
 
 import functools
 
@@ -85,7 +85,7 @@ def random_case(seed):
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def attended(q, query, own, cache=None, cache_tokens=None, *, implementation):
-  """Queries that look at themselves and, where there is one, at a cache."""
+  """Attention of queries over their own keys and, if given, a cache."""
   sources = [KeyValues(*own, query)]
   if cache is not None:
     sources.append(KeyValues(*cache, cache_tokens))
@@ -138,7 +138,7 @@ def test_visible_pairs_are_those_of_the_mask(length):
 
 @pytest.mark.parametrize("queries, on", [(1, "cpu"), (1, "tpu"), (258, "cpu"), (4098, "tpu")])
 def test_blocks_of_keys_divide_every_cache(queries, on):
-  """Else a part of the cache would be read twice, in each layer of each pass."""
+  """Otherwise blocks overlap, and part of the cache is read twice in every layer."""
   for slots in range(512, 20480, 512):
     assert slots % key_size(slots, chunks(queries, on)[1]) == 0
 
@@ -146,7 +146,7 @@ def test_blocks_of_keys_divide_every_cache(queries, on):
 @pytest.mark.parametrize("length, most", [
     (5, 8), (8, 8), (9, 8), (1730, 288), (4098, 512), (36600, 512)])
 def test_blocks_have_every_key_once_and_no_more_than_may_be(length, most):
-  """The last block begins within the one before where the size does not divide the length."""
+  """The last block overlaps the one before if the size does not divide the length."""
   size = key_size(length, most)
   blocks = np.asarray(mask_in_blocks(np.ones((1, 1, length), bool), most))[0, 0]
   assert min(length, most // 2) <= size <= min(length, most)
@@ -181,7 +181,7 @@ def test_an_empty_cache_alone_gives_zeros():
 
 
 def test_gradients_of_chunked_equal_those_of_dense():
-  """Padding queries and keys that nobody sees included: nothing there may be NaN."""
+  """Includes padding queries and keys that nobody sees, which must not give NaN."""
   q, query, own, *_ = random_case(0)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -197,7 +197,7 @@ def test_gradients_of_chunked_equal_those_of_dense():
 
 
 def temporary_bytes(length, implementation, backward):
-  """Memory that attention within one row of `length` tokens needs beside arguments and result."""
+  """Temporary memory of attention within one row of `length` tokens, in bytes."""
   x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
   kv = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
   row = Tokens(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 4)
@@ -214,7 +214,7 @@ def test_memory_of_long_rows_is_linear_by_default(backward):
 
 
 def test_memory_of_the_dense_form_is_quadratic():
-  """Shows that the measure above can tell."""
+  """Shows that `temporary_bytes` can tell the forms apart."""
   short, long = (temporary_bytes(length, "dense", False) for length in (1024, 2048))
   assert long > 3.5 * short
 

@@ -1,4 +1,4 @@
-"""Attention in blocks equals dense attention, forwards and backwards, in linear memory."""
+"""Blockwise attention equals dense attention, forward and backward, in linear memory."""
 
 import functools
 
@@ -78,7 +78,7 @@ def test_gradients_of_bfloat16_are_those_of_float32_but_for_rounding():
 
 
 def test_blocks_of_another_sample_are_never_read():
-  """Forwards and backwards: what is not a number there does not show."""
+  """Forward and backward: NaN keys of another sample change nothing."""
   tokens = Tokens(
       sample=jnp.repeat(jnp.arange(2), 32)[None], index=jnp.tile(jnp.arange(32), 2)[None],
       split=jnp.zeros((1, 64), jnp.int32), kind=jnp.full((1, 64), CAUSAL))

@@ -1,4 +1,4 @@
-"""The flow's schedule and guidance, against numbers worked out by hand."""
+"""Schedule and guidance of the flow, against numbers computed by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -59,7 +59,7 @@ def batch_of_four():
 
 
 def assert_same(got, want):
-  """The same thoughts, latents within 1e-4, images but for a level here and there.
+  """Asserts equal thoughts, latents within 1e-4, and images within a level here and there.
 
   Images are truncated to 8 bits, so rounding may move a value at a level's edge by a whole
   level; a round that has read such an image really has seen another one.

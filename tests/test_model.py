@@ -1,4 +1,4 @@
-"""What the unified transformer must not see, must not run and must not allocate."""
+"""The unified transformer: masking, unused experts, rematerialisation, parameters, dtypes."""
 
 import dataclasses
 import functools
@@ -131,7 +131,7 @@ def test_rows_of_words_alone_need_no_room_for_images():
 
 @pytest.mark.parametrize("present, absent", [("und", "gen"), ("gen", "und")])
 def test_expert_whose_buffer_is_left_out_is_not_run(present, absent):
-  """Its parameters need not even exist."""
+  """Its parameters need not exist."""
   def decode(params, names):
     zero = jnp.zeros((1, 3 * len(names)), jnp.int32)
     x = {name: jnp.ones((1, 3, CONFIG.llm.hidden_size)) for name in names}

@@ -1,4 +1,4 @@
-"""The buffers of `configs/irgl.py` suit the data that they are meant for."""
+"""Buffer sizes of `configs/irgl.py` fit the data."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ def test_flops_of_a_row_are_spent_on_tokens(benchmark, stage, least):
 
 
 class Longest:
-  """In the place of a numpy Generator: every text at its longest, nothing dropped."""
+  """Stands in for a numpy Generator: every text has its greatest length, nothing is dropped."""
 
   def integers(self, low, high):
     return high - 1

@@ -1,6 +1,6 @@
-"""Drawing tokens: which ones may come, how often, and that rows are independent.
+"""Token sampling: allowed tokens, their frequencies, independence of rows.
 
-Not jitted: the settings are static, and compiling for each would take longer than all draws.
+Not jitted: the settings are static, and compiling for each would take longer than all samples.
 """
 
 import jax
@@ -20,7 +20,7 @@ def keys(count, seed=0):
 
 
 def frequencies(**settings):
-  """How often each token comes up in DRAWS draws from PROBABILITY."""
+  """Frequency of each token in DRAWS samples from PROBABILITY."""
   logits = jnp.broadcast_to(jnp.log(PROBABILITY), (DRAWS, 4))
   drawn = next_token(logits, keys(DRAWS), Sampling(**settings))
   assert drawn.dtype == jnp.int32

@@ -1,4 +1,4 @@
-"""The rules table: which dimension is split over which mesh axis."""
+"""Sharding rules: which dimension is split over which mesh axis."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def cube():
 
 
 def abstract_mesh(**sizes):
-  """For rules alone: needs no devices."""
+  """An abstract mesh: the rules need no devices."""
   return AbstractMesh(tuple(sizes.get(a, 1) for a in sharding.MESH_AXES), sharding.MESH_AXES)
 
 
@@ -88,7 +88,7 @@ def test_every_parameter_has_a_rule(config):
 @pytest.mark.parametrize("config, share", [(SMALL, 0.45), (ModelConfig(), 0.26)],
                          ids=["small", "7B"])
 def test_every_big_transformer_kernel_is_split(config, share):
-  """What stays whole on each of 8 devices is a small part of the transformer."""
+  """Replicated parameters are a small part of the transformer on 8 devices."""
   params = names.abstract_params(config, jnp.float32)["transformer"]
   specs = sharding.parameter_shardings(params, cube())
   on_one = jax.tree.map(lambda x, s: np.prod(s.shard_shape(x.shape)), params, specs)

@@ -1,4 +1,4 @@
-"""The autoencoder's own properties, on random weights."""
+"""Properties of the autoencoder on random weights."""
 
 import functools
 
