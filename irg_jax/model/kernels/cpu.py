@@ -7,7 +7,7 @@ spends much of its time on copies of weights.
 import functools
 
 import jax
-from einops import rearrange
+from einops import pack, rearrange, unpack
 from jax import lax
 
 from irg_jax.sharding import platform
@@ -48,10 +48,12 @@ def _backward(product, residuals, dy):
   # The kernel's gradient contracts the token axes. Without the barriers, XLA fuses whatever
   # made x and dy into loops that write the transposes, which cost more than the product.
   x, kernel_DF = residuals
-  tokens = lambda x: rearrange(x, "... d -> (...) d")
-  x_TD, dy_TF = lax.optimization_barrier((tokens(x), tokens(dy)))
+  x_TD, shape = pack([x], "* d")
+  dy_TF, _ = pack([dy], "* f")
+  x_TD, dy_TF = lax.optimization_barrier((x_TD, dy_TF))
   x_DT = lax.optimization_barrier(rearrange(x_TD, "t d -> d t"))
-  return (dy_TF @ kernel_DF.T).reshape(x.shape), x_DT @ dy_TF
+  dx, = unpack(dy_TF @ rearrange(kernel_DF, "d f -> f d"), shape, "* d")
+  return dx, x_DT @ dy_TF
 
 
 _product.defvjp(lambda product, x, kernel: (product(x, kernel), (x, kernel)), _backward)
