@@ -1,7 +1,7 @@
 """The protocol of a benchmark, and what all benchmarks share: items, seeds, traces, means.
 
-A benchmark is a subclass of `Benchmark` in a file of its own. It is registered in
-`evaluate/__init__.py`; nothing else names it.
+A benchmark is a subclass of `Benchmark` in a file of its own, and its texts and published figures
+are in files/NAME.toml. It is registered in `evaluate/__init__.py`; nothing else names it.
 """
 
 import argparse
@@ -11,8 +11,12 @@ import hashlib
 import json
 import math
 import pathlib
+import tomllib
 import typing
 
+from irg_jax.evaluate import questions
+
+FILES = pathlib.Path(__file__).parent / "files"
 PUBLISHED = ("BAGEL, published", "BAGEL self-CoT, published", "IRG (2 rounds), published")
 MODEL = "irg_jax"  # the model's name where an official layout has one
 GIVE_UP_AFTER = 20  # failures in a row: then the judge or function is at fault, not the images
@@ -59,7 +63,10 @@ def positive(text: str) -> int:
 
 
 class Benchmark:
-  """One benchmark. Subclasses set the attributes and override the methods that differ."""
+  """One benchmark. Subclasses set the attributes and override the methods that differ.
+
+  Attributes may also come from files/NAME.toml, see `facts`.
+  """
 
   name = title = ""  # on the command line, and in reports
   packaged: pathlib.Path | None = None  # its prompt file; None: --prompts is required
@@ -83,6 +90,9 @@ class Benchmark:
   images_help = tasks_help = sources = ""
   example_prompts, example_checkpoint, example_score = "", "weights/irg-7b", ""
   more_examples: dict[str, tuple[str, ...]] = {}
+
+  def __init__(self):
+    vars(self).update(facts(self.name))
 
   def read(self, path=None) -> list[Item]:
     """Reads and checks the official prompt files, in their order.
@@ -170,6 +180,18 @@ class Benchmark:
   def scored(self, summary: dict) -> int:
     """Number of images or prompts of a round that have a score."""
     return summary["items"]
+
+
+def facts(name: str) -> dict:
+  """The attributes that a benchmark's files/NAME.toml has; none where there is no such file."""
+  path = FILES / f"{name}.toml"
+  found = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  if "official" in found:
+    found["official"] = Official(**found["official"])
+  if "templates" in found:
+    found["templates"] = {n: (questions.Template(t["user"], t.get("system", "")), t["fields"])
+                          for n, t in found["templates"].items()}
+  return found
 
 
 def seed(benchmark: str, item_id: str, image: int) -> int:

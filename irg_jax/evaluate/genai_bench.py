@@ -23,8 +23,6 @@ from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
 SCORE_CACHE = "vqascore_cache.sqlite"  # the usual name
-TEMPLATE = questions.Template(
-    'Is "{prompt}" what this picture shows? Reply with one word, Yes or No.')
 
 BASIC = ("attribute", "scene", "spatial relation", "action relation", "part relation", "basic")
 ADVANCED = ("counting", "comparison", "differentiation", "negation", "universal", "advanced")
@@ -105,29 +103,11 @@ class GenAIBench(base.Benchmark):
 
   name, title = "genai_bench", "GenAI-Bench"
   columns = ("GenAI-Bench",)
-  published = dict(zip(base.PUBLISHED, (
-      {"GenAI-Bench": 0.79}, {"GenAI-Bench": 0.81}, {"GenAI-Bench": 0.84})))
-  caveats = (
-      "GenAI-Bench: which prompts (1600 or 527) and which judge the published rows are of is not "
-      "said. The official default is 1600 prompts and clip-flant5-xxl; other judges' figures "
-      "compare with each other only.",
-  )
-  # Temperature 1: the score is a probability.
-  official = base.Official("clip-flant5-xxl of t2v_metrics up to 3.0 (VQAScore)", 1.0, 1)
-  templates = {"genai_bench": (TEMPLATE, ("prompt",))}
   flags = (
       base.path_flag("--skills", "FILE", "genai_skills.json (default: beside the prompts)"),
       base.Flag("--scorer", "(path, prompt) -> score from 0 to 1", {"metavar": "MODULE:FUNCTION"}),
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/genai_bench.py"),
   )
-  images_help = "1"
-  example_prompts = "GenAI-Bench-1600/genai_image.json"
-  example_score = "--measurements vqascores.jsonl"
-  more_examples = {"score": ("--out out/genai_bench --prompts genai_image.json \\\n"
-                             "      --scorer my_models:vqascore",)}
-  sources = ("--measurements or --scorer (officially clip-flant5-xxl), or the judge's probability\n"
-             "of Yes. Needs genai_skills.json beside the prompts, or --skills.")
-  tasks_help = "GenAI-Bench's tags (with genai_skills.json beside the prompts)"
 
   def read_items(self, path):
     file = records.file_in(path, "genai_image.json")

@@ -20,7 +20,7 @@ import numpy as np
 from irg_jax.evaluate import base, clauses, records, score
 from irg_jax.progress import counting
 
-FILES = pathlib.Path(__file__).parent / "files" / "geneval"
+FILES = base.FILES / "geneval"
 DETECTIONS_CACHE = "detections_cache.sqlite"  # the usual name
 COUNTS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
           "color_attr": 100}
@@ -80,12 +80,6 @@ class GenEval(clauses.ClauseBenchmark):
 
   name, title, packaged, published_counts = "geneval", "GenEval", FILES, COUNTS
   columns = ("GenEval",)
-  published = dict(zip(base.PUBLISHED, (
-      {"GenEval": 0.78}, {"GenEval": 0.79}, {"GenEval": 0.85})))
-  caveats = (
-      "GenEval: the published rows are on the 553 original prompts; with rewritten ones BAGEL "
-      "reports 0.88. BAGEL's own paper says 0.82 on the original ones; others get 0.78 to 0.80.",
-  )
   flags = (
       base.path_flag("--detections", "FILE", "records of boxes, a JSON line an image", nargs="+",
                      default=[]),
@@ -100,17 +94,6 @@ class GenEval(clauses.ClauseBenchmark):
           "metavar": "N" if name == "max_objects" else "X"})
         for name, value in vars(clauses.Options()).items()),
   )
-  images_help = "4"
-  example_score = "--detections out/geneval/detections.jsonl"
-  more_examples = {
-      "generate": ("--checkpoint weights/irg-7b --out out/some --tasks counting --limit 8",
-                   "--checkpoint weights/bagel-7b --out out/bagel --rounds 1 --no-think \\\n"
-                   "      --config.first.interval=\"(0.0, 1.0)\""),
-      "score": ("--out out/geneval --detector my_models:detect --classifier my_models:color",)}
-  sources = ("--detections, records as irg_jax/evaluate/clauses.py documents them, or --detector\n"
-             "and --classifier, functions of yours (see there). Officially Mask2Former Swin-S\n"
-             "(mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) and CLIP ViT-L-14.")
-  tasks_help = "GenEval's tags"
 
   def read_items(self, path):
     return self.clause_items(records.file_in(path, "evaluation_metadata.jsonl"), TASKS)

@@ -26,13 +26,6 @@ from rapidfuzz.distance import Levenshtein
 
 from irg_jax.evaluate import base, questions, records, score
 
-TEMPLATES = {
-    "oneig_alignment": (questions.Template(
-        "{question}\nReply with one word, Yes or No, and no full stop."), ("question",)),
-    "oneig_text": (questions.Template(
-        "Write down all the text that can be read in this picture, spelled as it is there, and "
-        "nothing of your own. If there is none, write: No text recognized."), ())}
-
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
 FOLDERS = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object",
            "Text_Rendering": "text", "Knowledge_Reasoning": "reasoning"}
@@ -247,28 +240,12 @@ class OneIG(base.Benchmark):
 
   name, title, grid = "oneig", "OneIG-Bench, English", True
   published_counts, columns = COUNTS, ("OneIG-EN",)
-  published = dict(zip(base.PUBLISHED, (
-      {"OneIG-EN": 0.361}, {"OneIG-EN": 0.324}, {"OneIG-EN": 0.415})))
-  published_categories = dict(zip(base.PUBLISHED, (
-      dict(zip((*PARTS, "overall"), (0.769, 0.244, 0.173, 0.367, 0.251, 0.361))),
-      dict(zip((*PARTS, "overall"), (0.793, 0.020, 0.206, 0.390, 0.209, 0.324))))))
-  caveats = ("OneIG-EN: the overall is the plain mean of the five parts. Re-runs of BAGEL by "
-             "others are far from its official row (text 0.385 against 0.244).",)
-  official = base.Official("Qwen2.5-VL-7B-Instruct for alignment and text", 0.0, 16)
-  templates = TEMPLATES
   flags = (
       base.path_flag("--questions", "DIR", "the folder scripts of its repository, or one with Q_D "
                      "and text_content.csv"),
       base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/oneig.py"),
       base.Flag("--grid", "columns and rows of its images (2,2)",
                 {"default": "2,2", "metavar": "C,R"}))
-  images_help, tasks_help = "4, pasted into one grid", "OneIG's folders"
-  example_prompts = "OneIG-Benchmark/OneIG-Bench.csv"
-  example_score = (
-      "--questions OneIG-Benchmark/scripts --measurements measured.jsonl \\\n"
-      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct")
-  sources = ("the judge (alignment, text) and --measurements (reasoning, style, diversity); the\n"
-             "overall needs all five. Without --judge-url the measured parts are scored alone.")
 
   def read_items(self, path):
     columns = ("category", "id", "prompt_en", "type", "prompt_length", "class")

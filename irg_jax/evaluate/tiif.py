@@ -18,57 +18,20 @@ import numpy as np
 from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "answers"  # its name in the key of an answer
-TEMPLATE = questions.Template(
-    system="You check pictures against questions and report what you see, not what is likely.",
-    user="""\
-Look closely at the picture, then answer these {count} questions, one a line:
-{questions}
-
-Write {count} lines, the first for the first question and so on. The first word of every line is \
-yes or no, in plain letters with nothing before it, and after it comes why, in the same line. \
-Write nothing else.""")
-
+_FACTS = base.facts("tiif")
 LENGTHS = ("short", "long")
-BASIC = {
-    "Attribute": ("shape+color", "color+texture", "texture+color", "shape+texture"),
-    "Relation": ("2d_spatial_relation", "3d_spatial_relation", "action+2d", "action+3d"),
-    "Reasoning": ("numeracy", "negation", "differentiation", "comparison"),
-}
-_LOGIC = ("numeracy", "comparison", "differentiation", "negation")
-ADVANCED = {
-    "Attribute+Relation": ("action+color", "action+texture", "color+2d", "color+3d", "shape+2d",
-                           "shape+3d", "texture+2d", "texture+3d"),
-    "Attribute+Reasoning": tuple(f"{a}+{b}" for a in _LOGIC for b in ("color", "texture")),
-    "Relation+Reasoning": tuple(f"{a}+{b}" for a in _LOGIC for b in ("2d", "3d")),
-    "Text Generation": ("text",),
-    "Style Control": ("style",),
-}
-REAL = {"Complex": ("real_world",)}
 # The nine whose mean is the overall, named as the official summary names them.
-GROUPS = {f"{part}_{name} - {name}": types for part, groups in (
-    ("Basic", BASIC), ("Advanced", ADVANCED), ("Real", REAL)) for name, types in groups.items()}
+GROUPS = {name: tuple(types) for name, types in _FACTS["groups"].items()}
 # Means over types, not over groups; for reading, no part of the overall.
-WHOLES = {
-    "Basic_Following_Overall - Overall": sum(BASIC.values(), ()),
-    "Advanced_Following_Overall - Overall": sum(ADVANCED.values(), ()),
-    "Real_World_Following_Overall - Overall": sum(REAL.values(), ()),
-}
+WHOLES = {f"{whole}_Following_Overall - Overall": sum(
+    (types for name, types in GROUPS.items() if name.startswith(whole.split("_")[0])), ())
+          for whole in ("Basic", "Advanced", "Real_World")}
 OVERALL = "Overall average score of 9 sub-attributes"
 TYPES = sum(WHOLES.values(), ())
+# Prompts of a type in testmini and in the whole test set.
+COUNTS = {kind: tuple(size["prompts"]) for size in _FACTS["sizes"] for kind in size["types"]}
 
 _ANSWER = re.compile(r"(yes|no)\b", re.IGNORECASE)
-# Prompts of a type in testmini and in the whole test set.
-_BY_COUNT = {
-    (8, 75): "2d_spatial_relation 3d_spatial_relation action+2d action+3d comparison "
-             "differentiation negation numeracy",
-    (5, 50): "action+color action+texture color+texture texture+color",
-    (4, 33): "color+2d color+3d shape+2d shape+3d texture+2d texture+3d",
-    (4, 40): "comparison+2d comparison+3d comparison+color comparison+texture "
-             "differentiation+2d differentiation+3d differentiation+color "
-             "differentiation+texture negation+2d negation+3d negation+color negation+texture "
-             "numeracy+2d numeracy+3d numeracy+color numeracy+texture",
-    (10, 100): "shape+color shape+texture", (25, 100): "real_world", (30, 300): "style text"}
-COUNTS = {name: counts for counts, names in _BY_COUNT.items() for name in names.split()}
 
 
 class Unparsable(ValueError):
@@ -172,26 +135,7 @@ class Tiif(base.Benchmark):
 
   name, title = "tiif", "TIIF-Bench"
   columns, places = ("TIIF short", "TIIF long"), 2
-  published = dict(zip(base.PUBLISHED, (
-      {"TIIF short": 70.97, "TIIF long": 71.79}, {"TIIF short": 68.06, "TIIF long": 68.78},
-      {"TIIF short": 76.00, "TIIF long": 73.77})))
-  caveats = (
-      "TIIF: the testmini prompts, judged by Qwen2.5-VL-72B-Instruct; figures times 100. The "
-      "official judge answers at temperature 1.0 to a template drawn at random, so that a second "
-      "run differs.",
-      "TIIF: the official summary pools the rounds that IRG's evaluator writes into one folder. "
-      "Here they are apart.",
-      "The settings of the published IRG rows are known for TIIF only; for the other benchmarks "
-      "they are taken to be the same.")
-  official = base.Official("Qwen2.5-VL-72B-Instruct, or gpt-4o", 1.0, 4096)
-  templates = {"tiif": (TEMPLATE, ("questions",))}
   flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)
-  images_help = "1, for the short and the long description each"
-  example_prompts = "TIIF-Bench/data/testmini_prompts"
-  example_score = (
-      "--questions TIIF-Bench/data/testmini_eval_prompts \\\n"
-      "      --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-72B-Instruct")
-  sources, tasks_help = "the judge.", "TIIF's types"
 
   def read_items(self, path):
     suffix = "_prompts.jsonl"

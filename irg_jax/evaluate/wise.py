@@ -13,29 +13,6 @@ import re
 from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "scores"  # its name in the key of an answer
-TEMPLATE = questions.Template(
-    system="You grade pictures and you are hard to please. Only what can be seen counts.",
-    user="""\
-Somebody drew this picture for the prompt below. The explanation tells what a viewer who knows \
-the subject expects to see. Grade the picture on three scales, each for itself, with 0, 1 or 2.
-
-Consistency: is what the prompt means, by the explanation, in the picture?
-  0: the main thing is absent or wrong. 1: it is there in part. 2: it is there, with every detail.
-Realism: could it be a photograph of something that obeys physics, in materials, light, \
-proportions and space?
-  0: it plainly could not. 1: it could, but for faults that one notices. 2: one finds no fault.
-Aesthetic Quality: composition, colour, sharpness, and the pleasure of looking at it.
-  0: unpleasant or botched. 1: ordinary. 2: outstanding.
-
-Most pictures do not earn a 2 on any scale. Where you hesitate between two grades, give the lower.
-
-Prompt: "{prompt}"
-Explanation: "{explanation}"
-
-Answer in exactly three lines, each ending in its grade, without anything before or after:
-Consistency: 0, 1 or 2
-Realism: 0, 1 or 2
-Aesthetic Quality: 0, 1 or 2""")
 
 FIELDS = ("consistency", "realism", "aesthetic_quality")
 FIELD_WEIGHTS = (0.7, 0.2, 0.1)  # of a score from 0 to 2 each
@@ -144,26 +121,6 @@ class Wise(base.Benchmark):
   name, title = "wise", "WISE"
   published_counts = {name: last - first + 1 for name, (first, last) in RANGES.items()}
   columns = ("WISE, plain mean", "WISE, weighted")
-  # In the column of the formula that gives the published figure.
-  published = dict(zip(base.PUBLISHED, (
-      {"WISE, plain mean": 0.52}, {"WISE, plain mean": 0.70}, {"WISE, plain mean": 0.77})))
-  published_categories = dict(zip(base.PUBLISHED, (
-      dict(zip((*RANGES, "plain mean"), (0.44, 0.55, 0.68, 0.44, 0.60, 0.39, 0.52))),
-      dict(zip((*RANGES, "plain mean"), (0.76, 0.69, 0.75, 0.65, 0.75, 0.58, 0.70))))))
-  caveats = (
-      "WISE: BAGEL's figures are plain means of the six categories (0.517, self-CoT 0.697); the "
-      "official weights make 0.501 and 0.717 of the same categories. IRG's 0.77 is most likely a "
-      "plain mean, too, since its repository has that script; nothing says so.",
-      "WISE: the official judge is gpt-4o-2024-05-13; BAGEL and IRG used gpt-4o-2024-11-20. "
-      "WISE_Verified of 2026 has other prompts, another judge and other weights.",
-      "WISE: a review quotes the paper's Table 4 with 0.79 for IRG's first round and 0.77 for its "
-      "second, so the second round need not be the better one.")
-  official = base.Official(
-      "gpt-4o-2024-05-13 (BAGEL's and IRG's script: gpt-4o-2024-11-20)", 0.0, 2000)
-  templates = {"wise": (TEMPLATE, ("prompt", "explanation"))}
-  images_help, tasks_help, sources = "1", "WISE's categories (CULTURE, ...)", "the judge."
-  example_prompts = "WISE/data"
-  example_score = "--judge-url https://api.openai.com/v1 --judge-model gpt-4o-2024-11-20"
 
   def read_items(self, path):
     entries = [entry for file in _files(path) for entry in records.json_records(file)]
