@@ -128,6 +128,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     elif fault == "cut":
       self._send(200, '{"choices": [{"message"', {"Content-Length": "900"})
       self._reset()
+    elif fault == "endless":
+      self._send(200, '{"choices": "' + "x" * (5 << 20))
     elif fault == "dribble":
       self._dribble()
     else:

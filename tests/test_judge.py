@@ -273,6 +273,14 @@ def test_an_answer_that_drips_is_cut_off_at_the_time_limit(tmp_path, image):
       assert answer.text == "answer to question 0" and judge.account.faults == {"timeout": 1}
 
 
+def test_an_answer_of_megabytes_is_not_read_to_its_end_and_not_asked_for_again(tmp_path, image):
+  with JudgeServer(echo, lambda n, _: "endless") as server:
+    with Judge(settings(server), tmp_path / "cache.sqlite") as judge:
+      (answer,) = judge.ask(requests(image, 1))
+      assert answer.error == "malformed: an answer of more than 4194304 bytes"
+    assert len(server.bodies) == 1
+
+
 def test_an_answer_that_does_not_come_is_tried_again(tmp_path, image):
   calls = []
   def answer(body):

@@ -12,7 +12,6 @@ text from the endpoint passes `hide_key`, since an error may quote the request.
 import asyncio
 import collections
 import contextlib
-import datetime
 import email.utils
 import functools
 import hashlib
@@ -43,6 +42,7 @@ _PATIENCE = 5.0  # seconds, for answers that are already paid for
 _AHEAD = 8  # questions taken for each that is under way, so that a slow one holds up few
 _TOP = 20  # alternatives whose probability an endpoint tells, at most
 _AGAIN = (408, 409, 425, 429)  # and every 5xx
+_LARGEST_BODY = 4 << 20  # bytes; an answer has a few hundred
 _FILTERED = ("content_filter", "content_policy_violation")  # codes that mean this item only
 
 
@@ -59,8 +59,8 @@ class Stop(ValueError):
   """A failure after which no further call makes sense."""
 
 
-class Judge:
-  """Answers questions from the cache or the endpoint; a context manager. `account` counts them."""
+class Judge(contextlib.AbstractContextManager):
+  """Answers questions from the cache or the endpoint; `account` counts them."""
 
   def __init__(self, settings: JudgeSettings, cache_path):
     """Opens the cache and the client; ValueError for an impossible key or a cache in use."""
@@ -82,19 +82,13 @@ class Judge:
     self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
     self._thread.start()
 
-  def __enter__(self):
-    return self
-
   def __exit__(self, *_):
-    self.close()
-
-  def close(self) -> None:
     """Stops asking. Answers under way are kept if they come within a few seconds."""
-    asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-    self._loop.call_soon_threadsafe(self._loop.stop)
-    self._thread.join()
-    self._loop.close()
-    self._cache.close()
+    with self._cache:
+      asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+      self._loop.call_soon_threadsafe(self._loop.stop)
+      self._thread.join()
+      self._loop.close()
 
   def ask(self, questions):
     """Yields one Answer a question, in order. Takes questions as it goes, some ahead.
@@ -103,10 +97,14 @@ class Judge:
       ValueError: two questions have one key.
       Stop: for a wrong key, no such model, quota used up, or nothing but failures.
     """
-    waiting, ahead, self._failures = collections.deque(), _AHEAD * self.settings.concurrency, 0
+    waiting, keys, self._failures = collections.deque(), set(), 0
+    ahead = _AHEAD * self.settings.concurrency
     try:
-      for future in self._submitted(questions):
-        waiting.append(future)
+      for question in questions:
+        if question.key in keys:
+          raise ValueError(f"two questions to the judge have the key {question.key!r}")
+        keys.add(question.key)
+        waiting.append(asyncio.run_coroutine_threadsafe(self._in_turn(question), self._loop))
         while waiting and (len(waiting) >= ahead or waiting[0].done()):
           yield self._next(waiting)
       while waiting:
@@ -114,15 +112,6 @@ class Judge:
     finally:
       for future in waiting:
         future.cancel()
-
-  def _submitted(self, questions):
-    seen = set()
-    for question in questions:
-      mark = hashlib.blake2b(question.key.encode(), digest_size=16).digest()
-      if mark in seen:
-        raise ValueError(f"two questions to the judge have the key {question.key!r}")
-      seen.add(mark)
-      yield asyncio.run_coroutine_threadsafe(self._in_turn(question), self._loop)
 
   def _next(self, waiting):
     answer = waiting.popleft().result()
@@ -138,12 +127,17 @@ class Judge:
 
   async def _in_turn(self, question):
     async with self._turns:
-      self._check_open()
+      if self._over.is_set():
+        raise self._stop
       task = asyncio.create_task(self._answer(question))
       try:
         return await asyncio.shield(task)  # an answer that is under way is paid for
       except asyncio.CancelledError:
         await asyncio.gather(task, return_exceptions=True)  # and keeps its turn
+        raise
+      except Stop as e:
+        self._stop = e
+        self._over.set()
         raise
 
   async def _answer(self, question):
@@ -153,48 +147,48 @@ class Judge:
       return Answer(question.key, error=f"picture: {e}")
     digest = _digest(self.settings, question, images)
     async with self._locks.setdefault(digest, asyncio.Lock()):  # who waits finds it in the cache
-      return await self._cached_or_asked(question, digest, images)
-
-  async def _cached_or_asked(self, question, digest, images):
-    record = self._cache.get(digest) or {"asks": 0}
-    answer = _read(question, record, cached=True) if record["asks"] else None
-    while (answer is None or answer.error) and record["asks"] < self.settings.asks:
-      try:
-        reply = await self._retrying.copy()(self._call, question, images)
-      except Fault as e:
-        return Answer(question.key, text=record.get("text"), error=str(e))
-      record = {"digest": digest, "key": question.key, **reply,
-                "temperature": self.settings.temperature, "asks": record["asks"] + 1}
-      self._cache.add(record)
-      answer = _read(question, record, cached=False)
-    return answer
+      record = self._cache.get(digest) or {"asks": 0}
+      answer = _read(question, record, cached=True) if record["asks"] else None
+      while (answer is None or answer.error) and record["asks"] < self.settings.asks:
+        try:
+          reply = await self._retrying.copy()(self._call, question, images)
+        except Fault as e:
+          return Answer(question.key, text=record.get("text"), error=str(e))
+        record = {"digest": digest, "key": question.key, **reply,
+                  "temperature": self.settings.temperature, "asks": record["asks"] + 1}
+        self._cache.add(record)
+        answer = _read(question, record, cached=False)
+      return answer
 
   async def _call(self, question, images):
     """One HTTP request; raises Fault, or Stop after which nothing is asked any more."""
     while not self._over.is_set() and (left := self._resume_at - time.monotonic()) > 0:
       await self._sleep(left)
-    self._check_open()
+    if self._over.is_set():
+      raise self._stop
     self.account.calls += 1
     try:
       return _parse(await self._send(question, images), question, self.settings.model)
-    except Stop as e:
-      self._stop_all(e)
     except Fault as e:
       self.account.faults[e.reason] += 1
-      if e.wait is not None and e.wait > self.settings.longest_wait:
-        self._stop_all(Stop(f"the judge asks to wait {e.wait:.0f} s ({e.reason}); start the same "
-                            "command again then: the answers so far are kept"))
       if e.wait is not None:  # the whole endpoint is busy, so every question waits
+        if e.wait > self.settings.longest_wait:
+          raise Stop(f"the judge asks to wait {e.wait:.0f} s ({e.reason}); start the same command "
+                     "again then: the answers so far are kept") from None
         self._resume_at = max(self._resume_at, time.monotonic() + e.wait)
       raise
 
   async def _send(self, question, images):
     """The endpoint's answer as bytes, within the deadline."""
+    create, body = self._client.chat.completions.with_streaming_response.create, bytearray()
     try:
-      async with asyncio.timeout(self.settings.timeout):
-        response = await self._client.chat.completions.with_raw_response.create(
-            **_arguments(self.settings, question, images))
-      return response.content
+      async with (asyncio.timeout(self.settings.timeout),
+                  create(**_arguments(self.settings, question, images)) as response):
+        async for chunk in response.iter_bytes():
+          body += chunk
+          if len(body) > _LARGEST_BODY:
+            break
+      return bytes(body)
     except (TimeoutError, openai.APITimeoutError):
       raise Fault("timeout", f"no answer within {self.settings.timeout:g} s") from None
     except openai.APIStatusError as e:
@@ -203,19 +197,12 @@ class Judge:
       raise Fault("connection", str(e.__cause__ or e)) from None
     except openai.OpenAIError as e:
       raise Fault("client", f"{type(e).__name__}: {e}") from None
+    except Exception as e:  # of the client's transport, within the answer
+      raise Fault("connection", str(e)) from None
 
   async def _sleep(self, seconds):
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(self._over.wait(), seconds)
-
-  def _check_open(self):
-    if self._over.is_set():
-      raise self._stop
-
-  def _stop_all(self, stop):
-    self._stop = stop
-    self._over.set()
-    raise stop from None
 
   async def _close(self):
     self._over.set()
@@ -236,16 +223,12 @@ def hide_key(text: str) -> str:
 
 def retry_after(headers) -> float | None:
   """Seconds that the headers ask to wait, as a number or a date; None where they do not."""
-  value = headers.get("retry-after")
+  value = headers.get("retry-after", "")
+  date = email.utils.parsedate_tz(value)
   try:
-    seconds = float(value)
-  except (TypeError, ValueError):
-    try:
-      then = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-      return None
-    then = then if then.tzinfo else then.replace(tzinfo=datetime.timezone.utc)
-    seconds = (then - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+    seconds = email.utils.mktime_tz(date) - time.time() if date else float(value)
+  except (ValueError, OverflowError):
+    return None
   return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
@@ -275,17 +258,16 @@ def _arguments(settings, question, images):
 
 
 def _status_fault(error):
-  """The Fault of an HTTP status of 400 or more; raises Stop for a hopeless one."""
+  """The Fault of an HTTP status of 400 or more, or the Stop of a hopeless one."""
   status, said = error.status_code, hide_key(" ".join(str(error).split()))[:300]
-  if status in (401, 403):
-    raise Stop(f"the judge refuses the key ({status}): set {KEY} in the environment to one that "
-               f"may use this model. It said: {said}") from None
-  if status == 404:
-    raise Stop("the judge knows no such model or address (404): check --judge-model and "
-               f"--judge-url. It said: {said}") from None
-  if error.code == "insufficient_quota":
-    raise Stop("the judge's quota is used up; start the same command again when there is more: "
-               f"the answers so far are kept. It said: {said}") from None
+  key = (f"the judge refuses the key ({status}): set {KEY} in the environment to one that may use "
+         "this model")
+  model = "the judge knows no such model or address (404): check --judge-model and --judge-url"
+  quota = ("the judge's quota is used up; start the same command again when there is more: the "
+           "answers so far are kept")
+  why = {401: key, 403: key, 404: model}.get(status)
+  if why := why or (quota if error.code == "insufficient_quota" else None):
+    return Stop(f"{why}. It said: {said}")
   if error.code in _FILTERED:
     return Fault("filtered", said, again=False)
   reason = {429: "busy (429)"}.get(status, "server (5xx)" if status >= 500 else f"status {status}")
@@ -295,6 +277,8 @@ def _status_fault(error):
 
 def _parse(body, question, asked_model):
   """{"text", "probability", "model"} of an answer; raises Fault where there are no words in it."""
+  if len(body) > _LARGEST_BODY:
+    raise Fault("malformed", f"an answer of more than {_LARGEST_BODY} bytes", again=False)
   try:
     answer = json.loads(body)
     choice = answer["choices"][0]
