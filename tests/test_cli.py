@@ -214,6 +214,20 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys, checkpoint):
   assert capsys.readouterr().err == "irg generate: interrupted\n"
 
 
+@pytest.mark.parametrize("config, out", [
+    ("irgl.py", "train-paper"), ("irgl.py:tiny", "train-tiny"), ("mini.py", "train-irgl"),
+    (None, "train-mine")])
+def test_the_folder_of_a_training_is_named_after_its_preset(monkeypatch, tmp_path, config, out):
+  from irg_jax.train import run
+  asked_for = []
+  monkeypatch.setattr(run, "run_train", lambda settings, out: asked_for.append(out))
+  (tmp_path / "mine.py").write_text("from ml_collections import config_dict\n"
+                                    "def get_config():\n  return config_dict.ConfigDict()\n")
+  path = ROOT / "configs" / config if config else tmp_path / "mine.py"
+  assert commands.main(["train", "--config", str(path), "--config.data.path=none"]) == 0
+  assert asked_for == [pathlib.Path("out", out)]
+
+
 def test_init_wants_a_model_configuration(capsys, tmp_path):
   out = tmp_path / "out"
   config = ROOT / "configs" / "generate.py"

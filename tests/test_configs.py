@@ -263,7 +263,7 @@ def test_parts_are_frozen_and_losses_switched_off_from_their_steps_on():
 
 def test_short_flags_show_the_defaults_of_the_settings():
   group = argparse.ArgumentParser()
-  command_flags.add_shorthands(group, Settings().think_limit)
+  command_flags.add_generation(group, Settings().think_limit)
   for action in group._actions[1:]:
     shown = re.search(r"\(([\d.]+)\)$", action.help)
     for field in command_flags.SHORTHANDS.get(action.dest, ()) if shown else ():

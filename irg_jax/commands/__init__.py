@@ -3,13 +3,12 @@
 JAX is imported inside the verbs, so that `--help` and a mistyped flag answer at once.
 """
 
-import argparse
 import os
-import re
 import sys
 
-from irg_jax.commands import convert, data, flags, generate, init, mini, plan, train
+from irg_jax.commands import convert, data, generate, init, mini, plan, train
 from irg_jax.commands import eval as eval_verb
+from irg_jax.commands.flags import Parser
 
 VERBS = (generate, convert, init, train, data, eval_verb, mini, plan)
 
@@ -27,11 +26,14 @@ examples:
 
 def main(argv=None) -> int:
   """Runs the command line `argv` (default: the process's) and returns the exit status."""
-  overrides, argv = _split_overrides(sys.argv[1:] if argv is None else argv)
+  argv = sys.argv[1:] if argv is None else argv
+  end = argv.index("--") if "--" in argv else len(argv)
+  fields = [a for a in argv[:end] if a.startswith("--config.")]  # argparse knows no such names
+  overrides = [field.removeprefix("--config.") for field in fields]
   parser = make_parser()
-  args = parser.parse_args(argv)
+  args = parser.parse_args([a for a in argv[:end] if a not in fields] + argv[end:])
   if overrides and not hasattr(args, "config"):
-    parser.error(f"irg {args.verb} has no configuration, so --config.{overrides[0]} means nothing")
+    parser.error(f"irg {args.verb} has no configuration, so {fields[0]} means nothing")
   try:
     return args.run(args, overrides) or 0
   except (ValueError, OSError) as e:
@@ -44,18 +46,10 @@ def main(argv=None) -> int:
     return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
   """Parser of all verbs; the parsed `run(args, overrides)` is the verb's function."""
-  parser = flags.new_parser(argparse.ArgumentParser, prog="irg", description=_MAIN)
+  parser = Parser(prog="irg", description=_MAIN)
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   for verb in VERBS:
-    verb.add(verbs, flags.new_parser)
+    verb.add(verbs)
   return parser
-
-
-def _split_overrides(argv):
-  """Takes `--config.field=value` out of `argv`: argparse has no flags of unknown name."""
-  end = argv.index("--") if "--" in argv else len(argv)
-  is_override = [i < end and re.match(r"--config\.", a) is not None for i, a in enumerate(argv)]
-  taken = [a.removeprefix("--config.") for a, o in zip(argv, is_override) if o]
-  return taken, [a for a, o in zip(argv, is_override) if not o]

@@ -1,7 +1,5 @@
 """`irg convert`: checkpoints between the published layout and Orbax."""
 
-import pathlib
-
 _TEXT = """\
 Copies a checkpoint between the published layout and Orbax. Without a change of dtype the round trip
 is exact. Keys, shapes and dtypes are checked before anything is written.
@@ -13,14 +11,12 @@ examples:
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "convert", description=_TEXT,
-                      help="convert a checkpoint to the published layout or Orbax")
-  parser.set_defaults(run=_run)
-  add = parser.add_argument
-  add("source", type=pathlib.Path, metavar="SRC", help="folder to read")
-  add("destination", type=pathlib.Path, metavar="DST", help="folder to write")
+  add = verbs.add_parser("convert", run=_run, description=_TEXT,
+                         help="convert a checkpoint to the published layout or Orbax").add_argument
+  add("source", metavar="SRC", help="folder to read")
+  add("destination", metavar="DST", help="folder to write")
   add("--to", choices=("published", "orbax"), required=True, help="layout of DST")
   add("--dtype", choices=("bfloat16", "float16", "float32"),
       help="dtype of DST (default: that of SRC)")

@@ -59,19 +59,17 @@ examples:
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "data", description=_DATA,
-                      help="sample, check, build and encode training data")
+  parser = verbs.add_parser("data", description=_DATA,
+                            help="sample, check, build and encode training data")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
   for name, text, add_flags, run, summary in (
       ("sample", _SAMPLE, _add_sample, _sample, "a small dataset to try things with"),
       ("build", _BUILD, _add_build, _build, "parquet to ArrayRecord"),
       ("check", _CHECK, _add_check, _check, "counts, lengths and samples as a page"),
       ("encode-latents", _ENCODE, _add_encode, _encode, "VAE moments of all images")):
-    step = new_parser(steps.add_parser, name, description=text, help=summary)
-    step.set_defaults(run=run)
-    add_flags(step)
+    add_flags(steps.add_parser(name, run=run, description=text, help=summary))
 
 
 def _add_sample(parser):

@@ -4,7 +4,6 @@ Names, flags and examples come from the registered benchmarks, whose import take
 of a step is filled when it is used.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -94,7 +93,7 @@ _THINK_LIMIT = 4096
 _COUNTS = ("concurrency", "timeout", "tries", "asks")  # flags of `questions.JudgeSettings`
 
 
-class _StepParser(argparse.ArgumentParser):
+class _StepParser(flags.Parser):
   """A parser that calls `fill(self)` when it is first used."""
 
   fill = None
@@ -106,15 +105,15 @@ class _StepParser(argparse.ArgumentParser):
     return super().parse_known_args(args, namespace)
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "eval", description=_EVAL, help="the benchmarks")
+  parser = verbs.add_parser("eval", description=_EVAL, help="the benchmarks")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP",
                                 parser_class=_StepParser)
   for name, fill, text in (("generate", _fill_generate, "images for a benchmark's prompts"),
                            ("score", _fill_score, "score a benchmark's images"),
                            ("report", _fill_report, "the paper's table of scored runs")):
-    new_parser(steps.add_parser, name, help=text).fill = fill
+    steps.add_parser(name, help=text).fill = fill
 
 
 def benchmarks() -> dict:
@@ -136,14 +135,8 @@ def _fill_generate(parser):
       help="the prompts need not be as many as published; the scores then compare with nothing")
   add("--batch-size", type=flags.count, default=1, metavar="N",
       help="images side by side (default 1)")
-  add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
-  add("--system-prompt-file", type=pathlib.Path, metavar="FILE",
-      help="replaces the system prompt; an empty file means none")
-  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
-      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
-  add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
   flags.add_hosts(parser)
-  flags.add_shorthands(parser.add_argument_group("settings, short"), think_limit=_THINK_LIMIT)
+  flags.add_generation(parser, think_limit=_THINK_LIMIT)
 
 
 def _fill_score(parser):

@@ -1,78 +1,144 @@
-"""Command-line flags and types of values that several verbs share."""
+"""Parser, flags and types of values that several verbs share.
+
+A function for `type=` raises argparse.ArgumentTypeError if the text has another form.
+"""
 
 import argparse
 import pathlib
 import re
 
-# Short flags of settings of generation: (flag, type, what stands for the value, help, fields).
+# Metavars that stand for a path.
+_PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH")
+# Short flags of settings of generation: (name, type, help).
 _SHORT = (
-    ("--rounds", int, "N", "rounds, one image each (2)", ("rounds",)),
-    ("--steps", int, "N", "points of the flow schedule, N - 1 updates (50)", ("steps",)),
-    ("--text-scale", float, "X", "text guidance of all rounds (4.0)",
-     ("first.text_scale", "later.text_scale")),
-    ("--image-scale", float, "X", "image guidance of the rounds after an image (2.0)",
-     ("later.image_scale",)),
-    ("--think-limit", int, "N", "longest thought in tokens ({think_limit})", ("think_limit",)),
-    ("--temperature", float, "X", "sampling temperature of thoughts (0.3)", ("temperature",)),
-    ("--top-k", int, "N", "sample from the N likeliest tokens; 0: all (0)", ("top_k",)),
-    ("--top-p", float, "X", "sample from the likeliest tokens of this total probability (1.0)",
-     ("top_p",)),
-    ("--window", int, "N", "earlier rounds that a round can see (all)", ("window",)),
+    ("rounds", int, "rounds, one image each (2)"),
+    ("steps", int, "points of the flow schedule, N - 1 updates (50)"),
+    ("text_scale", float, "text guidance of all rounds (4.0)"),
+    ("image_scale", float, "image guidance of the rounds after an image (2.0)"),
+    ("think_limit", int, "longest thought in tokens ({think_limit})"),
+    ("temperature", float, "sampling temperature of thoughts (0.3)"),
+    ("top_k", int, "sample from the N likeliest tokens; 0: all (0)"),
+    ("top_p", float, "sample from the likeliest tokens of this total probability (1.0)"),
+    ("window", int, "earlier rounds that a round can see (all)"),
 )
-SHORTHANDS = {flag[2:].replace("-", "_"): fields for flag, *_, fields in _SHORT}
+# Fields of the settings that a short flag sets.
+SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
+    "text_scale": ("first.text_scale", "later.text_scale"), "image_scale": ("later.image_scale",)}
 
 
-def new_parser(make, *args, **kwargs) -> argparse.ArgumentParser:
-  """Calls `make`, such as `subparsers.add_parser`, for a parser that keeps line breaks in texts."""
-  return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-              **kwargs)
+class Parser(argparse.ArgumentParser):
+  """Parser that calls `run(args, overrides)`, and keeps line breaks in texts.
+
+  A flag whose metavar stands for a path has the type pathlib.Path. Parsers of subcommands are of
+  the same class.
+  """
+
+  def __init__(self, *, run=None, **kwargs):
+    super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                     **kwargs)
+    if run is not None:
+      self.set_defaults(run=run)
+
+  def add_argument(self, *names, **kwargs):
+    if kwargs.get("metavar") in _PATHS:
+      kwargs.setdefault("type", pathlib.Path)
+    return super().add_argument(*names, **kwargs)
 
 
 def mesh(text: str) -> dict[str, int]:
-  """Parses "data=2,fsdp=4" to sizes by axis name.
-
-  Raises:
-    argparse.ArgumentTypeError: another form, or an axis twice.
-  """
+  """Parses "data=2,fsdp=4" to sizes by axis name."""
   axes = [re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip()) for part in text.split(",")]
   if not all(axes) or len({a[1] for a in axes}) < len(axes):
     raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write data=2,fsdp=4")
   return {a[1]: int(a[2]) for a in axes}
 
 
-def size(text: str) -> tuple[int, int]:
-  """Parses "S" or "WxH" to (width, height).
-
-  Raises:
-    argparse.ArgumentTypeError: another form.
-  """
-  match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+def _matched(text, pattern, wanted):
+  match = re.fullmatch(pattern, text)
   if not match:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1024 or 768x1024 (WxH)")
-  width = int(match[1])
-  return width, int(match[2] or width)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+  return match
+
+
+def size(text: str) -> tuple[int, int]:
+  """Parses "S" or "WxH" to (width, height)."""
+  match = _matched(text, r"([1-9]\d*)(?:x([1-9]\d*))?", "a size; write 1024 or 768x1024 (WxH)")
+  return int(match[1]), int(match[2] or match[1])
 
 
 def count(text: str) -> int:
-  """Parses an integer of at least 1.
-
-  Raises:
-    argparse.ArgumentTypeError: another text.
-  """
+  """Parses an integer of at least 1."""
   if not re.fullmatch(r"0*[1-9]\d*", text):
     raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
   return int(text)
 
 
 def address(text: str) -> str:
-  """Checks "HOST:PORT".
+  """Checks "HOST:PORT"."""
+  return _matched(text, r"\S+:\d+", "an address; write host0:1234")[0]
+
+
+def add_generation(parser, think_limit: int = 1000) -> None:
+  """Adds the flags of `read_settings`, --mesh and --dtype; `think_limit` is only shown."""
+  add = parser.add_argument
+  add("--config", metavar="FILE", help="settings, like configs/generate.py")
+  add("--system-prompt-file", metavar="FILE",
+      help="replaces the system prompt; an empty file means none")
+  add("--mesh", type=mesh, metavar="AXIS=N,...",
+      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
+  add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
+  add = parser.add_argument_group("short flags of settings").add_argument
+  for name, kind, text in _SHORT:
+    add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X",
+        help=text.format(think_limit=think_limit))
+  add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
+  add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
+  add("--no-think", action="store_true", help="generate images without thoughts")
+
+
+def read_settings(args, overrides, checkpoint, default=None):
+  """Reads (settings, system prompt) of generation from the checkpoint and all flags.
+
+  Args:
+    default: `generate.settings.Settings` for a checkpoint without generate.json.
 
   Raises:
-    argparse.ArgumentTypeError: another form.
+    ValueError: names the flag or the file.
   """
-  if not re.fullmatch(r"\S+:\d+", text):
-    raise argparse.ArgumentTypeError(f"{text!r} is not an address; write host0:1234")
-  return text
+  from irg_jax import config, sharding
+  from irg_jax.generate.settings import Settings, read_defaults
+  if unknown := set(args.mesh or ()) - set(sharding.MESH_AXES):
+    raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}; known: {sharding.MESH_AXES}")
+  fields = {f: getattr(args, flag) for flag, names in SHORTHANDS.items() for f in names}
+  fields["width"], fields["height"] = args.size or (None, None)
+  if args.greedy:
+    fields["temperature"] = 0.0
+  if args.no_think:
+    fields["think"] = False
+  short = [f"{field}={value}" for field, value in fields.items() if value is not None]
+  defaults = read_defaults(checkpoint, default or Settings())
+  settings = config.read(defaults.settings, args.config, [*overrides, *short])
+  prompt = defaults.system_prompt
+  if args.system_prompt_file is not None:  # an empty file is a choice: no system prompt at all
+    prompt = read_text("--system-prompt-file", args.system_prompt_file)
+  return settings, prompt.strip()
+
+
+def read_text(flag: str, path: pathlib.Path) -> str:
+  """Reads the UTF-8 text file of a flag; ValueError names the flag if that fails."""
+  try:
+    return path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as e:
+    raise ValueError(f"{flag} {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+  except OSError as e:
+    raise ValueError(f"{flag} {path}: cannot be read ({e.strerror})") from e
+
+
+def folder(flag: str, path: pathlib.Path) -> pathlib.Path:
+  """Returns `path`; ValueError names the flag if it is no folder."""
+  if not path.is_dir():
+    raise ValueError(f"{flag} {path}: no such folder")
+  return path
 
 
 def add_hosts(parser) -> None:
@@ -87,66 +153,3 @@ def check_hosts(args) -> None:
   """Raises ValueError if --process-id is out of range."""
   if not 0 <= args.process_id < args.num_processes:
     raise ValueError(f"--process-id {args.process_id}: must be from 0 to {args.num_processes - 1}")
-
-
-def check_mesh(sizes: dict[str, int] | None) -> None:
-  """Raises ValueError if --mesh names an unknown axis."""
-  from irg_jax import sharding
-  unknown = set(sizes or ()) - set(sharding.MESH_AXES)
-  if unknown:
-    raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}; known: {sharding.MESH_AXES}")
-
-
-def add_shorthands(group, think_limit: int = 1000) -> None:
-  """Adds the short flags; `think_limit` is the default to show for --think-limit."""
-  for flag, kind, metavar, text, _ in _SHORT:
-    group.add_argument(flag, type=kind, metavar=metavar, help=text.format(think_limit=think_limit))
-  add = group.add_argument
-  add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
-  add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
-  add("--no-think", action="store_true", help="generate images without thoughts")
-
-
-def shorthand_overrides(args) -> list[str]:
-  """Overrides ("field=value") by the short flags that are given."""
-  fields = {f: getattr(args, flag) for flag, names in SHORTHANDS.items() for f in names}
-  if args.size is not None:
-    fields["width"], fields["height"] = args.size
-  if args.greedy:
-    fields["temperature"] = 0.0
-  if args.no_think:
-    fields["think"] = False
-  return [f"{field}={value}" for field, value in fields.items() if value is not None]
-
-
-def read_settings(args, overrides, checkpoint, default=None):
-  """Reads settings and system prompt of generation from the checkpoint and all flags.
-
-  Args:
-    default: `generate.settings.Settings` for a checkpoint without generate.json.
-
-  Raises:
-    ValueError: names the flag or the file.
-  """
-  from irg_jax import config
-  from irg_jax.generate.settings import Settings, read_defaults
-  defaults = read_defaults(checkpoint, default or Settings())
-  settings = config.read(defaults.settings, args.config, [*overrides, *shorthand_overrides(args)])
-  prompt = defaults.system_prompt
-  if args.system_prompt_file is not None:  # an empty file is a choice: no system prompt at all
-    prompt = read_text("--system-prompt-file", args.system_prompt_file)
-  return settings, prompt.strip()
-
-
-def read_text(flag: str, path) -> str:
-  """Reads the UTF-8 text file that a flag names.
-
-  Raises:
-    ValueError: the file cannot be read or is not UTF-8; names the flag.
-  """
-  try:
-    return pathlib.Path(path).read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as e:
-    raise ValueError(f"{flag} {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
-  except OSError as e:
-    raise ValueError(f"{flag} {path}: cannot be read ({e.strerror})") from e

@@ -27,32 +27,23 @@ sources of a setting, the later one wins (docs/settings.md lists all settings):
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "generate", description=_TEXT, epilog=_END,
-                      help="generate thoughts and images for prompts")
-  parser.set_defaults(run=_run)
+  parser = verbs.add_parser("generate", run=_run, description=_TEXT, epilog=_END,
+                            help="generate thoughts and images for prompts")
   add = parser.add_argument
   add("prompts", nargs="*", metavar="PROMPT",
       help="description of an image; several make several traces")
-  add("--checkpoint", type=pathlib.Path, metavar="DIR",
-      help="weights, in the published layout or Orbax (default: the mini world's, which come with "
-           "the package)")
-  add("--prompts-file", type=pathlib.Path, metavar="FILE", help="more prompts, one a line, UTF-8")
-  add("--image", type=pathlib.Path, metavar="FILE",
+  add("--checkpoint", metavar="DIR",
+      help="weights, in the published layout or Orbax (default: the mini world's in the package)")
+  add("--prompts-file", metavar="FILE", help="more prompts, one a line, UTF-8")
+  add("--image", metavar="FILE",
       help="image to edit; the prompts are the instructions, and the result has --size")
-  add("--out", type=pathlib.Path, metavar="DIR",
-      help="folder of the results (default out/DATE-TIME)")
-  add("--config", type=pathlib.Path, metavar="FILE", help="settings, like configs/generate.py")
-  add("--system-prompt-file", type=pathlib.Path, metavar="FILE",
-      help="system prompt to use; an empty file means none")
+  add("--out", metavar="DIR", help="folder of the results (default out/DATE-TIME)")
   add("--seed", type=int, default=0, help="prompt number i (from 0) uses SEED + i (default 0)")
   add("--batch-size", type=int, default=1, metavar="N",
       help="prompts generated side by side (default 1)")
-  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
-      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
-  add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
-  flags.add_shorthands(parser.add_argument_group("short flags of settings (see the end)"))
+  flags.add_generation(parser)
 
 
 def _run(args, overrides):
@@ -67,13 +58,16 @@ def make_inputs(args, overrides):
   Raises:
     ValueError: names the flag or the file.
   """
-  checkpoint = _checkpoint(args.checkpoint)
+  from irg_jax.generate.settings import SHIPPED
+  if args.checkpoint is None and not SHIPPED.is_dir():
+    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
+                     "comes without the mini world's")
+  checkpoint = flags.folder("--checkpoint", args.checkpoint or SHIPPED)
   if args.image is not None and not args.image.is_file():
     raise ValueError(f"--image {args.image}: no such file")
   if args.batch_size < 1:
     raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
-  flags.check_mesh(args.mesh)
-  prompts = read_prompts(args.prompts, args.prompts_file)
+  prompts = _read_prompts(args.prompts, args.prompts_file)
   if not 0 <= args.seed <= 2**32 - len(prompts):
     raise ValueError(f"--seed {args.seed}: must be 0 or more, and that of the last prompt "
                      f"(SEED + {len(prompts) - 1}) below 2**32")
@@ -86,32 +80,14 @@ def make_inputs(args, overrides):
       mesh=args.mesh, dtype=args.dtype)
 
 
-def read_prompts(arguments, path=None) -> tuple[str, ...]:
-  """Returns the prompts of the command line, then those of a file (one a line).
-
-  Raises:
-    ValueError: no prompt, a blank one, or a file that cannot be read; names the flag.
-  """
+def _read_prompts(arguments, path) -> tuple[str, ...]:
+  """The prompts of the command line, then those of a file."""
   if any(not p.strip() for p in arguments):
     raise ValueError("PROMPT: a prompt is empty; leave it out or write a description")
-  prompts = [p.strip() for p in arguments]
-  if path is not None:
-    lines = [line.strip() for line in flags.read_text("--prompts-file", path).splitlines()]
-    if not any(lines):
-      raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")
-    prompts += [line for line in lines if line]
-  if not prompts:
+  lines = [] if path is None else flags.read_text("--prompts-file", path).splitlines()
+  found = [line.strip() for line in lines if line.strip()]
+  if path is not None and not found:
+    raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")
+  if not arguments and not found:
     raise ValueError("no prompt: give a PROMPT or --prompts-file FILE")
-  return tuple(prompts)
-
-
-def _checkpoint(path):
-  """The folder of --checkpoint, or the one that comes with the package."""
-  from irg_jax.generate import settings
-  if path is None and not settings.SHIPPED.is_dir():
-    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
-                     "comes without the mini world's")
-  path = path or settings.SHIPPED
-  if not path.is_dir():
-    raise ValueError(f"--checkpoint {path}: no such folder")
-  return path
+  return tuple(p.strip() for p in arguments) + tuple(found)

@@ -1,7 +1,5 @@
 """`irg init`: a checkpoint of random weights."""
 
-import pathlib
-
 _TEXT = """\
 Writes a checkpoint of random weights in the published layout, for tests and first steps.
 
@@ -11,22 +9,20 @@ examples:
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "init", description=_TEXT,
-                      help="make a checkpoint of random weights")
-  parser.set_defaults(run=_run)
-  add = parser.add_argument
-  add("--config", type=pathlib.Path, required=True, metavar="FILE",
+  add = verbs.add_parser("init", run=_run, description=_TEXT,
+                         help="make a checkpoint of random weights").add_argument
+  add("--config", required=True, metavar="FILE",
       help="sizes, like configs/tiny.py; --config.FIELD=VALUE changes one")
-  add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write")
+  add("--out", required=True, metavar="DIR", help="folder to write")
   add("--seed", type=int, default=0, help="random seed of the weights (default 0)")
 
 
 def _run(args, overrides):
   from irg_jax import config, storage
-  model = config.read_model(args.config, overrides)
   from irg_jax.weights import init
+  model = config.read_model(args.config, overrides)
   storage.check_output_folder(args.out.parent)
   init.write_random_checkpoint(args.out, model, args.seed)
   print(f"wrote {args.out} (random weights)")

@@ -2,6 +2,8 @@
 
 import pathlib
 
+from irg_jax.mini import STEPS
+
 _MINI = "The paper in miniature: from nothing to a trained model and its tables, on two cores."
 
 _RUN = """\
@@ -28,32 +30,27 @@ examples:
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "mini", description=_MINI,
-                      help="the whole method in a small world of shapes")
+  parser = verbs.add_parser("mini", description=_MINI, help="the whole method in a small world")
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-  _add_run(new_parser(actions.add_parser, "run", description=_RUN,
-                      help="train everything from nothing"))
-  _add_report(new_parser(actions.add_parser, "report", description=_REPORT,
-                         help="tables, plots and traces of a run"))
+  run = actions.add_parser("run", run=_run, description=_RUN, help="train everything from nothing")
+  report = actions.add_parser("report", run=_report, description=_REPORT,
+                              help="tables, plots and traces of a run")
+  for action in (run, report):
+    action.add_argument("--out", default=pathlib.Path("out", "mini"), metavar="DIR",
+                        help="folder of the run (default out/mini)")
+  run.add_argument("--config", default=pathlib.Path("configs", "mini.py"), metavar="FILE",
+                   help="sizes and steps (default configs/mini.py); --config.FIELD=VALUE sets one")
+  run.add_argument("--until", choices=STEPS, metavar="STEP",
+                   help=f"stop after one of {', '.join(STEPS)}")
 
 
-def _add_run(parser):
-  from irg_jax.mini import STEPS
-  parser.set_defaults(run=_run)
-  add = parser.add_argument
-  add("--config", type=pathlib.Path, default=pathlib.Path("configs", "mini.py"), metavar="FILE",
-      help="sizes and steps (default configs/mini.py); --config.FIELD=VALUE changes a field")
-  add("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"), metavar="DIR",
-      help="folder of the run, new or to be continued (default out/mini)")
-  add("--until", choices=STEPS, metavar="STEP", help=f"stop after one of {', '.join(STEPS)}")
-
-
-def _add_report(parser):
-  parser.set_defaults(run=_report)
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out", "mini"),
-                      metavar="DIR", help="folder of the run (default out/mini)")
+def _run(args, overrides):
+  from absl import logging
+  from irg_jax.mini import run
+  logging.set_verbosity(logging.FATAL)  # Orbax raises its errors too
+  return run.run(run.load(args.config, overrides), args.out, args.until)
 
 
 def _report(args, _):
@@ -61,10 +58,3 @@ def _report(args, _):
   page = report.run(args.out)
   print(page.with_name("report.md").read_text(encoding="utf-8"))
   print(f"wrote {page}")
-
-
-def _run(args, overrides):
-  from absl import logging
-  logging.set_verbosity(logging.FATAL)  # Orbax raises its errors too
-  from irg_jax.mini import run
-  return run.run(run.load(args.config, overrides), args.out, args.until)

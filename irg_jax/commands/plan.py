@@ -37,12 +37,10 @@ _STEPS = ("append_text", "append_image", "think", "denoise", "decode_pixels", "e
 _OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "denoise"}
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "plan", description=_PLAN, epilog=_PLAN_END,
-                      help="memory and time on a TPU slice, without a TPU")
-  parser.set_defaults(run=_run)
-  add = parser.add_argument
+  add = verbs.add_parser("plan", run=_run, description=_PLAN, epilog=_PLAN_END,
+                         help="memory and time on a TPU slice, without a TPU").add_argument
   add("--topology", required=True, metavar="CHIP:AxB", help="the slice, such as v5p:4x4x4")
   add("--config", type=pathlib.Path, required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")

@@ -1,7 +1,9 @@
 """`irg train`: both stages of training on IRGL data, or one of them."""
 
+import inspect
 import os
 import pathlib
+import runpy
 import sys
 
 from irg_jax.commands import flags
@@ -29,68 +31,62 @@ exit status:
 """
 
 
-def add(verbs, new_parser) -> None:
+def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = new_parser(verbs.add_parser, "train", description=_TEXT, epilog=_END,
-                      help="train in two stages on IRGL data")
-  parser.set_defaults(run=_run)
+  parser = verbs.add_parser("train", run=_run, description=_TEXT, epilog=_END,
+                            help="train in two stages on IRGL data")
   add = parser.add_argument
-  add("--config", type=pathlib.Path, required=True, metavar="FILE[:PRESET]",
+  add("--config", required=True, metavar="FILE[:PRESET]",
       help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field, and "
            "docs/settings.md lists them")
-  add("--out", type=pathlib.Path, metavar="DIR",
-      help="folder of the run, new or to continue (default out/train-PRESET)")
-  add("--data", type=pathlib.Path, metavar="DIR", help="same as --config.data.path=DIR")
-  add("--checkpoint", type=pathlib.Path, metavar="DIR",
+  add("--out", metavar="DIR",
+      help="folder of the run, new or to continue (default out/train-PRESET, with the file's "
+           "default preset if none is named: out/train-paper for configs/irgl.py)")
+  add("--data", metavar="DIR", help="same as --config.data.path=DIR")
+  add("--checkpoint", metavar="DIR",
       help="weights to start from, same as --config.checkpoint=DIR")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=4; same as --config.mesh.AXIS=N")
-  _add_hosts(parser.add_argument_group("several hosts, one process on each"))
-
-
-def _add_hosts(group):
   # argparse parses a default that is a string, and names the flag if it is no number.
-  add = group.add_argument
+  add = parser.add_argument_group("several hosts, one process on each").add_argument
   add("--distributed", action="store_true",
       help="find the other processes through the TPU slice, SLURM or MPI")
-  add("--coordinator", type=flags.address, metavar="HOST:PORT",
-      default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
-      help="address of process 0 (default: $JAX_COORDINATOR_ADDRESS)")
-  add("--num-processes", type=int, metavar="N", default=os.environ.get("JAX_NUM_PROCESSES"),
-      help="number of processes (default: $JAX_NUM_PROCESSES)")
-  add("--process-id", type=int, metavar="I", default=os.environ.get("JAX_PROCESS_ID"),
-      help="number of this process, from 0 (default: $JAX_PROCESS_ID)")
+  for flag, kind, metavar, variable, text in (
+      ("--coordinator", flags.address, "HOST:PORT", "COORDINATOR_ADDRESS", "address of process 0"),
+      ("--num-processes", int, "N", "NUM_PROCESSES", "number of processes"),
+      ("--process-id", int, "I", "PROCESS_ID", "number of this process, from 0")):
+    add(flag, type=kind, metavar=metavar, default=os.environ.get(f"JAX_{variable}"),
+        help=f"{text} (default: $JAX_{variable})")
 
 
 def _run(args, overrides):
   from absl import logging
+  from irg_jax import config
+  from irg_jax.train import distributed, run, settings
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
-  from irg_jax.train import distributed, run
   _connect(args)
   with distributed.FailTogether("irg train"):
-    return run.run_train(*_read(args, overrides))
+    file, preset, overrides = config.locate(args.config, overrides)
+    read = settings.load(f"{file}:{preset}" if preset else file, [*_fields(args), *overrides])
+    out = args.out or pathlib.Path("out", f"train-{preset or _default_preset(file)}")
+    return run.run_train(read, out)
 
 
-def _read(args, overrides):
-  """Returns (settings, folder of the run)."""
-  from irg_jax.config import locate
-  from irg_jax.train import settings
-  file, preset, overrides = locate(args.config, overrides)
-  out = args.out or pathlib.Path("out", f"train-{preset or file.stem}")
-  config = f"{file}:{preset}" if preset else file
-  return settings.load(config, [*_shorthands(args), *overrides]), out
+def _default_preset(file):
+  """Default of the argument of a file's `get_config`; without an argument, the file's name."""
+  arguments = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
+  return next((argument.default for argument in arguments), file.stem)
 
 
-def _shorthands(args) -> list[str]:
+def _fields(args) -> list[str]:
   """Overrides by the flags that stand for fields; --config.FIELD=VALUE wins over them."""
-  fields = {f"mesh.{axis}": size for axis, size in (args.mesh or {}).items()}
-  if args.mesh is not None:
-    fields = dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"), 1) | fields
-  for field, path in (("data.path", args.data), ("checkpoint", args.checkpoint)):
-    if path is not None:
-      if not path.is_dir():
-        raise ValueError(f"--{field.split('.')[0]} {path}: no such folder")
-      fields[field] = path if field == "checkpoint" else path.absolute()  # no name of a set
+  from irg_jax.sharding import MESH_AXES
+  sizes = dict.fromkeys(MESH_AXES, 1) | args.mesh if args.mesh else {}
+  fields = {f"mesh.{axis}": size for axis, size in sizes.items()}
+  if args.data is not None:
+    fields["data.path"] = flags.folder("--data", args.data).absolute()  # not the name of a set
+  if args.checkpoint is not None:
+    fields["checkpoint"] = flags.folder("--checkpoint", args.checkpoint)
   return [f"{field}={value}" for field, value in fields.items()]
 
 
