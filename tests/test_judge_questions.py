@@ -1,5 +1,6 @@
 """What is asked about which image, and how its answers come back by prompt."""
 
+import base64
 import io
 import json
 import re
@@ -75,7 +76,8 @@ def test_alignment_asks_each_question_of_each_cell_but_of_no_black_one(tmp_path)
     (cell,) = request.images
     encoded = questions.encode(cell)
     assert encoded.url.startswith("data:image/jpeg;base64,")
-    with Image.open(io.BytesIO(encoded.data)) as image:
+    data = base64.b64decode(encoded.url.partition(",")[2])
+    with Image.open(io.BytesIO(data)) as image:
       assert image.size == (6, 4) and abs(int(np.asarray(image).mean()) - level) < 3
   assert asked[0].prompt.startswith("Is there a fox?\n") and "No" in asked[0].prompt
   assert asked[0].fault("Yes") is asked[0].fault("no, it is blue") is None
@@ -96,11 +98,12 @@ def test_transcription_is_asked_of_text_prompts_only_within_the_official_limit(t
 
 
 def test_keys_of_any_item_read_back():
-  for parts in (("tiif", "color+2d/short/0", 0, 2, "answers"),
-                ("oneig", "anime/p1/r1/x", 3, 1, "y")):
-    assert questions.split_key(questions.key(*parts)) == parts
-  with pytest.raises(ValueError, match="not a key"):
-    questions.split_key("wise/901")
+  for name, item, cell, round, question in (("tiif", "color+2d/short/0", 0, 2, "answers"),
+                                            ("oneig", "anime/p1/r1/x", 3, 1, "y")):
+    key = questions.key(name, item, cell, round, question)
+    (group,) = questions.answers([item], (round,), lambda asked: (Answer(q.key) for q in asked),
+                                 lambda *_: [questions.Question(key, (), "q")])
+    assert group == (item, round, {(cell, question): Answer(key)})
 
 
 def test_answers_come_by_prompt_and_round_also_for_prompts_without_questions(tmp_path):

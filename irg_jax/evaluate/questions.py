@@ -10,7 +10,6 @@ CELL is a number from 0, ROUND one from 1; an image that is no grid is cell 0.
 import base64
 import collections
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -27,7 +26,6 @@ from irg_jax.config import check, setting
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
-_KEY = re.compile(r"([a-z_]+)/(.+)/p(\d+)/r(\d+)/([^/]+)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +134,6 @@ def key(benchmark: str, item_id: str, cell: int, round: int, name: str) -> str:
   return f"{benchmark}/{item_id}/p{cell}/r{round}/{name}"
 
 
-def split_key(text: str) -> tuple[str, str, int, int, str]:
-  """Benchmark, item id, cell, round and name of a question's key."""
-  match = _KEY.fullmatch(text)
-  if not match:
-    raise ValueError(f"{text!r} is not a key of an answer")
-  return match[1], match[2], int(match[3]), int(match[4]), match[5]
-
-
 def answers(items, rounds, ask, questions_of):
   """Yields (item, round, {(cell, name of the question): Answer}), every item of every round once.
 
@@ -159,14 +149,12 @@ def answers(items, rounds, ask, questions_of):
         yield from asked
 
   for answer in ask(stream()):
-    while not groups[0][3]:
+    while len(groups[0][2]) == groups[0][3]:
       yield groups.popleft()[:3]
-    _, _, cell, _, name = split_key(answer.key)
-    groups[0][2][cell, name] = answer
-    if len(groups[0][2]) == groups[0][3]:
-      yield groups.popleft()[:3]
-  while groups:
-    yield groups.popleft()[:3]
+    _, cell, _, name = answer.key.rsplit("/", 3)
+    groups[0][2][int(cell[1:]), name] = answer
+  for group in groups:
+    yield group[:3]
 
 
 def failure(answer) -> str | None:
@@ -209,25 +197,15 @@ class Cell:
   index: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-  """An image to send: its bytes and their media type."""
+class Encoded(typing.NamedTuple):
+  """An image to send."""
 
-  data: bytes
-  type: str
-
-  @functools.cached_property
-  def digest(self) -> str:
-    return hashlib.sha256(self.data).hexdigest()
-
-  @property
-  def url(self) -> str:
-    """A data URL."""
-    return f"data:{self.type};base64,{base64.b64encode(self.data).decode()}"
+  url: str  # its bytes as a data URL
+  digest: str  # SHA-256 of the bytes
 
 
 def encode(image) -> Encoded:
-  """The bytes to send of a path or a Cell; raises Unusable, which names the file.
+  """The image to send of a path or a Cell; raises Unusable, which names the file.
 
   A cell becomes a JPEG of Pillow's default quality, as official scripts send it. A file of a type
   that endpoints take is sent unchanged.
@@ -239,7 +217,7 @@ def encode(image) -> Encoded:
     with Image.open(io.BytesIO(data)) as opened:
       opened.load()  # a truncated file must not be judged
       if not cell and opened.format in _TYPES:
-        return Encoded(data, _TYPES[opened.format])
+        return _encoded(data, opened.format)
       pixels = opened.convert("RGB")
   except FileNotFoundError:
     raise Unusable(f"{path} is missing") from None
@@ -247,7 +225,12 @@ def encode(image) -> Encoded:
     raise Unusable(f"{path} cannot be read ({e})") from e
   out, kind = io.BytesIO(), "JPEG" if cell else "PNG"
   (pixels.crop(_box(pixels.size, image)) if cell else pixels).save(out, format=kind)
-  return Encoded(out.getvalue(), _TYPES[kind])
+  return _encoded(out.getvalue(), kind)
+
+
+def _encoded(data, format):
+  url = f"data:{_TYPES[format]};base64,{base64.b64encode(data).decode()}"
+  return Encoded(url, hashlib.sha256(data).hexdigest())
 
 
 def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
