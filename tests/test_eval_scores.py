@@ -169,7 +169,7 @@ def test_a_wise_item_without_all_three_scores_has_none(tmp_path):
   assert scorer.add(items[0], {(0, "scores"): said(good)})["scores"] == {
       "consistency": 2, "realism": 1, "aesthetic_quality": 0, "WiScore": pytest.approx(0.8)}
   partial = scorer.add(items[1], {(0, "scores"): said("Consistency: 2")})
-  assert partial["scores"] == {} and "no realism" in partial["why"]
+  assert partial["scores"] == {} and "no score for realism" in partial["why"]
   assert scorer.add(items[2], {})["why"] == "no answer"
   got = scorer.value()
   assert got["unscored"]["by_reason"] == {"unparsable": 1, "no answer": 1}

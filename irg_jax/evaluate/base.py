@@ -157,9 +157,21 @@ class Benchmark:
     """
     raise NotImplementedError
 
-  def template(self, name: str, templates=None):
-    """The wording to use: from `templates`, else the built-in one."""
-    return (templates or {}).get(name) or self.templates[name][0]
+  def question(self, item: Item, image, round: int, name: str, templates, fields: dict,
+               wording: str = "", **options):
+    """The `questions.Question` of a name about an image: a path, or a `questions.Cell`.
+
+    Args:
+      templates: {name: Template} in place of the built-in ones, or None.
+      fields: to fill into the template.
+      wording: the name of the template, if it is not the benchmark's.
+      options: more of `Question`.
+    """
+    wording = wording or self.name
+    user, system = ((templates or {}).get(wording) or self.templates[wording][0]).fill(**fields)
+    key = questions.key(self.name, item.id, getattr(image, "index", 0), round, name)
+    return questions.Question(key, (image,), user, system, **{
+        "max_tokens": self.official.max_tokens} | options)
 
   def score(self, folder, options, open_judge) -> dict:
     """Scores a `score.ImageFolder`, writes scores.json and items.jsonl, returns the former.

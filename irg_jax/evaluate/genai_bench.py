@@ -89,8 +89,7 @@ class Scorer:
     if not why and not (base.is_number(value) and 0 <= value <= 1):
       why = "unparsable: no probability of yes" if value is None else f"out of range: {value}"
     if why:
-      self._unscored.add(item.id, *why.partition(": ")[::2])
-      return score.item_line(answer, {}, why)
+      return score.no_score(self._unscored, item.id, answer, why)
     self._scores[item.id] = value
     return score.item_line(answer, {"VQAScore": value})
 
@@ -135,9 +134,8 @@ class GenAIBench(base.Benchmark):
     return base.round_root(round) / base.MODEL / f"{item.id}.jpeg"
 
   def questions(self, item, path, round, references=None, templates=None):
-    user, system = self.template("genai_bench", templates).fill(prompt=item.prompt)
-    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
-                             system, self.official.max_tokens, probability=True)
+    yield self.question(item, path, round, QUESTION, templates, {"prompt": item.prompt},
+                        probability=True)
 
   def score(self, folder, options, open_judge):
     skills = self._skills(options)

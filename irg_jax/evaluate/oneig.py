@@ -270,19 +270,17 @@ class OneIG(base.Benchmark):
     `references`: those of `read_references`, and "grid": (columns, rows).
     """
     folder, number = item.id.split("/")
-    asked = {}  # name: (its words, tokens of an answer, what is no answer)
+    asked = {}  # name: further arguments of `question`
     if folder in ALIGNED:
-      wording = self.template("oneig_alignment", templates)
       for n, question in references["questions"][folder].get(number, ({}, {}))[0].items():
-        asked[f"alignment{n}"] = (wording.fill(question=question), self.official.max_tokens,
-                                  _yes_or_no_fault)
+        asked[f"alignment{n}"] = {"fields": {"question": question}, "fault": _yes_or_no_fault,
+                                  "wording": "oneig_alignment"}
     elif folder == "text" and number in references["texts"]:
       limit = transcription_limit(references["texts"][number])
-      asked["text"] = self.template("oneig_text", templates).fill(), limit, None
+      asked["text"] = {"fields": {}, "max_tokens": limit, "wording": "oneig_text"}
     for cell in questions.cells(path, *references.get("grid", (2, 2))) if asked else ():
-      for name, ((user, system), max_tokens, fault) in asked.items():
-        key = questions.key(self.name, item.id, cell.index, round, name)
-        yield questions.Question(key, (cell,), user, system, max_tokens, fault)
+      for name, arguments in asked.items():
+        yield self.question(item, cell, round, name, templates, **arguments)
 
   def score(self, folder, options, open_judge):
     if not options.judge_url and not options.measurements:

@@ -157,9 +157,15 @@ def answers(items, rounds, ask, questions_of):
     yield group[:3]
 
 
-def failure(answer) -> str | None:
-  """The reason for a missing answer, as "reason: detail"; None where there is an answer."""
-  return "no answer" if answer is None else answer.error or None
+def failure(answer, fault=None) -> str | None:
+  """Why there is no answer, as "reason: detail"; None where there is one.
+
+  `fault` is that of a `Question`: an answer that cannot be parsed is none.
+  """
+  if answer is None or answer.error:
+    return "no answer" if answer is None else answer.error
+  problem = fault(answer.text) if fault else None
+  return f"unparsable: {problem}" if problem else None
 
 
 def yes_probability(choice: dict) -> float | None:

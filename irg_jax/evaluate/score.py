@@ -200,6 +200,12 @@ def item_line(answer, scores: dict, why: str | None = None) -> dict:
   return {"scores": scores, "why": why, "words": getattr(answer, "text", None)}
 
 
+def no_score(unscored: base.Unscored, item: str, answer, why: str) -> dict:
+  """Counts an item without a score; returns the end of its line. `why`: "reason: detail"."""
+  unscored.add(item, *why.partition(": ")[::2])
+  return item_line(answer, {}, why)
+
+
 @contextlib.contextmanager
 def item_writer(folder: ImageFolder):
   """Yields write(item, round, image, images in the file, line); items.jsonl appears at the end."""

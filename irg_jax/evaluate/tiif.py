@@ -51,6 +51,17 @@ def parse(text: str, questions: int) -> list[str]:
   return answers
 
 
+def fault(count: int):
+  """A function: text of an answer to `count` questions -> why it cannot be parsed, or None."""
+  def find(text):
+    try:
+      parse(text, count)
+    except Unparsable as e:
+      return str(e)
+
+  return find
+
+
 def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:
   """{(type, line): (questions, right answers)} for the items, from the official question files.
 
@@ -85,18 +96,13 @@ class Scorer:
 
   def add(self, item, answers) -> dict:
     answer, (asked, expected) = answers.get((0, QUESTION)), self._references[_line(item)]
-    if not (why := questions.failure(answer)):
-      try:
-        predicted = parse(answer.text, len(asked))
-      except Unparsable as e:
-        why = f"unparsable: {e}"
-    if why:
-      self.unscored.add(item.id, *why.partition(": ")[::2])
-      return score.item_line(answer, {}, why)
+    if why := questions.failure(answer, fault(len(asked))):
+      return score.no_score(self.unscored, item.id, answer, why)
+    predicted = parse(answer.text, len(asked))
     right = sum(e.strip().lower() == p for e, p in zip(expected, predicted))
     self.count(item.extra["attribute"], item.extra["length"], len(asked), right)
     return score.item_line(answer, {"accuracy": right / len(asked)}) | {
-        "questions": [[q, e, p] for q, e, p in zip(asked, expected, predicted)]}
+        "questions": [list(row) for row in zip(asked, expected, predicted)]}
 
   def count(self, kind: str, length: str, questions: float, right: float) -> None:
     """Adds the answers to an item's questions, and how many of them are right."""
@@ -112,19 +118,24 @@ class Scorer:
       models: rows of the official sheet. It decides the last digit of a figure that lies half-way
         between two: pandas adds up a single row in another order than one of several.
     """
-    accuracy = {key: round(right / questions, 4)
-                for key, (questions, right) in self._counts.items() if questions}
-    groups = {name: _by_length(accuracy, types, models) for name, types in GROUPS.items()}
+    mean = base.mean if models > 1 else _mean
+    counts = {f"{kind}/{length}": {"questions": asked, "right": right}
+              for (kind, length), (asked, right) in sorted(self._counts.items())}
+    accuracy = {key: round(count["right"] / count["questions"], 4) if count["questions"] else None
+                for key, count in counts.items()}
+    means = lambda groups: {
+        name: {n: mean([accuracy.get(f"{kind}/{n}") for kind in kinds]) for n in LENGTHS}
+        for name, kinds in groups.items()}
+    groups = means(GROUPS)
     return {
-        "overall": {n: _mean((g[n] for g in groups.values()), 1) for n in LENGTHS},
+        "overall": {n: _mean([group[n] for group in groups.values()]) for n in LENGTHS},
         "groups": groups,
-        "wholes": {name: _by_length(accuracy, types, models) for name, types in WHOLES.items()},
-        "accuracy": {f"{kind}/{length}": accuracy.get((kind, length))
-                     for kind, length in sorted(self._counts)},
-        "counts": {f"{kind}/{length}": {"questions": q, "right": r}
-                   for (kind, length), (q, r) in sorted(self._counts.items())},
-        "missing_types": {n: [t for t in TYPES if (t, n) not in accuracy] for n in LENGTHS},
-        "unknown_types": sorted({k for k, _ in self._counts} - set(TYPES)),
+        "wholes": means(WHOLES),
+        "accuracy": accuracy,
+        "counts": counts,
+        "missing_types": {n: [kind for kind in TYPES if accuracy.get(f"{kind}/{n}") is None]
+                          for n in LENGTHS},
+        "unknown_types": sorted({kind for kind, _ in self._counts} - set(TYPES)),
         "items": self._items,
         "unscored": self.unscored.summary(),
     }
@@ -151,13 +162,12 @@ class Tiif(base.Benchmark):
                          "prompts are in testmini_prompts, the questions elsewhere")
       for line, entry in enumerate(records.json_lines(file)):
         records.field(entry, "type", str)
-        items += [self._item(entry, attribute, length, line) for length in LENGTHS]
+        for length in LENGTHS:
+          prompt = records.field(entry, f"{length}_description", str)
+          added = {"attribute": attribute, "length": length, "line": line}
+          items.append(base.Item(self.name, f"{attribute}/{length}/{line}", prompt, 1,
+                                 entry.record | added))
     return items
-
-  def _item(self, entry, attribute, length, line):
-    prompt = records.field(entry, f"{length}_description", str)
-    added = {"attribute": attribute, "length": length, "line": line}
-    return base.Item(self.name, f"{attribute}/{length}/{line}", prompt, 1, entry.record | added)
 
   def counts(self, size):
     mini, full = (sum(c[which] for c in COUNTS.values()) for which in (0, 1))
@@ -170,10 +180,8 @@ class Tiif(base.Benchmark):
 
   def questions(self, item, path, round, references=None, templates=None):
     asked = [q.strip() for q in references[_line(item)][0]]
-    user, system = self.template("tiif", templates).fill(
-        questions="\n".join(asked), count=len(asked))
-    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
-                             system, self.official.max_tokens, _fault(len(asked)))
+    fields = {"questions": "\n".join(asked), "count": len(asked)}
+    yield self.question(item, path, round, QUESTION, templates, fields, fault=fault(len(asked)))
 
   def score(self, folder, options, open_judge):
     if not options.questions:
@@ -194,15 +202,9 @@ class Tiif(base.Benchmark):
 TIIF = Tiif()
 
 
-def _by_length(accuracy, types, models):
-  return {n: _mean((accuracy.get((t, n)) for t in types), models) for n in LENGTHS}
-
-
-def _mean(values, models):
+def _mean(values):
   found = [v for v in values if v is not None]
-  if not found or models > 1:
-    return base.mean(found)
-  return float(np.sum(np.array(found)) / len(found))
+  return float(np.mean(found)) if found else None
 
 
 def _line(item):
@@ -223,13 +225,3 @@ def _questions_and_answers(entry):
   if bad := [a for a in answers if a.strip().lower() not in ("yes", "no")]:
     raise ValueError(f"{entry.where}: the answer {bad[0]!r} is neither yes nor no")
   return asked, answers
-
-
-def _fault(count):
-  def fault(text):
-    try:
-      parse(text, count)
-    except Unparsable as e:
-      return str(e)
-    return None
-  return fault

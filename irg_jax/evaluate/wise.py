@@ -19,8 +19,7 @@ FIELD_WEIGHTS = (0.7, 0.2, 0.1)  # of a score from 0 to 2 each
 # First and last id of each category, and its weight in the official overall.
 RANGES = {"CULTURE": (1, 400), "TIME": (401, 567), "SPACE": (568, 700), "BIOLOGY": (701, 800),
           "PHYSICS": (801, 900), "CHEMISTRY": (901, 1000)}
-WEIGHTS = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1,
-           "CHEMISTRY": 0.1}
+WEIGHTS = dict(zip(RANGES, (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)))
 FILES = {"cultural_common_sense": (1, 400), "spatio-temporal_reasoning": (401, 700),
          "natural_science": (701, 1000)}  # and their ids
 IDS = range(1, 1001)
@@ -40,6 +39,12 @@ def parse(text: str) -> dict[str, float]:
     return found
   lone = [m[1] for m in map(_LONE_DIGIT.fullmatch, text.splitlines()) if m]
   return dict(zip(FIELDS, map(float, lone))) if len(lone) >= 3 else {}
+
+
+def fault(text: str) -> str | None:
+  """Which scores the judge's text lacks; None: it has all."""
+  missing = [f for f in FIELDS if f not in parse(text)]
+  return f"no score for {' and '.join(missing)}" if missing else None
 
 
 def item_score(scores: dict[str, float]) -> float:
@@ -67,14 +72,10 @@ class Scorer:
     self._in_file = dict.fromkeys(FILES, 0)  # items with a score
 
   def add(self, item, answers) -> dict:
-    answer, scores = answers.get((0, QUESTION)), {}
-    if not (why := questions.failure(answer)):
-      scores = parse(answer.text)
-      if absent := [f for f in FIELDS if f not in scores]:
-        why = f"unparsable: no {', no '.join(absent)}"
-    if why:
-      self.unscored.add(item.id, *why.partition(": ")[::2])
-      return score.item_line(answer, {}, why)
+    answer = answers.get((0, QUESTION))
+    if why := questions.failure(answer, fault):
+      return score.no_score(self.unscored, item.id, answer, why)
+    scores = parse(answer.text)
     self.count(item.extra["prompt_id"], item_score(scores))
     return score.item_line(answer, scores | {"WiScore": item_score(scores)})
 
@@ -141,10 +142,8 @@ class Wise(base.Benchmark):
     return base.round_root(round) / f"{item.id}.png"
 
   def questions(self, item, path, round, references=None, templates=None):
-    user, system = self.template("wise", templates).fill(
-        prompt=item.prompt, explanation=item.extra["Explanation"])
-    yield questions.Question(questions.key(self.name, item.id, 0, round, QUESTION), (path,), user,
-                             system, self.official.max_tokens, _fault)
+    fields = {"prompt": item.prompt, "explanation": item.extra["Explanation"]}
+    yield self.question(item, path, round, QUESTION, templates, fields, fault=fault)
 
   def score(self, folder, options, open_judge):
     return score.score_judged(folder, Scorer, open_judge)
@@ -169,7 +168,3 @@ def _files(path):
     return [path / "final_data.json"]
   return [records.file_in(path, file.name) for file in three]
 
-
-def _fault(text):
-  missing = [f for f in FIELDS if f not in parse(text)]
-  return f"no score for {' and '.join(missing)}" if missing else None
