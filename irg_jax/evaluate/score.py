@@ -12,6 +12,7 @@ summary. `answers` maps (cell, name of the question) to a `questions.Answer`.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -24,7 +25,7 @@ import sys
 from irg_jax import runs
 from irg_jax.evaluate import base, questions, records
 from irg_jax.progress import counting
-from irg_jax.storage import atomic_file
+from irg_jax.storage import atomic_file, write_json
 
 RUN, SCORES, ITEMS = "run.json", "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
@@ -44,7 +45,7 @@ class ImageFolder:
 
   def path(self, item, image: int, round: int) -> pathlib.Path:
     """The file of an image."""
-    return pathlib.Path(self.out / self.benchmark.image_path(item, image, round))
+    return self.out / self.benchmark.image_path(item, image, round)
 
 
 def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolder:
@@ -67,8 +68,12 @@ def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolde
   has_image = lambda item: any((out / benchmark.image_path(item, image, r)).is_file()
                                for r in rounds for image in range(item.images))
   items = [item for item in every if benchmark.each_image or has_image(item)]
+  whole = False
+  with contextlib.suppress(ValueError):
+    benchmark.check_counts(every)
+    whole = True
   return ImageFolder(out, benchmark, tuple(items), tuple(rounds), record, len(every) - len(items),
-                     _is_whole(benchmark, every))
+                     whole)
 
 
 def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict,
@@ -81,30 +86,32 @@ def score_answers(folder: ImageFolder, make_scorer, groups, extra: dict,
     extra: more entries for scores.json.
     label: of the progress bar.
   """
-  rounds = {number: make_scorer() for number in folder.rounds}
-  done = {number: set() for number in folder.rounds}
-  total = len(folder.items) * len(rounds)
-  with item_writer(folder) as write, counting(label, total) as count:
-    for item, number, answers in count(groups):
-      if item.id in done[number]:
-        raise ValueError(f"{item.id}, round {number}: answers came twice")
-      done[number].add(item.id)
-      write(item, number, 0, item.images, rounds[number].add(item, answers))
-  missing = {n: folder.absent + len(folder.items) - len(ids) for n, ids in done.items()}
-  return finish(folder, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
+  found = ((item, number, 0, item.images, answers) for item, number, answers in groups)
+  expected = len(folder.items) + folder.absent
+  return _score(folder, make_scorer, found, expected, extra, label)
 
 
 def score_images(folder: ImageFolder, make_scorer, extra: dict) -> dict:
   """`score_answers` for images that are scored one by one, by `scorer.add(item, path)`."""
-  rounds = {number: make_scorer() for number in folder.rounds}
-  total = sum(item.images for item in folder.items)
-  missing = dict.fromkeys(folder.rounds, total)
-  with item_writer(folder) as write, counting("scoring", total * len(rounds)) as count:
-    for item, number, image in count(images_there(folder)):
-      missing[number] -= 1
-      result = rounds[number].add(item, folder.path(item, image, number))
-      write(item, number, image, 1, result)
-  return finish(folder, {n: scorer.value() for n, scorer in rounds.items()}, missing, extra)
+  found = ((item, number, image, 1, folder.path(item, image, number))
+           for item, number, image in images_there(folder))
+  expected = sum(item.images for item in folder.items)
+  return _score(folder, make_scorer, found, expected, extra, "scoring")
+
+
+def _score(folder, make_scorer, found, expected, extra, label):
+  """Scores (item, round, image, images in the file, what the scorer adds)."""
+  scorers = {number: make_scorer() for number in folder.rounds}
+  done = {number: set() for number in folder.rounds}
+  total = (expected - folder.absent) * len(scorers)
+  with item_writer(folder) as write, counting(label, total) as count:
+    for item, number, image, in_file, evidence in count(found):
+      if (item.id, image) in done[number]:
+        raise ValueError(f"{item.id}, round {number}: answers came twice")
+      done[number].add((item.id, image))
+      write(item, number, image, in_file, scorers[number].add(item, evidence))
+  missing = {number: expected - len(images) for number, images in done.items()}
+  return finish(folder, {n: scorer.value() for n, scorer in scorers.items()}, missing, extra)
 
 
 def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, extra=None,
@@ -142,8 +149,7 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
   with records.Cache(cache_path, "digest") as cache:
     for round in folder.rounds:
       for item in folder.items:
-        key = questions.key(item.benchmark, item.id, 0, round, question)
-        answer = _measure(item, key, folder.path(item, 0, round), function, name, cache)
+        answer = _measure(item, folder.path(item, 0, round), function, name, cache)
         failed = answer.error and not answer.error.startswith("picture")
         failures = failures + 1 if failed else 0
         if failures >= base.GIVE_UP_AFTER:
@@ -162,13 +168,11 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str, str], list[floa
     where = f"{path}, line {number}"
     try:
       key = record["round"], record["part"], record["id"]
-      convert = parts.get(key[1], lambda value: value)
-      values = [convert(value) for value in record["values"]]
+      values = [parts[key[1]](value) for value in record["values"]]
     except (KeyError, TypeError) as e:
-      raise ValueError(f"{where}: must be an object with round, part, id and values, which are "
-                       f"numbers, or pairs where the part needs them ({e!r})") from e
-    if key[1] not in parts:
-      raise ValueError(f"{where}: part {key[1]!r} is none of {', '.join(parts)}")
+      raise ValueError(f"{where}: must be an object with round, part ({' or '.join(parts)}), id and "
+                       "values, which are numbers, or pairs where the part needs them "
+                       f"({e!r})") from e
     if bad := [v for v in values if not base.is_number(v)]:
       raise ValueError(f"{where}: {bad[0]!r} is not a number")
     if key in found:
@@ -181,9 +185,8 @@ def with_measurements(groups, table: dict):
   """Adds the numbers of `read_measurements` to answers, as (part, "values")."""
   parts = dict.fromkeys(part for _, part, _ in table)
   for item, number, answers in groups:
-    added = {(part, "values"): table[number, part, item.id]
-             for part in parts if (number, part, item.id) in table}
-    yield item, number, {**answers, **added}
+    yield item, number, answers | {(part, "values"): table[number, part, item.id] for part in parts
+                                   if (number, part, item.id) in table}
 
 
 def images_there(folder: ImageFolder):
@@ -227,16 +230,9 @@ def finish(folder: ImageFolder, summaries: dict, missing: dict, extra: dict) -> 
     unscored = summary["unscored"]["total"]
     rounds[str(number)] = summary | {
         "missing": missing[number], "complete": folder.whole and not (missing[number] or unscored)}
-  result = {
-      "benchmark": folder.benchmark.name,
-      "prompts": len(folder.items) + folder.absent,
-      "rounds": rounds,
-      "run": folder.record,
-      **extra,
-  }
-  with new_text(folder.out / SCORES) as file:
-    json.dump(result, file, indent=1, ensure_ascii=False)
-    file.write("\n")
+  result = {"benchmark": folder.benchmark.name, "prompts": len(folder.items) + folder.absent,
+            "rounds": rounds, "run": folder.record, **extra}
+  write_json(folder.out / SCORES, result, indent=1, ensure_ascii=False)
   return result
 
 
@@ -265,25 +261,16 @@ def load_function(spec: str, flag: str):
   if os.getcwd() not in sys.path and "" not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
-    module = importlib.import_module(module_name)
+    function = getattr(importlib.import_module(module_name), name, None)
   except ImportError as e:
     raise ValueError(f"{flag} {spec!r}: cannot import {module_name} ({e})") from e
-  function = getattr(module, name, None)
   if not callable(function):
     raise ValueError(f"{flag} {spec!r}: {module_name} has no function {name}")
   return function
 
 
-def _is_whole(benchmark, items):
-  try:
-    benchmark.check_counts(items)
-  except ValueError:
-    return False
-  return True
-
-
-def _measure(item, key, path, function, name, cache):
-  answer = lambda **fields: questions.Answer(key, model=name, **fields)
+def _measure(item, path, function, name, cache):
+  answer = functools.partial(questions.Answer, item.id, model=name)
   try:
     image = hashlib.sha256(path.read_bytes()).hexdigest()
   except OSError as e:
