@@ -1,9 +1,11 @@
 """A stand-in judge: an HTTP server on loopback that answers in OpenAI's form, or goes wrong."""
 
 import collections
+import contextlib
 import http.server
 import json
 import socket
+import sqlite3
 import struct
 import sys
 import threading
@@ -55,6 +57,12 @@ class JudgeServer:
     error = sys.exception()
     if not isinstance(error, ConnectionError):  # such as of a client that was killed
       self.errors.append(repr(error))
+
+
+def cached(path) -> list[dict]:
+  """All records of a closed cache, oldest first."""
+  with contextlib.closing(sqlite3.connect(path)) as db:
+    return [json.loads(text) for text, in db.execute("SELECT record FROM records ORDER BY number")]
 
 
 def prompt_of(body: dict) -> str:

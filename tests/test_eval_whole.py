@@ -8,12 +8,11 @@ import signal
 import time
 import zlib
 
-from judge_server import FAULTS, JudgeServer, prompt_of
+from judge_server import FAULTS, JudgeServer, cached, prompt_of
 import pytest
 
 from irg_jax import commands
 from irg_jax.evaluate import genai_bench as genai_scores
-from irg_jax.evaluate import records
 from train_runs import process
 
 pytest.importorskip("openai", reason="the judge's client needs the extra `eval`")
@@ -190,8 +189,7 @@ def answers_of(out, tree):
   """The records of a judge's cache, whose file is taken out of `tree`."""
   if tree.pop("out/judge_cache.sqlite", None) is None:
     return []
-  with records.Cache(out / "judge_cache.sqlite", "digest") as cache:
-    return [json.dumps(record) for record in cache.records()]
+  return [json.dumps(record) for record in cached(out / "judge_cache.sqlite")]
 
 
 def draw_with_kills(steps, out):

@@ -4,14 +4,13 @@ import collections
 import random
 import time
 
-from judge_server import FAULTS, JudgeServer, prompt_of
+from judge_server import FAULTS, JudgeServer, cached, prompt_of
 import numpy as np
 from PIL import Image
 import pytest
 
 from irg_jax.evaluate import judge as judge_lib
 from irg_jax.evaluate import questions
-from irg_jax.evaluate import records
 from irg_jax.evaluate.judge import Judge
 from irg_jax.evaluate.questions import JudgeSettings, Question
 
@@ -214,8 +213,7 @@ def test_what_asking_on_cannot_help_stops_the_run_at_once(tmp_path, image, fault
         list(judge.ask(requests(image, 200)))
     assert len(server.bodies) <= 6 + 2 * 2
     assert KEY not in str(stop.value)
-    with records.Cache(tmp_path / "cache.sqlite", "digest") as cache:
-      assert len(list(cache.records())) == 6  # kept for next time
+    assert len(cached(tmp_path / "cache.sqlite")) == 6  # kept for next time
 
 
 def test_an_endpoint_that_only_fails_ends_the_run_with_the_reason(tmp_path, image):
@@ -254,8 +252,7 @@ def test_an_interrupted_reader_keeps_the_answers_under_way(tmp_path, image):
         for _ in judge.ask(requests(image, 20)):
           raise KeyboardInterrupt
     assert len(server.bodies) <= 4
-  with records.Cache(tmp_path / "cache.sqlite", "digest") as cache:
-    assert len(list(cache.records())) == len(server.bodies)
+  assert len(cached(tmp_path / "cache.sqlite")) == len(server.bodies)
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():

@@ -169,7 +169,7 @@ def records(images, classes, detect, classify, cache_path, names: str):
       two functions.
   """
   failures = 0
-  with records_lib.Cache(cache_path, "digest") as cache:
+  with records_lib.Cache(cache_path) as cache:
     for path, filename, metadata in images:
       record = {"filename": filename, "metadata": metadata}
       try:

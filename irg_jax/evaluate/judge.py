@@ -66,7 +66,7 @@ class Judge(contextlib.AbstractContextManager):
     """Opens the cache and the client; ValueError for an impossible key or a cache in use."""
     self.settings, self.account = settings, Account()
     self._client = _client(settings)
-    self._cache = Cache(cache_path, "digest")
+    self._cache = Cache(cache_path)
     self.lost = self._cache.lost  # lines of an old cache that could not be imported
     self._encode = functools.lru_cache(settings.concurrency + 4)(encode)
     self._turns = asyncio.Semaphore(settings.concurrency)

@@ -4,6 +4,7 @@ The readers keep the place of every record: an error names the file and, where t
 line.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -126,8 +127,8 @@ def check_unique(entries, ids) -> None:
     first[name] = entry.where
 
 
-class Cache:
-  """An sqlite3 file of records by name. All additions are kept; the last of a name counts.
+class Cache(contextlib.AbstractContextManager):
+  """An sqlite3 file of records by their "digest". All are kept; the last of a digest counts.
 
   A record is in the file when `add` returns, so a killed run loses none. Threads may share a
   cache, processes may not. Caches of older versions were JSON lines: the first opening imports
@@ -135,14 +136,10 @@ class Cache:
   lines of it that could not be read.
   """
 
-  def __init__(self, path, field: str):
-    """Opens or makes the file; `field` is the entry of a record that is its name, a string.
-
-    ValueError where another process has it open, or where it is a file of another kind.
-    """
+  def __init__(self, path):
+    """Opens or makes the file; ValueError where another process has it open, or of another kind."""
     self.path, old = _cache_paths(pathlib.Path(path))
-    self.lost, self._field = 0, field
-    lines = self._old_records(old) if old.is_file() else []
+    lines, self.lost = _old_records(old)
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
@@ -160,52 +157,21 @@ class Cache:
              if "locked" in str(e) else f"not a cache ({e}); name another file")
       raise ValueError(f"{self.path}: {why}") from None
 
-  def __enter__(self):
-    return self
-
   def __exit__(self, *_):
-    self.close()
+    self._db.close()
 
-  def __len__(self):
-    return self._db.execute("SELECT COUNT(DISTINCT name) FROM records").fetchone()[0]
-
-  def get(self, name: str) -> dict | None:
-    """The last record of that name, or None."""
+  def get(self, digest: str) -> dict | None:
+    """The last record of that digest, or None."""
     found = self._db.execute("SELECT record FROM records WHERE name = ? ORDER BY number DESC "
-                             "LIMIT 1", (name,)).fetchone()
+                             "LIMIT 1", (digest,)).fetchone()
     return json.loads(found[0]) if found else None
 
   def add(self, record: dict) -> None:
     """Adds a record; OSError where it cannot be written, as on a full disk."""
     try:
-      self._db.execute(_INSERT, (record[self._field], json.dumps(record)))
+      self._db.execute(_INSERT, (record["digest"], json.dumps(record)))
     except sqlite3.Error as e:
       raise OSError(f"{self.path}: cannot be written ({e})") from e
-
-  def records(self):
-    """Yields every record, oldest first."""
-    for text, in self._db.execute("SELECT record FROM records ORDER BY number"):
-      yield json.loads(text)
-
-  def close(self) -> None:
-    self._db.close()
-
-  def _old_records(self, path):
-    """(name, record as JSON) of each readable line of a cache in JSON lines."""
-    lines = path.read_bytes().split(b"\n")
-    found = [(name, line.decode()) for line in lines[:-1] if (name := self._name(line)) is not None]
-    self.lost = len(lines) - 1 - len(found) + bool(lines[-1])
-    if self.lost and not found and not (len(lines) == 1 and lines[0].startswith(b"{")):
-      raise ValueError(f"{path}: no line of it is a record with {self._field!r}; name another "
-                       "file")
-    return found
-
-  def _name(self, line):
-    try:
-      name = json.loads(line)[self._field]
-    except (ValueError, LookupError, TypeError, RecursionError):
-      return None
-    return name if isinstance(name, str) else None
 
 
 def _read(path):
@@ -240,3 +206,17 @@ def _cache_paths(path):
       head = file.read(len(_SQLITE))
     with_lines = bool(head) and head != _SQLITE
   return (path.with_suffix(".sqlite"), path) if with_lines else (path, path.with_suffix(".jsonl"))
+
+
+def _old_records(path):
+  """(digest, record as JSON) of a cache in JSON lines, if it is there; number of unreadable lines."""
+  *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+  found = []
+  for line in lines:
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+      if isinstance(digest := json.loads(line)["digest"], str):
+        found.append((digest, line.decode()))
+  lost = len(lines) - len(found) + bool(rest)
+  if lost and not found and (lines or not rest.startswith(b"{")):
+    raise ValueError(f"{path}: no line of it is a record with 'digest'; name another file")
+  return found, lost

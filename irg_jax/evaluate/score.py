@@ -146,7 +146,7 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
   name under which an answer is handed on. ValueError after 20 failures in a row.
   """
   failures = 0
-  with records.Cache(cache_path, "digest") as cache:
+  with records.Cache(cache_path) as cache:
     for round in folder.rounds:
       for item in folder.items:
         answer = _measure(item, folder.path(item, 0, round), function, name, cache)
