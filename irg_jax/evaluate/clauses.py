@@ -22,6 +22,7 @@ shows one object of class `name`: its box, grey outside the mask. A record of de
 or has "error": "reason: detail" in place of "detections".
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -85,15 +86,12 @@ class TaskSummary:
   """
 
   def __init__(self, tasks):
-    self._expected = tasks
-    self._tasks = {}  # tag: Mean
+    self._expected, self._tasks = tasks, collections.defaultdict(base.Mean)
     self._prompts = {}  # digest: any image right
-    self._images = base.Mean()
 
   def add(self, correct: bool, task: str, prompt: str) -> None:
     """Adds an image; `prompt` tells prompts apart."""
-    self._images.add(correct)
-    self._tasks.setdefault(task, base.Mean()).add(correct)
+    self._tasks[task].add(correct)
     key = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     self._prompts[key] = self._prompts.get(key, False) or correct
 
@@ -101,13 +99,14 @@ class TaskSummary:
     """The official figures; tasks in order of first appearance."""
     tasks = {tag: {"score": mean.value(), "correct": int(mean.sum), "count": mean.count}
              for tag, mean in self._tasks.items()}
+    images, right = (sum(task[key] for task in tasks.values()) for key in ("count", "correct"))
     return {
         "overall": base.mean(task["score"] for task in tasks.values()),
         "tasks": tasks,
         "missing_tasks": [tag for tag in self._expected if tag not in tasks],
-        "pictures": self._images.count,
+        "pictures": images,
         "prompts": len(self._prompts),
-        "correct_pictures": self._images.value(),
+        "correct_pictures": right / images if images else None,
         "correct_prompts": base.mean(self._prompts.values()),
     }
 
@@ -148,13 +147,22 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
   limit = options.counting_threshold if tag == "counting" else options.threshold
   found = {}
   for name, entries in detections.items():
-    rows = _rows(name, entries)
+    try:
+      rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
+    except (KeyError, TypeError, ValueError) as e:
+      raise Unscorable("malformed box", f"{name}: {e!r}") from e
+    rows = rows.reshape(len(entries), -1) if entries else np.empty((0, 5), np.float32)
+    if rows.shape[1] != 5 or not np.isfinite(rows).all():
+      raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
     # Ascending and reversed: of equal scores the later one comes first, as upstream.
     order = np.argsort(rows[:, 4], kind="stable")[::-1]
-    order = order[rows[order, 4] > np.float32(limit)][: options.max_objects].tolist()
-    if order:
-      boxes = [Box(rows[i], entries[i].get("color")) for i in order]
-      found[name] = boxes if options.max_overlap == 1 else _without_overlaps(boxes, options)
+    kept = []
+    for i in order[rows[order, 4] > np.float32(limit)][: options.max_objects].tolist():
+      if options.max_overlap == 1 or all(
+          _overlap(better.values, rows[i]) < options.max_overlap for better in kept):
+        kept.append(Box(rows[i], entries[i].get("color")))
+    if kept:
+      found[name] = kept
   return found
 
 
@@ -171,12 +179,8 @@ def records(images, classes, detect, classify, cache_path, names: str):
   failures = 0
   with records_lib.Cache(cache_path) as cache:
     for path, filename, metadata in images:
-      record = {"filename": filename, "metadata": metadata}
-      try:
-        record["detections"] = _cached(pathlib.Path(path), metadata, tuple(classes), detect,
-                                       classify, cache, names)
-      except _Failed as e:
-        record["error"] = str(e)
+      record = {"filename": filename, "metadata": metadata} | _detected(
+          pathlib.Path(path), metadata, tuple(classes), detect, classify, cache, names)
       failures = failures + 1 if record.get("error", "").startswith("detector") else 0
       if failures >= base.GIVE_UP_AFTER:
         raise ValueError(f"the detector failed at {failures} images in a row, lastly at {path}: "
@@ -223,53 +227,23 @@ def _check_clauses(entry, tags):
   if field(entry, "tag", str) not in tags:
     raise ValueError(f"{entry.where}: unknown tag {entry.record['tag']!r}; the tags are "
                      f"{', '.join(tags)}")
-  include = field(entry, "include", list)
-  if not include:
+  if not field(entry, "include", list):
     raise ValueError(f"{entry.where}: 'include' is empty")
-  if "exclude" in entry.record:
-    field(entry, "exclude", list)
-  for number, clause in enumerate([*include, *entry.record.get("exclude", ())]):
+  exclude = field(entry, "exclude", list) if "exclude" in entry.record else []
+  for number, clause in enumerate([*entry.record["include"], *exclude]):
     if not isinstance(clause, dict):
       raise ValueError(f"{entry.where}: {clause!r} is not an object with 'class' and 'count'")
-    _check_clause(entry._replace(record=clause), number)
-
-
-def _check_clause(entry, number):
-  clause = entry.record
-  field(entry, "class", str)
-  if field(entry, "count", int) < 1:
-    raise ValueError(f"{entry.where}: 'count' is {clause['count']}, but must be 1 or more")
-  if "color" in clause:
-    field(entry, "color", str)
-  if "position" in clause:
-    position = field(entry, "position", list)
-    if not (len(position) == 2 and position[0] in RELATIONS and type(position[1]) is int
-            and 0 <= position[1] < number):
+    for name, kind in (("class", str), ("count", int), ("color", str), ("position", list)):
+      if name in clause or name in ("class", "count"):
+        field(entry._replace(record=clause), name, kind)
+    if clause["count"] < 1:
+      raise ValueError(f"{entry.where}: 'count' is {clause['count']}, but must be 1 or more")
+    position = clause.get("position")
+    if position is not None and not (
+        len(position) == 2 and position[0] in RELATIONS and type(position[1]) is int
+        and 0 <= position[1] < number):
       raise ValueError(f"{entry.where}: position {position} must be [relation, index of an earlier "
                        f"clause], the relation one of {', '.join(RELATIONS)}")
-
-
-def _rows(name, entries):
-  """The boxes of a class as float32 [N, 5]."""
-  try:
-    rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
-  except (KeyError, TypeError, ValueError) as e:
-    raise Unscorable("malformed box", f"{name}: {e!r}") from e
-  if not entries:
-    return rows.reshape(0, 5)
-  if rows.shape != (len(entries), 5) or not np.isfinite(rows).all():
-    raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
-  return rows
-
-
-def _without_overlaps(boxes, options):
-  """Greedily drops boxes that overlap one of higher score by `max_overlap` or more."""
-  left, kept = list(boxes), []
-  while left:
-    best = left.pop(0)
-    kept.append(best)
-    left = [b for b in left if _overlap(best.values, b.values) < options.max_overlap]
-  return kept
 
 
 def _overlap(a, b):
@@ -280,34 +254,31 @@ def _overlap(a, b):
   return shared / union if union else 0.0
 
 
-class _Failed(Exception):
-  """An image without boxes: "reason: detail"."""
-
-
-def _cached(path, metadata, classes, detect, classify, cache, names):
+def _detected(path, metadata, classes, detect, classify, cache, names):
+  """The end of an image's record: "detections", or "error"."""
   try:
     data = path.read_bytes()
   except OSError as e:
-    raise _Failed(f"picture: {path}: {e.strerror or e}") from e
+    return {"error": f"picture: {path}: {e.strerror or e}"}
   colored = sorted({c["class"] for c in metadata.get("include", ()) if "color" in c})
   asked = repr((names, classes, metadata.get("tag"), colored)).encode()
   digest = hashlib.sha256(hashlib.sha256(data).digest() + asked).hexdigest()
   if (kept := cache.get(digest)) is not None:
-    return kept["detections"]
+    return {"detections": kept["detections"]}
   try:
     with Image.open(io.BytesIO(data)) as opened:
       image = ImageOps.exif_transpose(opened).convert("RGB")
   except questions.BROKEN as e:
-    raise _Failed(f"picture: {path} cannot be read ({e})") from e
+    return {"error": f"picture: {path} cannot be read ({e})"}
   try:
     found = _checked(detect(image, classes), classes)
     _add_colors(image, found, metadata, colored, classify)
   except Exception as e:  # a foreign function: one image that it cannot do is not the end
-    raise _Failed(f"detector: {type(e).__name__}: {e}") from e
+    return {"error": f"detector: {type(e).__name__}: {e}"}
   for entry in (e for entries in found.values() for e in entries):
     entry.pop("mask", None)
   cache.add({"digest": digest, "picture": str(path), "detections": found})
-  return found
+  return {"detections": found}
 
 
 def _checked(found, classes):

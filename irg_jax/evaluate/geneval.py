@@ -11,6 +11,8 @@ open_clip, weights "openai", for which `clauses.clip_classifier` has the rest. S
 are not comparable with published ones.
 """
 
+import collections
+import contextlib
 import json
 import pathlib
 import re
@@ -35,8 +37,7 @@ def verdict(metadata: dict, detections: dict, options: clauses.Options = clauses
     metadata: the prompt's official record.
     detections: boxes by class, as `clauses` documents them.
 
-  Raises:
-    clauses.Unscorable: a box is malformed, or a colour that a clause needs is missing.
+  Raises `clauses.Unscorable` for a malformed box, or where a colour that a clause needs is missing.
   """
   if not isinstance(detections, dict):
     raise clauses.Unscorable("no detections")
@@ -147,8 +148,9 @@ def score_detections(folder, found, options: clauses.Options, extra: dict,
     for where, record in found:
       _add_image(rounds, by_id, record, where, options, default_round, write)
   expected = sum(item.images for item in folder.items)
-  return score.finish(folder, {n: r.value() for n, r in rounds.items()},
-                      {n: expected - r.seen_count() for n, r in rounds.items()}, extra)
+  values = {n: r.summary.value() | {"unscored": r.unscored.summary()} for n, r in rounds.items()}
+  missing = {n: expected - sum(map(int.bit_count, r.seen.values())) for n, r in rounds.items()}
+  return score.finish(folder, values, missing, extra)
 
 
 class _Round:
@@ -156,18 +158,7 @@ class _Round:
 
   def __init__(self):
     self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()
-    self._seen = {}
-
-  def is_new(self, item_id, image):
-    bit, seen = 1 << image, self._seen.get(item_id, 0)
-    self._seen[item_id] = seen | bit
-    return not seen & bit
-
-  def seen_count(self):
-    return sum(bits.bit_count() for bits in self._seen.values())
-
-  def value(self):
-    return self.summary.value() | {"unscored": self.unscored.summary()}
+    self.seen = collections.Counter()  # by item id
 
 
 def _detected(folder, options):
@@ -194,37 +185,31 @@ def _add_image(rounds, by_id, record, where, options, default_round, write):
   if number not in rounds:
     raise ValueError(f"{where}: {name} is of round {number}, which the run does not have")
   target = rounds[number]
-  item = by_id.get(match[2]) if match else None
-  image = int(match[3]) if match else 0
-  if record is None or item is None or image >= item.images:
+  item, image = (by_id.get(match[2]), int(match[3])) if match else (None, 0)
+  if item is None or image >= item.images:
     return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
-  if not target.is_new(item.id, image):
+  if target.seen[item.id] >> image & 1:
     return target.unscored.add(name, "came twice")
-  write(item, number, image, 1, _verdict_line(target, item, record, name, options))
-
-
-def _verdict_line(target, item, record, name, options):
+  target.seen[item.id] |= 1 << image
   try:
-    if "metadata" in record and _plain(record["metadata"]) != item.extra:
-      raise clauses.Unscorable("detected for another prompt", str(record["metadata"])[:100])
-    if error := record.get("error"):
-      raise clauses.Unscorable(*str(error).partition(": ")[::2])
-    faults = verdict(item.extra, record.get("detections"), options)
+    faults = _faults_of(record, item, options)
   except clauses.Unscorable as e:
-    target.unscored.add(name, e.reason, e.detail)
-    return {"scores": {}, "why": str(e), "words": None}
+    return write(item, number, image, 1, score.no_score(target.unscored, name, None, str(e)))
   target.summary.add(not faults, item.extra["tag"], item.id)
-  return {"scores": {"correct": int(not faults)}, "why": None,
-          "words": "\n".join(faults) or "correct"}
+  write(item, number, image, 1, {"scores": {"correct": int(not faults)}, "why": None,
+                                 "words": "\n".join(faults) or "correct"})
 
 
-def _plain(metadata):
-  if not isinstance(metadata, str):
-    return metadata
-  try:
-    return json.loads(metadata)
-  except ValueError:
-    return None
+def _faults_of(record, item, options):
+  metadata = record.get("metadata", item.extra)
+  if isinstance(metadata, str):
+    with contextlib.suppress(ValueError):  # a text that is not JSON is of no prompt
+      metadata = json.loads(metadata)
+  if metadata != item.extra:
+    raise clauses.Unscorable("detected for another prompt", str(record["metadata"])[:100])
+  if error := record.get("error"):
+    raise clauses.Unscorable(*str(error).partition(": ")[::2])
+  return verdict(item.extra, record.get("detections"), options)
 
 
 def _include_fault(clause, found, groups, options):
