@@ -98,15 +98,14 @@ class TextSummary:
     self._prompts += 1
     for cell in cells:
       self._sums.update(cell, cells=1)
-    accuracy = [c["matched"] / c["words"] if c["words"] else 0.0 for c in cells]
-    rows = ([c["distance"] for c in cells], [c["exact"] for c in cells], accuracy)
-    return [sum(row) / len(cells) for row in rows]
+    rows = [(c["distance"], c["exact"], c["matched"] / c["words"] if c["words"] else 0.0)
+            for c in cells]
+    return [sum(column) / len(cells) for column in zip(*rows)]
 
   def value(self) -> dict:
-    sums, score = self._sums, None
-    rate = lambda name, of: sums[name] / sums[of] if sums[of] else None
-    distance, exact, accuracy = (rate("distance", "cells"), rate("exact", "cells"),
-                                 rate("matched", "words"))
+    rate = lambda name, of: self._sums[name] / self._sums[of] if self._sums[of] else None
+    distance, exact = rate("distance", "cells"), rate("exact", "cells")
+    accuracy, score = rate("matched", "words"), None
     if distance is not None and accuracy is not None:
       lost = min(MAX_EDIT_DISTANCE, distance) * (1 - exact) * (1 - accuracy)
       score = 1 - lost / MAX_EDIT_DISTANCE
@@ -138,7 +137,9 @@ class Scorer:
     cells = sorted({cell for cell, _ in answers if isinstance(cell, int)})
     scores, words = {}, {}
     judged = {"text": self._text} | dict.fromkeys(ALIGNED, self._alignment)
-    if folder in judged:
+    if folder in judged and self._references is None:
+      scores = self._none("text" if folder == "text" else "alignment", item.id, "not asked")
+    elif folder in judged:
       scores = judged[folder](folder, number, cells, answers, words)
     styled = folder == "anime" and item.extra.get("class", "").strip()
     for name, takes_part in (("reasoning", folder == "reasoning"), ("style", styled),
@@ -149,9 +150,8 @@ class Scorer:
         scores |= ({name: self._parts[name].add(folder, number, values)} if values is not None
                    else self._none(name, f"{folder}_{number}", "no measurement"))
     missing = [name for name, value in scores.items() if value is None]
-    why = f"no score: {', '.join(missing)}" if missing else None
-    found = {name: value for name, value in scores.items() if value is not None}
-    return {"scores": found, "why": why, "words": words or None}
+    return {"scores": {name: value for name, value in scores.items() if value is not None},
+            "why": f"no score: {', '.join(missing)}" if missing else None, "words": words or None}
 
   def value(self) -> dict:
     parts = {name: self._parts[name].value() for name in PARTS}
@@ -167,8 +167,6 @@ class Scorer:
     return {part: None}
 
   def _alignment(self, folder, number, cells, answers, words):
-    if self._references is None:
-      return self._none("alignment", f"{folder}/{number}", "not asked")
     table, values = self._references["questions"][folder], []
     if number not in table:
       return self._none("alignment", f"{folder}_{number}", "no questions in Q_D")
@@ -176,19 +174,17 @@ class Scorer:
     for cell in cells:
       found = {n: answers.get((cell, f"alignment{n}")) for n in asked}
       words[str(cell)] = {asked[n]: getattr(a, "text", None) for n, a in found.items()}
-      values.append(None if any(map(questions.failure, found.values())) else self._cell(
-          f"{folder}/{number} cell {cell}", found, dependency))
+      if any(map(questions.failure, found.values())):
+        values.append(None)
+        continue
+      for n, answer in found.items():
+        if answer.text not in ("Yes", "No"):
+          self.irregular.add(f"{folder}/{number} cell {cell} question {n}", "neither Yes nor No",
+                             answer.text)
+      values.append(alignment_cell({n: says_yes(a.text) for n, a in found.items()}, dependency))
     return {"alignment": self._parts["alignment"].add(folder, number, values)}
 
-  def _cell(self, where, found, dependency):
-    for n, answer in found.items():
-      if answer.text not in ("Yes", "No"):
-        self.irregular.add(f"{where} question {n}", "neither Yes nor No", answer.text)
-    return alignment_cell({n: says_yes(a.text) for n, a in found.items()}, dependency)
-
   def _text(self, folder, number, cells, answers, words):
-    if self._references is None:
-      return self._none("text", f"{folder}/{number}", "not asked")
     if number not in (texts := self._references["texts"]):
       return self._none("text", f"{folder}_{number}", "no text in text_content.csv")
     found = [answers.get((cell, "text")) for cell in cells]
@@ -219,9 +215,7 @@ def read_questions(path) -> dict[str, tuple[dict, dict]]:
 def read_texts(path) -> dict[str, str]:
   """{prompt id: raw text of the image} of text_content.csv; ValueError names file and line."""
   entries = records.csv_rows(path, ("id", "text_content"))
-  numbers = [entry.record["id"].zfill(3) for entry in entries]
-  for entry, number in zip(entries, numbers):
-    _check_id(entry, number)
+  numbers = [_checked_id(entry, entry.record["id"].zfill(3)) for entry in entries]
   records.check_unique(entries, [f"id {number}" for number in numbers])
   return {number: entry.record["text_content"] for number, entry in zip(numbers, entries)}
 
@@ -254,7 +248,7 @@ class OneIG(base.Benchmark):
       if entry.record["category"] not in FOLDERS:
         raise ValueError(f"{entry.where}: unknown category {entry.record['category']!r}; the "
                          f"categories are {', '.join(FOLDERS)}")
-      _check_id(entry, entry.record["id"])
+      _checked_id(entry, entry.record["id"])
       records.field(entry, "prompt_en", str)
     records.check_unique(entries, [f"{e.record['category']} {e.record['id']}" for e in entries])
     return [base.Item(self.name, f"{FOLDERS[e.record['category']]}/{e.record['id']}",
@@ -305,9 +299,10 @@ class OneIG(base.Benchmark):
 ONEIG = OneIG()
 
 
-def _check_id(entry, number):
+def _checked_id(entry, number):
   if not re.fullmatch(r"\d{3}", number):
     raise ValueError(f"{entry.where}: id {number!r} must be three digits")
+  return number
 
 
 def _find(folder, name):
