@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 import time
+import typing
 
 import einops
 import jax
@@ -60,8 +61,7 @@ class Request:
   num_processes: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(typing.NamedTuple):
   """The outcome of this process's share."""
 
   generated: int  # images of now
@@ -81,6 +81,12 @@ class OutFolder:
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write_bytes(path, data, self._aside)
 
+  def write_image(self, relative: pathlib.PurePath, image: np.ndarray) -> None:
+    """Writes an RGB image in the format of its name."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, **_FORMATS[relative.suffix])
+    self.write(relative, data.getvalue())
+
   def exists(self, relative) -> bool:
     return (self.out / relative).is_file()
 
@@ -97,7 +103,10 @@ def generate_images(request: Request) -> Result:
   process = f"{request.process_id}-of-{request.num_processes}"
   share = request.selected[request.process_id::request.num_processes]
   rows = [(item, image) for item in share for image in range(item.images)]
-  with open_run(request.out, identity(request), _notes(request), process) as folder:
+  notes = {"checkpoint": str(request.checkpoint), "batch_size": request.batch_size,
+           "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+           "versions": generate_run.versions()}
+  with open_run(request.out, identity(request), notes, process) as folder:
     done = lambda: sum(_is_done(request, folder, *row) for row in rows)
     before = done()
     if before < len(rows):
@@ -106,18 +115,20 @@ def generate_images(request: Request) -> Result:
         _generate_batches(request, folder, model, params, tokenizer, rows, progress)
     for item in share:
       _paste(request, folder, item)
-    return Result(done() - before, before, list(_failures(folder, rows)))
+    failed = [f"{item.id}, image {image}, round {number}" for item, image in rows
+              for number, entry in enumerate(base.read_trace(folder.out, item, image)["rounds"], 1)
+              if entry["picture"] is None]
+    return Result(done() - before, before, failed)
 
 
 def identity(request: Request) -> dict:
   """The settings that decide a run's files; devices, processes and batch size do not."""
   lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
-  settings = dataclasses.asdict(request.settings)
   return json.loads(json.dumps({
       "benchmark": request.benchmark.name,
       "prompts": {"count": len(request.items),
                   "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
-      "generation": settings,
+      "generation": dataclasses.asdict(request.settings),
       "system_prompt": request.system_prompt,
       "checkpoint": fingerprint(request.checkpoint),
       "dtype": request.dtype,
@@ -153,7 +164,18 @@ def open_run(out, settings: dict, notes: dict, process: str):
   out = pathlib.Path(out)
   _check_run(out, settings)
   aside = out / _ASIDE / process
-  with _alone(aside, out):
+  with contextlib.ExitStack() as at_the_end:
+    aside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
+    at_the_end.callback(os.close, handle)  # the end of the lock
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(f"--out {out}: another process with the same --process-id and "
+                       "--num-processes is at work in it") from e
+    except OSError:  # a file system without locks: the user sees to it
+      pass
+    aside.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
     for left in aside.iterdir():  # by a run that was killed
       left.unlink()
     runs.create(out / RUN, {"settings": settings, "notes": notes})
@@ -164,16 +186,6 @@ def open_run(out, settings: dict, notes: dict, process: str):
       aside.parent.rmdir()
 
 
-def paste_cells(cells: list[np.ndarray | None], height: int, width: int) -> np.ndarray:
-  """Four images [height, width, 3] as one of two rows and two columns, row by row.
-
-  None is an image that failed: a black cell, which official code leaves out.
-  """
-  black = np.zeros((height, width, 3), np.uint8)
-  images = np.stack([black if cell is None else cell for cell in cells])
-  return einops.rearrange(images, "(row column) h w c -> (row h) (column w) c", row=2)
-
-
 def _check_run(out, settings):
   """Raises ValueError unless `out` is new, empty, or a run with these settings."""
   runs.check_folder(out / RUN, "a run of irg eval generate")
@@ -181,36 +193,10 @@ def _check_run(out, settings):
     runs.check_same(runs.read(out / RUN, ("settings",))["settings"], settings, f"--out {out}")
 
 
-@contextlib.contextmanager
-def _alone(folder, out):
-  """Makes a folder and holds a lock on it, which ends with the process at the latest."""
-  folder.mkdir(parents=True, exist_ok=True)
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    os.close(handle)
-    raise ValueError(f"--out {out}: another process with the same --process-id and "
-                     "--num-processes is at work in it") from e
-  except OSError:  # a file system without locks: the user sees to it
-    pass
-  folder.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
-  try:
-    yield
-  finally:
-    os.close(handle)
-
-
 def _counts(path):
   hidden = any(part.startswith(".") for part in path.parts)
   weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
   return not hidden and (weighs or len(path.parts) > 1)
-
-
-def _notes(request):
-  return {"checkpoint": str(request.checkpoint), "batch_size": request.batch_size,
-          "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-          "versions": generate_run.versions()}
 
 
 def _check_prompts(request, tokenizer):
@@ -271,8 +257,7 @@ def _write(request, folder, item, image, trajectory):
         folder.write(beside, data)
     fails = not np.isfinite(r.latents).all()
     if not fails:
-      place = _cell_path(item, image, number) if request.benchmark.grid else path
-      folder.write(place, _encoded(r.image, place.suffix))
+      folder.write_image(_cell_path(item, image, number) if request.benchmark.grid else path, r.image)
     rounds.append({
         "think": r.thought.text if request.settings.think else None,
         "think_tokens": len(r.thought.ids), "hit_limit": r.thought.hit_limit,
@@ -290,34 +275,19 @@ def _cell_path(item, image, round):
 
 def _paste(request, folder, item):
   """Writes the grids of a prompt when all their cells are there, then removes the cells."""
-  if not request.benchmark.grid:
-    return
   traces = [base.read_trace(folder.out, item, image) for image in range(item.images)]
-  if not all(traces):
+  if not (request.benchmark.grid and all(traces)):
     return
-  places = []
+  # An image that failed is a black cell, which official code leaves out.
+  black = np.zeros((request.settings.height, request.settings.width, 3), np.uint8)
   for number in range(1, request.settings.rounds + 1):
     place = request.benchmark.image_path(item, 0, number)
-    paths = [_cell_path(item, image, number) for image in range(item.images)]
-    fails = [trace["rounds"][number - 1]["picture"] is None for trace in traces]
-    if not folder.exists(place) and all(f or folder.exists(p) for f, p in zip(fails, paths)):
-      images = [None if f else np.array(Image.open(folder.out / p)) for f, p in zip(fails, paths)]
-      whole = paste_cells(images, request.settings.height, request.settings.width)
-      folder.write(place, _encoded(whole, place.suffix))
-    places.append((place, paths[0].parent))
-  if all(folder.exists(place) for place, _ in places):
-    for _, cells in places:
-      shutil.rmtree(folder.out / cells, ignore_errors=True)
-
-
-def _failures(folder, rows):
-  for item, image in rows:
-    for number, entry in enumerate(base.read_trace(folder.out, item, image)["rounds"], 1):
-      if entry["picture"] is None:
-        yield f"{item.id}, image {image}, round {number}"
-
-
-def _encoded(image, suffix):
-  data = io.BytesIO()
-  Image.fromarray(image).save(data, **_FORMATS[suffix])
-  return data.getvalue()
+    paths = [trace["rounds"][number - 1]["picture"] and _cell_path(item, image, number)
+             for image, trace in enumerate(traces)]
+    if not folder.exists(place):
+      if not all(path is None or folder.exists(path) for path in paths):
+        continue
+      cells = [black if path is None else np.array(Image.open(folder.out / path)) for path in paths]
+      folder.write_image(place, einops.rearrange(
+          cells, "(row column) h w c -> (row h) (column w) c", row=2))
+    shutil.rmtree(folder.out / _cell_path(item, 0, number).parent, ignore_errors=True)
