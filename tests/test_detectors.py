@@ -161,6 +161,11 @@ def test_clip_takes_the_colour_nearest_to_the_mean_of_its_unit_texts():
   assert tie(None, "car") == "red"
 
 
+def test_the_flags_default_to_the_official_options():
+  flags, options = geneval.GENEVAL.flags, vars(clauses.Options())
+  assert {name: flags[f"--{name.replace('_', '-')}"]["default"] for name in options} == options
+
+
 def test_the_eighty_names_come_with_the_package():
   assert len(geneval.class_names(geneval.FILES / "object_names.txt")) == 80
 

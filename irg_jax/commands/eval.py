@@ -4,89 +4,17 @@ Names, flags and examples come from the registered benchmarks, whose import take
 of a step is filled when it is used.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib
 import pathlib
 import sys
+import tomllib
 
 from irg_jax.commands import flags
 
-_EVAL = """\
-Benchmarks by their official protocols: generates the images, scores them, and puts the figures
-into the paper's table. Every round of the images is scored apart.
-
-examples:
-  irg eval generate BENCH --prompts FILE --checkpoint weights/irg-7b --out out/BENCH
-  irg eval score BENCH --prompts FILE --out out/BENCH --judge-url URL --judge-model NAME
-  irg eval report out/BENCH out/ANOTHER --to out/report
-"""
-
-_GENERATE = """\
-Generates images for every prompt of a benchmark, in the layout of its official scorer, each round
-under a root of its own: OUT/round1, OUT/round2, ... Thoughts are in OUT/traces. Kill it at any
-time: the same command continues, and nothing is done twice. An image's seed depends on the
-benchmark, the prompt's id and the image's number alone.
-
-the paper's setting (what is not given below is the default; --batch-size is yours to choose):
-{paper}
-
-  which is the same as --rounds 2 --size 1024 --steps 50 --think-limit 4096 --temperature 0.3 \\
-      --text-scale 4.0 --image-scale 2.0 \\
-      --config.first.interval="(0.4, 1.0)" --config.first.renorm=global \\
-      --config.later.interval="(0.0, 1.0)" --config.later.renorm=text_channel
-
-with the settings that the checkpoint comes with:
-{others}
-
-more examples:
-{more}
-"""
-
-_GENERATE_END = """\
-images of a prompt:
-{images_help}
-
-several hosts (--process-id 0 --num-processes 4 on the first of four): each takes every N-th prompt
-into the common --out. Without a common folder, give each a folder of its own and copy them into one
-afterwards: no file is in two of them, but for run.json, which is the same.
-"""
-
-_SCORE = """\
-Scores the images of irg eval generate by the benchmark's official protocol, each round apart.
-Writes OUT/scores.json (the figures), and OUT/items.jsonl (each prompt's, with the judge's words).
-Items without a score are counted by reason; they never become a number.
-
-the paper's setting:
-{paper}
-
-others:
-{others}
-
-more examples:
-{more}
-"""
-
-_SCORE_END = """\
-where the answers come from:
-{sources}
-
-the judge's key is read from the environment variable OPENAI_API_KEY and is written nowhere; an
-endpoint of your own usually wants none. Answers are kept in OUT/judge_cache.sqlite by what was
-asked, so that the same command, stopped or finished, pays for nothing twice. A judge_cache.jsonl of
-an older version is imported once.
-"""
-
-_REPORT = """\
-Puts scored runs, one of each benchmark at most, into the paper's table: all benchmarks, by
-category, each round, with the settings, and BAGEL's and IRG's published rows beside it. Writes
-TO/report.md, TO/report.json and TO/report.html with pages of every prompt's images, round
-beside round, and the judge's words. The pages link the images where they are.
-
-examples:
-  irg eval report {folders} --to out/report
-"""
-
+_TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("eval.toml").read_text(encoding="utf-8"))
 # Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
 # says itself how it is to be used.
 _THINK_LIMIT = 4096
@@ -107,7 +35,7 @@ class _StepParser(flags.Parser):
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = verbs.add_parser("eval", description=_EVAL, help="the benchmarks")
+  parser = verbs.add_parser("eval", description=_TEXTS["description"], help="the benchmarks")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP",
                                 parser_class=_StepParser)
   for name, fill, text in (("generate", _fill_generate, "images for a benchmark's prompts"),
@@ -124,9 +52,9 @@ def benchmarks() -> dict:
 
 
 def _fill_generate(parser):
-  _fill(parser, _GENERATE, _GENERATE_END, "generate", _generate)
+  _fill(parser, "generate", _generate)
   add = parser.add_argument
-  add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR",
+  add("--checkpoint", required=True, metavar="DIR",
       help="weights, in the published layout or Orbax; a generate.json there has the defaults")
   add("--tasks", nargs="+", metavar="TASK",
       help=f"only these: {', '.join(b.tasks_help for b in benchmarks().values())}")
@@ -140,37 +68,41 @@ def _fill_generate(parser):
 
 
 def _fill_score(parser):
-  _fill(parser, _SCORE, _SCORE_END, "score", lambda args, _: _score(args, parser))
+  _fill(parser, "score", lambda args, _: _score(args, parser))
   for name, by_benchmark in _flags().items():
-    help = "; ".join(f"{benchmark}: {flag.help}" for benchmark, flag in by_benchmark.items())
-    parser.add_argument(name, help=help, **next(iter(by_benchmark.values())).options)
+    help = "; ".join(f"{benchmark}: {flag['help']}" for benchmark, flag in by_benchmark.items())
+    options = next(iter(by_benchmark.values())) | {"help": help}
+    if kind := {"N": flags.count, "X": float}.get(options["metavar"]):
+      options["type"] = kind
+    parser.add_argument(name, **options)
   _add_judge(parser.add_argument_group("judge (any endpoint in OpenAI's form)").add_argument)
 
 
 def _fill_report(parser):
-  parser.description = _REPORT.format(
+  parser.description = _TEXTS["report"]["description"].format(
       folders=" ".join(f"out/{b.name}" for b in benchmarks().values() if b.published))
   parser.set_defaults(run=lambda args, _: _report(args))
   parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="OUT",
                       help="folders that irg eval score has been through")
-  parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("report"), metavar="DIR",
+  parser.add_argument("--to", default=pathlib.Path("report"), metavar="DIR",
                       help="folder of the report (default report)")
 
 
-def _fill(parser, description, epilog, step, run):
+def _fill(parser, step, run):
   """Texts and common flags of `generate` and `score`."""
   by_name = lambda attribute: "\n".join(
       f"  {name:<12} " + getattr(b, attribute).replace("\n", "\n" + " " * 15)
       for name, b in benchmarks().items())
-  parser.description = description.format(**_examples(step))
-  parser.epilog = epilog.format(images_help=by_name("images_help"), sources=by_name("sources"))
+  parser.description = _TEXTS[step]["description"].format(**_examples(step))
+  parser.epilog = _TEXTS[step]["epilog"].format(
+      images_help=by_name("images_help"), sources=by_name("sources"))
   parser.set_defaults(run=run)
   packaged = " and ".join(b.name for b in benchmarks().values() if b.packaged)
   add = parser.add_argument
   add("benchmark", choices=benchmarks(), metavar="BENCH", help=", ".join(benchmarks()))
-  add("--prompts", type=pathlib.Path, metavar="PATH",
+  add("--prompts", metavar="PATH",
       help=f"the official prompt file or folder; that of {packaged} comes with this package")
-  add("--out", type=pathlib.Path, required=True, metavar="DIR",
+  add("--out", required=True, metavar="DIR",
       help="folder of the run, which irg eval generate makes or continues")
 
 
@@ -189,11 +121,11 @@ def _examples(step):
 
 
 def _flags():
-  """{flag: {benchmark: base.Flag}}."""
-  found = {}
+  """{flag: {benchmark: its arguments of `add_argument`}}."""
+  found = collections.defaultdict(dict)
   for benchmark in benchmarks().values():
-    for flag in benchmark.flags:
-      found.setdefault(flag.name, {})[benchmark.name] = flag
+    for name, options in benchmark.flags.items():
+      found[name][benchmark.name] = options
   return found
 
 
@@ -215,7 +147,7 @@ def _add_judge(add):
     default = settings[name].default
     add(f"--{name}", type=type(default), default=default, metavar="N",
         help=f"{settings[name].metadata['doc']} ({default:g})")
-  add("--judge-cache", type=pathlib.Path, metavar="FILE",
+  add("--judge-cache", metavar="FILE",
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
 

@@ -4,7 +4,6 @@ A benchmark is a subclass of `Benchmark` in a file of its own, and its texts and
 are in files/NAME.toml. It is registered in `evaluate/__init__.py`; nothing else names it.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -12,7 +11,6 @@ import json
 import math
 import pathlib
 import tomllib
-import typing
 
 from irg_jax.evaluate import questions
 
@@ -33,14 +31,6 @@ class Item:
   extra: dict  # the official record, with the fields that `read_items` adds
 
 
-class Flag(typing.NamedTuple):
-  """A command line flag that a benchmark adds to `irg eval score`."""
-
-  name: str  # with its dashes
-  help: str
-  options: dict = {}  # further arguments of `argparse.ArgumentParser.add_argument`
-
-
 @dataclasses.dataclass(frozen=True)
 class Official:
   """How a benchmark's own scripts ask their judge: the model in words, and decoding settings."""
@@ -48,18 +38,6 @@ class Official:
   judge: str
   temperature: float
   max_tokens: int
-
-
-def path_flag(name: str, metavar: str, help: str, **options) -> Flag:
-  """A flag that takes a path."""
-  return Flag(name, help, {"type": pathlib.Path, "metavar": metavar} | options)
-
-
-def positive(text: str) -> int:
-  """A whole number of 1 or more, from a flag."""
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-  return int(text)
 
 
 class Benchmark:
@@ -83,10 +61,11 @@ class Benchmark:
   # The judge: None where there is none; {name: (Template, fields that a replacement must have)}.
   official: Official | None = None
   templates: dict = {}
-  # On the command line: flags of `irg eval score`; for --help: images of a prompt, what --tasks
-  # takes, where scores come from, values of --prompts and --checkpoint, further flags of `score`,
-  # and {step: command lines after "irg eval STEP NAME"}.
-  flags: tuple[Flag, ...] = ()
+  # On the command line: flags of `irg eval score`, {"--flag": {"help", "metavar", ...}}, where
+  # metavar N stands for a whole number, X for a number, FILE and DIR for a path. For --help: images
+  # of a prompt, what --tasks takes, where scores come from, values of --prompts and --checkpoint,
+  # further flags of `score`, and {step: command lines after "irg eval STEP NAME"}.
+  flags: dict[str, dict] = {}
   images_help = tasks_help = sources = ""
   example_prompts, example_checkpoint, example_score = "", "weights/irg-7b", ""
   more_examples: dict[str, tuple[str, ...]] = {}

@@ -102,11 +102,6 @@ class GenAIBench(base.Benchmark):
 
   name, title = "genai_bench", "GenAI-Bench"
   columns = ("GenAI-Bench",)
-  flags = (
-      base.path_flag("--skills", "FILE", "genai_skills.json (default: beside the prompts)"),
-      base.Flag("--scorer", "(path, prompt) -> score from 0 to 1", {"metavar": "MODULE:FUNCTION"}),
-      base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/genai_bench.py"),
-  )
 
   def read_items(self, path):
     file = records.file_in(path, "genai_image.json")

@@ -81,20 +81,6 @@ class GenEval(clauses.ClauseBenchmark):
 
   name, title, packaged, published_counts = "geneval", "GenEval", FILES, COUNTS
   columns = ("GenEval",)
-  flags = (
-      base.path_flag("--detections", "FILE", "records of boxes, a JSON line an image", nargs="+",
-                     default=[]),
-      base.Flag("--round", "of the records whose file name does not say it", {
-          "type": base.positive, "metavar": "N"}),
-      base.Flag("--detector", "(image, classes) -> boxes by class", {"metavar": "MODULE:FUNCTION"}),
-      base.Flag("--classifier", "(crop, class) -> colour", {"metavar": "MODULE:FUNCTION"}),
-      base.path_flag("--object-names", "FILE", "the 80 classes (default: those that come with this "
-                     "package)"),
-      *(base.Flag(f"--{name.replace('_', '-')}", f"official option ({value})", {
-          "type": base.positive if name == "max_objects" else float, "default": value,
-          "metavar": "N" if name == "max_objects" else "X"})
-        for name, value in vars(clauses.Options()).items()),
-  )
 
   def read_items(self, path):
     return self.clause_items(records.file_in(path, "evaluation_metadata.jsonl"), TASKS)

@@ -234,12 +234,6 @@ class OneIG(base.Benchmark):
 
   name, title, grid = "oneig", "OneIG-Bench, English", True
   published_counts, columns = COUNTS, ("OneIG-EN",)
-  flags = (
-      base.path_flag("--questions", "DIR", "the folder scripts of its repository, or one with Q_D "
-                     "and text_content.csv"),
-      base.path_flag("--measurements", "FILE", "see irg_jax/evaluate/oneig.py"),
-      base.Flag("--grid", "columns and rows of its images (2,2)",
-                {"default": "2,2", "metavar": "C,R"}))
 
   def read_items(self, path):
     columns = ("category", "id", "prompt_en", "type", "prompt_length", "class")

@@ -146,7 +146,6 @@ class Tiif(base.Benchmark):
 
   name, title = "tiif", "TIIF-Bench"
   columns, places = ("TIIF short", "TIIF long"), 2
-  flags = (base.path_flag("--questions", "DIR", "testmini_eval_prompts"),)
 
   def read_items(self, path):
     suffix = "_prompts.jsonl"
