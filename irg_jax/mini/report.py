@@ -13,6 +13,7 @@ import json
 import pathlib
 import resource
 import sys
+import tomllib
 
 from irg_jax import runs, storage
 from irg_jax.evaluate import generate, score
@@ -27,13 +28,7 @@ _SPLITS = ("seen", "unseen", "all")
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A checkpoint on the test.
-
-  Attributes:
-    weights: folder of the checkpoint in that of the run.
-    rounds: images of a prompt, each after a thought of its own.
-    think: whether to think; if not, there is no system prompt either.
-  """
+  """A checkpoint on the test; files/report.toml explains the fields."""
 
   name: str
   title: str
@@ -42,32 +37,9 @@ class Arm:
   think: bool = True
 
 
-ARMS = (
-    Arm("base_direct", "base, no thinking", "base/stage2/weights", 1, think=False),
-    Arm("base", "base, thinking", "base/stage2/weights", 1),
-    Arm("quality", "better pictures only", "quality/stage2/weights", 1),
-    Arm("stage1", "stage 1", "irgl/stage1/weights", 2),
-    Arm("irg", "stage 2", "checkpoint", 4),
-)
+_WORDING = tomllib.loads((benchmark.FILES / "report.toml").read_text(encoding="utf-8"))
+ARMS = tuple(Arm(**arm) for arm in _WORDING["arms"])
 FINAL = ARMS[-1]
-# (name, (arm, round), (arm, round) to subtract)
-_DIFFERENCES = (
-    ("stage 2: round 2 less round 1", ("irg", "2"), ("irg", "1")),
-    ("stage 2, round 2, less base, thinking", ("irg", "2"), ("base", "1")),
-    ("stage 2, round 1, less base, thinking", ("irg", "1"), ("base", "1")),
-    ("stage 2, round 2, less better pictures only", ("irg", "2"), ("quality", "1")),
-    ("stage 2, round 2, less stage 1, round 2", ("irg", "2"), ("stage1", "2")),
-)
-_TEXTS = {
-    "readable": "reflections that can be read",
-    "faults_named": "reflections that name exactly the actual faults (none, if there is none)",
-    "wrong_faults_named": "wrong pictures, all faults named exactly",
-    "wrong_noticed": "wrong pictures of which the reflection says that something falls short",
-    "right_doubted": "right pictures of which it says so",
-    "seen_rightly": "reflections that see in each cell what is there",
-    "right_to_wrong": "right pictures made wrong",
-    "wrong_to_right": "wrong pictures made right",
-}
 
 
 def run(out) -> pathlib.Path:
@@ -99,9 +71,8 @@ def run(out) -> pathlib.Path:
 def make(out, others: dict | None = None, settings: dict | None = None) -> pathlib.Path:
   """Writes the report of the arms that are scored under `out`; returns the page's path.
 
-  Args:
-    others: see `build`.
-    settings: the run's mini.json; with it the run's checkpoint gets the figures and its card.
+  `others` are figures of arms that are not there, see `build`. With `settings`, the run's
+  mini.json, the run's checkpoint gets the figures and its card.
   """
   out = pathlib.Path(out)
   drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name) for arm in ARMS
@@ -111,7 +82,6 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   report, folder = build(drawn, others), out / "report"
   if (alone := out / "evaluation" / "autoencoder.json").is_file():
     report["autoencoder"] = json.loads(alone.read_text())
-  folder.mkdir(parents=True, exist_ok=True)
   images, text = charts(report), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
   examples = benchmark.choose(drawn[FINAL.name]) if FINAL.name in drawn else []
   texts = {folder / "report.json": text, folder / "report.md": markdown(report),
@@ -119,6 +89,7 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   if settings:
     checkpoint = out / FINAL.weights
     texts |= {checkpoint / score.SCORES: text, checkpoint / "README.md": card(report, settings)}
+  folder.mkdir(parents=True, exist_ok=True)
   for path, content in texts.items():
     storage.write_text(path, content)
   for name, content in images.items():
@@ -127,34 +98,27 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
 
 
 def build(drawn: dict, others: dict | None = None) -> dict:
-  """All figures as JSON values.
+  """All figures, of `benchmark.read` and of other arms, as JSON values.
 
   {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `ARMS`,
    "differences": {name: {split: interval}}, "intervals": their method, "test": numbers of prompts}
   `make` adds "autoencoder": {"right", "pictures"}. See `benchmark.arm_figures` for rounds and cost.
-
-  Args:
-    drawn, others: by arm, from `benchmark.read`, and figures of arms that are not in `drawn`.
   """
-  arms = {}
-  for arm in ARMS:
-    if arm.name in drawn:
-      figures = benchmark.arm_figures(drawn[arm.name])
-      arms[arm.name] = {"title": arm.title, "measured": HERE, **figures}
-    elif arm.name in (others or {}):
-      arms[arm.name] = others[arm.name]
-  items = benchmark.MINI.read()
+  known = (others or {}) | {
+      arm.name: {"title": arm.title, "measured": HERE, **benchmark.arm_figures(drawn[arm.name])}
+      for arm in ARMS if arm.name in drawn}
+  arms = {arm.name: known[arm.name] for arm in ARMS if arm.name in known}
   values = {(name, number): entry["by_prompt"] for name, arm in arms.items()
             for number, entry in arm["rounds"].items()}
-  return {
-      "arms": arms,
-      "differences": {name: benchmark.difference(values[after], values[before], items)
-                      for name, after, before in _DIFFERENCES
-                      if after in values and before in values},
-      "intervals": "95 %, bootstrap over the prompts of each task, "
-                   f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
-      "test": {"prompts": len(items), **benchmark.SPLITS},
-  }
+  items, differences = benchmark.MINI.read(), {}
+  for name, *pair in _WORDING["differences"]:
+    after, before = (values.get(tuple(key)) for key in pair)
+    if after and before:
+      differences[name] = benchmark.difference(after, before, items)
+  return {"arms": arms, "differences": differences,
+          "intervals": "95 %, bootstrap over the prompts of each task, "
+                       f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
+          "test": {"prompts": len(items), **benchmark.SPLITS}}
 
 
 def _shipped_arms(path):
@@ -180,26 +144,21 @@ def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
 
 
 def evaluate(out, items, batch_size: int = 64, arms=ARMS, checkpoint=None) -> None:
-  """Generates missing images of each arm and scores them; and the autoencoder alone.
+  """Generates the missing images of `items` and scores each arm; and the autoencoder alone.
 
-  Args:
-    out, items: folder of the run, and prompts from `select`.
-    checkpoint: used for all arms in place of the run's own.
-
-  Raises:
-    ValueError: an arm's weights are missing, or its images are of other weights.
+  `checkpoint` is used for all arms in place of the run's own. ValueError where an arm's weights
+  are missing, or its images are of other weights.
   """
-  out = pathlib.Path(out)
   for arm in arms:
-    folder = pathlib.Path(checkpoint or out / arm.weights)
-    if not folder.is_dir():
-      raise ValueError(f"{folder}: no such folder; the run in {out} is not finished, go on with "
+    weights, folder = pathlib.Path(checkpoint or out / arm.weights), out / "evaluation" / arm.name
+    if not weights.is_dir():
+      raise ValueError(f"{weights}: no such folder; the run in {out} is not finished, go on with "
                        "irg mini run")
     print(f"irg mini: drawing the test, {arm.title}", flush=True)
-    draw(arm, folder, out / "evaluation" / arm.name, items, batch_size)
-    score_new(out / "evaluation" / arm.name)
+    draw(arm, weights, folder, items, batch_size)
+    score_new(folder)
   # The autoencoder is frozen, so it is the same in any arm.
-  vae.measure(folder, out / "evaluation" / "autoencoder.json", [item.extra for item in items])
+  vae.measure(weights, out / "evaluation" / "autoencoder.json", [item.extra for item in items])
 
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> None:
@@ -233,34 +192,35 @@ def score_new(folder) -> None:
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
   """(title, head, rows) of every table, as text."""
-  rows, found = list(_rows(report)), []
-  found.append(("Overall, mean over tasks", ["", *_SPLITS, "pictures"], [
-      [name, *(_interval(entry["scores"][split]["overall"]) for split in _SPLITS),
-       str(entry["pictures"])] for name, _, entry in rows]))
+  rows, by_task = _rows(report), []
   for split in ("seen", "unseen"):
-    scores = [(name, entry["scores"][split]["tasks"]) for name, _, entry in rows]
+    scores = [(row["name"], row["scores"][split]["tasks"]) for row in rows]
     tasks = [t for t in world.TASKS if any(t in values for _, values in scores)]
-    found.append((f"By task, {split} combinations", ["", *tasks], [
+    by_task.append((f"By task, {split} combinations", ["", *tasks], [
         [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]))
-  found.append(("Paired differences", ["", *_SPLITS], [
-      [name, *(_interval(values[split]) for split in _SPLITS)]
-      for name, values in report["differences"].items()]))
-  pairs = [(name, entry["reflections"] | entry["changes"]) for name, _, entry in rows
-           if "changes" in entry]
-  found.append(("From the picture before to this round", ["", *(name for name, _ in pairs)], [
-      [text, *(_share(shares[key]) for _, shares in pairs)] for key, text in _TEXTS.items()]))
-  found.append(("Plans, seconds, memory", ["", "pictures as planned, cell by cell",
-                                           "seconds a batch", "pictures a batch", "peak GiB"], [
-      [name, _share(entry["plan_drawn"]), _number(entry["seconds"], 1),
-       str(cost.get("batch_size", "–")), _number(cost.get("peak_bytes"), 2, 2**30)]
-      for name, cost, entry in rows]))
-  return found
+  pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
+  return [
+      ("Overall, mean over tasks", ["", *_SPLITS, "pictures"], [
+          [row["name"], *(_interval(row["scores"][split]["overall"]) for split in _SPLITS),
+           str(row["pictures"])] for row in rows]),
+      *by_task,
+      ("Paired differences", ["", *_SPLITS], [
+          [name, *(_interval(values[split]) for split in _SPLITS)]
+          for name, values in report["differences"].items()]),
+      ("From the picture before to this round", ["", *(name for name, _ in pairs)], [
+          [text, *(_share(shares[key]) for _, shares in pairs)]
+          for key, text in _WORDING["shares"].items()]),
+      ("Plans, seconds, memory", ["", "pictures as planned, cell by cell", "seconds a batch",
+                                  "pictures a batch", "peak GiB"], [
+          [row["name"], _share(row["plan_drawn"]), _number(row["seconds"], 1),
+           str(row["cost"].get("batch_size", "–")),
+           _number(row["cost"].get("peak_bytes"), 2, 2**30)] for row in rows])]
 
 
 def notes(report: dict) -> list[str]:
   """What to know about the figures."""
   others = [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]
-  missing = [f"{name}: {entry['missing']}" for name, _, entry in _rows(report) if entry["missing"]]
+  missing = [f"{row['name']}: {row['missing']}" for row in _rows(report) if row["missing"]]
   return pages.render("mini_notes.txt", report=report, elsewhere=ELSEWHERE, others=others,
                       missing=missing).splitlines()
 
@@ -289,16 +249,14 @@ def page(report: dict, images: dict[str, bytes], examples: list[dict]) -> str:
 
 def charts(report: dict) -> dict[str, bytes]:
   """The plots, PNG by file name."""
-  rows = list(_rows(report))
+  rows = _rows(report)
   found = {"scores.png": plots.bar_chart(
       "Whole images right, mean over tasks, with 95 % intervals",
-      [name.replace(", ", "\n") for name, *_ in rows],
-      [(f"{split} combinations", [entry["scores"][split]["overall"] for *_, entry in rows])
+      [row["name"].replace(", ", "\n") for row in rows],
+      [(f"{split} combinations", [row["scores"][split]["overall"] for row in rows])
        for split in ("seen", "unseen")])}
-  wanted = {_name(report, *key): key for key in (("base", "1"), ("irg", "1"), ("irg", "2"))
-            if key[0] in report["arms"]}
-  series = [(name, [entry["scores"]["all"]["tasks"].get(t) for t in world.TASKS])
-            for name, _, entry in rows if name in wanted]
+  series = [(row["name"], [row["scores"]["all"]["tasks"].get(t) for t in world.TASKS])
+            for row in rows if row["key"] in (("base", "1"), ("irg", "1"), ("irg", "2"))]
   if series:
     found["tasks.png"] = plots.bar_chart(
         "By task, seen and unseen together", list(world.TASKS), series)
@@ -311,16 +269,13 @@ def _markdown(report, *before_notes):
 
 
 def _rows(report):
-  """(name, cost, figures) of every round of every arm."""
-  for arm, entry in report["arms"].items():
-    for number, figures in entry["rounds"].items():
-      yield _name(report, arm, number), entry["cost"], figures
+  """The figures of every round of every arm, with "key", "name" and "cost".
 
-
-def _name(report, arm, number):
-  """"stage 2, round 1"; the title alone where an arm has one round."""
-  entry = report["arms"][arm]
-  return entry["title"] + (f", round {number}" if len(entry["rounds"]) > 1 else "")
+  The name is "stage 2, round 1", or the title alone where an arm has one round.
+  """
+  return [figures | {"key": (name, number), "cost": arm["cost"], "name":
+                     arm["title"] + (f", round {number}" if len(arm["rounds"]) > 1 else "")}
+          for name, arm in report["arms"].items() for number, figures in arm["rounds"].items()]
 
 
 def _number(value, places, unit=1):
