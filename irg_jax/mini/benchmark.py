@@ -109,23 +109,14 @@ def faults(words: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Images of the test, generated and scored.
-
-  Attributes:
-    folder: of the images.
-    items: all prompts of the test.
-    right: float [rounds, prompts, images]: 1 correct, 0 wrong, NaN where there is no image.
-    lines: items.jsonl by (prompt, image, round); prompts and images from 0, rounds from 1.
-    traces: by (prompt, image).
-    cost: content of cost.json, or {}.
-  """
+  """Images of the test, generated and scored; prompts and images count from 0, rounds from 1."""
 
   folder: pathlib.Path
-  items: list
-  right: np.ndarray
-  lines: dict
-  traces: dict
-  cost: dict
+  items: list  # all prompts of the test
+  right: np.ndarray  # float [rounds, prompts, images]: 1 right, 0 wrong, NaN without an image
+  lines: dict  # items.jsonl by (prompt, image, round)
+  traces: dict  # by (prompt, image)
+  cost: dict  # content of cost.json, or {}
 
 
 def read(folder) -> Drawn:
@@ -151,11 +142,15 @@ def arm_figures(drawn: Drawn) -> dict:
   for number, right in enumerate(drawn.right, 1):
     values = np.ma.masked_invalid(right).mean(-1).filled(np.nan)
     there = int((~np.isnan(right)).sum())
+    seconds = [sum(trace["rounds"][number - 1]["seconds"].values())
+               for trace in drawn.traces.values() if len(trace["rounds"]) >= number]
     rounds[str(number)] = entry = {
         "scores": scores(values, drawn.items),
         "by_prompt": [None if np.isnan(v) else float(v) for v in values],
         "pictures": there, "missing": len(drawn.traces) - there,
-        "plan_drawn": plan_drawn(drawn, number), "seconds": seconds(drawn, number)}
+        "plan_drawn": plan_drawn(drawn, number),
+        # The median: the first batch, which compiles, has no effect.
+        "seconds": float(np.median(seconds)) if seconds else None}
     if number > 1:
       entry["changes"] = changes(drawn.right[number - 2], right)
       entry["reflections"] = reflections(drawn, number)
@@ -183,12 +178,8 @@ def difference(after, before, items) -> dict:
 def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
   """The mean over tasks of their means over prompts, with its 95 % bootstrap interval.
 
-  Args:
-    values: float [prompts]; NaN is left out.
-    tags: the task of each prompt. Prompts are resampled within each task.
-
-  Returns:
-    {"value", "low", "high", "prompts"}, or None without a value.
+  `values` is float [prompts], NaN is left out; prompts are resampled within each task of `tags`.
+  Returns {"value", "low", "high", "prompts"}, or None without a value.
   """
   rng, means, samples = np.random.default_rng(SEED), [], []
   for tag in dict.fromkeys(tags.tolist()):
@@ -214,11 +205,10 @@ def changes(before: np.ndarray, after: np.ndarray) -> dict:
 def reflections(drawn: Drawn, number: int) -> dict:
   """Compares the thoughts before round `number` with the verifier's view of the image before.
 
-  Returns:
-    shares: "readable", of all; "faults_named": exactly the actual faults, of all (a correct image
-    has none); "wrong_faults_named": the same, of wrong images; "wrong_noticed": some fault, of
-    wrong images; "right_doubted": some fault, of correct ones; "seen_rightly": all cells as the
-    verifier sees them, of all.
+  Shares: "readable", of all; "faults_named": exactly the actual faults, of all (a correct image
+  has none); "wrong_faults_named": the same, of wrong images; "wrong_noticed": some fault, of wrong
+  images; "right_doubted": some fault, of correct ones; "seen_rightly": all cells as the verifier
+  sees them, of all.
   """
   rows = []
   for (i, image), trace in drawn.traces.items():
@@ -249,13 +239,6 @@ def plan_drawn(drawn: Drawn, number: int) -> dict | None:
   return _share(sum(found), len(found)) if found else None
 
 
-def seconds(drawn: Drawn, number: int) -> float | None:
-  """Median seconds of a round for a batch; so the first batch, which compiles, has no effect."""
-  times = [sum(trace["rounds"][number - 1]["seconds"].values())
-           for trace in drawn.traces.values() if len(trace["rounds"]) >= number]
-  return float(np.median(times)) if times else None
-
-
 def choose(drawn: Drawn) -> list[dict]:
   """The traces to show of each of `KINDS`: the first of the test, by task and split in turn.
 
@@ -269,16 +252,13 @@ def choose(drawn: Drawn) -> list[dict]:
       extra = drawn.items[i].extra
       groups.setdefault((extra["tag"], extra["split"]), []).append((i, image))
     in_turn = sorted((place, *key) for group in groups.values() for place, key in enumerate(group))
-    chosen += [_example(drawn, kind, *key) for _, *key in in_turn[:count]]
+    for _, *key in in_turn[:count]:
+      trace, lines = drawn.traces[*key], [drawn.lines[*key, number] for number in (1, 2)]
+      turns = [{"thought": entry["think"], "image": (drawn.folder / line["file"]).read_bytes(),
+                "faults": faults(line["words"])} for entry, line in zip(trace["rounds"], lines)]
+      chosen.append({"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
+                     "tasks": lines[0]["tasks"], "turns": turns})
   return chosen
-
-
-def _example(drawn, kind, i, image):
-  trace, lines = drawn.traces[i, image], [drawn.lines[i, image, number] for number in (1, 2)]
-  turns = [{"thought": entry["think"], "image": (drawn.folder / line["file"]).read_bytes(),
-            "faults": faults(line["words"])} for entry, line in zip(trace["rounds"], lines)]
-  return {"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
-          "tasks": lines[0]["tasks"], "turns": turns}
 
 
 def _share(count, of):
