@@ -63,13 +63,9 @@ _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Settings of `irg mini run`.
+  """Settings of `irg mini run`."""
 
-  Attributes:
-    config: the configuration file, whose other presets are the trainings.
-  """
-
-  config: str = ""
+  config: str = ""  # the configuration file, whose other presets are the trainings
   model: ModelConfig = MODEL
   seed: int = setting(0, "random seed of everything", low=0)
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
@@ -109,17 +105,10 @@ def load(path, overrides=()) -> Settings:
 
 
 def run(settings: Settings, out, until: str | None = None) -> int:
-  """Runs the steps that are not done, in order.
+  """Runs the steps that are not done, in order, the last of them `until`.
 
-  Args:
-    out: folder of the run, new or to be continued.
-    until: name of the last step to run; None runs all.
-
-  Returns:
-    exit status: 0, or that of a training that was asked to stop.
-
-  Raises:
-    ValueError: the run in `out` has other settings; names them.
+  Returns the exit status: 0, or that of a training that was asked to stop. ValueError names the
+  settings that differ from those of the run in `out`.
   """
   out = pathlib.Path(out)
   check_same(settings, out)
@@ -148,7 +137,19 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
   """A checkpoint with the autoencoder, random other weights, and the tokenizer."""
   if (out / "start").exists():
     return
-  vae_params = _given_vae(settings) if settings.autoencoder else _trained_vae(settings, out)
+  if settings.autoencoder:
+    config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
+    if config.vae != settings.model.vae:
+      raise ValueError(f"config field 'autoencoder': that of {settings.autoencoder} has the sizes "
+                       f"{config.vae}, but config.model.vae says {settings.model.vae}; give one of "
+                       "these sizes, or none to train it")
+    vae_params = params["vae"]
+  else:
+    with Progress() as progress:
+      vae_params = vae.train(
+          settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
+          batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
+          images=settings.vae_images, seed=settings.seed, progress=progress)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
   with storage.atomic_folder(out / "start") as folder:
     words = folder / "words"
@@ -164,23 +165,6 @@ def sample_texts(settings: Settings, count: int = 6000) -> list[str]:
   """Texts of rows of every kind, to learn the tokenizer from."""
   rows = datasets.base_rows(count, _rng(settings, "words"))
   return [text for _, row in rows for text in datasets.texts(row)]
-
-
-def _trained_vae(settings, out):
-  with Progress() as progress:
-    return vae.train(
-        settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
-        batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
-        images=settings.vae_images, seed=settings.seed, progress=progress)
-
-
-def _given_vae(settings):
-  config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
-  if config.vae != settings.model.vae:
-    raise ValueError(f"config field 'autoencoder': that of {settings.autoencoder} has the sizes "
-                     f"{config.vae}, but config.model.vae says {settings.model.vae}; give one of "
-                     "these sizes, or none to train it")
-  return params["vae"]
 
 
 # --- Base model ---
@@ -235,8 +219,7 @@ def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> No
 def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
   """Writes the rows of all usable first images, and their numbers in trajectories.json.
 
-  Raises:
-    ValueError: no image can be used; gives the reasons.
+  ValueError gives the reasons where no image can be used.
   """
   counts = {"right": 0, "wrong": 0}
   with storage.atomic_folder(out / "trajectories") as folder, parquet.Writer(folder) as writer:
@@ -252,9 +235,8 @@ def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
 def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, int]):
   """Yields (mode, conversation) of all usable first images: six modes, and replayed text.
 
-  Args:
-    folder: of `sample_first_rounds`.
-    counts: numbers of images by verdict, or by the reason why they cannot be used; added to.
+  `folder` is that of `sample_first_rounds`. Adds to `counts` the numbers of images by verdict, or
+  by the reason why they cannot be used.
   """
   rng, left = _rng(settings, "better"), settings.trajectories
   for path in sorted(folder.glob("*.npz")):
@@ -337,5 +319,5 @@ def _prepare(settings, out, rows, data, modes):
 
 def _rng(settings, purpose):
   """A generator for one purpose, independent of the others."""
-  names = ("words", "base", "trajectories", "better")
-  return np.random.default_rng([settings.seed, names.index(purpose)])
+  purposes = ("words", "base", "trajectories", "better")
+  return np.random.default_rng([settings.seed, purposes.index(purpose)])

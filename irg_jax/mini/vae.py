@@ -28,7 +28,6 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
     learning_rate: peak; it falls along a cosine, and once more from a lower peak.
     images: number of distinct images to train on.
     save_every: updates between two writes of the state.
-    progress: see `irg_jax.progress.Progress`.
 
   Returns:
     parameters of `Vae`, see `normalise`.
@@ -61,17 +60,11 @@ def paint_both(count: int, rng) -> np.ndarray:
 
 
 def loss_fn(params, config: VaeConfig, pixels, key):
-  """Reconstruction error, also of edges, and a weak KL divergence from N(0, 1).
+  """Reconstruction error, also of edges, and a weak KL divergence from N(0, 1); a scalar.
 
   Squared errors have more weight than absolute ones: a missing shape must cost more than a
-  background that is slightly off everywhere.
-
-  Args:
-    pixels: float32 [B, height, width, 3] in [-1, 1].
-    key: of the sample from the posterior.
-
-  Returns:
-    loss, float32 scalar.
+  background that is slightly off everywhere. `pixels` is float32 [B, height, width, 3] in [-1, 1],
+  `key` that of the sample from the posterior.
   """
   vae = Vae(config)
   mean, logvar = vae.apply({"params": params}, pixels, method="encode")
@@ -88,17 +81,15 @@ def normalise(config: VaeConfig, params: dict, images: np.ndarray) -> dict:
 
   The encoder's last and the decoder's first convolution absorb the factors, so the published
   scale factor stays. Latents are not shifted: that would not match the zero padding of the
-  decoder's first convolution.
-
-  Args:
-    images: uint8 [B, height, width, 3] to measure on.
+  decoder's first convolution. It is measured on `images`, uint8 [B, height, width, 3].
   """
   encode = jax.jit(lambda p, x: Vae(config).apply({"params": p}, x, method="encode")[0])
   mean = np.concatenate([encode(params, to_pixels(images[i:i + 32]))
                          for i in range(0, len(images), 32)])
   ratio = 1.0 / (np.sqrt((mean**2).mean((0, 1, 2))) * config.scale_factor)
   last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
-  factor = np.concatenate([ratio, np.ones_like(ratio)])  # the second half are log-variances
+  # The second half of the encoder's outputs are log-variances.
+  factor = np.concatenate([ratio, np.ones_like(ratio)])
   shift = np.concatenate([np.zeros_like(ratio), 2 * np.log(ratio)])
   last = {"kernel": last["kernel"] * factor, "bias": last["bias"] * factor + shift}
   first = first | {"kernel": first["kernel"] / ratio[:, None]}
@@ -107,13 +98,9 @@ def normalise(config: VaeConfig, params: dict, images: np.ndarray) -> dict:
 
 
 def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
-  """Whether painted images of `records` are still correct once encoded and decoded.
+  """Whether painted images of `records` are correct once encoded and decoded, bool [records].
 
-  Args:
-    records: see `world`; a new scene of each is painted with `rng`.
-
-  Returns:
-    bool [len(records)].
+  A new scene of each record is painted with `rng`.
   """
   vae = Vae(config)
 
@@ -149,10 +136,13 @@ def _init(config, key):
 def _optimizer(steps, learning_rate):
   """Muon for kernels, Adam for the rest: fewer steps than Adam alone."""
   first = -(-2 * steps // 3)
-  fall = lambda rate, steps: dict(
-      init_value=0.0, peak_value=rate, warmup_steps=min(50, steps // 2),
-      decay_steps=max(steps, 1), end_value=0.02 * rate)
-  peak = lambda rate: optax.sgdr_schedule([fall(rate, first), fall(0.4 * rate, steps - first)])
+
+  def peak(rate):
+    return optax.sgdr_schedule([
+        dict(init_value=0.0, peak_value=height, warmup_steps=min(50, length // 2),
+             decay_steps=max(length, 1), end_value=0.02 * height)
+        for height, length in ((rate, first), (0.4 * rate, steps - first))])
+
   matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))  # inputs, outputs of a kernel
   return optax.chain(
       optax.clip_by_global_norm(1.0),
