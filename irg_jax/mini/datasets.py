@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -57,10 +58,9 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     yield mode, [*_asked(record), assistant(said)]
 
 
-def replayed_rows(rng):
+def replayed_rows(rng) -> list:
   """Text rows of the base model, repeated in both stages so that it does not forget them."""
-  for row in (_reflected, _copied):
-    yield row(rng)
+  return [_reflected(rng), _copied(rng)]
 
 
 def texts(conversation: list):
@@ -96,15 +96,12 @@ def write_tokenizer(folder, texts, vocab_size: int) -> None:
 # --- Kinds of rows: each takes a Generator and returns (mode, conversation) ---
 
 
-def _drawn(system=False, prompt=False, planned=False):
-  def row(rng):
-    record = world.training_record(rng)
-    scene = world.sample_scene(record, rng)
-    asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
-    thought = [text_part(thoughts.plan(record, scene))] if planned else []
-    return DRAW, [*asked, assistant([*thought, _image(world.paint(scene), need_loss=True)])]
-
-  return row
+def _drawn(rng, system=False, prompt=False, planned=False):
+  record = world.training_record(rng)
+  scene = world.sample_scene(record, rng)
+  asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
+  thought = [text_part(thoughts.plan(record, scene))] if planned else []
+  return DRAW, [*asked, assistant([*thought, _image(world.paint(scene), need_loss=True)])]
 
 
 def _planned(rng):
@@ -124,7 +121,7 @@ def _reflected(rng):
     scene = world.sample_scene(record, rng)
     careless = len(scene.things) > 1 and rng.random() < 0.4
     if careless:
-      scene, drawn = (_collided, _confused)[rng.integers(2)](scene, rng)
+      scene, drawn = _careless(scene, rng)
     else:
       drawn = _spoiled(scene, rng)
     verdict = _imagined(record, drawn, rng)
@@ -167,12 +164,9 @@ def _described(rng):
   return DRAW, [assistant([told, _image(world.paint(scene), need_loss=True)])]
 
 
-def _looked(crowded, vae):
-  def row(rng):
-    scene = world.crowded_scene(rng) if crowded else world.training_scene(rng)
-    return LOOK, _shown(world.paint(scene), scene, vae)
-
-  return row
+def _looked(rng, crowded, vae):
+  scene = world.crowded_scene(rng) if crowded else world.training_scene(rng)
+  return LOOK, _shown(world.paint(scene), scene, vae)
 
 
 def _looked_after_plan(rng):
@@ -194,9 +188,11 @@ def _looked_after_plan(rng):
 
 _BASE = (
     (0.08, _planned), (0.13, _reflected), (0.11, _arranged), (0.04, _copied),
-    (0.20, _drawn(system=True, prompt=True, planned=True)), (0.04, _drawn(prompt=True)),
-    (0.02, _drawn(system=True)), (0.02, _drawn()), (0.16, _described), (0.08, _looked_after_plan),
-    *((0.03, _looked(crowded, vae)) for crowded in (False, True) for vae in (False, True)))
+    (0.20, functools.partial(_drawn, system=True, prompt=True, planned=True)),
+    (0.04, functools.partial(_drawn, prompt=True)), (0.02, functools.partial(_drawn, system=True)),
+    (0.02, _drawn), (0.16, _described), (0.08, _looked_after_plan),
+    *((0.03, functools.partial(_looked, crowded=crowded, vae=vae))
+      for crowded in (False, True) for vae in (False, True)))
 
 
 # --- Scenes that differ from a plan ---
@@ -219,22 +215,19 @@ def _imagined(record, scene, rng):
   return verifier.judge(verifier.Seen(scene.background, things[blurred:], unclear), record)
 
 
-def _collided(scene, rng):
-  """A scene with two things in one cell, and the scene with only one of them left."""
-  one, other = rng.choice(len(scene.things), 2, replace=False)
-  things = list(scene.things)
-  things[one] = dataclasses.replace(things[one], x=things[other].x, y=things[other].y)
+def _careless(scene, rng):
+  """The scenes of a careless plan's places and of its cells.
+
+  Two things collide in one cell, and one is left; or one has the shape or colour of another.
+  """
+  collide, things = rng.integers(2) == 0, list(scene.things)
+  one, other = rng.choice(len(things), 2, replace=False)
+  names = ("x", "y") if collide else (rng.choice(("shape", "color")),)
+  things[one] = _like(things[one], things[other], *names)
+  if not collide:
+    return scene, _with(scene, things)
   lost = rng.choice((one, other))
-  left = [t for i, t in enumerate(things) if i != lost]
-  return _with(scene, things), _with(scene, left)
-
-
-def _confused(scene, rng):
-  """A scene, and the scene in which one thing has the shape or colour of another."""
-  one, other = rng.choice(len(scene.things), 2, replace=False)
-  things, what = list(scene.things), rng.choice(("shape", "color"))
-  things[one] = dataclasses.replace(things[one], **{what: getattr(things[other], what)})
-  return scene, _with(scene, things)
+  return _with(scene, things), _with(scene, things[:lost] + things[lost + 1:])
 
 
 def _spoiled(scene, rng, in_place=False):
@@ -252,11 +245,11 @@ def _spoiled(scene, rng, in_place=False):
     change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.6, 0.1, 0.1, 0.1, 0.1))
     other = others[rng.integers(len(others))]
     if change in ("shape", "color"):
-      changed = dataclasses.replace(thing, **{change: getattr(other, change)})
+      changed = _like(thing, other, change)
       if (changed.shape, changed.color) not in world.UNSEEN_PAIRS:
         thing = changed
     elif change == "cell" and not in_place:
-      thing = dataclasses.replace(thing, x=other.x, y=other.y)
+      thing = _like(thing, other, "x", "y")
     things += [] if change == "gone" else [thing]
   things += others[:1] if rng.random() < 0.15 and not in_place else ()
   return _with(scene, things)
@@ -264,6 +257,10 @@ def _spoiled(scene, rng, in_place=False):
 
 def _with(scene, things):
   return dataclasses.replace(scene, things=tuple(things))
+
+
+def _like(thing, other, *names):
+  return dataclasses.replace(thing, **{name: getattr(other, name) for name in names})
 
 
 # --- Turns and parts ---

@@ -1,24 +1,22 @@
 """Texts of the mini world: plans, descriptions, reflections; and the improved scene.
 
-The cells of an image have letters, A to D in the first row and M to P in the last. A plan first
-chooses a cell for each thing, then lists the content of all cells. The choices are robust to a low
-temperature; the cells follow from them, and give each image token words of its own. Each cell is a
-letter and two words, so a model finds a cell by its letter, at a constant distance.
+The cells of an image have letters, A to P, row by row. A plan first chooses a cell for each thing,
+then lists the content of all cells. The choices are robust to a low temperature; the cells follow
+from them, and give each image token words of its own. Each cell is a letter and two words, so a
+model finds a cell by its letter, at a constant distance.
 
   <think> The picture shows two red circles left of one blue star. The ground is grey. Places:
   red circle E, red circle I, blue star G. Cells: A empty ground B empty ground ... </think>
 
 A reflection has the four parts of IRGL: faults (after what is seen), improvements, steps, final
 prompt. Things seen are listed in the order of the places in the thought before, so faults are the
-differences of two lists, without counting.
+differences of two lists, without counting. Steps name a cell after its thing, like places, so the
+final prompt is looked up like a plan. Things have the letter first, and are not looked up.
 
   <think> I see: The ground is grey. Cells: A empty ground ... Things: E red circle, I empty
   ground, G blue star. What falls short: one red circle is missing. Improvements: the prompt asks
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
-
-Steps name a cell after its thing, like places, so the final prompt is looked up like a plan; its
-other cells are copied. Things have the letter first, so that they are not looked up instead.
 """
 
 import itertools
@@ -58,7 +56,7 @@ def plan(record: dict, scene: world.Scene, cells=None) -> str:
 
 def describe(seen) -> str:
   """The background and cells of a `Scene` or a `verifier.Seen`."""
-  return f"The ground is {seen.background}. {grid_text(grid(seen.things, _unclear(seen)))}"
+  return f"The ground is {seen.background}. {grid_text(grid(seen.things, seen.unclear))}"
 
 
 def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
@@ -84,11 +82,20 @@ def edits(before, after) -> list[str]:
 
 
 def places(scene: world.Scene, record: dict | None = None) -> str:
-  """The ground and the cell of each thing; with a record, in the order of its prompt."""
-  things = _in_prompt_order(scene, record) if record else scene.things
-  at = lambda thing: _LETTERS[world.GRID * thing.cell[0] + thing.cell[1]]
-  named = ", ".join(f"{t.color} {t.shape} {at(t)}" for t in things)
-  return f"The ground is {scene.background}. Places: {named or 'none'}."
+  """The ground and the cell of each thing; with a record, in the order of its prompt.
+
+  Like things stand in the order of their cells, so that no letter repeats.
+  """
+  things = scene.things
+  if record:
+    rest = iter(things)
+    groups = [sorted(itertools.islice(rest, clause["count"]), key=lambda t: t.cell)
+              for clause in record["include"]]
+    if world.relations(record["include"]):
+      groups.reverse()  # "a star above a cross": the cross is the first clause
+    things = itertools.chain(*groups)
+  named = [f"{t.color} {t.shape} {_LETTERS[world.GRID * t.cell[0] + t.cell[1]]}" for t in things]
+  return f"The ground is {scene.background}. Places: {', '.join(named) or 'none'}."
 
 
 def grid(things, unclear=()) -> list[str]:
@@ -115,16 +122,6 @@ def listed(cells, first=()) -> str:
   there = dict(zip(_LETTERS, cells))
   others = [at for at, cell in there.items() if cell != EMPTY and at not in first]
   return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
-
-
-def _in_prompt_order(scene, record):
-  """The things in the order of the prompt; like things by cell, so that no letter repeats."""
-  things, include = iter(scene.things), record["include"]
-  groups = [sorted(itertools.islice(things, clause["count"]), key=lambda t: t.cell)
-            for clause in include]
-  if world.relations(include):
-    groups.reverse()  # "a star above a cross": the cross is the first clause
-  return itertools.chain(*groups)
 
 
 # --- Reading ---
@@ -220,7 +217,7 @@ def _complete(include, kept, seen, rng, lure):
   fixed = [t for group in kept for t in group]
   free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
   free = [c for c in free if c not in {t.cell for t in fixed}]
-  wrong = {t.cell for t in seen.things if t not in fixed} | set(_unclear(seen))
+  wrong = {t.cell for t in seen.things if t not in fixed} | set(seen.unclear)
   weights = np.array([lure if c in wrong else 1.0 for c in free])
   missing = [i for i, clause in enumerate(include) for _ in range(clause["count"] - len(kept[i]))]
   picked = rng.choice(len(free), len(missing), replace=False, p=weights / weights.sum())
@@ -231,14 +228,9 @@ def _complete(include, kept, seen, rng, lure):
     return None
   places_, things = [(t.x, t.y, t.radius) for t in fixed], list(fixed)
   for cell, owner in zip(cells, missing):
-    place = world.place_beside(cell, places_, rng)
-    if place is None:
+    if (place := world.place_beside(cell, places_, rng)) is None:
       return None
     places_.append(place)
     things.append(world.Thing(include[owner]["class"], world.color_of(include[owner], rng), *place))
   owners = [i for i, group in enumerate(kept) for _ in group] + missing
   return tuple(things[i] for i in np.argsort(owners, kind="stable"))
-
-
-def _unclear(seen):
-  return getattr(seen, "unclear", ())  # a Scene has none

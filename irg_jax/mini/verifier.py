@@ -35,6 +35,7 @@ _WINDOW = 26  # pixels a side around the largest blob that can be a thing
 
 _APART = 6.0  # pixels in the direction of a relation, at least, ...
 _STRAIGHT = 0.5  # ... and their share of the whole distance
+_WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 _FINE = 128  # samples to a radius in the tables of the shapes
 _REACH = 1.2  # radii from the middle to the edge of the tables
@@ -43,17 +44,11 @@ _SQUARE = np.ones((3, 3))
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """The content of an image.
+  """The content of an image."""
 
-  Attributes:
-    background: its name; None if it is no background of the world.
-    things: in reading order of their cells; places and radii in pixels.
-    unclear: cells (row, column) of objects that are no known shape in a known colour.
-  """
-
-  background: str | None
-  things: tuple[world.Thing, ...]
-  unclear: tuple[tuple[int, int], ...]
+  background: str | None  # its name; None if it is no background of the world
+  things: tuple[world.Thing, ...]  # in reading order of their cells
+  unclear: tuple[tuple[int, int], ...]  # cells of objects that are no shape in a known colour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +66,7 @@ def score(image, record: dict) -> Verdict:
 
 
 def look(image) -> Seen:
-  """Finds the background and the things of an image, uint8 [64, 64, 3].
-
-  Raises:
-    ValueError: for another size or type.
-  """
+  """The content of an image, uint8 [64, 64, 3]; ValueError for another size or type."""
   image = np.asarray(image)
   if image.shape != (world.SIZE, world.SIZE, 3) or image.dtype != np.uint8:
     raise ValueError(f"an image of the mini world is uint8 [{world.SIZE}, {world.SIZE}, 3], "
@@ -93,19 +84,13 @@ def look(image) -> Seen:
 def judge(seen: Seen, record: dict) -> Verdict:
   """Judges the content of an image: the exact count of each clause, and nothing else.
 
-  Args:
-    seen: from `look`.
-    record: see `world`.
-
-  Returns:
-    the verdict; its faults are in this order: unclear, missing, too many, wrongly placed.
+  The faults are in this order: unclear, missing, too many, wrongly placed.
   """
   include = record["include"]
   groups, extra = assign(seen.things, include)
   faults = [_sentence(len(seen.unclear), "shape", None, "unclear")] if seen.unclear else []
   for clause, group in zip(include, groups):
-    if len(group) < clause["count"]:
-      lacking = clause["count"] - len(group)
+    if lacking := clause["count"] - len(group):
       faults.append(_sentence(lacking, clause["class"], clause.get("color"), "missing"))
   kinds = [(t.shape, t.color) for t in extra]
   faults += [_sentence(kinds.count(kind), *kind, "too many") for kind in dict.fromkeys(kinds)]
@@ -126,20 +111,14 @@ def assign(things, include) -> tuple[list[list], list]:
 
 
 def _misplaced(include, groups):
-  """A sentence for each relation that a pair of things does not keep."""
+  """A sentence for each relation that some pair does not keep: far enough, not far to the side."""
   faults, names = [], [n.split(" ", 1)[1] for n in world.nouns(include)]
   for i, relation, other in world.relations(include):
-    if not all(_stands(a, relation, b) for a in groups[i] for b in groups[other]):
+    offsets = [(a.x - b.x, a.y - b.y) for a in groups[i] for b in groups[other]]
+    if any(np.dot(o, _WAYS[relation]) < max(_APART, _STRAIGHT * np.hypot(*o)) for o in offsets):
       verb = "is" if include[i]["count"] == 1 else "are"
       faults.append(f"the {names[i]} {verb} not {relation} the {names[other]}")
   return faults
-
-
-def _stands(a, relation, b):
-  """Whether the relation holds clearly: far enough apart, and not far to the side."""
-  right, down = a.x - b.x, a.y - b.y
-  ahead = {"left of": -right, "right of": right, "above": -down, "below": down}[relation]
-  return ahead >= _APART and ahead >= _STRAIGHT * np.hypot(right, down)
 
 
 def _sentence(count, shape, color, fault):
@@ -183,8 +162,7 @@ def _fit(offset, blobs, label, box, noise):
 
   Args:
     offset: the image less its background, float32 [64, 64, 3].
-    blobs: labels [64, 64].
-    label, box: the blob's label and bounding slices.
+    blobs, label, box: labels [64, 64]; the blob's label and bounding slices.
     noise: squared levels a pixel.
 
   Returns:
@@ -253,9 +231,8 @@ def _nearest(color, palette, within):
 def _shapes():
   """Tables of the seven shapes, in radii from their middle.
 
-  Returns:
-    areas [7]; offsets of the centres of area downwards [7]; lengths of the outlines [7];
-    integral images [7, samples, samples].
+  Areas [7]; offsets of the centres of area downwards [7]; lengths of the outlines [7]; integral
+  images [7, samples, samples].
   """
   at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
   drawn = [_disc(at, 0.5 * (shape == "ring")) if shape in ("circle", "ring")
@@ -297,14 +274,9 @@ def _corners(shape):
 
 
 def _draw(x, y, radius, window):
-  """The share of each pixel of a window that each shape covers.
+  """The share of each pixel that each shape covers, float [7, rows, columns].
 
-  Args:
-    x, y, radius: [7], in pixels.
-    window: slices of the image, [rows, columns].
-
-  Returns:
-    float [7, rows, columns].
+  `x`, `y` and `radius` are [7], in pixels; `window` has the slices of the rows and columns.
   """
   sums, corners = _shapes()[-1], []
   for s, middle in zip(window, (y, x)):  # edges of pixels: the sample before, and the part beyond

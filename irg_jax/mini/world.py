@@ -10,8 +10,12 @@ Counts are exact: "two red circles" means two, and an image must show nothing el
 
 import dataclasses
 import hashlib
+import itertools
 import math
+import pathlib
 import re
+import tomllib
+import typing
 
 import numpy as np
 
@@ -38,45 +42,27 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 RELATIONS = ("left of", "right of", "above", "below")
 _INVERSE = {"right of": "left of", "below": "above"}
 
-# Held out of training: one colour of each shape, in images and prompts, ...
-UNSEEN_PAIRS = frozenset({
-    ("circle", "green"), ("square", "pink"), ("triangle", "blue"), ("diamond", "red"),
-    ("star", "purple"), ("cross", "yellow"), ("ring", "orange"),
-})
-# ... and these relations of two shapes, in prompts, whichever of the two is named first.
-_UNSEEN_RELATIONS = frozenset({
-    ("circle", "left of", "star"), ("square", "left of", "ring"), ("triangle", "left of", "cross"),
-    ("star", "left of", "diamond"), ("ring", "left of", "triangle"),
-    ("cross", "above", "circle"), ("diamond", "above", "square"), ("star", "above", "triangle"),
-    ("ring", "above", "star"), ("square", "above", "circle"),
-})
+# Held out of training: one colour of each shape, in images and prompts; and these relations of two
+# shapes, in prompts, whichever of the two is named first.
+_WORDING = tomllib.loads((pathlib.Path(__file__).parent / "files" / "world.toml").read_text())
+UNSEEN_PAIRS = frozenset(map(tuple, _WORDING["unseen_pairs"]))
+_UNSEEN_RELATIONS = frozenset(map(tuple, _WORDING["unseen_relations"]))
 _TRAINING_SHARES = (0.05, 0.13, 0.10, 0.05, 0.24, 0.15, 0.28)  # of `TASKS`; hard ones have more
 _TEST_SHARE = 5  # one prompt in this many is held out for the test
 
-_FRAMES = ("{}", "a picture of {}", "draw {}", "please paint {}", "an image with {}",
-           "show me {}", "i would like to see {}", "make a drawing of {}", "{} on a plain ground",
-           "a simple picture that shows {}")
-_RELATION_WORDS = {"left of": ("left of", "to the left of"),
-                   "right of": ("right of", "to the right of"),
-                   "above": ("above", "over"), "below": ("below", "under")}
+_FRAMES, _SAID = _WORDING["frames"], _WORDING["relations"]
 _NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """A shape in an image.
-
-  Attributes:
-    shape, color: names.
-    x, y: its middle, in pixels from the left and the top edge.
-    radius: half the side of its bounding square, in pixels.
-  """
+  """A shape in an image."""
 
   shape: str
   color: str
-  x: float
+  x: float  # its middle, in pixels from the left and the top edge
   y: float
-  radius: float
+  radius: float  # half the side of its bounding square, in pixels
 
   @property
   def cell(self) -> tuple[int, int]:
@@ -86,11 +72,12 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The content of an image; `tone` is added to the three levels of the background."""
+  """The content of an image."""
 
   background: str
   things: tuple[Thing, ...]
-  tone: tuple[int, int, int] = (0, 0, 0)
+  tone: tuple[int, int, int] = (0, 0, 0)  # added to the levels of the background
+  unclear: typing.ClassVar[tuple] = ()  # a `verifier.Seen` may have such cells
 
 
 # --- Records and prompts ---
@@ -100,9 +87,13 @@ def sample_record(task: str, rng) -> dict:
   """A random record of a task, with a prompt in one of several phrasings."""
   while not (include := _CLAUSES[task](rng)):
     pass
+  *most, last = names = nouns(include)
+  text = f"{', '.join(most)} and {last}" if most else last
+  for i, relation, other in relations(include):
+    text = f"{names[i]} {_SAID[relation][int(rng.integers(2))]} {names[other]}"
   exclude = [{"class": c["class"], "count": c["count"] + 1} for c in include]
-  record = {"tag": task, "include": include, "exclude": exclude if task == "counting" else []}
-  return record | {"prompt": _phrase(include, rng)}
+  return {"tag": task, "include": include, "exclude": exclude if task == "counting" else [],
+          "prompt": _FRAMES[int(rng.integers(len(_FRAMES)))].format(text)}
 
 
 def training_record(rng) -> dict:
@@ -150,16 +141,8 @@ def nouns(include, article: bool = True) -> list[str]:
 def words() -> set[str]:
   """All words that a prompt can have."""
   some = [noun(n, shape, c) for n in (1, 2) for shape in SHAPES for c in (None, *COLORS)]
-  said = [*_FRAMES, *sum(_RELATION_WORDS.values(), ()), *some, *_NUMBERS[1:], "and"]
+  said = [*_FRAMES, *itertools.chain(*_SAID.values()), *some, *_NUMBERS[1:], "and"]
   return set(re.findall(r"\w+", " ".join(said).lower()))
-
-
-def _phrase(include, rng):
-  *most, last = names = nouns(include)
-  text = f"{', '.join(most)} and {last}" if most else last
-  for i, relation, other in relations(include):
-    text = f"{names[i]} {_RELATION_WORDS[relation][int(rng.integers(2))]} {names[other]}"
-  return _FRAMES[int(rng.integers(len(_FRAMES)))].format(text)
 
 
 def _clause(shape, count=1, color=None, position=None):
@@ -170,11 +153,6 @@ def _clause(shape, count=1, color=None, position=None):
 
 def _pick(names, count, rng):
   return rng.choice(list(names), count, replace=False)
-
-
-def _position(rng):
-  first, second = _pick(SHAPES, 2, rng)
-  return [_clause(first), _clause(second, position=[str(rng.choice(RELATIONS)), 0])]
 
 
 def _free(rng):
@@ -197,7 +175,9 @@ _CLAUSES = {
     "two_object": lambda rng: [_clause(s) for s in _pick(SHAPES, 2, rng)],
     "counting": lambda rng: [_clause(*_pick(SHAPES, 1, rng), rng.integers(2, 5))],
     "colors": lambda rng: [_clause(*_pick(SHAPES, 1, rng), 1, *_pick(COLORS, 1, rng))],
-    "position": _position,
+    "position": lambda rng: [
+        _clause(s, position=p)
+        for s, p in zip(_pick(SHAPES, 2, rng), (None, [str(rng.choice(RELATIONS)), 0]))],
     "color_attr": lambda rng: [
         _clause(s, 1, c) for s, c in zip(_pick(SHAPES, 2, rng), _pick(COLORS, 2, rng))],
     "free": _free,
@@ -219,8 +199,13 @@ def sample_scene(record: dict, rng) -> Scene:
     groups = [[c for c, owner in zip(cells, owners) if owner == i] for i in range(len(include))]
     if relations_hold(include, groups):
       break
+  # Two large things in neighbouring cells fit only with small shifts: all are sampled again.
+  while True:
+    places = [_around(cell, rng) for cell in cells]
+    if all(_apart(a, b) for a, b in itertools.combinations(places, 2)):
+      break
   things = tuple(Thing(include[i]["class"], color_of(include[i], rng), *place)
-                 for i, place in zip(owners, _place(cells, rng)))
+                 for i, place in zip(owners, places))
   tone = _sample_tone(rng)
   return Scene(str(rng.choice(list(BACKGROUNDS))), things, tone)
 
@@ -264,15 +249,6 @@ def place_beside(cell, others, rng) -> tuple[float, float, float] | None:
   return None
 
 
-def _place(cells, rng):
-  """Free places (x, y, radius) near the middles of different cells."""
-  # Two large things in neighbouring cells fit only with small shifts: all are sampled again.
-  while True:
-    places = [_around(cell, rng) for cell in cells]
-    if all(_apart(a, b) for i, a in enumerate(places) for b in places[:i]):
-      return places
-
-
 def _around(cell, rng):
   radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
   y, x = ((i + 0.5) * CELL + rng.uniform(-_SHIFT, _SHIFT) for i in cell)
@@ -307,19 +283,14 @@ def paint(scene: Scene) -> np.ndarray:
   """The image of a scene, uint8 [64, 64, 3]."""
   image = np.tile(np.add(BACKGROUNDS[scene.background], scene.tone).astype(float), (SIZE, SIZE, 1))
   for thing in scene.things:
-    window, cover = _cover(thing)
+    window = tuple(slice(max(0, int(v - thing.radius - 2)), min(SIZE, int(v + thing.radius + 3)))
+                   for v in (thing.y, thing.x))
+    y, x = (np.arange(s.start, s.stop, 1 / _SAMPLES) + 0.5 / _SAMPLES for s in window)
+    inside = _INSIDE[thing.shape]((x[None, :] - thing.x) / thing.radius,
+                                  (y[:, None] - thing.y) / thing.radius)
+    cover = inside.reshape(len(y) // _SAMPLES, _SAMPLES, -1, _SAMPLES).mean((1, 3))
     image[window] += cover[..., None] * (COLORS[thing.color] - image[window])
   return np.clip(np.round(image), 0, 255).astype(np.uint8)
-
-
-def _cover(thing):
-  """(window, share of each of its pixels that the thing covers)."""
-  window = tuple(slice(max(0, int(v - thing.radius - 2)), min(SIZE, int(v + thing.radius + 3)))
-                 for v in (thing.y, thing.x))
-  y, x = (np.arange(s.start, s.stop, 1 / _SAMPLES) + 0.5 / _SAMPLES for s in window)
-  inside = _INSIDE[thing.shape]((x[None, :] - thing.x) / thing.radius,
-                                (y[:, None] - thing.y) / thing.radius)
-  return window, inside.reshape(len(y) // _SAMPLES, _SAMPLES, -1, _SAMPLES).mean((1, 3))
 
 
 def _polygon(x, y, points):
