@@ -1,10 +1,9 @@
 """Declaration of settings as fields of frozen dataclasses; configuration files and overrides.
 
-The field `rounds: int = setting(2, "images of a prompt", low=1)` holds the default, the bounds
-and the documentation of a setting. Everything else is derived from it: validation (`build`,
-`check`), the ConfigDict that files and overrides change (`to_config`, `read`), and the tables of
-docs/settings.md. A class checks several fields together in a method `faults()`, which yields
-(name of the field, what is wrong with it).
+`rounds: int = setting(2, "images of a prompt", low=1)` declares default, documentation and bounds.
+Validation (`build`, `check`), the ConfigDict that files and overrides change (`to_config`, `read`)
+and the tables of docs/settings.md follow from it. A method `faults()` of a class checks several
+fields together: it yields (name of the field, what is wrong with it).
 
 A configuration file (`configs/*.py`) is Python with a function `get_config()` that returns an
 `ml_collections.ConfigDict`. `FILE.py:PRESET` calls `get_config("PRESET")`. An override is
@@ -21,7 +20,7 @@ import types
 import typing
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = dataclasses.MISSING  # the default of a setting without one
@@ -31,11 +30,9 @@ def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), w
   """Declares a setting as a dataclass field.
 
   Args:
-    default: value when nothing else is given; dicts are copied.
+    default: dicts are copied.
     doc: one line for the tables of settings.
-    low, high: inclusive bounds, of each element of a tuple and each value of a dict.
-    above: exclusive lower bound.
-    choices: allowed values.
+    low, high, above: bounds, the last exclusive, of each item of a tuple and value of a dict.
     was: older name, accepted with a note for one version.
   """
   metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was)
@@ -139,24 +136,18 @@ class SpecialTokens:
   image_end: int = 151653  # <|vision_end|>
 
 
-def build(cls, fields, prefix: str = ""):
+def build(cls, fields):
   """Builds and checks settings of class `cls` from a mapping; missing fields keep defaults.
 
-  `prefix` is the dotted path of `fields` in messages, with a dot at its end.
-
-  Raises:
-    ValueError: unknown field, wrong type or out of bounds; names the field.
+  ValueError names a field that is unknown, of a wrong type or out of bounds.
   """
-  settings = update(cls(), fields, prefix)
-  check(settings, prefix)
-  return settings
+  return check(update(cls(), fields))
 
 
 def update(settings, fields, prefix: str = ""):
   """Returns a copy of `settings` with the fields of a mapping; does not check bounds.
 
-  Raises:
-    ValueError: unknown field or wrong type; names the field.
+  `prefix` is the dotted path of the group in messages. Raises ValueError as `build` does.
   """
   kinds, values = typing.get_type_hints(type(settings)), {}
   for name, value in fields.items():
@@ -170,8 +161,8 @@ def update(settings, fields, prefix: str = ""):
     raise ValueError(f"config field {prefix.rstrip('.')!r}: {e}") from e
 
 
-def check(settings, prefix: str = "") -> None:
-  """Raises ValueError that names the first setting with a wrong value."""
+def check(settings, prefix: str = ""):
+  """Returns the settings, or raises ValueError that names the first one with a wrong value."""
   for field in dataclasses.fields(settings):
     name, value = prefix + field.name, getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
@@ -181,6 +172,7 @@ def check(settings, prefix: str = "") -> None:
         raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {item!r}, {fault}")
   for name, fault in getattr(settings, "faults", tuple)():
     raise ValueError(f"config field {prefix + name!r} {fault}")
+  return settings
 
 
 def renamed(cls, prefix: str = "") -> dict[str, str]:
@@ -194,17 +186,17 @@ def renamed(cls, prefix: str = "") -> dict[str, str]:
   return names
 
 
-def to_config(settings) -> config_dict.ConfigDict:
+def to_config(settings) -> ConfigDict:
   """Converts settings to a ConfigDict; a field that may be None keeps its type."""
-  config, kinds = config_dict.ConfigDict(), typing.get_type_hints(type(settings))
+  config, kinds = ConfigDict(), typing.get_type_hints(type(settings))
   for field in dataclasses.fields(settings):
-    value = getattr(settings, field.name)
-    if isinstance(kinds[field.name], types.UnionType):
-      config[field.name] = config_dict.placeholder(typing.get_args(kinds[field.name])[0])
+    name, value = field.name, getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       value = to_config(value)
+    if isinstance(kinds[name], types.UnionType):
+      config[name] = config_dict.placeholder(typing.get_args(kinds[name])[0])
     if value is not None:
-      config[field.name] = config_dict.ConfigDict(value) if isinstance(value, dict) else value
+      config[name] = ConfigDict(value) if isinstance(value, dict) else value
   return config
 
 
@@ -216,20 +208,19 @@ def read(default, path=None, overrides=()):
   settings = default
   if path is not None:
     file, preset, overrides = locate(path, overrides)
+    config = _run(file, preset)
     try:
-      settings = update(default, _run(file, preset).to_dict())
+      settings = update(default, config.to_dict())
     except ValueError as e:
       raise ValueError(f"config file {file}: {e}") from e
-  config = override(to_config(settings), [_present(type(default), text) for text in overrides])
-  settings = update(settings, config.to_dict())
-  check(settings)
-  return settings
+  overrides = [_present(type(default), text) for text in overrides]
+  return check(update(settings, _override(to_config(settings), overrides).to_dict()))
 
 
-def load(path, overrides=()) -> config_dict.ConfigDict:
-  """Runs a configuration file ("FILE.py" or "FILE.py:PRESET") and applies overrides."""
+def load(path, overrides=()) -> ConfigDict:
+  """Runs a configuration file ("FILE.py" or "FILE.py:PRESET"); applies overrides; locks it."""
   file, preset, overrides = locate(path, overrides)
-  return override(_run(file, preset), overrides)
+  return _override(_run(file, preset), overrides)
 
 
 def read_model(path, overrides=()) -> ModelConfig:
@@ -237,11 +228,11 @@ def read_model(path, overrides=()) -> ModelConfig:
   config = load(path, overrides)
   if "model" not in config:
     raise ValueError(f"config file {path}: has no field 'model'")
-  return build(ModelConfig, config.model.to_dict())
+  return build(ModelConfig, config.model)
 
 
 def locate(path, overrides=()) -> tuple[pathlib.Path, str, list[str]]:
-  """Splits "FILE.py:PRESET" into file and preset (or ""); "preset=NAME" is the older form."""
+  """Returns (file, preset or "", other overrides); the override "preset=NAME" is an older form."""
   file, _, preset = str(path).partition(".py:")
   file = f"{file}.py" if preset else str(path)
   for text in overrides:
@@ -251,8 +242,7 @@ def locate(path, overrides=()) -> tuple[pathlib.Path, str, list[str]]:
   return pathlib.Path(file), preset, [o for o in overrides if not o.startswith("preset=")]
 
 
-def override(config, overrides) -> config_dict.ConfigDict:
-  """Returns a locked copy of a ConfigDict with overrides applied in order."""
+def _override(config, overrides):
   for text in overrides:
     _check_field(config, *text.partition("=")[:2])
   # FlagValues of its own: neither absl's global flags nor sys.argv take part.
@@ -266,24 +256,42 @@ def override(config, overrides) -> config_dict.ConfigDict:
   return values.config.lock()
 
 
-def _run(path, preset):
-  if not path.is_file():
-    raise ValueError(f"config file {path}: no such file")
+def _check_field(config, field, equals):
+  """Names the wrong part of an override's path, which config_flags would not."""
+  if not equals:
+    raise ValueError(f"--config.{field}: write it as --config.{field}=VALUE")
+  node, path = config, field.split(".")
+  for i, name in enumerate(path):
+    known = list(node) if isinstance(node, ConfigDict) else []
+    if name not in known:
+      where = ".".join(path[:i]) or "the configuration"
+      raise ValueError(f"--config.{field}: no field {name!r} in {where}; its fields: "
+                       f"{', '.join(known) or 'none'}")
+    node = node[name]
+  if isinstance(node, ConfigDict):
+    fields = ", ".join(f"--config.{field}.{name}" for name in node)
+    raise ValueError(f"--config.{field} is a group of fields; set one of them: {fields}")
+
+
+def _run(file, preset):
+  if not file.is_file():
+    raise ValueError(f"config file {file}: no such file")
   try:
-    names = runpy.run_path(str(path))
-    config = "get_config" in names and names["get_config"](*[preset] if preset else [])
+    get_config = runpy.run_path(str(file)).get("get_config")
+    config = get_config and get_config(*[preset] if preset else [])
   except Exception as e:  # any error of the file's own code
-    raise ValueError(f"config file {path}: {type(e).__name__}: {e}") from e
-  if "get_config" not in names:
-    raise ValueError(f"config file {path}: has no function get_config()")
-  if not isinstance(config, config_dict.ConfigDict):
-    raise ValueError(f"config file {path}: get_config() returned a {type(config).__name__}, "
+    raise ValueError(f"config file {file}: {type(e).__name__}: {e}") from e
+  if get_config is None:
+    raise ValueError(f"config file {file}: has no function get_config()")
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f"config file {file}: get_config() returned a {type(config).__name__}, "
                      "not an ml_collections.ConfigDict")
   return config
 
 
 def _updated(name, old, value, kind):
   """The new value of a setting, from that of a file or JSON object."""
+  is_tuple = typing.get_origin(kind) is tuple
   is_group = dataclasses.is_dataclass(old) or isinstance(old, dict)
   if is_group and not hasattr(value, "items"):
     raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
@@ -293,30 +301,26 @@ def _updated(name, old, value, kind):
     raise ValueError(f"config field {name!r} has no {unknown[0]!r}; known: {', '.join(old)}")
   if is_group:
     return old | {key: _updated(f"{name}.{key}", 0.0, x, float) for key, x in value.items()}
-  types_of = typing.get_args(kind) or (kind,)  # of `int | None`, `tuple[float, ...]`, `int`
-  is_tuple = typing.get_origin(kind) is tuple
+  accepted = typing.get_args(kind) or (kind,)  # of `int | None`, `tuple[float, ...]`, `int`
+  wanted = f"hold {accepted[0].__name__} values" if is_tuple else f"be {accepted[0].__name__}"
+  accepted += (int,) if float in accepted else ()
   items = value if is_tuple and isinstance(value, (list, tuple)) else [value]
-  accepted = {int, float} if types_of[0] is float else set(types_of)
-  if is_tuple and items == [value] or not all(type(x) in accepted for x in items):
-    wanted = f"hold {types_of[0].__name__} values" if is_tuple else f"be {types_of[0].__name__}"
+  if is_tuple and items is not value or not all(type(x) in accepted for x in items):
     raise ValueError(f"config field {name!r} is {value!r}, but must {wanted}")
   return tuple(items) if is_tuple else value
 
 
 def _fault(value, low=None, high=None, above=None, choices=(), **_):
-  """What is wrong with the value of a setting; None: nothing."""
-  values = value if isinstance(value, tuple) else () if value is None else (value,)
-  for x in values:
-    if isinstance(x, float) and not math.isfinite(x):
-      return "but must be finite"
-    if choices and x not in choices:
-      return f"not one of {choices}"
-    if low is not None and x < low:
-      return f"but must be at least {low}"
-    if high is not None and x > high:
-      return f"but must be at most {high}"
-    if above is not None and x <= above:
-      return f"but must be above {above}"
+  """Describes a wrong value of a setting; None if it is right."""
+  for x in value if isinstance(value, tuple) else () if value is None else (value,):
+    for found, fault in (
+        (isinstance(x, float) and not math.isfinite(x), "but must be finite"),
+        (choices and x not in choices, f"not one of {choices}"),
+        (low is not None and x < low, f"but must be at least {low}"),
+        (high is not None and x > high, f"but must be at most {high}"),
+        (above is not None and x <= above, f"but must be above {above}")):
+      if found:
+        return fault
   return None
 
 
@@ -331,20 +335,3 @@ def _present(cls, text):
 
 def _note(old, new):
   print(f"note: {old} is now {new}; the old form will go in the next version", file=sys.stderr)
-
-
-def _check_field(config, field, equals):
-  """Names the wrong part of an override's path, which config_flags would not."""
-  if not equals:
-    raise ValueError(f"--config.{field}: write it as --config.{field}=VALUE")
-  node, path = config, field.split(".")
-  for i, name in enumerate(path):
-    known = list(node) if isinstance(node, config_dict.ConfigDict) else []
-    if name not in known:
-      where = ".".join(path[:i]) or "the configuration"
-      raise ValueError(f"--config.{field}: no field {name!r} in {where}; its fields: "
-                       f"{', '.join(known) or 'none'}")
-    node = node[name]
-  if isinstance(node, config_dict.ConfigDict):
-    fields = ", ".join(f"--config.{field}.{name}" for name in node)
-    raise ValueError(f"--config.{field} is a group of fields; set one of them: {fields}")

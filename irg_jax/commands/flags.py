@@ -23,7 +23,8 @@ _SHORT = (
 )
 # Fields of the settings that a short flag sets.
 SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
-    "text_scale": ("first.text_scale", "later.text_scale"), "image_scale": ("later.image_scale",)}
+    "text_scale": ("first.text_scale", "later.text_scale"), "image_scale": ("later.image_scale",),
+    "think": ("think",)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,29 +93,24 @@ def add_generation(parser, think_limit: int = 1000) -> None:
     add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X",
         help=text.format(think_limit=think_limit))
   add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
-  add("--greedy", action="store_true", help="take the likeliest token: temperature 0")
-  add("--no-think", action="store_true", help="generate images without thoughts")
+  add("--greedy", dest="temperature", action="store_const", const=0.0,
+      help="take the likeliest token: temperature 0")
+  add("--no-think", dest="think", action="store_const", const=False,
+      help="generate images without thoughts")
 
 
 def read_settings(args, overrides, checkpoint, default=None):
   """Reads (settings, system prompt) of generation from the checkpoint and all flags.
 
-  Args:
-    default: `generate.settings.Settings` for a checkpoint without generate.json.
-
-  Raises:
-    ValueError: names the flag or the file.
+  `default` holds the settings for a checkpoint without generate.json. ValueError names the flag or
+  the file.
   """
   from irg_jax import config, sharding
   from irg_jax.generate.settings import Settings, read_defaults
   if unknown := set(args.mesh or ()) - set(sharding.MESH_AXES):
     raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}; known: {sharding.MESH_AXES}")
-  fields = {f: getattr(args, flag) for flag, names in SHORTHANDS.items() for f in names}
+  fields = {f: getattr(args, name) for name, names in SHORTHANDS.items() for f in names}
   fields["width"], fields["height"] = args.size or (None, None)
-  if args.greedy:
-    fields["temperature"] = 0.0
-  if args.no_think:
-    fields["think"] = False
   short = [f"{field}={value}" for field, value in fields.items() if value is not None]
   defaults = read_defaults(checkpoint, default or Settings())
   settings = config.read(defaults.settings, args.config, [*overrides, *short])

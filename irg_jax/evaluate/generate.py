@@ -258,11 +258,8 @@ def _write(request, folder, item, image, trajectory):
     fails = not np.isfinite(r.latents).all()
     if not fails:
       folder.write_image(_cell_path(item, image, number) if request.benchmark.grid else path, r.image)
-    rounds.append({
-        "think": r.thought.text if request.settings.think else None,
-        "think_tokens": len(r.thought.ids), "hit_limit": r.thought.hit_limit,
-        "tokens_cut": r.thought.cut, "picture": None if fails else path.as_posix(),
-        "seconds": r.seconds})
+    rounds.append(generate_run.round_record(
+        r, request.settings.think, None if fails else path.as_posix()))
   record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
             "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}
   folder.write(base.trace_path(item, image),

@@ -20,31 +20,18 @@ from irg_jax.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-  """Inputs of one `irg generate`.
-
-  Attributes:
-    checkpoint: folder of the weights.
-    prompts: one trace each; prompt number i has the seed `seed + i`.
-    image: image file that every prompt edits, or None.
-    out: folder of the results; it may not exist yet.
-    settings: of generation.
-    system_prompt: read before every prompt; may be empty.
-    seed: seed of the first prompt.
-    batch_size: prompts generated side by side.
-    mesh: mesh sizes by axis name, or None for all devices on one axis.
-    dtype: dtype of the activations, or None for the checkpoint's own.
-  """
+  """Inputs of one `irg generate`."""
 
   checkpoint: pathlib.Path
-  prompts: tuple[str, ...]
-  image: pathlib.Path | None
-  out: pathlib.Path
+  prompts: tuple[str, ...]  # one trace each; prompt number i has the seed `seed + i`
+  image: pathlib.Path | None  # image file that every prompt edits
+  out: pathlib.Path  # folder of the results; it may not exist yet
   settings: Settings
-  system_prompt: str
+  system_prompt: str  # read before every prompt; may be empty
   seed: int
-  batch_size: int
-  mesh: dict[str, int] | None
-  dtype: str | None
+  batch_size: int  # prompts generated side by side
+  mesh: dict[str, int] | None  # sizes by axis name; None: all devices on one axis
+  dtype: str | None  # of the activations; None: the checkpoint's own
 
 
 def run_generate(inputs: Inputs) -> None:
@@ -54,27 +41,30 @@ def run_generate(inputs: Inputs) -> None:
     ValueError, OSError: with a message for the user. What can be checked before the weights are
       read is checked then, before anything is written.
   """
-  folders = trace_folders(inputs)
+  count, folders = len(inputs.prompts), _trace_folders(inputs)
   for folder in folders:
     trace.check_trace_folder(folder)
   config = weights.read_config(inputs.checkpoint)
   inputs.settings.validate(config)
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
-  _check_prompts(inputs, tokenizer)
   image = None if inputs.image is None else read_image(inputs.image)
-  _check_cache(inputs, config, tokenizer, image)
-  mesh = sharding.make_mesh(inputs.mesh)
+  _check_lengths(inputs, config, tokenizer, image)
+  mesh, entries = sharding.make_mesh(inputs.mesh), []
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress)
-    entries = []
-    for rows in batches(len(inputs.prompts), inputs.batch_size):
-      progress.prefix = _prefix(rows, len(inputs.prompts))
+    for rows in batches(count, inputs.batch_size):
+      if count > 1:
+        numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"
+        progress.prefix = f"prompt{numbers} of {count}: "
       drawn = _generate(inputs, model, params, tokenizer, rows, image, progress)
       entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, image))
                   for i, t in zip(rows, drawn)]
-  if len(folders) > 1:
+  if count > 1:
     trace.write_index(inputs.out, entries)
-  _print_results(inputs.out, folders)
+  for folder in folders:
+    print(f"{folder}: {', '.join(p.name for p in sorted(folder.glob('round*.png')))}, trace.json")
+  page = inputs.out / ("index.html" if count > 1 else "trace.html")
+  print(f"open {page} to read thoughts and images side by side")
 
 
 def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, dict]:
@@ -95,14 +85,6 @@ def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, d
   return UnifiedTransformer(config), params
 
 
-def trace_folders(inputs: Inputs) -> list[pathlib.Path]:
-  """Folders of the traces: `out` itself for one prompt, out/001, out/002, ... for several."""
-  count = len(inputs.prompts)
-  if count == 1:
-    return [inputs.out]
-  return [inputs.out / f"{i:0{max(3, len(str(count)))}}" for i in range(1, count + 1)]
-
-
 def batches(count: int, size: int) -> list[range]:
   """Numbers of the prompts that run side by side: `batches(5, 2)` is 0-1, 2-3, 4."""
   return [range(i, min(i + size, count)) for i in range(0, count, size)]
@@ -119,9 +101,24 @@ def versions() -> dict[str, str]:
   return found
 
 
-def _check_prompts(inputs, tokenizer):
-  """Checks all prompts before the first batch costs anything, and notes unknown words."""
-  limit, defaults = inputs.settings.max_prompt_tokens, read_defaults(inputs.checkpoint)
+def round_record(drawn: irg.Round, thinks: bool, image) -> dict:
+  """The record of a round for `trace.json`; `image` stands for its image there."""
+  return {"think": drawn.thought.text if thinks else None, "think_tokens": len(drawn.thought.ids),
+          "hit_limit": drawn.thought.hit_limit, "tokens_cut": drawn.thought.cut, "picture": image,
+          "seconds": drawn.seconds}
+
+
+def _trace_folders(inputs):
+  """`out` itself for one prompt, out/001, out/002, ... for several."""
+  count = len(inputs.prompts)
+  width = max(3, len(str(count)))
+  return [inputs.out / f"{i:0{width}}" for i in range(1, count + 1)] if count > 1 else [inputs.out]
+
+
+def _check_lengths(inputs, config, tokenizer, image):
+  """Checks prompts and cache before the first batch costs anything, and notes unknown words."""
+  settings, defaults = inputs.settings, read_defaults(inputs.checkpoint)
+  limit = settings.max_prompt_tokens
   for number, prompt in enumerate(inputs.prompts, 1):
     count = len(tokenizer.encode(prompt))
     if count > limit:
@@ -129,13 +126,8 @@ def _check_prompts(inputs, tokenizer):
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
     if note := defaults.about(prompt):
       print(f'note on "{prompt}": {note}', file=sys.stderr)
-
-
-def _check_cache(inputs, config, tokenizer, image):
-  size, s = None, inputs.settings
-  if image is not None:
-    size = s.vae_transform.size(image.shape[1], image.shape[0])[::-1]
-  plan_cache(config, s, len(tokenizer.encode(inputs.system_prompt)), size)
+  size = None if image is None else settings.vae_transform.size(*image.shape[1::-1])[::-1]
+  plan_cache(config, settings, len(tokenizer.encode(inputs.system_prompt)), size)
 
 
 def _generate(inputs, model, params, tokenizer, rows, image, progress):
@@ -150,42 +142,15 @@ def _generate(inputs, model, params, tokenizer, rows, image, progress):
       images=None if image is None else [image] * size, on_progress=progress)[:len(rows)]
 
 
-def _prefix(rows, count):
-  if count == 1:
-    return ""
-  numbers = str(rows[0] + 1) if len(rows) == 1 else f"{rows[0] + 1} to {rows[-1] + 1}"
-  return f"{'prompt' if len(rows) == 1 else 'prompts'} {numbers} of {count}: "
-
-
 def _record(inputs, number, trajectory, dtype, image) -> dict:
   """The record of one prompt for `trace.write_trace`; seconds are those of its whole batch."""
-  thinks = inputs.settings.think
-  run = {"batch_size": inputs.batch_size,
-         "image": None if inputs.image is None else str(inputs.image), "dtype": dtype,
-         "mesh": inputs.mesh,
-         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+  settings = dataclasses.asdict(inputs.settings) | {
+      "batch_size": inputs.batch_size,
+      "image": None if inputs.image is None else str(inputs.image), "dtype": dtype,
+      "mesh": inputs.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   return {
-      "prompt": trajectory.prompt,
-      "system_prompt": inputs.system_prompt,
-      "seed": inputs.seed + number,
-      "checkpoint": str(inputs.checkpoint),
-      "settings": dataclasses.asdict(inputs.settings) | run,
+      "prompt": trajectory.prompt, "system_prompt": inputs.system_prompt,
+      "seed": inputs.seed + number, "checkpoint": str(inputs.checkpoint), "settings": settings,
       "versions": versions(),
       "source": None if image is None else inputs.settings.vae_transform(image),
-      "rounds": [{
-          "think": r.thought.text if thinks else None,
-          "think_tokens": len(r.thought.ids),
-          "hit_limit": r.thought.hit_limit,
-          "tokens_cut": r.thought.cut,
-          "picture": r.image,
-          "seconds": r.seconds,
-      } for r in trajectory.rounds],
-  }
-
-
-def _print_results(out, folders):
-  for folder in folders:
-    images = ", ".join(p.name for p in sorted(folder.glob("round*.png")))
-    print(f"{folder}: {images}, trace.json")
-  page = out / ("trace.html" if len(folders) == 1 else "index.html")
-  print(f"open {page} to read thoughts and images side by side")
+      "rounds": [round_record(r, inputs.settings.think, r.image) for r in trajectory.rounds]}

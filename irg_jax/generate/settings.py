@@ -110,8 +110,7 @@ class Settings:
       raise ValueError(f"config field 'rounds' is {self.rounds}, but without thinking the rounds "
                        "after the first read nothing new: set rounds to 1 or think to true")
     side, stride = model.max_latent_size * model.pixel_stride, model.pixel_stride
-    for name in ("height", "width"):
-      pixels = getattr(self, name)
+    for name, pixels in (("height", self.height), ("width", self.width)):
       if pixels % stride:
         raise ValueError(f"{name} {pixels} is not a positive multiple of {stride} pixels")
       if pixels > side:
@@ -121,21 +120,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-  """Defaults of a checkpoint.
+  """Defaults of a checkpoint; the fields are those of `generate.json`, in its order."""
 
-  Attributes:
-    settings: of generation.
-    system_prompt: read before every prompt.
-    words: all words of its training prompts, if they are few; else empty.
-    note: says what the model knows; shown for prompts with other words.
-    dtype: dtype of the arithmetic; None: that of the weights.
-  """
-
+  system_prompt: str = SYSTEM_PROMPT  # read before every prompt
   settings: Settings = Settings()
-  system_prompt: str = SYSTEM_PROMPT
-  words: tuple[str, ...] = ()
-  note: str = ""
-  dtype: str | None = None
+  words: tuple[str, ...] = ()  # all words of its training prompts, if they are few
+  note: str = ""  # says what the model knows; shown for prompts with other words
+  dtype: str | None = None  # of the arithmetic; None: that of the weights
 
   def about(self, prompt: str) -> str | None:
     """Names the words of a prompt that the model never saw; None if there are none."""
@@ -146,17 +137,14 @@ class Defaults:
 
 def write_defaults(folder, defaults: Defaults) -> None:
   """Writes `generate.json` into a checkpoint folder."""
-  content = {"system_prompt": defaults.system_prompt,
-             "settings": dataclasses.asdict(defaults.settings), "words": sorted(defaults.words),
-             "note": defaults.note, "dtype": defaults.dtype}
+  content = dataclasses.asdict(defaults) | {"words": sorted(defaults.words)}
   write_json(pathlib.Path(folder) / NAME, content, indent=1)
 
 
 def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
   """Reads `generate.json` of a checkpoint folder; without the file, defaults with `settings`.
 
-  Raises:
-    ValueError: the file is broken; names it.
+  ValueError names a broken file.
   """
   path = pathlib.Path(folder) / NAME
   if not path.is_file():
