@@ -43,9 +43,11 @@ def count_flops(jaxpr) -> tuple[float, int]:
 def _while_turns(params) -> int | None:
   """Turns by the comparisons `counter < constant` of a condition, counting from 0 up by 1."""
   condition = params["cond_jaxpr"].jaxpr
-  bounds = [eqn.invars for eqn in condition.eqns if eqn.primitive.name == "lt"]
-  return min((int(bound.val) for counter, bound in bounds
-              if counter in condition.invars and isinstance(bound, core.Literal)), default=None)
+  casts = {eqn.outvars[0]: eqn.invars[0] for eqn in condition.eqns if len(eqn.invars) == 1}
+  bounds = [bound if isinstance(bound, core.Literal) else casts.get(bound)
+            for counter, bound in (e.invars for e in condition.eqns if e.primitive.name == "lt")
+            if counter in condition.invars]
+  return min((int(b.val) for b in bounds if isinstance(b, core.Literal)), default=None)
 
 
 # How often the inner jaxprs of a primitive run. That of a shard_map is the program of one device.
