@@ -20,9 +20,7 @@ except ImportError:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Memory and time of a program on one chip.
-
-  Of a program that does not fit, and so does not compile, only `peak` is known.
+  """Memory and time of a program on one chip; only `peak` of one that does not fit and compile.
 
   Attributes:
     peak: bytes of memory: arguments and temporaries, or the compiler's own peak if that is more.
@@ -45,10 +43,6 @@ class Estimate:
   traffic: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-  @property
-  def bound(self) -> str:
-    return max(self.seconds, key=self.seconds.get)
-
   def headroom(self, slice_: Slice) -> float:
     """Share of the chip's memory that stays free; negative if the program does not fit."""
     return 1 - self.peak / (slice_.chip.hbm_gib * GIB)
@@ -69,13 +63,12 @@ def open_slice(text: str) -> Slice:
   # Later chips than v4 join their two cores by themselves.
   options = {"chip_config_name": "megacore"} if parsed.chip.name == "v4" else {}
   try:
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=parsed.name, **options).devices
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=parsed.name, **options)
   except Exception as e:  # libtpu's errors have no type of their own
     raise ValueError(f"topology {parsed.name}: libtpu cannot compile for it: "
                      f"{str(e).splitlines()[0]}") from e
-  return dataclasses.replace(parsed, devices=tuple(devices),
-                             places={d.id: tuple(d.coords) for d in devices})
+  return dataclasses.replace(parsed, devices=tuple(topology.devices),
+                             places={d.id: tuple(d.coords) for d in topology.devices})
 
 
 def estimate(program: Program, slice_: Slice) -> Estimate:
@@ -89,31 +82,21 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
       traced = program.trace()
       compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
-    return Estimate(program, _refused_bytes(program, str(e)))
-  memory = compiled.memory_analysis()
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of |"
+                     r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(e))
+    if "RESOURCE_EXHAUSTED" not in str(e) or not used:
+      raise ValueError(f"{program.name} does not compile: {str(e).strip()[:2000]}") from e
+    number, unit = filter(None, used.groups())
+    return Estimate(program, float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
+  memory, chip = compiled.memory_analysis(), slice_.chip
   arguments = (memory.argument_size_in_bytes + memory.output_size_in_bytes
                - memory.alias_size_in_bytes)
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   peak = max(arguments + temporaries, memory.peak_memory_in_bytes)
   (flops, unbounded), traffic = count_flops(traced.jaxpr), count_traffic(compiled.as_text())
-  share = lambda total: None if total is None else total / slice_.chips
-  return Estimate(program, peak, arguments, temporaries, share(flops), share(program.needed_flops),
-                  unbounded, traffic, roofline(share(flops), traffic, slice_, program.mesh))
-
-
-def roofline(flops: float, traffic, slice_: Slice, mesh) -> dict[str, float]:
-  """Seconds by resource if each worked at its peak all the time."""
-  chip, devices = slice_.chip, list(mesh.devices.flat)
-  wire = sum(size / slice_.bandwidth([devices[i] for i in key[2]])
-             for key, size in traffic.items() if key[0] == "sent")
-  return {"compute": flops / (chip.tflops * 1e12), "HBM": traffic["hbm"] / (chip.hbm_gbs * 1e9),
-          "ICI": wire}
-
-
-def _refused_bytes(program, message) -> float:
-  """Bytes that the compiler says a program would need."""
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", message) or re.search(
-      r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
-  if "RESOURCE_EXHAUSTED" not in message or not found:
-    raise ValueError(f"{program.name} does not compile: {message.strip()[:2000]}")
-  return float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))
+  flops, needed = (x and x / slice_.chips for x in (flops, program.needed_flops))
+  devices = list(program.mesh.devices.flat)
+  seconds = {"compute": flops / (chip.tflops * 1e12), "HBM": traffic["hbm"] / (chip.hbm_gbs * 1e9),
+             "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
+                        for key, size in traffic.items() if key[0] == "sent")}
+  return Estimate(program, peak, arguments, temporaries, flops, needed, unbounded, traffic, seconds)
