@@ -141,14 +141,17 @@ def fingerprint(folder) -> str:
   Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
   """
   folder, digest = pathlib.Path(folder), hashlib.sha256()
-  files = [p for p in sorted(folder.rglob("*")) if p.is_file() and _counts(p.relative_to(folder))]
-  for path in files:
-    size = path.stat().st_size
-    digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-    with path.open("rb") as f:
-      for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-        f.seek(max(0, start))
-        digest.update(f.read(_SAMPLE))
+  for path in sorted(folder.rglob("*")):
+    name = path.relative_to(folder)
+    weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
+    hidden = any(part.startswith(".") for part in name.parts)
+    if path.is_file() and not hidden and (weighs or len(name.parts) > 1):
+      size = path.stat().st_size
+      digest.update(f"{name.as_posix()} {size}\n".encode())
+      with path.open("rb") as f:
+        for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+          f.seek(max(0, start))
+          digest.update(f.read(_SAMPLE))
   return digest.hexdigest()[:16]
 
 
@@ -191,12 +194,6 @@ def _check_run(out, settings):
   runs.check_folder(out / RUN, "a run of irg eval generate")
   if (out / RUN).is_file():
     runs.check_same(runs.read(out / RUN, ("settings",))["settings"], settings, f"--out {out}")
-
-
-def _counts(path):
-  hidden = any(part.startswith(".") for part in path.parts)
-  weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
-  return not hidden and (weighs or len(path.parts) > 1)
 
 
 def _check_prompts(request, tokenizer):

@@ -245,16 +245,13 @@ def _client(settings):
 
 
 def _arguments(settings, question, images):
-  parts = [{"type": "image_url", "image_url": {"url": image.url}} for image in images]
-  parts.append({"type": "text", "text": question.prompt})
-  messages = [{"role": "user", "content": parts}]
-  if question.system:
-    messages.insert(0, {"role": "system", "content": question.system})
-  arguments = {"model": settings.model, "messages": messages,
-               "temperature": settings.temperature, "max_tokens": question.max_tokens}
-  if question.probability:
-    arguments |= {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
-  return arguments
+  content = [{"type": "image_url", "image_url": {"url": image.url}} for image in images]
+  content.append({"type": "text", "text": question.prompt})
+  system = [{"role": "system", "content": question.system}] if question.system else []
+  length = ({"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP} if question.probability
+            else {"max_tokens": question.max_tokens})
+  return {"model": settings.model, "messages": [*system, {"role": "user", "content": content}],
+          "temperature": settings.temperature, **length}
 
 
 def _status_fault(error):

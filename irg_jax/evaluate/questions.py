@@ -28,8 +28,7 @@ _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF":
 _UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
+class Template(typing.NamedTuple):
   """The wording of a question: the `user` turn and the `system` role, with {fields} to fill.
 
   The criteria, the fields and the form of the answer are the benchmark's; the words are this
@@ -46,8 +45,7 @@ class Template:
     return tuple(re.sub(r"\{(\w+)\}", put, text) for text in (self.user, self.system))
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(typing.NamedTuple):
   """One question to a judge about some images."""
 
   key: str  # no other question has it; see `key`
@@ -59,8 +57,7 @@ class Question:
   probability: bool = False  # ask for one token, and for the probability that it is a "Yes"
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(typing.NamedTuple):
   """The outcome of a question; `error` is None exactly if there is an answer."""
 
   key: str  # of the question
@@ -193,14 +190,19 @@ class Unusable(ValueError):
   """An image that is missing or cannot be decoded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(typing.NamedTuple):
   """Cell number `index`, row by row, of the grid in the image at `path`."""
 
   path: pathlib.Path
   columns: int
   rows: int
   index: int
+
+  def crop(self, image: Image.Image) -> Image.Image:
+    """The cell's pixels. Surplus ones at the right and the bottom of the grid are in no cell."""
+    width, height = image.width // self.columns, image.height // self.rows
+    left, top = self.index % self.columns * width, self.index // self.columns * height
+    return image.crop((left, top, left + width, top + height))
 
 
 class Encoded(typing.NamedTuple):
@@ -222,20 +224,16 @@ def encode(image) -> Encoded:
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as opened:
       opened.load()  # a truncated file must not be judged
-      if not cell and opened.format in _TYPES:
-        return _encoded(data, opened.format)
-      pixels = opened.convert("RGB")
+      kind = opened.format
+      if cell or kind not in _TYPES:
+        pixels, out, kind = opened.convert("RGB"), io.BytesIO(), "JPEG" if cell else "PNG"
+        (image.crop(pixels) if cell else pixels).save(out, format=kind)
+        data = out.getvalue()
   except FileNotFoundError:
     raise Unusable(f"{path} is missing") from None
   except BROKEN as e:
     raise Unusable(f"{path} cannot be read ({e})") from e
-  out, kind = io.BytesIO(), "JPEG" if cell else "PNG"
-  (pixels.crop(_box(pixels.size, image)) if cell else pixels).save(out, format=kind)
-  return _encoded(out.getvalue(), kind)
-
-
-def _encoded(data, format):
-  url = f"data:{_TYPES[format]};base64,{base64.b64encode(data).decode()}"
+  url = f"data:{_TYPES[kind]};base64,{base64.b64encode(data).decode()}"
   return Encoded(url, hashlib.sha256(data).hexdigest())
 
 
@@ -248,7 +246,7 @@ def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
   try:
     with Image.open(path) as opened:
       opened = opened.convert("RGB")
-      return [c for c in every if opened.crop(_box(opened.size, c)).getbbox()]
+      return [cell for cell in every if cell.crop(opened).getbbox()]
   except BROKEN:
     return every
 
@@ -313,10 +311,3 @@ def _check_url(url):
     # The address goes into files, so it is not repeated here either.
     raise ValueError("the judge's address has a user, a password or a query in it; give the bare "
                      "address, and the key as OPENAI_API_KEY in the environment")
-
-
-def _box(size, cell):
-  """Left, top, right, bottom. Surplus pixels at the right and the bottom belong to no cell."""
-  width, height = size[0] // cell.columns, size[1] // cell.rows
-  left, top = cell.index % cell.columns * width, cell.index // cell.columns * height
-  return left, top, left + width, top + height

@@ -123,13 +123,14 @@ def score_judged(folder: ImageFolder, make_scorer, open_judge, references=None, 
     references: for the benchmark's `questions`.
     measured: figures to add to the answers, from `read_measurements`.
   """
-  if open_judge is None:
-    groups = ((item, number, {}) for number in folder.rounds for item in folder.items)
-    return score_answers(folder, make_scorer, with_measurements(groups, measured), extra)
-  with open_judge() as judge:
-    groups = judged(folder, judge.ask, references, judge.templates)
-    return score_answers(folder, make_scorer, with_measurements(groups, measured or {}),
-                         {"judge": judge.record, **(extra or {})}, "asking the judge")
+  table = measured or {}
+  with open_judge() if open_judge else contextlib.nullcontext() as judge:
+    groups = (judged(folder, judge.ask, references, judge.templates) if judge else
+              ((item, number, {}) for number in folder.rounds for item in folder.items))
+    found = ((item, number, answers | table.get((number, item.id), {}))
+             for item, number, answers in groups)
+    record, label = ({"judge": judge.record}, "asking the judge") if judge else ({}, "scoring")
+    return score_answers(folder, make_scorer, found, record | (extra or {}), label)
 
 
 def judged(folder: ImageFolder, ask, references=None, templates=None):
@@ -157,8 +158,8 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
         yield item, round, {(0, question): answer}
 
 
-def read_measurements(path, parts: dict) -> dict[tuple[int, str, str], list[float]]:
-  """{(round, part, prompt id): numbers} of a file of figures of other models than a judge.
+def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
+  """{(round, prompt id): {(part, "values"): numbers}} of figures of other models than a judge.
 
   A line is {"round": 1, "part": PART, "id": prompt id, "values": [...]}, and `parts` maps a part
   to a function from an entry of "values" to a number. ValueError names the line at fault.
@@ -167,26 +168,19 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str, str], list[floa
   for number, record in records.read_lines(path):
     where = f"{path}, line {number}"
     try:
-      key = record["round"], record["part"], record["id"]
-      values = [parts[key[1]](value) for value in record["values"]]
+      entry = found.setdefault((record["round"], record["id"]), {})
+      part = record["part"]
+      values = [parts[part](value) for value in record["values"]]
     except (KeyError, TypeError) as e:
       raise ValueError(f"{where}: must be an object with round, part ({' or '.join(parts)}), id and "
                        "values, which are numbers, or pairs where the part needs them "
                        f"({e!r})") from e
     if bad := [v for v in values if not base.is_number(v)]:
       raise ValueError(f"{where}: {bad[0]!r} is not a number")
-    if key in found:
-      raise ValueError(f"{where}: {key[2]} of round {key[0]} is there already")
-    found[key] = values
+    if (part, "values") in entry:
+      raise ValueError(f"{where}: {record['id']} of round {record['round']} is there already")
+    entry[part, "values"] = values
   return found
-
-
-def with_measurements(groups, table: dict):
-  """Adds the numbers of `read_measurements` to answers, as (part, "values")."""
-  parts = dict.fromkeys(part for _, part, _ in table)
-  for item, number, answers in groups:
-    yield item, number, answers | {(part, "values"): table[number, part, item.id] for part in parts
-                                   if (number, part, item.id) in table}
 
 
 def images_there(folder: ImageFolder):
