@@ -3,7 +3,9 @@
 Images are linked, not copied: a page shows them as long as the runs' folders stay in place.
 """
 
+import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -182,44 +184,23 @@ def show(value: float | None, column: str = "") -> str:
 
 def write_pages(run: Scored, folder) -> list[str]:
   """Writes the pages of a run's prompts into `folder`; returns their names, in order."""
-  folder, by_id, names = pathlib.Path(folder), {}, []
+  folder, name, names = pathlib.Path(folder), run.benchmark.name, []
+  by_id = collections.defaultdict(list)
   for _, line in read_lines(run.out / ITEMS):
-    by_id.setdefault(line["id"], []).append(line)
+    path = run.out / line["file"]
+    link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
+    by_id[line["id"]].append(line | {"link": link, "said": _words(line)})
   for start in range(0, len(by_id), _PROMPTS_A_PAGE):
     chosen = list(by_id.values())[start : start + _PROMPTS_A_PAGE]
-    names.append(f"{run.benchmark.name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
+    names.append(f"{name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
     write_text(folder / names[-1], pages.render(
-        "evaluation_prompts", total=len(by_id),
+        "evaluation_prompts", total=len(by_id), prompts=chosen, rounds=list(run.rounds),
         title=f"{run.benchmark.title}, prompts {start + 1} to {start + len(chosen)}",
-        prompts=[_prompt(run, folder, lines) for lines in chosen]))
-  for path in folder.glob(f"{run.benchmark.name}-*.html"):  # of an earlier and longer report
-    if re.fullmatch(rf"{run.benchmark.name}-\d{{3,}}\.html", path.name) and path.name not in names:
+        seed=functools.partial(base.seed, name)))
+  for path in folder.glob(f"{name}-*.html"):  # of an earlier and longer report
+    if re.fullmatch(rf"{name}-\d{{3,}}\.html", path.name) and path.name not in names:
       path.unlink()
   return names
-
-
-def _prompt(run, folder, lines):
-  """A prompt of a page: its images, each with its seeds and its rounds side by side."""
-  images = []
-  for image in sorted({line["picture"] for line in lines}):
-    found = {line["round"]: line for line in lines if line["picture"] == image}
-    # A file may hold several images, as the cells of a grid.
-    seeds = [base.seed(run.benchmark.name, lines[0]["id"], image + i)
-             for i in range(lines[0]["in_file"])]
-    images.append({"number": image + 1, "seeds": seeds, "rounds": [
-        _round(run, folder, number, found.get(number)) for number in run.rounds]})
-  return {"id": lines[0]["id"], "tasks": lines[0]["tasks"], "prompt": lines[0]["prompt"],
-          "images": images}
-
-
-def _round(run, folder, number, line):
-  if line is None:
-    return {"number": number}
-  path = run.out / line["file"]
-  link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
-  return {"number": number, "link": link, "words": _words(line), "why": line["why"],
-          "alt": f"round {number}: {pages.short(line['prompt'], 300)}",
-          "scores": " · ".join(f"{name} {value:g}" for name, value in line["scores"].items())}
 
 
 def _words(line):
