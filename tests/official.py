@@ -111,12 +111,24 @@ def parse_verified(text: str) -> dict[str, float]:
 # TIIF.
 
 
+def tiif_scorer(models: int) -> tiif.Scorer:
+  """A scorer of one of `models` rows of the official sheet.
+
+  The number decides the last digit of a figure that lies half-way between two: pandas adds up a
+  single row in another order than one of several.
+  """
+  scorer = tiif.Scorer({})
+  if models > 1:
+    scorer.mean = base.mean
+  return scorer
+
+
 def read_tiif_results(folder, models: int = 1) -> dict[int, dict]:
   """Scores a model's folder of an official result tree, TYPE/LENGTH/I.json, by round.
 
   Files named turn1_0.json, as IRG's evaluator writes them, belong to round 1, and so on;
   plain names are round 1. comparison_*.json hold no answers and are passed over. For `models`
-  see `tiif.Scorer.value`.
+  see `tiif_scorer`.
 
   Raises:
     ValueError: plain and turn names lie side by side, so that a round cannot be told.
@@ -131,9 +143,9 @@ def read_tiif_results(folder, models: int = 1) -> dict[int, dict]:
       raise ValueError(f"{path}: lies beside files of the other naming (turn1_0.json and 0.json); "
                        "which round the plain ones are is unknown: keep the rounds in folders "
                        "apart")
-    summary = rounds.setdefault(int(match[1] or 1), tiif.Scorer({}))
+    summary = rounds.setdefault(int(match[1] or 1), tiif_scorer(models))
     _add_file(summary, path, folder)
-  return {number: summary.value(models) for number, summary in sorted(rounds.items())}
+  return {number: summary.value() for number, summary in sorted(rounds.items())}
 
 
 def _add_file(summary, path, folder):

@@ -271,42 +271,33 @@ def _detected(path, metadata, classes, detect, classify, cache, names):
   except questions.BROKEN as e:
     return {"error": f"picture: {path} cannot be read ({e})"}
   try:
-    found = _checked(detect(image, classes), classes)
-    _add_colors(image, found, metadata, colored, classify)
+    found = _boxes(image, metadata, classes, detect, colored, classify)
   except Exception as e:  # a foreign function: one image that it cannot do is not the end
     return {"error": f"detector: {type(e).__name__}: {e}"}
-  for entry in (e for entries in found.values() for e in entries):
-    entry.pop("mask", None)
   cache.add({"digest": digest, "picture": str(path), "detections": found})
   return {"detections": found}
 
 
-def _checked(found, classes):
-  """Detections as plain numbers, which JSON can hold; ValueError where the form is another."""
-  result = {}
-  for name, entries in found.items():
-    if name not in classes:
-      raise ValueError(f"a box of {name!r}, which is not among the classes")
-    result[name] = []
-    for entry in entries:
-      box, score = [float(v) for v in entry["box"]], float(entry["score"])
-      if len(box) != 4 or not np.isfinite([*box, score]).all():
-        raise ValueError(f"a box of {name!r} is {box} with score {score}")
-      result[name].append({"box": box, "score": score, "mask": entry.get("mask")})
-  return result
-
-
-def _add_colors(image, found, metadata, colored, classify):
-  """Classifies the colours of the boxes that count, of classes whose colour a clause asks for."""
+def _boxes(image, metadata, classes, detect, colored, classify):
+  """Detections as plain data; boxes that count have a colour, if their class is in `colored`."""
+  found = {name: [{"box": [float(v) for v in entry["box"]], "score": float(entry["score"]),
+                   "mask": entry.get("mask")} for entry in entries]
+           for name, entries in detect(image, classes).items()}
+  if unknown := [name for name in found if name not in classes]:
+    raise ValueError(f"a box of {unknown[0]!r}, which is not among the classes")
+  numbered = {name: [entry | {"color": i} for i, entry in enumerate(entries)]
+              for name, entries in found.items()}
+  kept = kept_boxes(numbered, metadata.get("tag"))  # refuses malformed boxes
   for name in colored:
-    numbered = [entry | {"color": i} for i, entry in enumerate(found.get(name, ()))]
-    kept = kept_boxes({name: numbered}, metadata["tag"]).get(name, ())
-    for entry in (found[name][box.color] for box in kept):
+    for entry in (found[name][box.color] for box in kept.get(name, ())):
       if classify is None:
         raise ValueError("colours are asked for: name a classifier")
       entry["color"] = classify(object_crop(image, entry["box"], entry["mask"]), name)
       if entry["color"] not in COLORS:
         raise ValueError(f"the classifier says {entry['color']!r}, which is none of the colours")
+  for entry in (entry for entries in found.values() for entry in entries):
+    del entry["mask"]
+  return found
 
 
 def _unit(vector):

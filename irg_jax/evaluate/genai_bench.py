@@ -14,7 +14,6 @@ the prompt. It comes from a function (--scorer), from a file of what another mod
 
 import collections
 import json
-import math
 import re
 
 import numpy as np
@@ -33,24 +32,20 @@ def aggregate(scores: dict[str, float | None], skills: dict[str, list[int]]) -> 
 
   Args:
     scores: {prompt id of five digits: score from 0 to 1, or None where there is none}.
-    skills: {tag: [number of a prompt, ...]}, the official genai_skills.json. Prompts are found
-      by their id, not by their place, so that files that count from 1 work as well.
+    skills: as `read_skills` reads them. Prompts are found by their id, not by their place, so
+      that files that count from 1 work as well.
 
   Returns:
-    {"overall": the score of "all", "tags": {tag: {"score", "deviation", "count": of prompts with
-     a score, "absent": of those without}}, "items": prompts with a score, "untagged": of those
-     the ones without a tag, which "all" leaves out}.
+    {"overall": of "all", "tags": {tag: {"score", "deviation", "count": prompts with a score,
+     "absent": those without}}, "items": prompts with a score, "untagged": of those the ones
+     without a tag, which "all" leaves out}.
   """
   ids = {tag: list(dict.fromkeys(map(prompt_id, numbers))) for tag, numbers in skills.items()}
   union = list(dict.fromkeys(i for members in ids.values() for i in members))
   tags = {tag: _statistics(scores, members) for tag, members in (ids | {"all": union}).items()}
-  tagged, scored = set(union), [i for i, value in scores.items() if value is not None]
-  return {
-      "overall": tags["all"]["score"],
-      "tags": tags,
-      "items": len(scored),
-      "untagged": sum(i not in tagged for i in scored),
-  }
+  scored = {i for i, value in scores.items() if value is not None}
+  return {"overall": tags["all"]["score"], "tags": tags, "items": len(scored),
+          "untagged": len(scored - set(union))}
 
 
 def prompt_id(number) -> str:
@@ -58,12 +53,19 @@ def prompt_id(number) -> str:
   return f"{int(number):05d}"
 
 
-def check_skills(skills: dict, known_ids, path="genai_skills.json") -> None:
-  """Checks that the file of skills speaks of prompts that exist.
+def read_skills(path) -> dict[str, list[int]]:
+  """{tag: [number of a prompt, ...]} of an official genai_skills.json."""
+  try:
+    skills = json.loads(path.read_text(encoding="utf-8"))
+    for numbers in skills.values():
+      list(map(int, numbers))
+  except (ValueError, TypeError, AttributeError) as e:
+    raise ValueError(f"{path}: must be a JSON object of lists of prompt numbers ({e})") from e
+  return skills
 
-  Raises:
-    ValueError: a tag is no list of numbers, a published tag is absent, or an id is unknown.
-  """
+
+def check_skills(skills: dict, known_ids, path="genai_skills.json") -> None:
+  """Raises ValueError if a tag is no list, a prompt is unknown, or a published tag is absent."""
   known = set(known_ids)
   for tag, numbers in skills.items():
     if not isinstance(numbers, list):
@@ -113,7 +115,10 @@ class GenAIBench(base.Benchmark):
         raise ValueError(f"{entry.where}: id {entry.record['id']!r} under the key {entry.key!r}")
       records.field(entry, "prompt", str)
     records.check_unique(entries, [f"prompt {int(e.key)}" for e in entries])
-    tags = _tags(file.with_name("genai_skills.json"))
+    skills, tags = file.with_name("genai_skills.json"), collections.defaultdict(list)
+    for tag, numbers in read_skills(skills).items() if skills.is_file() else ():
+      for number in numbers:
+        tags[int(number)].append(tag)
     return [base.Item(self.name, e.key, e.record["prompt"], 1,
                       e.record | ({"tags": tags[int(e.key)]} if tags else {})) for e in entries]
 
@@ -157,10 +162,7 @@ class GenAIBench(base.Benchmark):
     path = options.skills or beside / "genai_skills.json"
     if not path.is_file():
       raise ValueError(f"--skills {path}: no such file; genai_bench needs its genai_skills.json")
-    try:
-      skills = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-      raise ValueError(f"{path}: not JSON ({e})") from e
+    skills = read_skills(path)
     check_skills(skills, [item.id for item in self.read(options.prompts)], path)
     return skills
 
@@ -168,27 +170,10 @@ class GenAIBench(base.Benchmark):
 GENAI_BENCH = GenAIBench()
 
 
-def _tags(path):
-  """Tags by the number of the prompt, or {} where there is no such file."""
-  if not path.is_file():
-    return {}
-  found = collections.defaultdict(list)
-  try:
-    for tag, numbers in json.loads(path.read_text(encoding="utf-8")).items():
-      for number in numbers:
-        found[int(number)].append(tag)
-  except (ValueError, TypeError, AttributeError) as e:
-    raise ValueError(f"{path}: must be a JSON object of lists of prompt numbers ({e})") from e
-  return found
-
-
 def _statistics(scores, ids):
   # VQAScores are float32 upstream: the same rounding here makes the same means.
   found = np.array([scores[i] for i in ids if scores.get(i) is not None], np.float32)
   values = found.astype(np.float64)
-  deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-  mean = float(values.mean()) if len(values) else None
-  if mean is not None and not math.isfinite(mean):
-    raise ValueError("a score is not a finite number")
-  return {"score": mean, "deviation": deviation, "count": len(values),
-          "absent": len(ids) - len(values)}
+  return {"score": float(values.mean()) if len(values) else None,
+          "deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
+          "count": len(values), "absent": len(ids) - len(values)}

@@ -102,7 +102,8 @@ def build(runs: list[Scored]) -> dict:
   every = dict.fromkeys([*columns(), *(c for row in rows for c in row["values"])])
   return {"columns": list(every), "rows": rows,
           "categories": {run.benchmark.name: _category_table(run) for run in runs},
-          "settings": _settings(runs), "coverage": [c for r in runs for c in _coverage(r)],
+          "settings": {run.benchmark.name: _settings(run) for run in runs},
+          "coverage": [c for r in runs for c in _coverage(r)],
           "notes": _notes(runs), "caveats": caveats()}
 
 
@@ -237,19 +238,13 @@ def _category_table(run):
           "rows": {c: {name: values.get(c) for name, values in every.items()} for c in order}}
 
 
-def _settings(runs):
-  """{benchmark: {setting: value}}, flat, the judge's included."""
-  result = {}
-  for run in runs:
-    record = run.scores.get("run") or {}
-    result[run.benchmark.name] = dict(_flat({
-        "prompts": run.scores["prompts"],
-        **{k: v for k, v in record.get("settings", {}).items() if k != "benchmark"},
-        **record.get("notes", {}),
-        "judge": run.scores.get("judge") or {},
-        "protocol": run.scores.get("protocol") or {},
-    }))
-  return result
+def _settings(run):
+  """{setting: value} of a run, flat, the judge's included."""
+  record = run.scores.get("run") or {}
+  settings = {k: v for k, v in record.get("settings", {}).items() if k != "benchmark"}
+  return dict(_flat({"prompts": run.scores["prompts"], **settings, **record.get("notes", {}),
+                     "judge": run.scores.get("judge") or {},
+                     "protocol": run.scores.get("protocol") or {}}))
 
 
 def _flat(values: dict, prefix: str = ""):

@@ -84,11 +84,19 @@ def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list
   return found
 
 
+def mean(values) -> float | None:
+  """The mean, added up as pandas does for the one row of an official sheet."""
+  found = [v for v in values if v is not None]
+  return float(np.mean(found)) if found else None
+
+
 class Scorer:
   """Adds up a round's answers, a yes or no to each question; see `score`.
 
   `references` maps (type, line) to (questions, right answers).
   """
+
+  mean = staticmethod(mean)  # of the accuracies of types
 
   def __init__(self, references: dict):
     self.unscored, self._references = base.Unscored(), references
@@ -111,24 +119,18 @@ class Scorer:
     count[1] += right
     self._items += 1
 
-  def value(self, models: int = 1) -> dict:
-    """Accuracies (rounded to four places, as the official sheet holds them), groups, overall.
-
-    Args:
-      models: rows of the official sheet. It decides the last digit of a figure that lies half-way
-        between two: pandas adds up a single row in another order than one of several.
-    """
-    mean = base.mean if models > 1 else _mean
+  def value(self) -> dict:
+    """Accuracies (rounded to four places, as the official sheet holds them), groups, overall."""
     counts = {f"{kind}/{length}": {"questions": asked, "right": right}
               for (kind, length), (asked, right) in sorted(self._counts.items())}
     accuracy = {key: round(count["right"] / count["questions"], 4) if count["questions"] else None
                 for key, count in counts.items()}
     means = lambda groups: {
-        name: {n: mean([accuracy.get(f"{kind}/{n}") for kind in kinds]) for n in LENGTHS}
+        name: {n: self.mean([accuracy.get(f"{kind}/{n}") for kind in kinds]) for n in LENGTHS}
         for name, kinds in groups.items()}
     groups = means(GROUPS)
     return {
-        "overall": {n: _mean([group[n] for group in groups.values()]) for n in LENGTHS},
+        "overall": {n: mean([group[n] for group in groups.values()]) for n in LENGTHS},
         "groups": groups,
         "wholes": means(WHOLES),
         "accuracy": accuracy,
@@ -199,11 +201,6 @@ class Tiif(base.Benchmark):
 
 
 TIIF = Tiif()
-
-
-def _mean(values):
-  found = [v for v in values if v is not None]
-  return float(np.mean(found)) if found else None
 
 
 def _line(item):

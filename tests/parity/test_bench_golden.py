@@ -181,12 +181,12 @@ def test_tiif_result_trees(path, tmp_path):
 def test_tiif_published_counts_give_the_published_groups(path):
   expected = read(path)
   for model, questions in expected["total_questions"].items():
-    summary = tiif.Scorer({})
+    summary = official.tiif_scorer(len(expected["total_questions"]))
     for key, count in questions.items():
       right = expected["correct_answers"][model][key]
       if count is not None and right is not None:
         summary.count(*key.split("/"), count, right)
-    got = summary.value(models=len(expected["total_questions"]))
+    got = summary.value()
     check_accuracy(got, expected["accuracy_rounded4"][model])
     check_dimensions(got, model, expected["dimensions"])
 
