@@ -12,17 +12,6 @@ from irg_jax.commands.flags import Parser
 
 VERBS = (generate, convert, init, train, data, eval_verb, mini, plan)
 
-_MAIN = """\
-Interleaved reasoning generation: think, draw, look, think again, draw better.
-
-examples:
-  irg generate "two red circles and a blue star"
-  irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
-  irg convert weights/irg-7b weights/irg-7b-orbax --to orbax --dtype bfloat16
-  irg train --config configs/irgl.py:tiny
-  irg eval generate BENCH --checkpoint weights/irg-7b --out out/BENCH
-"""
-
 
 def main(argv=None) -> int:
   """Runs the command line `argv` (default: the process's) and returns the exit status."""
@@ -48,7 +37,7 @@ def main(argv=None) -> int:
 
 def make_parser() -> Parser:
   """Parser of all verbs; the parsed `run(args, overrides)` is the verb's function."""
-  parser = Parser(prog="irg", description=_MAIN)
+  parser = Parser(prog="irg")
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   for verb in VERBS:
     verb.add(verbs)

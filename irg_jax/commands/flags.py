@@ -6,7 +6,9 @@ A function for `type=` raises argparse.ArgumentTypeError if the text has another
 import argparse
 import pathlib
 import re
+import tomllib
 
+_HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
 _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH")
 # Short flags of settings of generation: (name, type, help).
@@ -28,15 +30,15 @@ SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
 
 
 class Parser(argparse.ArgumentParser):
-  """Parser that calls `run(args, overrides)`, and keeps line breaks in texts.
+  """Parser of `prog`, "irg VERB", whose texts are in help.toml; it calls `run(args, overrides)`.
 
   A flag whose metavar stands for a path has the type pathlib.Path. Parsers of subcommands are of
   the same class.
   """
 
-  def __init__(self, *, run=None, **kwargs):
-    super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                     **kwargs)
+  def __init__(self, *, prog, run=None, **kwargs):
+    super().__init__(prog=prog, allow_abbrev=False, **_HELP.get(prog, {}) | kwargs,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if run is not None:
       self.set_defaults(run=run)
 

@@ -5,32 +5,10 @@ import time
 
 from irg_jax.commands import flags
 
-_TEXT = """\
-Writes a trace for each prompt under --out: the image of each round, trace.json, and trace.html.
-
-examples:
-  irg generate "two red circles and a blue star"
-  irg generate "a red cube on a blue sphere" --checkpoint weights/irg-7b
-  irg generate --prompts-file prompts.txt --checkpoint weights/irg-7b --batch-size 4 --seed 7
-  irg generate "make the sky stormy" --image photo.png --checkpoint weights/irg-7b --rounds 1
-  irg generate "a fox" --checkpoint weights/irg-7b --no-think --rounds 1 --size 768x1024
-  irg generate "a fox" --checkpoint weights/irg-7b --config configs/generate.py \\
-      --config.later.text_scale=2.0 --config.first.interval="(0.2, 1.0)"
-"""
-
-_END = """\
-sources of a setting, the later one wins (docs/settings.md lists all settings):
-  1. generate.json of the checkpoint, if it has one, else the defaults
-  2. --config FILE, which may set only some of the fields
-  3. --config.FIELD=VALUE, for any field, in order
-  4. the short flags above (--rounds, --size, ...)
-"""
-
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = verbs.add_parser("generate", run=_run, description=_TEXT, epilog=_END,
-                            help="generate thoughts and images for prompts")
+  parser = verbs.add_parser("generate", run=_run, help="generate thoughts and images")
   add = parser.add_argument
   add("prompts", nargs="*", metavar="PROMPT",
       help="description of an image; several make several traces")

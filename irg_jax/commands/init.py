@@ -1,18 +1,10 @@
 """`irg init`: a checkpoint of random weights."""
 
-_TEXT = """\
-Writes a checkpoint of random weights in the published layout, for tests and first steps.
-
-examples:
-  irg init --config configs/tiny.py --out out/tiny
-  irg init --config configs/tiny.py --config.model.llm.num_layers=4 --out out/tiny4 --seed 1
-"""
-
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  add = verbs.add_parser("init", run=_run, description=_TEXT,
-                         help="make a checkpoint of random weights").add_argument
+  parser = verbs.add_parser("init", run=_run, help="make a checkpoint of random weights")
+  add = parser.add_argument
   add("--config", required=True, metavar="FILE",
       help="sizes, like configs/tiny.py; --config.FIELD=VALUE changes one")
   add("--out", required=True, metavar="DIR", help="folder to write")

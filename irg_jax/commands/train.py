@@ -8,33 +8,10 @@ import sys
 
 from irg_jax.commands import flags
 
-_TEXT = """\
-Trains on IRGL data in two stages and writes checkpoints, logs and the exported weights of each
-stage under --out. Run it again with the same --out to continue from the newest good checkpoint,
-on any mesh and any number of hosts.
-
-examples:
-  irg train --config configs/irgl.py:tiny                       minutes on a CPU, makes its data
-  irg train --config configs/irgl.py --data irgl --checkpoint weights/bagel-7b --out out/irg
-  irg train --config configs/irgl.py --data irgl --checkpoint out/irg/stage1/weights \\
-      --out out/stage2 --config.run_stages=stage2
-  irg train ... --mesh data=2,fsdp=8 --config.data.rows=16 --config.checkpoint_every=100
-  irg train ... --distributed                       on every host of a TPU slice, or under SLURM
-  irg train ... --coordinator host0:1234 --num-processes 2 --process-id 0     anywhere else
-"""
-
-_END = """\
-exit status:
-  0    trained to the end
-  2    stopped by an error; the message names the last good checkpoint
-  143  stopped by SIGTERM, everything saved: run the same command to continue
-"""
-
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = verbs.add_parser("train", run=_run, description=_TEXT, epilog=_END,
-                            help="train in two stages on IRGL data")
+  parser = verbs.add_parser("train", run=_run, help="train in two stages on IRGL data")
   add = parser.add_argument
   add("--config", required=True, metavar="FILE[:PRESET]",
       help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field, and "
