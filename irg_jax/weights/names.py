@@ -6,6 +6,7 @@ new row. The model is in docs/spec.md, section 2, the conventions are in `Row`.
 
 import dataclasses
 import functools
+import re
 
 import flax.traverse_util
 import jax
@@ -13,9 +14,9 @@ import numpy as np
 
 from irg_jax.config import ModelConfig, VaeConfig
 
-# Axes of the published array in the order of ours: ours = published.transpose(layout).
-_LINEAR = (1, 0)  # torch keeps [out, in]
-_CONV = (2, 3, 1, 0)  # torch keeps [out, in, height, width]
+# The published name of a VAE layer is its path after these replacements.
+_VAE_NAMES = ((r"(?<!mid/)(down|up|block)_", r"\1."), ("shortcut", "nin_shortcut"),
+              ("attn_1/out", "attn_1/proj_out"), ("(down|up)sample", r"\1sample.conv"), ("/", "."))
 
 TIMESTEP_FEATURES = 256
 IMAGE_CHANNELS = 3
@@ -41,22 +42,26 @@ class Row:
     key: published name; "{layer}" is the layer's number where layers are stacked.
     layer_shape: our shape, without the layer axis.
     layers: length of the layer axis (axis 0 of ours); 0: there is none.
-    layout: axes of the published array in the order of ours.
   """
 
   path: str
   key: str
   layer_shape: tuple[int, ...]
   layers: int = 0
-  layout: tuple[int, ...] = (0,)
 
   @property
   def shape(self) -> tuple[int, ...]:
     return (self.layers,) * bool(self.layers) + self.layer_shape
 
   @property
+  def axes(self) -> tuple[int, ...]:
+    """Our axes in the order of the published array: torch keeps kernels as [out, in, ...]."""
+    axes = tuple(range(len(self.layer_shape)))
+    return (*axes[:-3:-1], *axes[:-2]) if self.path.endswith("/kernel") else axes
+
+  @property
   def published_shape(self) -> tuple[int, ...]:
-    return tuple(self.layer_shape[i] for i in np.argsort(self.layout))
+    return self.to_published_index(self.layer_shape)
 
   @property
   def keys(self) -> list[str]:
@@ -77,18 +82,19 @@ class Row:
 
   def to_published(self, x: np.ndarray) -> np.ndarray:
     """One layer's array, ours -> published layout, as a view."""
-    return x.transpose(np.argsort(self.layout))
+    return x.transpose(self.axes)
 
   def to_published_index(self, index: tuple) -> tuple:
     """Index of one layer's array, ours -> published layout."""
-    return tuple(index[i] for i in np.argsort(self.layout))
+    return tuple(index[i] for i in self.axes)
 
 
 @functools.cache
 def rows(config: ModelConfig) -> tuple[Row, ...]:
   """Every parameter of the model."""
   transformer = _token_rows(config) + _decoder_rows(config) + _vit_rows(config)
-  return tuple(_prefix(transformer, "transformer") + _prefix(_vae_rows(config.vae), "vae"))
+  return tuple(dataclasses.replace(row, path=f"{part}/{row.path}") for part, table in
+               (("transformer", transformer), ("vae", _vae_rows(config.vae))) for row in table)
 
 
 def abstract_params(config: ModelConfig, dtype) -> dict:
@@ -128,88 +134,73 @@ def check_params(params: dict, config: ModelConfig, where: str = "params") -> di
   return leaves
 
 
-def _prefix(table, part):
-  return [dataclasses.replace(r, path=f"{part}/{r.path}") for r in table]
-
-
-def _dense(path, key, size_in, size_out, bias=True, layers=0):
-  kernel = Row(f"{path}/kernel", f"{key}.weight", (size_in, size_out), layers, _LINEAR)
-  return [kernel] + bias * [Row(f"{path}/bias", f"{key}.bias", (size_out,), layers)]
-
-
-def _conv(path, key, size_in, size_out, size=3):
-  kernel = Row(f"{path}/kernel", f"{key}.weight", (size, size, size_in, size_out), 0, _CONV)
-  return [kernel, Row(f"{path}/bias", f"{key}.bias", (size_out,))]
-
-
-def _norm(path, key, width, bias=True, layers=0):
-  scale = Row(f"{path}/scale", f"{key}.weight", (width,), layers)
-  return [scale] + bias * [Row(f"{path}/bias", f"{key}.bias", (width,), layers)]
-
-
-def _table(path, key, length, width):
-  return [Row(f"{path}/embedding", f"{key}.weight", (length, width), 0, (0, 1))]
+def _layer(path, key, *shape, bias=True, layers=0, weight=None):
+  """Weight and bias of a dense layer or a convolution or, with one axis, of a norm."""
+  weight = weight or ("kernel" if len(shape) > 1 else "scale")
+  kernel = Row(f"{path}/{weight}", f"{key}.weight", shape, layers)
+  return [kernel] + bias * [Row(f"{path}/bias", f"{key}.bias", shape[-1:], layers)]
 
 
 def _token_rows(config):
   """Embeddings of all kinds of tokens, and the heads."""
   llm, width = config.llm, config.llm.hidden_size
   return [
-      *_table("embed", "language_model.model.embed_tokens", llm.vocab_size, width),
-      *_dense("heads/text", "language_model.lm_head", width, llm.vocab_size, bias=False),
-      *_dense("heads/velocity", "llm2vae", width, config.latent_dim),
-      *_dense("latent_embed", "vae2llm", config.latent_dim, width),
-      *_dense("time_embed/fc1", "time_embedder.mlp.0", TIMESTEP_FEATURES, width),
-      *_dense("time_embed/fc2", "time_embedder.mlp.2", width, width),
-      *_dense("connector/fc1", "connector.fc1", config.vit.hidden_size, width),
-      *_dense("connector/fc2", "connector.fc2", width, width),
+      *_layer("embed", "language_model.model.embed_tokens", llm.vocab_size, width, bias=False,
+              weight="embedding"),
+      *_layer("heads/text", "language_model.lm_head", width, llm.vocab_size, bias=False),
+      *_layer("heads/velocity", "llm2vae", width, config.latent_dim),
+      *_layer("latent_embed", "vae2llm", config.latent_dim, width),
+      *_layer("time_embed/fc1", "time_embedder.mlp.0", TIMESTEP_FEATURES, width),
+      *_layer("time_embed/fc2", "time_embedder.mlp.2", width, width),
+      *_layer("connector/fc1", "connector.fc1", config.vit.hidden_size, width),
+      *_layer("connector/fc2", "connector.fc2", width, width),
   ]
 
 
 def _decoder_rows(config):
   """Both experts; published modules of the gen expert are those of und plus `_moe_gen`."""
   llm, table = config.llm, []
-  dense = functools.partial(_dense, layers=llm.num_layers)
-  norm = functools.partial(_norm, bias=False, layers=llm.num_layers)
+  biased = functools.partial(_layer, layers=llm.num_layers)
+  plain = functools.partial(biased, bias=False)
   width, mlp, kv_width = llm.hidden_size, llm.mlp_size, llm.num_kv_heads * llm.head_dim
   for expert, gen in (("und", ""), ("gen", "_moe_gen")):
     to, root = f"decoder/layers/{expert}/", "language_model.model.layers.{layer}."
     attention, feed = root + "self_attn.", root + f"mlp{gen}."
     table += [
-        *norm(to + "attn_norm", root + f"input_layernorm{gen}", width),
-        *dense(to + "q", attention + f"q_proj{gen}", width, width),
-        *dense(to + "k", attention + f"k_proj{gen}", width, kv_width),
-        *dense(to + "v", attention + f"v_proj{gen}", width, kv_width),
-        *dense(to + "o", attention + f"o_proj{gen}", width, width, bias=False),
-        *norm(to + "q_norm", attention + f"q_norm{gen}", llm.head_dim),
-        *norm(to + "k_norm", attention + f"k_norm{gen}", llm.head_dim),
-        *norm(to + "mlp_norm", root + f"post_attention_layernorm{gen}", width),
-        *dense(to + "gate", feed + "gate_proj", width, mlp, bias=False),
-        *dense(to + "up", feed + "up_proj", width, mlp, bias=False),
-        *dense(to + "down", feed + "down_proj", mlp, width, bias=False),
-        *_norm(f"decoder/{expert}_norm", f"language_model.model.norm{gen}", width, bias=False),
+        *plain(to + "attn_norm", root + f"input_layernorm{gen}", width),
+        *biased(to + "q", attention + f"q_proj{gen}", width, width),
+        *biased(to + "k", attention + f"k_proj{gen}", width, kv_width),
+        *biased(to + "v", attention + f"v_proj{gen}", width, kv_width),
+        *plain(to + "o", attention + f"o_proj{gen}", width, width),
+        *plain(to + "q_norm", attention + f"q_norm{gen}", llm.head_dim),
+        *plain(to + "k_norm", attention + f"k_norm{gen}", llm.head_dim),
+        *plain(to + "mlp_norm", root + f"post_attention_layernorm{gen}", width),
+        *plain(to + "gate", feed + "gate_proj", width, mlp),
+        *plain(to + "up", feed + "up_proj", width, mlp),
+        *plain(to + "down", feed + "down_proj", mlp, width),
+        *_layer(f"decoder/{expert}_norm", f"language_model.model.norm{gen}", width, bias=False),
     ]
   return table
 
 
 def _vit_rows(config):
   vit, width, root = config.vit, config.vit.hidden_size, "vit_model.vision_model."
-  dense = functools.partial(_dense, layers=vit.num_layers)
-  norm = functools.partial(_norm, layers=vit.num_layers)
+  stacked = functools.partial(_layer, layers=vit.num_layers)
   to, layer = "vit/layers/", root + "encoder.layers.{layer}."
-  patch = vit.patch_size**2 * IMAGE_CHANNELS
-  names = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
-  attention = [dense(to + ours, layer + f"self_attn.{key}", width, width) for ours, key in names]
   return [
-      *_dense("vit/patch_embed", root + "embeddings.patch_embedding", patch, width),
-      *_table("vit/position_embed", root + "embeddings.position_embedding", vit.grid_size**2,
-              width),
-      *norm(to + "norm1", layer + "layer_norm1", width),
-      *sum(attention, []),
-      *norm(to + "norm2", layer + "layer_norm2", width),
-      *dense(to + "fc1", layer + "mlp.fc1", width, vit.mlp_size),
-      *dense(to + "fc2", layer + "mlp.fc2", vit.mlp_size, width),
-      *_norm("vit/post_norm", root + "post_layernorm", width),
+      *_layer("vit/patch_embed", root + "embeddings.patch_embedding",
+              vit.patch_size**2 * IMAGE_CHANNELS, width),
+      *_layer("vit/position_embed", root + "embeddings.position_embedding", vit.grid_size**2,
+              width, bias=False, weight="embedding"),
+      *stacked(to + "norm1", layer + "layer_norm1", width),
+      *stacked(to + "q", layer + "self_attn.q_proj", width, width),
+      *stacked(to + "k", layer + "self_attn.k_proj", width, width),
+      *stacked(to + "v", layer + "self_attn.v_proj", width, width),
+      *stacked(to + "o", layer + "self_attn.out_proj", width, width),
+      *stacked(to + "norm2", layer + "layer_norm2", width),
+      *stacked(to + "fc1", layer + "mlp.fc1", width, vit.mlp_size),
+      *stacked(to + "fc2", layer + "mlp.fc2", vit.mlp_size, width),
+      *_layer("vit/post_norm", root + "post_layernorm", width),
   ]
 
 
@@ -218,46 +209,49 @@ def _vae_rows(vae: VaeConfig):
   table = _vae_ends("encoder", IMAGE_CHANNELS, vae.ch, widths[-1], 2 * vae.z_channels)
   width = vae.ch
   for i, new in enumerate(widths):
-    table += _stage(f"encoder/down_{i}", f"encoder.down.{i}", width, new, vae.num_res_blocks)
+    table += _stage(f"encoder/down_{i}", width, new, vae.num_res_blocks)
     width = new
     if i + 1 < len(widths):
-      table += _conv(f"encoder/down_{i}/downsample", f"encoder.down.{i}.downsample.conv", new, new)
-  table += _middle("encoder", width) + _middle("decoder", width)
+      table += _vae_layer(f"encoder/down_{i}/downsample", 3, 3, new, new)
+  table += _middle("encoder/mid", width) + _middle("decoder/mid", width)
   for i, new in reversed(list(enumerate(widths))):
-    table += _stage(f"decoder/up_{i}", f"decoder.up.{i}", width, new, vae.num_res_blocks + 1)
+    table += _stage(f"decoder/up_{i}", width, new, vae.num_res_blocks + 1)
     width = new
     if i:
-      table += _conv(f"decoder/up_{i}/upsample", f"decoder.up.{i}.upsample.conv", new, new)
+      table += _vae_layer(f"decoder/up_{i}/upsample", 3, 3, new, new)
   return table + _vae_ends("decoder", vae.z_channels, widths[-1], width, IMAGE_CHANNELS)
 
 
+def _vae_layer(path, *shape):
+  key = path
+  for ours, theirs in _VAE_NAMES:
+    key = re.sub(ours, theirs, key)
+  return _layer(path, key, *shape)
+
+
 def _vae_ends(part, size_in, first, last, size_out):
-  return [*_conv(f"{part}/conv_in", f"{part}.conv_in", size_in, first),
-          *_norm(f"{part}/norm_out", f"{part}.norm_out", last),
-          *_conv(f"{part}/conv_out", f"{part}.conv_out", last, size_out)]
+  return [*_vae_layer(f"{part}/conv_in", 3, 3, size_in, first),
+          *_vae_layer(f"{part}/norm_out", last),
+          *_vae_layer(f"{part}/conv_out", 3, 3, last, size_out)]
 
 
-def _stage(path, key, width, new, blocks):
+def _stage(path, width, new, blocks):
   """Residual blocks of one resolution; the first one changes the width."""
-  table = []
-  for j in range(blocks):
-    table += _block(f"{path}/block_{j}", f"{key}.block.{j}", new if j else width, new)
-  return table
+  return [row for j in range(blocks)
+          for row in _block(f"{path}/block_{j}", new if j else width, new)]
 
 
-def _block(path, key, size_in, size_out):
-  shortcut = _conv(f"{path}/shortcut", f"{key}.nin_shortcut", size_in, size_out, size=1)
-  return [*_norm(f"{path}/norm1", f"{key}.norm1", size_in),
-          *_conv(f"{path}/conv1", f"{key}.conv1", size_in, size_out),
-          *_norm(f"{path}/norm2", f"{key}.norm2", size_out),
-          *_conv(f"{path}/conv2", f"{key}.conv2", size_out, size_out),
-          *(shortcut if size_in != size_out else [])]
+def _block(path, size_in, size_out):
+  return [*_vae_layer(f"{path}/norm1", size_in),
+          *_vae_layer(f"{path}/conv1", 3, 3, size_in, size_out),
+          *_vae_layer(f"{path}/norm2", size_out),
+          *_vae_layer(f"{path}/conv2", 3, 3, size_out, size_out),
+          *(_vae_layer(f"{path}/shortcut", 1, 1, size_in, size_out)
+            if size_in != size_out else [])]
 
 
-def _middle(part, width):
-  path, key = f"{part}/mid", f"{part}.mid"
-  table = _norm(f"{path}/attn_1/norm", f"{key}.attn_1.norm", width)
-  for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "proj_out")):
-    table += _conv(f"{path}/attn_1/{ours}", f"{key}.attn_1.{theirs}", width, width, size=1)
-  return (_block(f"{path}/block_1", f"{key}.block_1", width, width) + table
-          + _block(f"{path}/block_2", f"{key}.block_2", width, width))
+def _middle(path, width):
+  attention = [row for name in ("q", "k", "v", "out")
+               for row in _vae_layer(f"{path}/attn_1/{name}", 1, 1, width, width)]
+  return [*_block(f"{path}/block_1", width, width), *_vae_layer(f"{path}/attn_1/norm", width),
+          *attention, *_block(f"{path}/block_2", width, width)]
