@@ -22,25 +22,12 @@ CONTROL_NAMES = {
     "image_start": "<|vision_start|>",
     "image_end": "<|vision_end|>",
 }
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
 
-# Qwen2.5's tokens beyond its BPE vocabulary, in order of ids; its vocab.json lacks them.
-_QWEN2_VOCAB_SIZE = 151643
-_QWEN2_SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
-    "<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> "
-    "<|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-_QWEN2_ORDINARY = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
-    "<|repo_name|> <|file_sep|>"
-).split()
-
-# Pre-tokenization of Qwen2: contractions, words with at most one leading mark, single digits,
-# runs of marks, line breaks, blanks.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Qwen2.5's tokenizer without its vocabulary: `tokenizer.json`, and the tokens beyond the BPE
+# vocabulary in order of ids, which vocab.json lacks.
+_QWEN2 = json.loads(pathlib.Path(__file__).with_name("files").joinpath(
+    "qwen2_tokenizer.json").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +60,9 @@ class Tokenizer:
       return self._encode_plain(text)
     longest_first = sorted(self.special_names, key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-    ids = []
-    for piece in pieces:
-      named = self.special_names.get(piece)
-      ids.extend(self._encode_plain(piece) if named is None else [named])
-    return ids
+    ids = ([self.special_names[piece]] if piece in self.special_names else
+           self._encode_plain(piece) for piece in pieces)
+    return [i for some in ids for i in some]
 
   def decode(self, ids, *, control: bool = False) -> str:
     """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
@@ -113,7 +98,6 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   neither names any, a vocabulary of Qwen2.5's size gets the added tokens of Qwen2.5.
 
   Args:
-    folder: the checkpoint folder.
     vocab_size: rows of the model's embedding; every id must be below it.
 
   Raises:
@@ -139,7 +123,7 @@ def write_byte_tokenizer(folder) -> None:
 
   For checkpoints of random weights: it encodes any text and needs no download.
   """
-  vocab = {c: i for i, c in enumerate(_byte_alphabet())}
+  vocab = {c: i for i, c in enumerate(_BYTES)}
   names = enumerate(CONTROL_NAMES.values(), len(vocab))
   added = [added_token(name, i, True) for i, name in names]
   text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
@@ -151,7 +135,7 @@ def _build(spec, path):
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
   except Exception as e:  # the library has no error of its own
     raise ValueError(f"{path}: not a tokenizer that can be loaded: {e}") from e
-  missing = [c for c in _byte_alphabet() if backend.token_to_id(c) is None]
+  missing = [c for c in _BYTES if backend.token_to_id(c) is None]
   if missing:
     raise ValueError(f"{path}: the vocabulary lacks {len(missing)} of the 256 byte tokens "
                      f"(first {missing[0]!r}), so some text could not be encoded")
@@ -191,10 +175,6 @@ def _check_ids(vocab, base, vocab_size, path):
     names[i] = name
 
 
-def _byte_alphabet():
-  return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def read_spec(folder):
   """Reads the folder's tokenizer as (content of a `tokenizer.json`, path for messages).
 
@@ -203,38 +183,23 @@ def read_spec(folder):
   """
   path = folder / "tokenizer.json"
   if path.is_file():
-    return _read_json(path), path
+    return _read(path), path
   path = folder / "vocab.json"
   if not (path.is_file() and (folder / "merges.txt").is_file()):
     raise ValueError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and "
                      "merges.txt")
-  vocab = _read_json(path)
-  added = _read_added_tokens(folder)
-  if not added and len(vocab) == _QWEN2_VOCAB_SIZE:
-    names = _QWEN2_SPECIAL + _QWEN2_ORDINARY
-    added = [added_token(n, len(vocab) + i, n in _QWEN2_SPECIAL) for i, n in enumerate(names)]
+  vocab, added = _read(path), _read_added_tokens(folder)
+  if not added and len(vocab) == _QWEN2["vocab_size"]:
+    names = enumerate(_QWEN2["special"] + _QWEN2["ordinary"], len(vocab))
+    added = [added_token(name, i, name in _QWEN2["special"]) for i, name in names]
   return qwen2_spec(vocab, _read_merges(folder / "merges.txt"), added), path
 
 
 def qwen2_spec(vocab, merges, added):
   """Content of a `tokenizer.json` of Qwen2's kind with another vocabulary."""
-  byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
-                "use_regex": False}
-  split = {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated",
-           "invert": False}
-  return {
-      "version": "1.0",
-      "truncation": None,
-      "padding": None,
-      "added_tokens": added,
-      "normalizer": {"type": "NFC"},
-      "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-      "post_processor": byte_level,
-      "decoder": byte_level,
-      "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-                "byte_fallback": False, "vocab": vocab, "merges": merges},
-  }
+  spec = _QWEN2["tokenizer"]
+  return spec | {"added_tokens": added,
+                 "model": spec["model"] | {"vocab": vocab, "merges": merges}}
 
 
 def added_token(name, i, special):
@@ -245,57 +210,40 @@ def added_token(name, i, special):
 
 def _read_added_tokens(folder):
   """Added tokens of the two optional files; both may name a token, with the same id."""
-  tokens = {}
-  path = folder / "added_tokens.json"
-  if path.is_file():
-    for name, i in _read_json(path).items():
-      tokens[name] = added_token(name, i, name not in _QWEN2_ORDINARY)
-  path = folder / "tokenizer_config.json"
-  if path.is_file():
-    for token in _listed_tokens(path):
-      name, i = token["content"], token["id"]
-      if name in tokens and tokens[name]["id"] != i:
-        raise ValueError(f"{path}: token {name!r} has id {i}, but {tokens[name]['id']} in "
-                         "added_tokens.json")
-      tokens[name] = token
-  return list(tokens.values())
-
-
-def _listed_tokens(path):
-  """Entries of `added_tokens_decoder`, a table from id (as a string) to token."""
-  table = _read_json(path).get("added_tokens_decoder", {})
+  plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+  ids = _read(plain) if plain.is_file() else {}
+  table = _read(config).get("added_tokens_decoder", {}) if config.is_file() else {}
+  tokens = {name: added_token(name, i, name not in _QWEN2["ordinary"]) for name, i in ids.items()}
   try:
-    return [added_token(t["content"], int(i), False) | t for i, t in table.items()]
+    listed = {t["content"]: added_token(t["content"], int(i), False) | t for i, t in table.items()}
   except (AttributeError, KeyError, TypeError, ValueError) as e:
-    raise ValueError(f"{path}: added_tokens_decoder is not a table from id to token") from e
+    raise ValueError(f"{config}: added_tokens_decoder is not a table from id to token") from e
+  for name, token in listed.items():
+    if ids.get(name, token["id"]) != token["id"]:
+      raise ValueError(f"{config}: token {name!r} has id {token['id']}, but {ids[name]} in "
+                       "added_tokens.json")
+  return list((tokens | listed).values())
 
 
 def _read_merges(path):
   """Pairs of `merges.txt`, best first; the optional `#version` line is not one."""
   merges = []
-  for number, line in enumerate(_read_text(path).split("\n"), 1):
+  for number, line in enumerate(_read(path, lambda text: text.split("\n")), 1):
     line = line.rstrip("\r")
     if not line or (number == 1 and line.startswith("#version")):
       continue
-    pair = line.split(" ")
-    if len(pair) != 2:
+    merges.append(line.split(" "))
+    if len(merges[-1]) != 2:
       raise ValueError(f"{path}: line {number} is not a pair of tokens: {line!r}")
-    merges.append(pair)
   return merges
 
 
-def _read_json(path):
+def _read(path, parse=json.loads):
+  """Content of a UTF-8 file: a JSON object, or as `parse` returns it."""
   try:
-    value = json.loads(_read_text(path))
-  except json.JSONDecodeError as e:
-    raise ValueError(f"{path}: not valid JSON: {e}") from e
-  if not isinstance(value, dict):
+    value = parse(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{path}: cannot be read, or is damaged: {e}") from e
+  if parse is json.loads and not isinstance(value, dict):
     raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
   return value
-
-
-def _read_text(path):
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise ValueError(f"{path}: cannot be read as UTF-8 text: {e}") from e

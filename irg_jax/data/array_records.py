@@ -10,6 +10,7 @@ PATH/irgl/MODE/VERSION. Its images may have VAE moments, see `latents.encode_dat
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import os
@@ -30,16 +31,12 @@ SHARD_BYTES = 512 * 2**20
 
 # One record a group: reading a record reads no other. Images and moments do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+_EMPTY_PART = {"text": "", "picture": b"", "need_loss": False, "need_vae": False,
+               "need_vit": False, "moments": b""}
 
 
 class Irgl(tfds.core.GeneratorBasedBuilder):
-  """Builder of IRGL; needs no TensorFlow.
-
-  Args (beside those of every builder):
-    max_rejected: share of a mode's rows that may be unusable.
-    shard_bytes: size of a file.
-    workers, progress: see `parquet.read_good`.
-  """
+  """Builder of IRGL; needs no TensorFlow. Its own arguments are those of `build`."""
 
   VERSION = tfds.core.Version(VERSION)
   BUILDER_CONFIGS = [
@@ -69,11 +66,8 @@ class Irgl(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, path):
     """(index, example) of the usable rows in order; the counts of others become metadata."""
     mode = self.builder_config.name
-    files = parquet.mode_files(path, mode)
-    tally = parquet.Tally(mode, parquet.count_rows(files), self._max_rejected)
-    good = 0
-    for _, record in parquet.read_good(files, tally, workers=self._workers,
-                                       progress=self._progress):
+    tally, good = parquet.Tally(path, mode, self._max_rejected), 0
+    for _, record in parquet.read_good(tally, workers=self._workers, progress=self._progress):
       good += 1
       yield record.index, to_example(record)
     if not good:
@@ -93,6 +87,11 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
           shard_bytes: int = SHARD_BYTES, progress=None) -> dict[str, dict]:
   """Builds modes of the published dataset at `source` as `out/irgl/MODE`, all or none.
 
+  Args:
+    max_rejected: share of a mode's rows that may be unusable.
+    shard_bytes: size of a file.
+    workers, progress: see `parquet.read_good`.
+
   Returns `parquet.Tally.metadata` by mode. Raises ValueError if a mode has no files, exists
   already, or has too many unusable rows.
   """
@@ -102,9 +101,16 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
     if mode_folder(out, mode).parent.exists():
       raise ValueError(f"{mode_folder(out, mode).parent} exists already; remove it, or choose "
                        "another folder")
+  config = tfds.download.DownloadConfig(manual_dir=os.fspath(source), try_download_gcs=False)
+  reports = {}
   with scratch_folder(out) as scratch:
-    reports = {mode: _build_mode(source, scratch, mode, max_rejected=max_rejected, workers=workers,
-                                 shard_bytes=shard_bytes, progress=progress) for mode in modes}
+    for mode in modes:
+      builder = Irgl(config=mode, data_dir=os.fspath(scratch), file_format="array_record",
+                     max_rejected=max_rejected, workers=workers, shard_bytes=shard_bytes,
+                     progress=progress)
+      with contextlib.redirect_stdout(io.StringIO()):  # tfds prints there
+        builder.download_and_prepare(download_config=config)
+      reports[mode] = dict(builder.info.metadata)
     (out / NAME).mkdir(exist_ok=True)
     for mode in modes:
       mode_folder(scratch, mode).parent.rename(mode_folder(out, mode).parent)
@@ -138,17 +144,15 @@ def features() -> tfds.features.FeaturesDict:
   })
 
 
+def from_example(example: dict, mode: str) -> Record:
+  """Decoded example -> record."""
+  columns = zip(*(example["parts"][name] for name in _EMPTY_PART))
+  return Record(mode, int(example["index"]), tuple(_to_part(*column) for column in columns))
+
+
 def to_example(record: Record) -> dict:
   """Record -> example of `features`; its mode is in the folder's name."""
   return {"index": record.index, "parts": [_from_part(part) for part in record.parts]}
-
-
-def from_example(example: dict, mode: str) -> Record:
-  """Decoded example -> record."""
-  parts = example["parts"]
-  columns = zip(*(parts[name] for name in
-                  ("text", "picture", "need_loss", "need_vae", "need_vit", "moments")))
-  return Record(mode, int(example["index"]), tuple(_to_part(*column) for column in columns))
 
 
 def serialize(example: dict) -> bytes:
@@ -162,23 +166,29 @@ def write_shard(path, records) -> tuple[int, int]:
   Returns the number of records, and of their bytes. Raises ValueError if there is no record, and
   OSError if the file cannot be written, for example because the disk is full.
   """
-  path = pathlib.Path(path)
+  count = size = 0
   with atomic_file(path) as partial:
-    count, size = _write(partial, records)
+    with _disk_errors(path):
+      writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+    try:
+      for record in records:
+        data = record if isinstance(record, bytes) else serialize(to_example(record))
+        with _disk_errors(path):
+          writer.write(data)
+        count, size = count + 1, size + len(data)
+    finally:
+      with _disk_errors(path):
+        writer.close()
     if not count:
       raise ValueError(f"{path}: no record to write")
   return count, size
 
 
 def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
-  """Writes examples (from `to_example`) in order to files, holding one example at a time.
+  """Writes examples in order to the files of an empty folder, holding one at a time.
 
-  Args:
-    folder: an empty folder.
-    shard_bytes: a file ends with the record that reaches this size.
-
-  Returns:
-    Number of records of each file, and of bytes of all.
+  A file ends with the record that reaches `shard_bytes`. Returns the number of records of each
+  file, and of bytes of all.
   """
   folder, sizes = pathlib.Path(folder), []
   serialized = map(serialize, examples)
@@ -190,12 +200,10 @@ def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
 
 
 def write_info(path, mode: str, shard_lengths: list[int], num_bytes: int, metadata: dict) -> None:
-  """Writes the descriptions that make a dataset of the files `shard_path`.
+  """Writes the descriptions that make a dataset of the files in `mode_folder(path, mode)`.
 
-  Args:
-    path: the folder above `irgl`; the files are in `mode_folder(path, mode)`.
-    shard_lengths, num_bytes: records of each file, and bytes of all (see `write_shard`).
-    metadata: of the source of the records (`source.metadata`).
+  `shard_lengths` and `num_bytes` are the records of each file and the bytes of all, as returned by
+  `write_shard`; `metadata` is that of the source.
   """
   folder = mode_folder(path, mode)
   builder = Irgl(config=mode, data_dir=path, file_format="array_record")
@@ -210,30 +218,6 @@ def _split_info(folder, lengths, size):
       filetype_suffix="array_record")
   return tfds.core.SplitInfo(
       name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
-
-
-def _build_mode(source, out, mode, **options):
-  builder = Irgl(config=mode, data_dir=os.fspath(out), file_format="array_record", **options)
-  config = tfds.download.DownloadConfig(manual_dir=os.fspath(source), try_download_gcs=False)
-  with contextlib.redirect_stdout(io.StringIO()):  # tfds prints there
-    builder.download_and_prepare(download_config=config)
-  return dict(builder.info.metadata)
-
-
-def _write(path, records):
-  with _disk_errors(path):
-    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-  count = size = 0
-  try:
-    for record in records:
-      data = record if isinstance(record, bytes) else serialize(to_example(record))
-      with _disk_errors(path):
-        writer.write(data)
-      count, size = count + 1, size + len(data)
-  finally:
-    with _disk_errors(path):
-      writer.close()
-  return count, size
 
 
 @contextlib.contextmanager
@@ -255,13 +239,13 @@ def _until_full(first, rest, limit):
 
 def _from_part(part):
   if isinstance(part, TextPart):
-    return {"text": part.text, "picture": b"", "need_loss": part.need_loss, "need_vae": False,
-            "need_vit": False, "moments": b""}
+    return _EMPTY_PART | dataclasses.asdict(part)
   moments = io.BytesIO()
   if part.moments is not None:
     np.save(moments, part.moments, allow_pickle=False)
-  return {"text": "", "picture": part.data, "need_loss": part.need_loss,
-          "need_vae": part.need_vae, "need_vit": part.need_vit, "moments": moments.getvalue()}
+  return _EMPTY_PART | {"picture": part.data, "need_loss": part.need_loss,
+                        "need_vae": part.need_vae, "need_vit": part.need_vit,
+                        "moments": moments.getvalue()}
 
 
 def _to_part(text, image, need_loss, need_vae, need_vit, moments):

@@ -21,11 +21,7 @@ LENGTH_FEATURES = {"und": "und_ids", "gen": "gen_place", "vit": "vit_position",
 
 @dataclasses.dataclass(frozen=True)
 class BufferSizes:
-  """Capacity of a row: und tokens, gen tokens, ViT patches, predicted text positions, samples.
-
-  Raises:
-    ValueError: a negative size, or no room for a single sample.
-  """
+  """Capacity of a row; ValueError if a size is negative, or `samples` is 0."""
 
   und: int = setting(REQUIRED, "understanding tokens of a row", low=0)
   gen: int = setting(REQUIRED, "generation tokens of a row", low=0)
@@ -98,11 +94,10 @@ class Batch:
   Attributes:
     tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G]; the `sample`
       of a token is the column of its sample in `sample_mode`.
-    text_ids: int32 [B, U]; ignored where `vit_index` >= 0.
-    vit_index: int32 [B, U], patch whose ViT embedding is the token, or -1.
-    text_place: int32 [B, E], index in the und buffer of a token whose next one is predicted;
-      0 on padding.
-    text_target: int32 [B, E], that next token.
+    text_ids, vit_index: int32 [B, U], the token's id, or the patch whose ViT embedding it is;
+      `vit_index` is -1 for ids.
+    text_place, text_target: int32 [B, E], index in the und buffer of a token whose next one is
+      predicted, and that next token; 0 on padding.
     text_weight: float32 [B, E], weight of the prediction in the mean; 0 on padding.
     text_sample: int32 [B, E], as `tokens.sample`; PADDING on padding.
     latents: float32 [B, G, latent_dim], clean latents.
@@ -168,7 +163,7 @@ def finish_row(row, segments) -> Batch:
   number = lambda values, segment, offset, padding: np.where(
       segment > 0, values + offset[segment], padding).astype(np.int32)
   both = lambda name: np.concatenate([row[f"und_{name}"], row[f"gen_{name}"]]).astype(np.int32)
-  none = np.zeros_like(image_offset)
+  none, patches = np.zeros_like(image_offset), row["vit_patches"]
   is_vit = np.where(row["und_vit"] >= 0, und, 0)
   return Batch(
       tokens=Tokens(sample=np.concatenate([und, gen]).astype(np.int32) - 1,
@@ -180,7 +175,8 @@ def finish_row(row, segments) -> Batch:
       text_sample=text.astype(np.int32) - 1, latents=row["gen_latents"],
       latent_position=row["gen_place"],
       latent_image=number(row["gen_image"], gen, image_offset, PADDING),
-      latent_weight=row["gen_weight"], vit_patches=_to_pixels(row["vit_patches"]),
+      latent_weight=row["gen_weight"],
+      vit_patches=to_pixels(patches) if patches.dtype == np.uint8 else patches,
       vit_position=row["vit_position"],
       vit_image=number(row["vit_image"], vit, image_offset, PADDING),
       sample_mode=number(row["sample_mode"], samples, none, -1),
@@ -202,7 +198,3 @@ def _fit(parts, sizes, name):
     raise ValueError(f"the samples of a row have {len(values)} values of {name}, "
                      f"but the buffer holds {size}: pack fewer samples, or enlarge the buffer")
   return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1))
-
-
-def _to_pixels(patches):
-  return to_pixels(patches) if patches.dtype == np.uint8 else patches

@@ -117,9 +117,8 @@ def _open(path, mode, workers, progress):
   if array_records.mode_folder(path, mode).parent.is_dir():
     source = sources.open_source(path, mode)
     return _read_all(source, progress), source.metadata
-  files = parquet.mode_files(path, mode)
-  tally = parquet.Tally(mode, parquet.count_rows(files), 1.0, listed=_LISTED)
-  good = parquet.read_good(files, tally, workers=workers, progress=progress)
+  tally = parquet.Tally(path, mode, 1.0, listed=_LISTED)
+  good = parquet.read_good(tally, workers=workers, progress=progress)
   return (record for _, record in good), tally.metadata
 
 

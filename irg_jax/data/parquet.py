@@ -5,54 +5,48 @@ Reading goes row by row and counts the unusable rows; writing goes row group by 
 
 import collections
 import concurrent.futures
-import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import typing
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from irg_jax.data.records import Record, Rejected, parse_conversation
+from irg_jax.data.records import Rejected, parse_conversation
 
 COLUMN = "conversation"
 _GROUP_ROWS = 64
 LISTED = 10  # unusable rows in an error message
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A row before parsing.
-
-  Attributes:
-    file, row: name of the file, and number of the row in it from 0.
-    index: number of the row among all rows of the mode.
-    text: JSON as bytes; None for a null.
-  """
+class Row(typing.NamedTuple):
+  """A row before parsing: its place in a file and among all rows, and its JSON (None: a null)."""
 
   file: str
   row: int
   index: int
-  text: bytes | None = dataclasses.field(repr=False)
+  text: bytes | None
 
 
 class Tally:
   """Counter of the unusable rows of a mode; raises when their share is too large.
 
   Attributes:
-    mode, total: the mode, and the number of all its rows.
+    mode, files, total: the mode, its parquet files, and the number of all rows.
     metadata: {"rows": all rows, "rejected": {reason: rows}, "offenders": [(file, row, reason,
       detail), ...]}, where the offenders are the first `listed` unusable rows. It grows while
       rows are read.
   """
 
-  def __init__(self, mode: str, total: int, max_rejected: float, listed: int = LISTED):
+  def __init__(self, path, mode: str, max_rejected: float, listed: int = LISTED):
     if not 0 <= max_rejected <= 1:
       raise ValueError("max_rejected is the share of rows that may be unusable, 0 to 1, not "
                        f"{max_rejected}")
-    self.mode, self.total = mode, total
-    self.metadata = {"rows": total, "rejected": {}, "offenders": []}
+    self.mode, self.files = mode, mode_files(path, mode)
+    self.total = sum(pq.read_metadata(file).num_rows for file in self.files)
+    self.metadata = {"rows": self.total, "rejected": {}, "offenders": []}
     self._max_rejected, self._listed = max_rejected, listed
 
   def reject(self, row: Row, why: Rejected) -> None:
@@ -94,7 +88,12 @@ def mode_files(path, mode: str) -> list[pathlib.Path]:
     raise ValueError(f"{folder}: no parquet files")
   for file in files:
     with open_file(file) as parquet:
-      _check_column(parquet.schema_arrow, file)
+      schema = parquet.schema_arrow
+    if COLUMN not in schema.names:
+      raise ValueError(f"{file}: no column {COLUMN!r}; its columns: {', '.join(schema.names)}")
+    kind = schema.field(COLUMN).type
+    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+      raise ValueError(f"{file}: column {COLUMN!r} holds {kind}, not text")
   return files
 
 
@@ -107,15 +106,6 @@ def open_file(path) -> pq.ParquetFile:
     raise ValueError(f"{path}: not a parquet file that can be read: {e}") from e
 
 
-def count_rows(files) -> int:
-  """Number of rows of all the files, from their footers."""
-  total = 0
-  for file in files:
-    with open_file(file) as parquet:
-      total += parquet.metadata.num_rows
-  return total
-
-
 def iterate_texts(file, group: int | None = None):
   """Yields the rows of a file, or of one row group, as bytes (None for a null), lazily.
 
@@ -125,12 +115,12 @@ def iterate_texts(file, group: int | None = None):
   """
   with open_file(file) as parquet:
     groups = None if group is None else [group]
-    batches = parquet.iter_batches(batch_size=4, row_groups=groups, columns=[COLUMN])
-    while (batch := _next_batch(batches, file)) is not None:
-      column = batch.column(0)
-      large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
-      # As bytes, so that a text that is not UTF-8 makes one row unusable and not the file.
-      yield from column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    try:
+      for batch in parquet.iter_batches(batch_size=4, row_groups=groups, columns=[COLUMN]):
+        # As bytes, so that a text that is not UTF-8 makes one row unusable and not the file.
+        yield from batch.column(0).cast(pa.large_binary()).to_pylist()
+    except (pa.ArrowException, OSError) as e:
+      raise ValueError(f"{file}: damaged parquet file: {e}") from e
 
 
 class Writer:
@@ -166,13 +156,12 @@ class Writer:
     self._files[mode].write_table(table)
 
 
-def read_good(files, tally: Tally, *, workers: int | None = None, progress=None):
+def read_good(tally: Tally, *, workers: int | None = None, progress=None):
   """Yields (Row, Record) of every usable row in order; the others are counted in `tally`.
 
   Threads decode the images (Pillow releases the GIL); a few rows a thread are in memory.
 
   Args:
-    files, tally: of one mode.
     workers: threads; default: one a CPU.
     progress: called after each row, as `irg_jax.progress.Progress` is.
 
@@ -180,57 +169,26 @@ def read_good(files, tally: Tally, *, workers: int | None = None, progress=None)
     ValueError: too many rows are unusable (at the end of the mode, or as soon as there are
       ten to list), or a file is damaged.
   """
-  parse = lambda row: _parse(row, tally.mode)
-  for done, (row, result) in enumerate(_map_ordered(parse, _rows(files), workers), 1):
+  index = itertools.count()
+  rows = (Row(file.name, number, next(index), text) for file in tally.files
+          for number, text in enumerate(iterate_texts(file)))
+  for done, (row, future) in enumerate(_parsed(rows, tally.mode, workers), 1):
     if progress:
       progress(f"reading {tally.mode}", 0, done, tally.total)
-    if isinstance(result, Rejected):
-      tally.reject(row, result)
+    if isinstance(error := future.exception(), Rejected):
+      tally.reject(row, error)
     else:
-      yield row, result
+      yield row, future.result()
   tally.check(tally.total)
 
 
-def _next_batch(batches, file):
-  try:
-    return next(batches, None)
-  except (pa.ArrowException, OSError) as e:
-    raise ValueError(f"{file}: damaged parquet file: {e}") from e
-
-
-def _rows(files):
-  index = itertools.count()
-  for file in files:
-    for row, text in enumerate(iterate_texts(file)):
-      yield Row(file.name, row, next(index), text)
-
-
-def _parse(row, mode) -> Record | Rejected:
-  try:
-    return parse_conversation(row.text, mode, row.index)
-  except Rejected as e:
-    return e
-
-
-def _map_ordered(function, items, workers):
-  """Yields (item, function(item)) in order; the number of items in flight is bounded."""
+def _parsed(rows, mode, workers):
+  """Yields (row, future of its record) in order; the number of rows in flight is bounded."""
   workers = workers or min(os.cpu_count() or 1, 32)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     pending = collections.deque()
-    for item in items:
-      pending.append((item, pool.submit(function, item)))
+    for row in rows:
+      pending.append((row, pool.submit(parse_conversation, row.text, mode, row.index)))
       if len(pending) > 2 * workers:
-        first, future = pending.popleft()
-        yield first, future.result()
-    for item, future in pending:
-      yield item, future.result()
-
-
-def _check_column(schema, file):
-  if COLUMN not in schema.names:
-    raise ValueError(f"{file}: no column {COLUMN!r}; its columns: {', '.join(schema.names)}")
-  kind = schema.field(COLUMN).type
-  tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
-           pa.types.is_large_binary)
-  if not any(test(kind) for test in tests):
-    raise ValueError(f"{file}: column {COLUMN!r} holds {kind}, not text")
+        yield pending.popleft()
+    yield from pending

@@ -10,6 +10,8 @@ process reads another's records; and any process can continue a stream from its 
 import collections
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,11 +36,8 @@ def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict,
 
   Args:
     data: `batch.DataSettings`.
-    sources: random access to records by mode (`sources.open_sources`).
-    tokenizer: `tokenizer.Tokenizer`.
-    model: sizes.
+    sources: records by mode (`sources.open_sources`).
     mixture: weight of each mode by name, per sample; modes of weight 0 are left out.
-    sizes: the buffers of a row.
     seed: of all random values, >= 0.
     process_index, process_count: which contiguous block of the global batch's rows to yield.
     encode: `latents.Encoder`; needed if records have no moments.
@@ -72,10 +71,7 @@ class Batches:
     self._make, self._own, self._streams, self._rows = make, own, streams, rows
     self._workers, self._encode = workers, encode
     self._groups = None  # [(streams, iterator)], opened for the first batch
-    self._reset(dict.fromkeys(own))
-
-  def _reset(self, starts):
-    self._starts = starts  # by stream: Grain's state as JSON; None: from the beginning
+    self._starts = dict.fromkeys(own)  # Grain's state as JSON; None: from the beginning
     self.skipped = {}
 
   def __iter__(self):
@@ -83,7 +79,9 @@ class Batches:
 
   def __next__(self):
     if self._groups is None:
-      self._groups = self._open()
+      parts = np.array_split(self._own, min(self._workers, len(self._own)) or 1)
+      groups = [part.tolist() for part in parts]
+      self._groups = [(group, iter(self._dataset(group))) for group in groups]
     rows = {stream: [] for stream in self._own}
     for group, iterator in self._groups:
       for _ in range(self._rows):
@@ -94,9 +92,12 @@ class Batches:
           rows[stream].append(item["row"])
           self._starts[stream] = item["state"]
     rows = [row for stream in self._own for row in rows[stream]]
-    self._count(rows)
-    batch = stack_rows([_finish(row) for row in rows])
-    images = [(i, start, pixels) for i, row in enumerate(rows) for start, pixels in _images(row)]
+    for mode, limit in itertools.chain(*(sample for row in rows for sample in row["skipped"])):
+      self._add({mode: {limit: 1}})
+    batch = stack_rows([
+        finish_row(row, {buffer: row[f"{name}_segment_ids"]
+                         for buffer, name in LENGTH_FEATURES.items()}) for row in rows])
+    images = [(i, *image) for i, row in enumerate(rows) for image in _images(row)]
     if images and self._encode is None:
       raise ValueError("there are images without latents: run irg data encode-latents first, "
                        "or give a checkpoint with a VAE")
@@ -126,7 +127,8 @@ class Batches:
       raise ValueError(f"the data state was saved with {sorted(counts)} streams, but there are "
                        f"{self._streams} now: keep data.streams (0: data.rows) as it was")
     self.close()
-    self._reset({stream: state[stream]["position"] for stream in self._own})
+    self._starts = {stream: state[stream]["position"] for stream in self._own}
+    self.skipped = {}
     for stream in self._own:
       self._add(state[stream]["skipped"])
 
@@ -136,12 +138,7 @@ class Batches:
       iterator.close()
     self._groups = None
 
-  def _open(self):
-    count = min(self._workers, len(self._own)) or 1
-    groups = [[int(s) for s in group] for group in np.array_split(self._own, count)]
-    return [(group, iter(self._group(group))) for group in groups]
-
-  def _group(self, streams):
+  def _dataset(self, streams):
     dataset = grain.IterDataset.mix([self._make(s, self._starts[s]) for s in streams])
     if not self._workers:
       return dataset
@@ -152,12 +149,6 @@ class Batches:
         num_workers=1, per_worker_buffer_size=_BUFFERED_ROWS * len(streams))
     return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
 
-  def _count(self, rows):
-    for row in rows:
-      for sample in row["skipped"]:
-        for mode, limit in sample:
-          self._add({mode: {limit: 1}})
-
   def _add(self, skipped):
     for mode, limits in skipped.items():
       self.skipped.setdefault(mode, collections.Counter()).update(limits)
@@ -165,20 +156,16 @@ class Batches:
 
 def open_stream(stream: int, streams: int, data, sources, tokenizer, model: ModelConfig,
                 mixture: dict, sizes: BufferSizes, seed: int, start: str | None):
-  """Opens stream number `stream` of `streams`; other arguments as of `open_batches`.
+  """Opens stream number `stream` of `streams` as an endless grain.IterDataset.
 
-  Args:
-    start: "state" of the last row that was used; None: from the beginning.
-
-  Returns:
-    An endless grain.IterDataset of {"stream": its number, "row": packed features, "state": JSON
-    text of the state after this row}.
+  Items are {"stream": its number, "row": packed features, "state": JSON text of the state after
+  this row}; `start` is the "state" of the last row that was used, None: from the beginning.
   """
   modes = []
   for mode in mixture:
     records = grain.MapDataset.source(sources[mode])[stream::streams]
     key = (seed, stream, MODES.index(mode))
-    features = _Features(tokenizer, model, data, key, len(records))
+    features = functools.partial(_features, tokenizer, model, data, key, len(records))
     samples = records.shuffle(seed=_number(key)).repeat().map_with_index(features)
     # Without Grain's threads, which would hold hundreds of decoded images a mode.
     samples = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -202,16 +189,11 @@ def exceeded_limit(sample: dict, sizes: BufferSizes, max_sample_tokens: int) -> 
   return next((b for b, length in lengths.items() if length > getattr(sizes, b)), None)
 
 
-class _Features:
-  """Record -> features, for `map_with_index`; the index counts on through the epochs."""
-
-  def __init__(self, tokenizer, model, data, key, records):
-    self._arguments, self._key, self._records = (tokenizer, model, data), key, records
-
-  def __call__(self, i, record):
-    # The key names the sample, so random values do not depend on processes or on resuming.
-    rng = np.random.default_rng((*self._key, record.index, i // self._records))
-    return record_features(record, *self._arguments, rng)
+def _features(tokenizer, model, data, key, records, i, record):
+  """Record -> features; `i` counts on through the epochs of `records` records each."""
+  # The key names the sample, so random values do not depend on processes or on resuming.
+  rng = np.random.default_rng((*key, record.index, i // records))
+  return record_features(record, tokenizer, model, data, rng)
 
 
 class _Mapped(grain.IterDataset):
@@ -278,11 +260,6 @@ def _number(key):
   return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _finish(row):
-  segments = {buffer: row[f"{name}_segment_ids"] for buffer, name in LENGTH_FEATURES.items()}
-  return finish_row(row, segments)
-
-
 def _images(row):
   """(first token in gen, pixels) of a row's images to encode."""
   lengths = np.bincount(row["gen_place_segment_ids"], minlength=len(row["images"]) + 1)[1:]
@@ -294,13 +271,9 @@ def _images(row):
 def _start_worker(index, count):
   del index, count
   jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training process
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-  """Ends the worker with its parent: else it would wait for room in its buffer for ever."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
+  # The worker ends with its parent: else it would wait for room in its buffer for ever.
+  wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _check(data, sources, mixture, streams, process_index, process_count):
@@ -320,12 +293,9 @@ def _check(data, sources, mixture, streams, process_index, process_count):
     if records < streams:
       raise ValueError(f"mode {mode} has {records} records, fewer than the {streams} data "
                        "streams: lower data.streams, or leave the mode out of the mixture")
-    _check_moments(getattr(sources[mode], "metadata", {}), data, mode)
-
-
-def _check_moments(metadata, data, mode):
-  made = metadata.get("vae_transform")  # from `irg data encode-latents`
-  want = dataclasses.asdict(data.vae_transform)
-  if made is not None and dict(made) != want:
-    raise ValueError(f"mode {mode}: its latents were encoded with vae_transform {dict(made)}, but "
-                     f"the configuration has {want}: use the same, or encode them again")
+    # From `irg data encode-latents`.
+    made = getattr(sources[mode], "metadata", {}).get("vae_transform")
+    want = dataclasses.asdict(data.vae_transform)
+    if made is not None and dict(made) != want:
+      raise ValueError(f"mode {mode}: its latents were encoded with vae_transform {dict(made)}, "
+                       f"but the configuration has {want}: use the same, or encode them again")

@@ -68,8 +68,6 @@ def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> l
 
   Args:
     record: an image without moments yields a split with `pixels`.
-    tokenizer: `tokenizer.Tokenizer`.
-    model: sizes.
     data: `batch.DataSettings`: transforms, dropout, posterior.
     rng: numpy Generator; the splits are a function of it and of the record.
 
@@ -138,7 +136,7 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
     if isinstance(split, TextSplit):
       layout.text(split)
     elif isinstance(split, DroppedImage):
-      layout.dropped()
+      layout.position += 1
     else:
       if split.need_loss:
         layout.latents(split, NOISE)
@@ -146,9 +144,9 @@ def sample_features(splits, config: ModelConfig, special: SpecialTokens, *, mode
         layout.latents(split, FULL)
       if split.need_vit:
         layout.vit(split.vit_patches)
-  return layout.arrays() | {"sample_mode": np.array([mode], np.int32),
-                            "sample_index": np.array([index], np.int32),
-                            "images": layout.images}
+  arrays = {name: np.concatenate(parts) for name, parts in layout.columns.items()}
+  return arrays | {"sample_mode": np.array([mode], np.int32),
+                   "sample_index": np.array([index], np.int32), "images": layout.images}
 
 
 def _image_splits(part: ImagePart, name, model, data, rng):
@@ -165,9 +163,13 @@ def _image_splits(part: ImagePart, name, model, data, rng):
   if part.need_vae:
     splits.append(_latent_split(part.moments, pixels, model, data, rng, need_vae=True)
                   if keep_vae else DroppedImage())
-  if part.need_vit:
-    splits.append(_vit_split(data.vit_transform(image), model.vit.patch_size)
-                  if keep_vit else DroppedImage())
+  if keep_vit:
+    view, patch = data.vit_transform(image), model.vit.patch_size
+    patches_YXC = einops.rearrange(
+        images.patchify(view, patch), "(y x) c -> y x c", y=view.shape[0] // patch)
+    splits.append(ImageSplit(None, patches_YXC, need_vit=True))
+  elif part.need_vit:
+    splits.append(DroppedImage())
   return splits
 
 
@@ -185,26 +187,29 @@ def _latent_split(moments, pixels, model, data, rng, **role):
   return ImageSplit(posterior_latents(moments, noise_YXC, model), None, **role)
 
 
-def _vit_split(image, patch):
-  patches_YXC = einops.rearrange(
-      images.patchify(image, patch), "(y x) c -> y x c", y=image.shape[0] // patch)
-  return ImageSplit(None, patches_YXC, need_vit=True)
-
-
 def _drop(probability, rng):
   # One value is sampled at any probability, so that changing one leaves the others as they were.
   return rng.random() < probability
 
 
 class _Layout:
-  """Arrays of one sample while they grow."""
+  """Features of one sample while they grow: lists of arrays to concatenate, the first one empty."""
 
   def __init__(self, config, special, reweighting):
     self._config, self._special, self._reweighting = config, special, reweighting
-    # By buffer: dicts of equally long columns, and their length in all.
-    self._columns = {"und": [], "gen": [], "vit": [], "text": []}
-    self._sizes = dict.fromkeys(self._columns, 0)
-    self._index = self._split = self._position = self._image = 0
+    self._patch_dim = config.vit.patch_size**2 * 3
+    whole, real = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    tokens = dict.fromkeys(("position", "index", "split", "kind"), whole)
+    empty = {"und": {"ids": whole, "vit": whole} | tokens,
+             "gen": {"latents": np.zeros((0, config.latent_dim), np.float32), "place": whole,
+                     "image": whole, "weight": real} | tokens,
+             "vit": {"patches": np.zeros((0, self._patch_dim), np.uint8), "position": whole,
+                     "image": whole},
+             "text": {"place": whole, "target": whole, "weight": real}}
+    self.columns = {f"{buffer}_{name}": [x] for buffer, columns in empty.items()
+                    for name, x in columns.items()}
+    self._sizes = dict.fromkeys(("und", "gen", "vit", "text"), 0)
+    self._index = self._split = self._image = self.position = 0
     self.images = []
 
   def text(self, split: TextSplit):
@@ -217,8 +222,8 @@ class _Layout:
     if split.need_loss:
       self._append("text", n, place=self._sizes["und"] + np.arange(n), target=ids[1:],
                    weight=n**-0.5 if self._reweighting else 1.0)
-    self._tokens("und", n + 1, CAUSAL, self._position + np.arange(n + 1), ids=ids, vit=-1)
-    self._position += n + 1
+    self._tokens("und", n + 1, CAUSAL, step=1, ids=ids, vit=-1)
+    self.position += n + 1
     self._split += 1
 
   def latents(self, split: ImageSplit, kind):
@@ -226,64 +231,41 @@ class _Layout:
     place = images.position_ids(rows, columns, self._config.max_latent_size)
     if split.pixels is not None:
       self.images.append((self._sizes["gen"], split.pixels))
-    self._boundary(self._special.image_start, kind)
-    self._tokens("gen", len(place), kind, self._position, latents=latents_GC, place=place,
-                 image=self._image, weight=float(kind == NOISE))
-    self._boundary(self._special.image_end, kind)
-    self._end_image(advance=kind != NOISE)
+    self._framed("gen", len(place), kind, latents=latents_GC, place=place, image=self._image,
+                 weight=float(kind == NOISE))
 
   def vit(self, patches_YXC):
-    rows, columns, patches_PC = _flat(
-        patches_YXC, "vit_patches", self._config.vit.patch_size**2 * 3)
-    before, n = self._columns["vit"], rows * columns
-    if before and (before[0]["patches"].dtype == np.uint8) != (patches_PC.dtype == np.uint8):
+    rows, columns, patches_PC = _flat(patches_YXC, "vit_patches", self._patch_dim)
+    if patches_PC.dtype != np.uint8:
+      patches_PC = patches_PC.astype(np.float32)
+    n, first = rows * columns, self._sizes["vit"]
+    if first and self.columns["vit_patches"][-1].dtype != patches_PC.dtype:
       raise ValueError("vit_patches of a sample must be all 8-bit levels or all float pixels")
     place = images.position_ids(rows, columns, self._config.vit.grid_size)
-    self._boundary(self._special.image_start, FULL)
-    self._tokens("und", n, FULL, self._position, ids=0, vit=self._sizes["vit"] + np.arange(n))
-    self._boundary(self._special.image_end, FULL)
     self._append("vit", n, patches=patches_PC, position=place, image=self._image)
-    self._end_image(advance=True)
+    self._framed("und", n, FULL, ids=0, vit=first + np.arange(n))
 
-  def dropped(self):
-    self._position += 1
-
-  def _boundary(self, token, kind):
-    self._tokens("und", 1, kind, self._position, ids=token, vit=-1)
-
-  def _end_image(self, advance):
-    self._position += advance
+  def _framed(self, buffer, n, kind, **columns):
+    """A split of n tokens between the start and the end of an image, all at one position."""
+    self._tokens("und", 1, kind, ids=self._special.image_start, vit=-1)
+    self._tokens(buffer, n, kind, **columns)
+    self._tokens("und", 1, kind, ids=self._special.image_end, vit=-1)
+    self.position += kind != NOISE
     self._image += 1
     self._split += 1
 
-  def _tokens(self, buffer, n, kind, position, **columns):
-    self._append(buffer, n, position=position, index=self._index + np.arange(n),
-                 split=self._split, kind=kind, **columns)
+  def _tokens(self, buffer, n, kind, step=0, **columns):
+    self._append(buffer, n, position=self.position + step * np.arange(n),
+                 index=self._index + np.arange(n), split=self._split, kind=kind, **columns)
     self._index += n
 
   def _append(self, buffer, n, **columns):
-    full = lambda x: x if np.ndim(x) else np.full(n, x)
-    self._columns[buffer].append({name: np.asarray(full(x)) for name, x in columns.items()})
+    for name, values in columns.items():
+      column, values = self.columns[f"{buffer}_{name}"], np.asarray(values)
+      if name != "patches":  # these may be 8-bit levels
+        values = values.astype(column[0].dtype)
+      column.append(values if values.ndim else np.full(n, values))
     self._sizes[buffer] += n
-
-  def arrays(self):
-    c = self._config
-    tokens = dict(position=(0,), index=(0,), split=(0,), kind=(0,))
-    empty = {
-        "und": dict(ids=(0,), vit=(0,), **tokens),
-        "gen": dict(latents=(0, c.latent_dim), place=(0,), image=(0,), weight=(0,), **tokens),
-        "vit": dict(patches=(0, c.vit.patch_size**2 * 3), position=(0,), image=(0,)),
-        "text": dict(place=(0,), target=(0,), weight=(0,)),
-    }
-    out = {}
-    for buffer, parts in self._columns.items():
-      for name, shape in empty[buffer].items():
-        values = np.concatenate([part[name] for part in parts] or [np.zeros(shape, np.uint8)])
-        if not (name == "patches" and values.dtype == np.uint8):
-          real = name in ("latents", "patches", "weight")
-          values = values.astype(np.float32 if real else np.int32)
-        out[f"{buffer}_{name}"] = values
-    return out
 
 
 def _flat(grid_YXC, name, channels):

@@ -11,6 +11,7 @@ import pathlib
 import threading
 
 import numpy as np
+import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from irg_jax.data import array_records, parquet
@@ -21,7 +22,6 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
   """Opens a mode.
 
   Args:
-    path: see the top of this file.
     max_rejected: share of the mode's rows that may be unusable; only for the published form,
       since `irg data build` has a limit of its own.
     progress: called while rows are checked, as `irg_jax.progress.Progress` is.
@@ -85,14 +85,16 @@ class PublishedSource:
   """The parquet files of one mode; see `open_source`."""
 
   def __init__(self, path, mode: str, max_rejected: float = 0.01, progress=None):
-    self._files = parquet.mode_files(path, mode)
-    tally = parquet.Tally(mode, parquet.count_rows(self._files), max_rejected)
-    good = [row.index for row, _ in parquet.read_good(self._files, tally, progress=progress)]
+    tally = parquet.Tally(path, mode, max_rejected)
+    good = [row.index for row, _ in parquet.read_good(tally, progress=progress)]
     if not good:
       raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
     self.mode, self.metadata = mode, tally.metadata
     self._good = np.asarray(good)
-    self._groups = _row_groups(self._files)
+    self._groups = []  # (file, number in the file, rows) of every row group
+    for file in tally.files:
+      meta = pq.read_metadata(file)
+      self._groups += [(file, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
     self._starts = np.cumsum([0] + [rows for _, _, rows in self._groups])
     self._open()
 
@@ -132,16 +134,6 @@ class PublishedSource:
 
   def __repr__(self):
     return f"PublishedSource({self.mode}, {len(self)} records)"
-
-
-def _row_groups(files):
-  """(file, number in the file, rows) of every row group, in order."""
-  groups = []
-  for file in files:
-    with parquet.open_file(file) as opened:
-      meta = opened.metadata
-      groups += [(file, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
-  return groups
 
 
 def _index(i, length):

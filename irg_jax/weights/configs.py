@@ -19,7 +19,7 @@ import numpy as np
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.storage import write_json
 from irg_jax.weights.names import CheckpointError
-from irg_jax.weights.safetensors import Tensor, find_tensors
+from irg_jax.weights.safetensors import Tensor, find_tensors, read_json
 
 NAMES = ("llm_config.json", "vit_config.json", "ae_config.json")
 # Files that are copied with a checkpoint: its tokenizer, and its settings of generation.
@@ -60,13 +60,7 @@ class _Fields:
   """A JSON object whose fields are checked when they are read."""
 
   def __init__(self, path, fixed):
-    self.path = path
-    try:
-      self.content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-      raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
-      raise CheckpointError(f"{path}: not readable as JSON: {e}") from e
+    self.path, self.content = path, read_json(path)
     if not isinstance(self.content, dict):
       raise CheckpointError(f"{path}: expected a JSON object")
     for name, allowed in fixed.items():

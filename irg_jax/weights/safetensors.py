@@ -7,6 +7,7 @@ Writing: the library's writer needs a whole file in memory, so the format is wri
 of the header (8 bytes), header (JSON), bytes of the tensors.
 """
 
+import collections
 import collections.abc
 import dataclasses
 import json
@@ -60,27 +61,34 @@ class Tensor:
     row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
     step = max(1, min(CHUNK // row_bytes, ROWS))
     for row in range(start, stop, step):
-      block = out[row - start:row - start + step]
+      block, end = out[row - start:row - start + step], min(row + step, stop)
+      stored = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
       with np.errstate(over="ignore"):  # reported below
-        block[...] = self._map()[(slice(row, min(row + step, stop)), *rest)]
+        block[...] = stored[(slice(row, end), *rest)]
       if not _finite(block):
-        self._raise_not_finite(out.dtype, row, min(row + step, stop))
-
-  def _map(self):
-    return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-
-  def _raise_not_finite(self, dtype, start, stop):
-    if _finite(np.array(self._map()[start:stop])):
-      raise CheckpointError(f"{self.path}: {self.key} has numbers too large for {dtype}; use "
-                            "bfloat16 or float32")
-    raise CheckpointError(f"{self.path}: {self.key} has NaN or infinite numbers (rows {start} to "
-                          f"{stop - 1}); the file is damaged or its training diverged")
+        fault = (f"numbers too large for {out.dtype}; use bfloat16 or float32"
+                 if _finite(np.array(stored[row:end])) else
+                 f"NaN or infinite numbers (rows {row} to {end - 1}); the file is damaged or its "
+                 "training diverged")
+        raise CheckpointError(f"{self.path}: {self.key} has {fault}")
 
 
 def all_finite(x: np.ndarray) -> bool:
   """Whether `x` holds no NaN and no infinity; checked block by block."""
   flat, step = x.reshape(-1), CHUNK // x.dtype.itemsize
   return all(_finite(flat[i:i + step]) for i in range(0, flat.size, step))
+
+
+def read_json(path: pathlib.Path, object_pairs_hook=None):
+  """Reads a JSON file; CheckpointError if it cannot be read."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
+  except FileNotFoundError:
+    raise CheckpointError(f"{path}: no such file") from None
+  except CheckpointError:  # of `object_pairs_hook`
+    raise
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"{path}: not readable as JSON: {e}") from e
 
 
 def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
@@ -93,13 +101,13 @@ def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
   """
   single = folder / f"{stem}.safetensors"
   index = folder / f"{stem}.safetensors.index.json"
-  if single.is_file() and index.is_file():
-    raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
-                          "that is stale")
   if single.is_file():
+    if index.is_file():
+      raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
+                            "that is stale")
     return read_header(single)
-  for path in (index, folder / "model.safetensors.index.json"):
-    if path.is_file() and (path == index or stem == "ema"):
+  for path in (index, *[folder / "model.safetensors.index.json"] * (stem == "ema")):
+    if path.is_file():
       return _read_shards(path)
   raise CheckpointError(f"{single}: no such file, and no {index.name} beside it")
 
@@ -123,7 +131,12 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     length = int.from_bytes(f.read(8), "little")
     header = json.loads(f.read(length), object_pairs_hook=lambda p: _unique(p, path))
   header.pop("__metadata__", None)
-  return {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
+  for key, entry in header.items():
+    if entry["dtype"] not in DTYPES:
+      raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; expected one of "
+                            f"{', '.join(DTYPES)}")
+  return {key: Tensor(path, key, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+                      8 + length + entry["data_offsets"][0]) for key, entry in header.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,20 +200,10 @@ def _finite(x):
 
 
 def _unique(pairs, path):
-  entries = dict(pairs)
-  if len(entries) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1}
+  counts = collections.Counter(key for key, _ in pairs)
+  if twice := [key for key, count in counts.items() if count > 1]:
     raise CheckpointError(f"{path}: holds {listing(twice)} twice; write the file again")
-  return entries
-
-
-def _tensor(path, key, entry, data_start):
-  if entry["dtype"] not in DTYPES:
-    raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; expected one of "
-                          f"{', '.join(DTYPES)}")
-  return Tensor(path, key, DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                data_start + entry["data_offsets"][0])
+  return dict(pairs)
 
 
 def _read_shards(index):
@@ -227,13 +230,7 @@ def _read_shards(index):
 
 def _read_index(index):
   """The index's table from key to file name."""
-  try:
-    content = json.loads(index.read_text(encoding="utf-8"),
-                         object_pairs_hook=lambda p: _unique(p, index))
-  except CheckpointError:
-    raise
-  except (OSError, ValueError) as e:
-    raise CheckpointError(f"{index}: not readable as JSON: {e}") from e
+  content = read_json(index, lambda p: _unique(p, index))
   weight_map = content.get("weight_map") if isinstance(content, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
     raise CheckpointError(f"{index}: has no weight_map from key to file")
