@@ -36,58 +36,45 @@ class ImageTransform:
       raise ValueError(f"{self}: max_size and min_size must be multiples of the stride")
 
   def size(self, width: int, height: int) -> tuple[int, int]:
-    """Width and height after the transform."""
-    return resize_size(width, height, **dataclasses.asdict(self))
+    """Width and height after the transform.
+
+    Images are enlarged only to reach `min_size`. Each step rounds to whole pixels and then to
+    multiples of the stride (half to even both times, at least one stride). The next step starts
+    from the rounded sides, so the order of the steps matters for stretched images.
+
+    Worked examples, with max 1024, min 512, stride 16:
+      640 x 480: the short side grows to 512, the long one to 683, rounded to 688.
+      1999 x 201: the short side grows to 512, which gives 5088 x 512; the limit of the area gives
+        3520 x 352, and the limit of the long side 1024 x 96.
+
+    Raises:
+      ValueError: a side below 1.
+    """
+    if width < 1 or height < 1:
+      raise ValueError(f"an image of {width} x {height} pixels cannot be resized")
+    scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
+    size = self._scaled(width, height, scale)
+    area = size[0] * size[1]
+    if area > _MAX_PIXELS:
+      # The factor is not square-rooted: the published models saw images made this way.
+      size = self._scaled(*size, _MAX_PIXELS / area)
+    if max(size) > self.max_size:
+      size = self._scaled(*size, self.max_size / max(size))
+    return size
 
   def __call__(self, image: np.ndarray) -> np.ndarray:
     """Resizes an image, uint8 [H, W, 3]."""
-    return resize(image, **dataclasses.asdict(self))
+    return resize_to(image, *self.size(image.shape[1], image.shape[0]))
+
+  def _scaled(self, width, height, scale):
+    snap = lambda side: max(self.stride, round(round(side * scale) / self.stride) * self.stride)
+    return snap(width), snap(height)
 
 
 # At inference (docs/spec.md, sections 5 and 7). IRG trains with a ViT minimum of 378.
 VAE_TRANSFORM = ImageTransform(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageTransform(max_size=980, min_size=224, stride=14)
 VIT_TRAIN_TRANSFORM = ImageTransform(max_size=980, min_size=378, stride=14)
-
-
-def resize_size(
-    width: int, height: int, *, max_size: int, min_size: int, stride: int
-) -> tuple[int, int]:
-  """Width and height after the resize rule.
-
-  Images are enlarged only to reach `min_size`. Each step rounds to whole pixels and then to
-  multiples of the stride (half to even both times, at least one stride). The next step starts
-  from the rounded sides, so the order of the steps matters for stretched images.
-
-  Worked examples, with max 1024, min 512, stride 16:
-    640 x 480: the short side grows to 512, the long one to 683, rounded to 688.
-    1999 x 201: the short side grows to 512, which gives 5088 x 512; the limit of the area gives
-      3520 x 352, and the limit of the long side 1024 x 96.
-
-  Raises:
-    ValueError: a side below 1.
-  """
-  if width < 1 or height < 1:
-    raise ValueError(f"an image of {width} x {height} pixels cannot be resized")
-  scale = max(min(max_size / max(width, height), 1.0), min_size / min(width, height))
-  size = _scaled(width, height, scale, stride)
-  area = size[0] * size[1]
-  if area > _MAX_PIXELS:
-    # The factor is not square-rooted: the published models saw images made this way.
-    size = _scaled(*size, _MAX_PIXELS / area, stride)
-  if max(size) > max_size:
-    size = _scaled(*size, max_size / max(size), stride)
-  return size
-
-
-def resize(
-    image: np.ndarray, max_size: int, min_size: int, stride: int
-) -> np.ndarray:
-  """Resizes an image, uint8 [H, W, 3], to `resize_size`."""
-  height, width, _ = image.shape
-  return resize_to(
-      image, *resize_size(width, height, max_size=max_size, min_size=min_size, stride=stride)
-  )
 
 
 def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -157,25 +144,18 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
   Raises:
     ValueError: not an image, truncated, or larger than 67 million pixels.
   """
-  too_large = f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller first"
   try:
     with Image.open(io.BytesIO(data)) as image:
       if image.width * image.height > _MAX_READ_PIXELS:
         raise Image.DecompressionBombError
       return np.array(_to_rgb(ImageOps.exif_transpose(image)))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-    raise ValueError(too_large) from e
+    raise ValueError(f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller "
+                     "first") from e
   except UnidentifiedImageError as e:
     raise ValueError(f"{name}: not an image that can be decoded: unknown format") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
     raise ValueError(f"{name}: not an image that can be decoded: {e}") from e
-
-
-def _scaled(width, height, scale, stride):
-  def snap(side):
-    return max(stride, round(round(side * scale) / stride) * stride)
-
-  return snap(width), snap(height)
 
 
 def _to_rgb(image):

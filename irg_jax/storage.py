@@ -60,14 +60,14 @@ def write_bytes(path, data: bytes, temporary_folder=None) -> None:
     os.fsync(file.fileno())
 
 
-def write_text(path, text: str, temporary_folder=None) -> None:
+def write_text(path, text: str) -> None:
   """`write_bytes` of UTF-8; a lone surrogate becomes a question mark."""
-  write_bytes(path, text.encode("utf-8", "replace"), temporary_folder)
+  write_bytes(path, text.encode("utf-8", "replace"))
 
 
-def write_json(path, content, temporary_folder=None, **options) -> None:
+def write_json(path, content, **options) -> None:
   """`write_text` of JSON, two spaces a level; `options` as of `json.dumps`."""
-  write_text(path, json.dumps(content, **{"indent": 2} | options) + "\n", temporary_folder)
+  write_text(path, json.dumps(content, **{"indent": 2} | options) + "\n")
 
 
 def check_absent(folder) -> None:

@@ -69,7 +69,7 @@ def test_resizing_to_the_same_size_changes_nothing(image):
   np.testing.assert_array_equal(images.resize_to(image, 60, 40), image)
   transform = images.ImageTransform(64, 32, 16)
   assert transform(image).shape == (32, 64, 3)  # 40 is 2.5 strides: half goes to even
-  np.testing.assert_array_equal(transform(image), images.resize(image, 64, 32, 16))
+  np.testing.assert_array_equal(transform(image), images.resize_to(image, 64, 32))
 
 
 def test_pixels_span_minus_one_to_one():

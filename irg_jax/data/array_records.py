@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
+import math
 import os
 import pathlib
 
@@ -64,23 +66,24 @@ class Irgl(tfds.core.GeneratorBasedBuilder):
     return {SPLIT: self._generate_examples(dl_manager.manual_dir)}
 
   def _generate_examples(self, path):
-    """(index, example) of the usable rows in order; the counts of others become metadata."""
-    mode = self.builder_config.name
-    tally, good = parquet.Tally(path, mode, self._max_rejected), 0
-    for _, record in parquet.read_good(tally, workers=self._workers, progress=self._progress):
-      good += 1
-      yield record.index, to_example(record)
-    if not good:
-      raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
-    self.info.metadata.update(tally.metadata)
+    return ((record.index, to_example(record)) for record in self._records(path))
 
   def _generate_splits(self, dl_manager, download_config):
     # A private hook, since tfds has no public one: its own writer sorts, and holds a whole mode
     # in memory if the keys are in order.
-    examples = self._split_generators(dl_manager)[SPLIT]
-    lengths, size = write_shards(
-        self.data_path, (example for _, example in examples), self._shard_bytes)
+    records = self._records(dl_manager.manual_dir)
+    lengths, size = write_shards(self.data_path, records, self._shard_bytes)
     return [_split_info(self.data_path, lengths, size)]
+
+  def _records(self, path):
+    """The usable rows in order; the counts of others become metadata at the end."""
+    mode = self.builder_config.name
+    tally, record = parquet.Tally(path, mode, self._max_rejected), None
+    for _, record in parquet.read_good(tally, workers=self._workers, progress=self._progress):
+      yield record
+    if record is None:
+      raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
+    self.info.metadata.update(tally.metadata)
 
 
 def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int | None = None,
@@ -155,13 +158,8 @@ def to_example(record: Record) -> dict:
   return {"index": record.index, "parts": [_from_part(part) for part in record.parts]}
 
 
-def serialize(example: dict) -> bytes:
-  """Example -> bytes of a record of the file."""
-  return features().serialize_example(features().encode_example(example))
-
-
-def write_shard(path, records) -> tuple[int, int]:
-  """Writes records (Record, or bytes from `serialize`) to one file, atomically.
+def write_shard(path, records, shard_bytes: float = math.inf) -> tuple[int, int]:
+  """Writes records to one file, atomically; the file ends with the one that reaches `shard_bytes`.
 
   Returns the number of records, and of their bytes. Raises ValueError if there is no record, and
   OSError if the file cannot be written, for example because the disk is full.
@@ -172,10 +170,12 @@ def write_shard(path, records) -> tuple[int, int]:
       writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     try:
       for record in records:
-        data = record if isinstance(record, bytes) else serialize(to_example(record))
+        data = features().serialize_example(features().encode_example(to_example(record)))
         with _disk_errors(path):
           writer.write(data)
         count, size = count + 1, size + len(data)
+        if size >= shard_bytes:
+          break
     finally:
       with _disk_errors(path):
         writer.close()
@@ -184,16 +184,15 @@ def write_shard(path, records) -> tuple[int, int]:
   return count, size
 
 
-def write_shards(folder, examples, shard_bytes: int) -> tuple[list[int], int]:
-  """Writes examples in order to the files of an empty folder, holding one at a time.
+def write_shards(folder, records, shard_bytes: int) -> tuple[list[int], int]:
+  """Writes an iterator of records to the files of an empty folder, as `write_shard` does.
 
-  A file ends with the record that reaches `shard_bytes`. Returns the number of records of each
-  file, and of bytes of all.
+  Returns the number of records of each file, and of bytes of all.
   """
   folder, sizes = pathlib.Path(folder), []
-  serialized = map(serialize, examples)
-  for first in serialized:
-    sizes.append(write_shard(folder / f"{len(sizes)}", _until_full(first, serialized, shard_bytes)))
+  for first in records:
+    rest = itertools.chain([first], records)
+    sizes.append(write_shard(folder / f"{len(sizes)}", rest, shard_bytes))
   for number in range(len(sizes)):  # each name has the number of files, which is known only now
     os.replace(folder / f"{number}", shard_path(folder, number, len(sizes)))
   return [count for count, _ in sizes], sum(size for _, size in sizes)
@@ -227,14 +226,6 @@ def _disk_errors(path):
     yield
   except RuntimeError as e:
     raise OSError(f"{path}: cannot be written: {e}") from e
-
-
-def _until_full(first, rest, limit):
-  size = len(first)
-  yield first
-  while size < limit and (data := next(rest, None)) is not None:
-    size += len(data)
-    yield data
 
 
 def _from_part(part):

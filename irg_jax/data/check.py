@@ -19,8 +19,7 @@ KINDS = ("text", "latent", "ViT", "total")
 _LISTED = 1000  # unusable rows of a mode on the page
 _LATENT_PIXELS = 16
 _VIT_PIXELS = 14
-_BINS, _BAR = 40, 16  # of the histogram; pixels a bar
-_HEIGHT = 120  # pixels of the highest bar
+_BINS = 40  # of the histogram
 _THUMBNAIL = 384  # pixels
 
 
@@ -29,7 +28,7 @@ class ModeReport:
   """Content of a mode.
 
   Attributes:
-    metadata: rows, rejected and offenders, as of `parquet.Tally`.
+    metadata: as of `parquet.Tally`.
     lengths: tokens of each usable sample by kind (`KINDS`), int64 [samples].
     samples: a few records from all over the mode.
   """
@@ -50,7 +49,6 @@ def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int 
   """Reads every row of the modes, in either form of `sources.open_source`.
 
   Args:
-    path: folder of the data.
     count_text: text -> number of its tokens without framing. Default: its UTF-8 bytes.
     samples: number of records that a report keeps.
     workers, progress: see `parquet.read_good`.
@@ -59,8 +57,8 @@ def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int 
     ValueError: a mode is missing, or a file is damaged.
   """
   count_text = count_text or (lambda text: len(text.encode("utf-8")))
-  options = dict(count_text=count_text, samples=samples, workers=workers, progress=progress)
-  return [_check_mode(path, mode, **options) for mode in modes]
+  return [_check_mode(*_open(path, mode, workers, progress), mode, count_text, samples)
+          for mode in modes]
 
 
 def sample_lengths(record: Record, count_text) -> dict[str, int]:
@@ -70,10 +68,12 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
     if isinstance(part, TextPart):
       lengths["text"] += count_text(part.text) + 2
       continue
+    with Image.open(io.BytesIO(part.data)) as image:
+      size = image.size  # from the file's header; EXIF may swap the sides, which changes no count
     for kind, times, transform, pixels in (
         ("latent", part.need_loss + part.need_vae, images.VAE_TRANSFORM, _LATENT_PIXELS),
         ("ViT", part.need_vit, images.VIT_TRAIN_TRANSFORM, _VIT_PIXELS)):
-      width, height = transform.size(*_size(part))
+      width, height = transform.size(*size)
       lengths[kind] += times * (width * height // pixels**2)
       lengths["text"] += times * 2  # start and end of an image are text tokens
   lengths["total"] = sum(lengths.values())
@@ -81,24 +81,18 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
 
 
 def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
-  """Writes the reports as one self-contained HTML file.
+  """Writes the reports on the data in `path` as one self-contained HTML file.
 
-  Args:
-    out: the file.
-    path: of the data, for the title.
-    reports: from `check`.
-    unit: of the lengths of texts, "tokens" or "bytes".
+  `unit` of the lengths of texts is "tokens" or "bytes".
   """
   rows = sum(report.metadata["rows"] for report in reports)
   write_text(out, pages.render(
       "data_check", title=str(path), unit=unit, rows=rows,
       usable=rows - sum(report.rejected for report in reports),
-      overview=_table(("mode", "rows", "usable", "rejected", "by reason"), map(_counts, reports)),
-      modes=[_section(report) for report in reports]))
+      overview=[_counts(report) for report in reports], modes=map(_section, reports)))
 
 
-def _check_mode(path, mode, *, count_text, samples, workers, progress):
-  records, metadata = _open(path, mode, workers, progress)
+def _check_mode(records, metadata, mode, count_text, samples):
   lengths, kept, step = collections.defaultdict(list), [], 1
   for number, record in enumerate(records):
     for kind, length in sample_lengths(record, count_text).items():
@@ -129,57 +123,28 @@ def _read_all(source, progress):
     yield source[i]
 
 
-def _size(part):
-  """Width and height from the file's header; EXIF may swap them, which changes no count."""
-  with Image.open(io.BytesIO(part.data)) as image:
-    return image.size
-
-
 def _counts(report):
   total, reasons = report.metadata["rows"], sorted(report.metadata["rejected"].items())
-  return (report.mode, f"{total:,}", f"{total - report.rejected:,}", f"{report.rejected:,}",
+  return (report.mode, total, total - report.rejected, report.rejected,
           ", ".join(f"{count:,} {reason}" for reason, count in reasons))
 
 
 def _section(report):
   """Values of a mode for the page."""
-  offenders, lengths = report.metadata["offenders"], report.lengths
-  usable = len(lengths["total"]) > 0
-  rows = [(kind, *(f"{cut:,.0f}" for cut in np.percentile(x, (0, 50, 95, 100))), f"{x.sum():,}")
-          for kind, x in lengths.items() if usable]
-  return {
-      "name": report.mode,
-      "lengths": _table(("tokens of a sample", "least", "median", "95 %", "most", "of all"), rows),
-      "histogram": _histogram(lengths["total"]) if usable else None,
-      "offenders": _table(("file", "row", "reason", "what is wrong"), offenders),
-      "complete": report.rejected == len(offenders),
-      "samples": [{"row": record.index, "parts": [_part(part) for part in record.parts]}
-                  for record in report.samples]}
-
-
-def _table(head, rows):
-  """A table for the page; columns of numbers are aligned at the right."""
-  rows = list(rows)
-  is_number = lambda value: str(value).replace(",", "").isdigit()
-  return {"head": head, "rows": rows,
-          "right": [all(is_number(row[i]) for row in rows) for i in range(len(head))]}
-
-
-def _histogram(lengths):
-  """Bars of the number of samples by length, from 0 to the longest."""
-  counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(int(lengths.max()), 1)))
-  heights = _HEIGHT * counts / counts.max()
-  bars = [{"x": i * _BAR, "y": f"{_HEIGHT - height:.1f}", "height": f"{height:.1f}",
-           "title": f"{edges[i]:,.0f} to {edges[i + 1]:,.0f} tokens: {counts[i]:,} samples"}
-          for i, height in enumerate(heights) if height]
-  return {"bars": bars, "highest": f"{counts.max():,}", "longest": f"{edges[-1]:,.0f}"}
+  offenders, lengths, histogram, rows = report.metadata["offenders"], report.lengths, None, []
+  if len(total := lengths["total"]):
+    rows = [(kind, *np.percentile(x, (0, 50, 95, 100)), x.sum()) for kind, x in lengths.items()]
+    histogram = np.histogram(total, bins=_BINS, range=(0, max(int(total.max()), 1)))
+  return {"name": report.mode, "lengths": rows, "histogram": histogram, "offenders": offenders,
+          "complete": report.rejected == len(offenders),
+          "samples": [{"row": record.index, "parts": [_part(part) for part in record.parts]}
+                      for record in report.samples]}
 
 
 def _part(part):
   """Values of a part for the page."""
-  flags = {"learnt": part.need_loss, "VAE": getattr(part, "need_vae", False),
-           "ViT": getattr(part, "need_vit", False)}
-  marks = [name for name, on in flags.items() if on]
+  flags = {"need_loss": "learnt", "need_vae": "VAE", "need_vit": "ViT"}
+  marks = [name for flag, name in flags.items() if getattr(part, flag, False)]
   if isinstance(part, TextPart):
     return {"text": part.text, "marks": marks}
   image = Image.fromarray(images.decode_image(part.data, "a sample's image"))

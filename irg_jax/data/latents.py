@@ -5,6 +5,7 @@ so that few programs are compiled; no image is padded (docs/spec.md, section 8).
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -34,7 +35,6 @@ class Encoder:
 
   Args:
     model: sizes, and the dtype of the arithmetic.
-    params: the VAE's parameters, host or local arrays.
     encode: `model.vae.encode_levels`: (model, params, uint8 [N, H, W, 3]) -> moments
       float32 [N, 2, h, w, z].
     devices: each gets a copy of the parameters; default: all of this process.
@@ -49,13 +49,9 @@ class Encoder:
     self._params = jax.device_put(params, place())
 
   def moments(self, images) -> list[np.ndarray]:
-    """Posteriors of images.
+    """Posteriors of images, uint8 [H, W, 3] of any sizes that the VAE can halve.
 
-    Args:
-      images: list of uint8 [H, W, 3], of any sizes that the VAE can halve.
-
-    Returns:
-      float32 [2, h, w, z] each: mean and log-variance, unscaled.
+    Returns float32 [2, h, w, z] for each: mean and log-variance, unscaled.
     """
     groups, found = {}, [None] * len(images)
     for i, image in enumerate(images):
@@ -77,14 +73,9 @@ class Encoder:
     return np.asarray(self._encode(self._model, self._params, levels))[:len(images)]
 
   def __call__(self, batch, images):
-    """Replaces the noise of posteriors in `batch.latents` by latents.
+    """Returns a `data.batch.Batch` of numpy arrays with the noise of posteriors made latents.
 
-    Args:
-      batch: `data.batch.Batch` of numpy arrays [B, ...].
-      images: list of (row, first token in gen, uint8 [H, W, 3]).
-
-    Returns:
-      The completed batch.
+    `images` is a list of (row, first token in gen, uint8 [H, W, 3]).
     """
     latents_BGC = batch.latents.copy()
     found = self.moments([pixels for _, _, pixels in images])
@@ -130,12 +121,12 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
   settings = {"vae_transform": dataclasses.asdict(transform), "moments": dtype,
               "vae": encoder.fingerprint()}
   encode = lambda records: _with_moments(records, encoder, transform, dtype)
-  return {mode: _encode_mode(mode, source, pathlib.Path(out), encode, settings,
-                             (process_index, process_count), shard_records, progress)
+  return {mode: _encode_mode(mode, source, pathlib.Path(out), encode, settings, shard_records,
+                             slice(process_index, None, process_count), progress)
           for mode, source in sources.items()}
 
 
-def _encode_mode(mode, source, out, encode, settings, process, shard_records, progress):
+def _encode_mode(mode, source, out, encode, settings, shard_records, own, progress):
   home = array_records.mode_folder(out, mode)
   folder = array_records.mode_folder(out / _UNFINISHED, mode)
   metadata = dict(getattr(source, "metadata", {})) | settings
@@ -148,15 +139,15 @@ def _encode_mode(mode, source, out, encode, settings, process, shard_records, pr
   runs.create(folder / _PLAN, plan)
   runs.check_same(runs.read(folder / _PLAN), plan, str(folder.parent))
   starts = range(0, len(source), shard_records)
-  paths = [array_records.shard_path(folder, k, len(starts)) for k in range(len(starts))]
-  ends = [min(start + shard_records, len(source)) for start in starts]
-  for number in range(process[0], len(paths), process[1]):
+  shards = [(array_records.shard_path(folder, number, len(starts)),
+             range(start, min(start + shard_records, len(source))))
+            for number, start in enumerate(starts)]
+  for path, records in shards[own]:
     if progress:
-      progress(f"encoding {mode}", 0, starts[number], len(source))
-    if not paths[number].exists():
-      records = (source[i] for i in range(starts[number], ends[number]))
-      array_records.write_shard(paths[number], encode(records))
-  return _finish(out, mode, paths, [e - s for s, e in zip(starts, ends)], metadata)
+      progress(f"encoding {mode}", 0, records.start, len(source))
+    if not path.exists():
+      array_records.write_shard(path, encode(source[i] for i in records))
+  return _finish(out, mode, shards, metadata)
 
 
 def _with_moments(records, encoder, transform, dtype):
@@ -189,18 +180,18 @@ def _cast(moments, dtype, record):
   return moments
 
 
-def _finish(out, mode, paths, lengths, metadata):
+def _finish(out, mode, shards, metadata):
   """Makes the files a dataset if all are there; several processes may try at once."""
   home, folder, unfinished = (
-      array_records.mode_folder(out, mode), paths[0].parent, out / _UNFINISHED)
-  if not all(path.exists() for path in paths):
+      array_records.mode_folder(out, mode), shards[0][0].parent, out / _UNFINISHED)
+  if not all(path.exists() for path, _ in shards):
     return "there" if home.exists() else "waiting"
   try:
     with scratch_folder(unfinished) as scratch:
       made = array_records.mode_folder(scratch, mode)
       made.mkdir(parents=True)
-      size = sum(path.stat().st_size for path in paths)
-      array_records.write_info(scratch, mode, lengths, size, metadata)
+      size = sum(path.stat().st_size for path, _ in shards)
+      array_records.write_info(scratch, mode, [len(r) for _, r in shards], size, metadata)
       for file in made.iterdir():
         os.replace(file, folder / file.name)
       home.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -208,9 +199,7 @@ def _finish(out, mode, paths, lengths, metadata):
   except OSError:
     if not home.exists():  # else another process was faster
       raise
-  for empty in (unfinished / array_records.NAME, unfinished):
-    try:
-      empty.rmdir()
-    except OSError:  # other modes are in there
-      break
+  with contextlib.suppress(OSError):  # other modes are in there
+    (unfinished / array_records.NAME).rmdir()
+    unfinished.rmdir()
   return "written"

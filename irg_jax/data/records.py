@@ -8,7 +8,6 @@ rest would teach answers to a context that is not there.
 """
 
 import base64
-import binascii
 import dataclasses
 import json
 
@@ -92,17 +91,15 @@ def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> R
   """
   parts, roles = [], set()
   for number, turn in enumerate(_turns(text)):
-    role, content = _turn(turn, f"turn {number}")
+    where = f"turn {number}"
+    role, content = _turn(turn, where)
     roles.add(role)
     if role == "user":
-      flags = _flags(turn, f"turn {number}", need_loss=False)
-      parts.append(_text_part(content, flags, f"turn {number}"))
+      parts.append(_text_part(content, _flags(turn, where, need_loss=False), where))
     else:
-      where = (f"turn {number}, part {i}" for i in range(len(content)))
-      parts += [_part(part, w, decode) for part, w in zip(content, where)]
+      parts += [_part(part, f"{where}, part {i}", decode) for i, part in enumerate(content)]
   if "assistant" not in roles:
-    raise Rejected("no_assistant",
-                   "no turn of the assistant" if roles else "there are no turns")
+    raise Rejected("no_assistant", "no turn of the assistant" if roles else "there are no turns")
   if not any(part.need_loss for part in parts):
     raise Rejected("no_target", "no part has need_loss, so there is nothing to learn")
   return Record(mode, index, tuple(parts))
@@ -166,27 +163,32 @@ def _part(part, where, decode):
     return _text_part(content, flags, where)
   if not any(flags.values()):
     raise Rejected("unused_picture", f"{where}: the image has none of {', '.join(_FLAGS)}")
-  data = _image_bytes(content, where)
-  if decode:
-    try:
+  if not isinstance(content, str):
+    raise Rejected("bad_content", f"{where}: an image's content is {_type(content)}, "
+                   "not a base64 string")
+  try:
+    # Base64 may have line breaks; any other stray character is an error.
+    data = base64.b64decode("".join(content.split()), validate=True)
+  except ValueError as e:
+    raise Rejected("bad_base64", f"{where}: {e}") from e
+  try:
+    if decode:
       images.decode_image(data, where)
-    except ValueError as e:
-      raise Rejected("bad_picture", str(e)) from e
+  except ValueError as e:
+    raise Rejected("bad_picture", str(e)) from e
   return ImagePart(data, **flags)
 
 
 def _flags(part, where, need_loss):
   """The three flags; `need_loss` is its own default."""
-  flags = {"need_loss": need_loss, "need_vae": False, "need_vit": False}
-  for name in part:
+  flags = {name: value for name, value in part.items() if name.startswith("need_")}
+  for name, value in flags.items():
     # A misspelt flag would silently leave the default in force.
-    if name.startswith("need_") and name not in flags:
+    if name not in _FLAGS:
       raise Rejected("bad_flag", f"{where}: unknown flag {name!r}; known: {', '.join(_FLAGS)}")
-  for name in flags.keys() & part.keys():
-    if not isinstance(part[name], bool):
-      raise Rejected("bad_flag", f"{where}: {name} is {part[name]!r:.80}, not true or false")
-    flags[name] = part[name]
-  return flags
+    if not isinstance(value, bool):
+      raise Rejected("bad_flag", f"{where}: {name} is {value!r:.80}, not true or false")
+  return {"need_loss": need_loss, "need_vae": False, "need_vit": False} | flags
 
 
 def _text_part(content, flags, where):
@@ -201,17 +203,6 @@ def _text_part(content, flags, where):
   except UnicodeEncodeError as e:
     raise Rejected("bad_text", f"{where}: lone surrogate at character {e.start}") from e
   return TextPart(content, flags["need_loss"])
-
-
-def _image_bytes(content, where):
-  if not isinstance(content, str):
-    raise Rejected("bad_content", f"{where}: an image's content is {_type(content)}, "
-                   "not a base64 string")
-  try:
-    # Base64 may have line breaks; any other stray character is an error.
-    return base64.b64decode("".join(content.split()), validate=True)
-  except (binascii.Error, ValueError) as e:
-    raise Rejected("bad_base64", f"{where}: {e}") from e
 
 
 def _type(value):

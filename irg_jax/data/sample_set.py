@@ -41,9 +41,18 @@ def write(folder) -> None:
 def conversation(mode: str, number: int) -> list:
   """Row `number` of a mode: two shapes, painted wrongly first where the mode improves an image."""
   scene = _scene(number)
-  thought, reflection = text_part(_plan(scene)), text_part(_reflection(scene))
+  first, second, color = scene["first"], scene["second"], scene["second_color"]
+  where = "above" if scene["size"][1] > scene["size"][0] else "left of"
+  prompt = f"a {scene['first_color']} {first} {where} a {color} {second}"
+  plan = (f"<think>Two flat shapes on a pale ground: {prompt}. Both are large and nothing "
+          "overlaps.</think>")
+  thought, reflection = text_part(plan), text_part(
+      f"<think>The {second} is {scene['wrong_color']}, but the request says {color}. The "
+      f"colour is what tells the shapes apart, so it matters most.\n1. Keep the {first} and both "
+      f"places.\n2. Paint the {second} {color}.\nFinal prompt: {prompt}, flat and large, on a "
+      "pale ground.</think>")
   right, wrong = _paint(scene), _paint(scene | {"second_color": scene["wrong_color"]})
-  first_round = [_unlearned(thought), image_part(wrong, need_vae=True, need_vit=True)]
+  first_round = [text_part(plan, False), image_part(wrong, need_vae=True, need_vit=True)]
   target = image_part(right, need_loss=True)
   parts = dict(zip(MODES, (
       [image_part(right, need_vit=True), thought],
@@ -52,7 +61,7 @@ def conversation(mode: str, number: int) -> list:
       [image_part(wrong, need_vit=True), image_part(right, need_vit=True), reflection],
       [*first_round, reflection],
       [*first_round, reflection, target])))
-  return [user(_SYSTEM_PROMPT), user(_prompt(scene)), assistant(parts[mode])]
+  return [user(_SYSTEM_PROMPT), user(prompt), assistant(parts[mode])]
 
 
 def _scene(number):
@@ -64,25 +73,6 @@ def _scene(number):
           "second_color": colors[second], "wrong_color": colors[(second + 2) % 5]}
 
 
-def _prompt(scene):
-  where = "above" if scene["size"][1] > scene["size"][0] else "left of"
-  return (f"a {scene['first_color']} {scene['first']} {where} a {scene['second_color']} "
-          f"{scene['second']}")
-
-
-def _plan(scene):
-  return (f"<think>Two flat shapes on a pale ground: {_prompt(scene)}. Both are large and nothing "
-          "overlaps.</think>")
-
-
-def _reflection(scene):
-  second, color = scene["second"], scene["second_color"]
-  return (f"<think>The {second} is {scene['wrong_color']}, but the request says {color}. The "
-          f"colour is what tells the shapes apart, so it matters most.\n1. Keep the "
-          f"{scene['first']} and both places.\n2. Paint the {second} {color}.\nFinal prompt: "
-          f"{_prompt(scene)}, flat and large, on a pale ground.</think>")
-
-
 def _paint(scene):
   """The scene as PNG bytes: the two shapes side by side, or one above the other."""
   width, height = scene["size"]
@@ -91,26 +81,18 @@ def _paint(scene):
   radius = min(width, height, max(width, height) // 2) // 2 - 3
   centers = (((width // 2, height // 4), (width // 2, 3 * height // 4)) if height > width else
              ((width // 4, height // 2), (3 * width // 4, height // 2)))
-  for center, which in zip(centers, ("first", "second")):
-    _draw_shape(draw, scene[which], center, radius, _COLORS[scene[f"{which}_color"]])
+  for (x, y), which in zip(centers, ("first", "second")):
+    shape, color = scene[which], _COLORS[scene[f"{which}_color"]]
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+    if shape == "circle":
+      draw.ellipse((left, top, right, bottom), color)
+    else:
+      draw.polygon({"square": [(left, top), (right, top), (right, bottom), (left, bottom)],
+                    "triangle": [(x, top), (right, bottom), (left, bottom)],
+                    "diamond": [(x, top), (right, y), (x, bottom), (left, y)]}[shape], color)
   file = io.BytesIO()
   image.save(file, "PNG")
   return file.getvalue()
-
-
-def _draw_shape(draw, shape, center, radius, color):
-  x, y = center
-  left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
-  if shape == "circle":
-    draw.ellipse((left, top, right, bottom), color)
-  else:
-    draw.polygon({"square": [(left, top), (right, top), (right, bottom), (left, bottom)],
-                  "triangle": [(x, top), (right, bottom), (left, bottom)],
-                  "diamond": [(x, top), (right, y), (x, bottom), (left, y)]}[shape], color)
-
-
-def _unlearned(part):
-  return part | {"need_loss": False}
 
 
 def _with_part(row, number, **changes):

@@ -123,10 +123,8 @@ class PublishedSource:
       return text
 
   def __getstate__(self):
-    state = self.__dict__.copy()
-    for name in ("_lock", "_next", "_texts"):
-      del state[name]
-    return state
+    unshared = ("_lock", "_next", "_texts")
+    return {name: value for name, value in self.__dict__.items() if name not in unshared}
 
   def __setstate__(self, state):
     self.__dict__.update(state)

@@ -37,7 +37,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     (ModelConfig, {"transformer": ..., "vae": ...}).
 
   Raises:
-    CheckpointError: names the file and key, and what is wrong with them.
+    CheckpointError: names the file and key, and the fault.
   """
   mark = _mark(pathlib.Path(folder))
   read, load = _READERS[mark]
@@ -91,9 +91,8 @@ def _mark(folder):
   for mark in _READERS:
     if (folder / mark).is_file():
       return mark
-  found = listing((p.name for p in folder.iterdir()), limit=8) or "nothing"
   raise CheckpointError(
       f"{folder}: not a checkpoint; expected the published layout (llm_config.json, "
       "vit_config.json, ema.safetensors, ae.safetensors), Orbax (model_config.json, params/) or "
-      "the checkpoint of a training run (RUN/STAGE/checkpoints/STEP), "
-      f"found {found}")
+      "the checkpoint of a training run (RUN/STAGE/checkpoints/STEP), found "
+      f"{listing((p.name for p in folder.iterdir()), limit=8) or 'nothing'}")

@@ -76,31 +76,29 @@ class _Fields:
       self.fail(name, "expected a whole number of at least 1")
     return value
 
-  def number(self, name, default) -> float:
-    value = self.content.get(name, default)
-    if type(value) not in (int, float) or not math.isfinite(value):
-      self.fail(name, "expected a number")
-    return float(value)
-
   def check_divides(self, name, width) -> None:
     if width % self.count(name):
       self.fail(name, f"it must divide {width}")
 
   def values(self, table, defaults, required=False) -> dict:
     """Values by our field; `required`: only numbers that are not whole may be missing."""
-    read = lambda name, default: (
-        self.number(name, default) if isinstance(default, float) else
-        self.count(name, None if required else default))
-    return {field: read(name, getattr(defaults, field)) for name, field in table.items()}
+    values = {}
+    for name, field in table.items():
+      default = getattr(defaults, field)
+      if isinstance(default, float):
+        values[field] = self.content.get(name, default)
+        if type(values[field]) not in (int, float) or not math.isfinite(values[field]):
+          self.fail(name, "expected a number")
+        values[field] = float(values[field])
+      else:
+        values[field] = self.count(name, None if required else default)
+    return values
 
 
 def read_config(folder, dtype: str = "float32") -> ModelConfig:
-  """Reads the configuration of a published checkpoint folder.
+  """Reads the configuration of a published checkpoint folder; `dtype` as in `ModelConfig`.
 
-  Args:
-    folder: with `llm_config.json`, `vit_config.json`, the weights, and `ae_config.json` where
-      the autoencoder is not FLUX.1's own.
-    dtype: of the arithmetic, see `ModelConfig`.
+  `ae_config.json` is needed only where the autoencoder is not FLUX.1's own.
 
   Raises:
     CheckpointError: a file that is missing or not understood, a field that the model does not
@@ -111,8 +109,8 @@ def read_config(folder, dtype: str = "float32") -> ModelConfig:
   tensors = find_tensors(folder, "ema")
   return ModelConfig(
       llm=llm, vit=vit, vae=vae, dtype=dtype,
-      max_latent_size=_side(_matrix(tensors, "latent_pos_embed.pos_embed"), 0),
-      latent_patch_size=_side(_matrix(tensors, "vae2llm.weight"), 1, vae.z_channels))
+      max_latent_size=_side(tensors, "latent_pos_embed.pos_embed", 0),
+      latent_patch_size=_side(tensors, "vae2llm.weight", 1, vae.z_channels))
 
 
 def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> None:
@@ -134,8 +132,8 @@ def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> Non
 
 def copy_tokenizer(source, folder: pathlib.Path) -> None:
   """Copies those of `TOKENIZER_FILES` that `source` has; nothing if `source` is None."""
-  for name in TOKENIZER_FILES:
-    if source is not None and (pathlib.Path(source) / name).is_file():
+  for name in TOKENIZER_FILES if source is not None else ():
+    if (pathlib.Path(source) / name).is_file():
       shutil.copyfile(pathlib.Path(source) / name, folder / name)
 
 
@@ -159,11 +157,7 @@ def sincos_table(width: int, grid: int) -> np.ndarray:
 
 
 def check_table(tensor: Tensor, grid: int) -> None:
-  """Checks that a stored position table is the computed one, up to rounding to its dtype.
-
-  Raises:
-    CheckpointError: names the file, the key and the first row that differs.
-  """
+  """Raises CheckpointError if a stored position table is not the computed one, up to rounding."""
   want = sincos_table(tensor.shape[1], grid).astype(tensor.dtype).astype(np.float32)
   got = np.empty(tensor.shape, np.float32)
   tensor.read_into(got)
@@ -215,22 +209,17 @@ def _read_vae(folder):
   return vae
 
 
-def _matrix(tensors: dict[str, Tensor], key) -> Tensor:
+def _side(tensors: dict[str, Tensor], key, axis, channels=1) -> int:
+  """Side of the square grid along one axis of a matrix, of `channels` numbers a cell."""
   if key not in tensors:
     path = next(iter(tensors.values())).path if tensors else "the weights"
     raise CheckpointError(f"{path}: lacks {key}; the file is incomplete or of another model")
-  if len(tensors[key].shape) != 2:
-    raise CheckpointError(f"{tensors[key].path}: {key} has shape {tensors[key].shape}; expected "
-                          "two axes")
-  return tensors[key]
-
-
-def _side(tensor, axis, channels=1) -> int:
-  """Side of the square grid along one axis of a tensor, of `channels` numbers a cell."""
-  cells, rest = divmod(tensor.shape[axis], channels)
+  shape, where = tensors[key].shape, f"{tensors[key].path}: {key}"
+  if len(shape) != 2:
+    raise CheckpointError(f"{where} has shape {shape}; expected two axes")
+  cells, rest = divmod(shape[axis], channels)
   side = math.isqrt(cells)
   if rest or side * side != cells or not side:
     per = f" of {channels} channels (z_channels of ae_config.json)" if channels > 1 else ""
-    raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}; axis {axis} must "
-                          f"list a square grid{per}")
+    raise CheckpointError(f"{where} has shape {shape}; axis {axis} must list a square grid{per}")
   return side

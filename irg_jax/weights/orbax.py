@@ -26,7 +26,7 @@ from irg_jax.weights.safetensors import all_finite, in_groups
 
 PARAMS = "params"
 CONFIG = "model_config.json"
-GROUPS = 20
+GROUPS = 20  # `restore` reads 1 / GROUPS of all bytes at a time; Orbax holds several copies of it
 
 RUN_FILE = "run.json"  # in the folder of a training run
 BASE = "base"  # likewise, if it started from random weights
@@ -47,7 +47,6 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   """Writes parameters in their own dtypes; the folder appears when it is complete.
 
   Args:
-    folder: must not exist, or be empty.
     source: a checkpoint folder whose tokenizer files are copied.
 
   Raises:
@@ -72,7 +71,12 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   folder = pathlib.Path(folder).absolute()
   config = config or read_config(folder)
   path = folder / PARAMS
-  stored = _metadata(path)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(path).item_metadata.tree
+    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
+  except Exception as e:  # as in `restore`
+    raise CheckpointError(f"{path}: not an Orbax checkpoint ({_first_line(e)})") from e
   names.check_params(stored, config, str(path))
   wanted = names.flatten(_place(stored, shardings, dtype))
   return names.unflatten(restore(path, {name: x for name, x in wanted.items()
@@ -92,11 +96,8 @@ def base_folder(folder) -> pathlib.Path:
 
 def load_average(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
                  part: str = "") -> dict:
-  """Reads the moving average of a training run's checkpoint: {"transformer": ...}.
-
-  Args and errors as of `load`; there is no other `part`.
-  """
-  del part
+  """Reads the moving average of a run's checkpoint: {"transformer": ...}; see `load`."""
+  del part  # there is one only
   config = config or read_run_config(folder)
   shapes = names.abstract_params(config, np.dtype(dtype or np.float32))["transformer"]
   wanted = _place(shapes, shardings and shardings["transformer"], dtype)
@@ -105,21 +106,16 @@ def load_average(folder, config: ModelConfig | None = None, *, shardings=None, d
 
 
 def restore(path, wanted: dict) -> dict:
-  """Restores some of the arrays that Orbax stored in a folder.
-
-  Args:
-    wanted: {path: ShapeDtypeStruct with a sharding}.
-
-  Returns:
-    {path: array}.
+  """Restores some arrays of a folder, {path: ShapeDtypeStruct with sharding} -> {path: array}.
 
   Raises:
     CheckpointError: arrays that are missing, damaged or not finite.
   """
   leaves = {}
-  # In groups, because Orbax holds several copies of what it restores in one call.
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    for group in _groups(wanted):
+    size = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in wanted.items()}
+    for group in in_groups(sorted(size, key=size.get, reverse=True), size.get,
+                           sum(size.values()) / GROUPS):
       item = names.unflatten({name: wanted[name] for name in group})
       how = ocp.checkpoint_utils.construct_restore_args(item)
       args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
@@ -133,23 +129,6 @@ def restore(path, wanted: dict) -> dict:
       raise CheckpointError(f"{path}: NaN or infinite numbers in {name}; the files are damaged, "
                             f"their training diverged, or {x.dtype} is too small for them")
   return leaves
-
-
-def _groups(wanted):
-  """Names in groups of 1 / `GROUPS` of all bytes; the largest first, while there is room."""
-  size = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in wanted.items()}
-  return in_groups(sorted(size, key=lambda name: -size[name]), size.get,
-                   sum(size.values()) / GROUPS)
-
-
-def _metadata(path):
-  """Shapes and dtypes as stored, nested like the parameters."""
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.metadata(path).item_metadata.tree
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
-  except Exception as e:  # as in `restore`
-    raise CheckpointError(f"{path}: not an Orbax checkpoint ({_first_line(e)})") from e
 
 
 def _place(shapes, shardings, dtype):

@@ -21,6 +21,9 @@ from irg_jax.weights.names import CheckpointError, Row, listing
 from irg_jax.weights.safetensors import (
     DTYPES, Pending, Tensor, all_finite, find_tensors, in_order, write_tensors)
 
+# Position table -> the layer to whose output it is added.
+_TABLE_LAYERS = {"latent_pos_embed.pos_embed": "latent_embed",
+                 "vit_pos_embed.pos_embed": "connector/fc2"}
 ALIGNMENT = 64  # bytes; JAX takes over a host buffer at a multiple of it without a copy
 
 
@@ -32,7 +35,6 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   against the computed ones and left out.
 
   Args:
-    folder: the checkpoint folder.
     config: None: the folder's own.
     shardings: pytree of `jax.sharding.Sharding` with the structure of `names.abstract_params`;
       a process reads only what its devices hold. None: everything on the default device.
@@ -49,19 +51,18 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   folder = pathlib.Path(folder)
   config = config or read_config(folder)
   tensors = {stem: find_tensors(folder, stem) for stem in ("ema", "ae")}
-  grids = table_grids(config)
   for stem, found in tensors.items():
     _check_header(stem, found, config, dtype)
-  for key, grid in grids.items():
+  for key, grid in table_grids(config).items():
     check_table(tensors["ema"][key], grid)
-  placed = _by_path(shardings, config)
-  leaves = {}
-  for row in names.rows(config):
-    if not row.path.startswith(part):
-      continue
-    layers = [tensors[row.file][key] for key in row.keys]
-    leaves[row.path] = _load_row(row, layers, placed[row.path], dtype)
-  return names.unflatten(leaves)
+  table = {row.path: row for row in names.rows(config)}
+  placed = dict.fromkeys(table) if shardings is None else names.flatten(shardings)
+  if placed.keys() != table.keys():
+    raise ValueError(f"shardings do not have the structure of the parameters; they differ in "
+                     f"{listing(placed.keys() ^ table.keys())}")
+  return names.unflatten({
+      path: _load_row(row, [tensors[row.file][key] for key in row.keys], placed[path], dtype)
+      for path, row in table.items() if path.startswith(part)})
 
 
 def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
@@ -73,7 +74,6 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
   all of them call this: the first one writes, the others send it their shards, tensor by tensor.
 
   Args:
-    folder: must not exist, or be empty.
     params: {"transformer": ..., "vae": ...} of arrays, sharded or not, jax or numpy.
     dtype: to write; None: each parameter's own.
     source: a checkpoint folder whose tokenizer files and further config fields are kept.
@@ -87,7 +87,10 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
   pending = {stem: [] for stem in ("ema", "ae")}
   for row in names.rows(config):
     pending[row.file] += _pending(row, leaves[row.path], dtype)
-  pending["ema"] += _pending_tables(leaves, config, dtype)
+  for key, grid in table_grids(config).items():
+    layer = leaves[f"transformer/{_TABLE_LAYERS[key]}/kernel"]
+    pending["ema"].append(
+        _pending_table(key, grid, config.llm.hidden_size, dtype or layer.dtype))
   if jax.process_index() > 0:
     for stem in ("ema", "ae"):
       for tensor in in_order(pending[stem]):
@@ -100,21 +103,11 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     copy_tokenizer(source, partial)
 
 
-def _by_path(shardings, config) -> dict:
-  paths = {row.path for row in names.rows(config)}
-  if shardings is None:
-    return dict.fromkeys(paths)
-  placed = names.flatten(shardings)
-  if placed.keys() != paths:
-    raise ValueError(f"shardings do not have the structure of the parameters; they differ in "
-                     f"{listing(placed.keys() ^ paths)}")
-  return placed
-
-
 def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
   """Keys, shapes and dtypes of one file (or its shards) against the table."""
   table = [row for row in names.rows(config) if row.file == stem]
   shapes = {key: row.published_shape for row in table for key in row.keys}
+  sources = {key: row.config_file for row in table for key in row.keys}
   if stem == "ema":
     shapes |= {k: (n * n, config.llm.hidden_size) for k, n in table_grids(config).items()}
   path = next((t.path for t in tensors.values()), f"{stem}.safetensors")
@@ -123,12 +116,20 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
     raise CheckpointError(
         f"{path}: not the keys of this model; missing: {listing(missing) or 'none'}; surplus: "
         f"{listing(surplus) or 'none'}{_layer_hint(tensors, table)}")
-  for row in table:
-    for key in row.keys:
-      _check_shape(tensors[key], row.published_shape, row.config_file)
-    _check_dtype(row, [tensors[key] for key in row.keys], dtype)
-  for key in shapes.keys() & table_grids(config).keys():
-    _check_shape(tensors[key], shapes[key], "vit_config.json or llm_config.json")
+  for key, shape in shapes.items():
+    if tensors[key].shape != shape:
+      raise CheckpointError(
+          f"{tensors[key].path}: {key} has shape {tensors[key].shape}, but {shape} follows from "
+          f"{sources.get(key, 'vit_config.json or llm_config.json')}; use the config of these "
+          "weights")
+  for row in table if dtype is None else ():
+    first = tensors[row.keys[0]]
+    for t in (tensors[key] for key in row.keys):
+      if t.dtype != first.dtype:
+        raise CheckpointError(f"{t.path}: {t.key} is {t.dtype} but {first.key} is {first.dtype}; "
+                              f"they become one array {row.path}, so choose a dtype for all")
+    if first.dtype == np.float64:
+      raise CheckpointError(f"{first.path}: {first.key} is float64; choose dtype float32")
 
 
 def _layer_hint(tensors, table) -> str:
@@ -142,22 +143,6 @@ def _layer_hint(tensors, table) -> str:
                 f"{row.key}; use the config of these weights")
   configs = " and ".join(sorted({row.config_file for row in table}))
   return f"; complete the file, or use the {configs} of these weights"
-
-
-def _check_shape(tensor, shape, config_file):
-  if tensor.shape != shape:
-    raise CheckpointError(f"{tensor.path}: {tensor.key} has shape {tensor.shape}, but {shape} "
-                          f"follows from {config_file}; use the config of these weights")
-
-
-def _check_dtype(row, layers, dtype):
-  first = layers[0]
-  for t in layers:
-    if dtype is None and t.dtype != first.dtype:
-      raise CheckpointError(f"{t.path}: {t.key} is {t.dtype} but {first.key} is {first.dtype}; "
-                            f"they become one array {row.path}, so choose a dtype for all")
-  if dtype is None and first.dtype == np.float64:
-    raise CheckpointError(f"{first.path}: {first.key} is float64; choose dtype float32")
 
 
 def _load_row(row: Row, layers: list[Tensor], sharding, dtype):
@@ -181,49 +166,37 @@ def _read(row, layers, index, dtype):
   """One shard of a parameter, layers stacked, in our layout."""
   if row.layers:
     layers, index = layers[index[0]], index[1:]
-  out = _aligned_empty((len(layers), *(s.stop - s.start for s in index)), dtype)
+  shape = (len(layers), *(s.stop - s.start for s in index))
+  size = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(size + ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % ALIGNMENT
+  out = buffer[start:start + size].view(dtype).reshape(shape)
   for layer, target in zip(layers, out):
     layer.read_into(row.to_published(target), row.to_published_index(index))
   return out if row.layers else out[0]
 
 
-def _aligned_empty(shape, dtype):
-  size = math.prod(shape) * dtype.itemsize
-  buffer = np.empty(size + ALIGNMENT, np.uint8)
-  start = -buffer.ctypes.data % ALIGNMENT
-  return buffer[start:start + size].view(dtype).reshape(shape)
-
-
 def _pending(row, leaf, dtype) -> list[Pending]:
-  dtype = _writable(dtype or leaf.dtype, row.path)
+  dtype = np.dtype(dtype or leaf.dtype)
+  if dtype not in DTYPES.values():
+    raise CheckpointError(f"{row.path}: cannot write dtype {dtype}; choose one of "
+                          f"{', '.join(map(str, DTYPES.values()))}")
   make = lambda layer: _to_host(row, leaf, layer, dtype)
   return [Pending(key, dtype, row.published_shape, functools.partial(make, layer))
           for layer, key in enumerate(row.keys)]
 
 
-def _pending_tables(leaves, config, dtype) -> list[Pending]:
-  added_to = {"latent_pos_embed.pos_embed": "transformer/latent_embed/kernel",
-              "vit_pos_embed.pos_embed": "transformer/connector/fc2/kernel"}
-  width, tensors = config.llm.hidden_size, []
-  for key, grid in table_grids(config).items():
-    to = np.dtype(dtype or leaves[added_to[key]].dtype)
-    make = lambda grid=grid, to=to: sincos_table(width, grid).astype(to)
-    tensors.append(Pending(key, to, (grid * grid, width), make))
-  return tensors
-
-
-def _writable(dtype, path):
-  dtype = np.dtype(dtype)
-  if dtype not in DTYPES.values():
-    raise CheckpointError(f"{path}: cannot write dtype {dtype}; choose one of "
-                          f"{', '.join(map(str, DTYPES.values()))}")
-  return dtype
+def _pending_table(key, grid, width, dtype) -> Pending:
+  make = lambda: sincos_table(width, grid).astype(dtype)
+  return Pending(key, np.dtype(dtype), (grid * grid, width), make)
 
 
 def _to_host(row, leaf, layer, dtype):
   """One layer of a parameter in the published layout and in `dtype`; raises if not finite."""
-  if row.layers and isinstance(leaf, jax.Array) and not _is_host_memory(leaf):
-    # Sliced on the device: one layer moves to the host, and no host copy stays with the array.
+  if row.layers and isinstance(leaf, jax.Array) and (
+      len(leaf.devices()) > 1 or next(iter(leaf.devices())).platform != "cpu"):
+    # Sliced on the device, unless numpy can read it there without a copy: one layer moves to the
+    # host, and no host copy stays with the array.
     leaf, layer = jax.lax.dynamic_index_in_dim(leaf, layer), 0
   x = _gather(leaf)[layer] if row.layers else _gather(leaf)
   with np.errstate(over="ignore"):  # reported below
@@ -239,8 +212,3 @@ def _gather(x) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
-
-
-def _is_host_memory(x: jax.Array) -> bool:
-  """Whether numpy can read `x` without a copy."""
-  return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"

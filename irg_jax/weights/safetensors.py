@@ -207,29 +207,6 @@ def _unique(pairs, path):
 
 
 def _read_shards(index):
-  weight_map = _read_index(index)
-  tensors = {}
-  for name in sorted(set(weight_map.values())):
-    path = index.parent / name
-    if not path.is_file():
-      raise CheckpointError(f"{path}: no such file, though {index.name} names it")
-    shard = read_header(path)
-    for key in shard.keys() & tensors.keys():
-      raise CheckpointError(f"{path}: {key} is in {tensors[key].path.name} too; remove one of "
-                            "them and its file from the index")
-    tensors |= shard
-  surplus = tensors.keys() - weight_map.keys()
-  if surplus:
-    raise CheckpointError(f"{index}: does not name {listing(surplus)}, which "
-                          f"{tensors[min(surplus)].path.name} holds")
-  for key, name in weight_map.items():
-    if key not in tensors or tensors[key].path.name != name:
-      raise CheckpointError(f"{index.parent / name}: lacks {key}, which {index.name} places there")
-  return tensors
-
-
-def _read_index(index):
-  """The index's table from key to file name."""
   content = read_json(index, lambda p: _unique(p, index))
   weight_map = content.get("weight_map") if isinstance(content, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
@@ -237,7 +214,22 @@ def _read_index(index):
   for key, name in weight_map.items():
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
       raise CheckpointError(f"{index}: weight_map places {key} in {name!r}; expected a file name")
-  return weight_map
+    if not (index.parent / name).is_file():
+      raise CheckpointError(f"{index.parent / name}: no such file, though {index.name} names it")
+  tensors = {}
+  for name in sorted(set(weight_map.values())):
+    for key, tensor in read_header(index.parent / name).items():
+      if key in tensors:
+        raise CheckpointError(f"{tensor.path}: {key} is in {tensors[key].path.name} too; remove "
+                              "one of them and its file from the index")
+      tensors[key] = tensor
+  if surplus := tensors.keys() - weight_map.keys():
+    raise CheckpointError(f"{index}: does not name {listing(surplus)}, which "
+                          f"{tensors[min(surplus)].path.name} holds")
+  for key, name in weight_map.items():
+    if key not in tensors or tensors[key].path.name != name:
+      raise CheckpointError(f"{index.parent / name}: lacks {key}, which {index.name} places there")
+  return tensors
 
 
 def _write_file(path, tensors):

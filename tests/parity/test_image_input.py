@@ -38,8 +38,7 @@ def test_every_resize_case_is_exact(path):
   cases = json.loads(path.read_text())
   assert cases
   for c in cases:
-    got = images.resize_size(c["w"], c["h"], max_size=c["max"], min_size=c["min"],
-                             stride=c["stride"])
+    got = images.ImageTransform(c["max"], c["min"], c["stride"]).size(c["w"], c["h"])
     assert got == (c["out_w"], c["out_h"]), c
 
 
