@@ -75,9 +75,7 @@ def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_images(tmp_path / "first", tiny)
   counts = {"right": 0, "wrong": 0}
-  with run.parquet.Writer(tmp_path / "rows") as writer:
-    for mode, row in run.trajectory_rows(tiny, tmp_path / "first", counts):
-      writer.add(mode, row)
+  run.parquet.write(tmp_path / "rows", run.trajectory_rows(tiny, tmp_path / "first", counts))
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   array_records.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)

@@ -5,6 +5,7 @@ Reading goes row by row and counts the unusable rows; writing goes row group by 
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from irg_jax.data.records import Rejected, parse_conversation
 
 COLUMN = "conversation"
+_SCHEMA = pa.schema({COLUMN: pa.large_string()})
 _GROUP_ROWS = 64
 LISTED = 10  # unusable rows in an error message
 
@@ -123,37 +125,20 @@ def iterate_texts(file, group: int | None = None):
       raise ValueError(f"{file}: damaged parquet file: {e}") from e
 
 
-class Writer:
-  """Writer of FOLDER/MODE/00000.parquet; a context manager."""
-
-  def __init__(self, folder):
-    self._folder, self._files, self._waiting = pathlib.Path(folder), {}, {}
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    for mode in self._waiting:
-      self._write(mode)
-    for file in self._files.values():
-      file.close()
-
-  def add(self, mode: str, conversation) -> None:
-    """Adds a row: a list of turns, or its JSON text."""
-    text = conversation if isinstance(conversation, str) else json.dumps(conversation)
-    self._waiting.setdefault(mode, []).append(text)
-    if len(self._waiting[mode]) == _GROUP_ROWS:
-      self._write(mode)
-
-  def _write(self, mode):
-    rows, self._waiting[mode] = self._waiting[mode], []
-    if not rows:
-      return
-    table = pa.table({COLUMN: pa.array(rows, pa.large_string())})
-    if mode not in self._files:
-      (self._folder / mode).mkdir(parents=True, exist_ok=True)
-      self._files[mode] = pq.ParquetWriter(self._folder / mode / "00000.parquet", table.schema)
-    self._files[mode].write_table(table)
+def write(folder, rows) -> None:
+  """Writes FOLDER/MODE/00000.parquet from pairs of a mode and a list of turns, or its JSON text."""
+  waiting, files = collections.defaultdict(list), {}
+  with contextlib.ExitStack() as stack:
+    for mode, row in rows:
+      if mode not in files:
+        path = pathlib.Path(folder) / mode / "00000.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files[mode] = stack.enter_context(pq.ParquetWriter(path, _SCHEMA))
+      waiting[mode].append(row if isinstance(row, str) else json.dumps(row))
+      if len(waiting[mode]) == _GROUP_ROWS:
+        files[mode].write_table(pa.table({COLUMN: waiting.pop(mode)}, _SCHEMA))
+    for mode, rest in waiting.items():
+      files[mode].write_table(pa.table({COLUMN: rest}, _SCHEMA))
 
 
 def read_good(tally: Tally, *, workers: int | None = None, progress=None):

@@ -169,8 +169,8 @@ def open_stream(stream: int, streams: int, data, sources, tokenizer, model: Mode
     samples = records.shuffle(seed=_number(key)).repeat().map_with_index(features)
     # Without Grain's threads, which would hold hundreds of decoded images a mode.
     samples = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    modes.append(_Mapped(samples, _SkipOversized, mode, sizes, data.max_sample_tokens,
-                         len(records)))
+    modes.append(_Mapped(samples, functools.partial(
+        _next_that_fits, mode, sizes, data.max_sample_tokens, len(records))))
   mixed = grain.IterDataset.mix(modes, list(mixture.values()))
   names = [name for name in sample_features([], model, tokenizer.special) if name != "images"]
   counted = LENGTH_FEATURES.values()  # those whose segment numbers are needed
@@ -178,7 +178,7 @@ def open_stream(stream: int, streams: int, data, sources, tokenizer, model: Mode
       mixed, length_struct={name: sizes.of_feature(name) for name in names},
       num_packing_bins=data.bins, seed=_number((seed, stream)),
       meta_features=[n for n in names if n not in counted] + ["images", "skipped"])
-  return _Mapped(rows, _Resumed, stream, start)
+  return _Mapped(rows, functools.partial(_with_state, stream), start)
 
 
 def exceeded_limit(sample: dict, sizes: BufferSizes, max_sample_tokens: int) -> str | None:
@@ -197,18 +197,28 @@ def _features(tokenizer, model, data, key, records, i, record):
 
 
 class _Mapped(grain.IterDataset):
-  """Dataset whose iterator is `iterator(parent's iterator, *arguments)`."""
+  """Dataset of the values of `function(parent's iterator)`; `start` is the state to begin at."""
 
-  def __init__(self, parent, iterator, *arguments):
+  def __init__(self, parent, function, start=None):
     super().__init__(parent)
-    self._iterator, self._arguments = iterator, arguments
+    self._function, self._start = function, start
 
   def __iter__(self):
-    return self._iterator(iter(self._parent), *self._arguments)
+    iterator = _MappedIterator(iter(self._parent), self._function)
+    if self._start is not None:
+      iterator.set_state(json.loads(self._start))
+    return iterator
 
 
-class _SameState(grain.DatasetIterator):
+class _MappedIterator(grain.DatasetIterator):
   """Iterator with no state beside its parent's."""
+
+  def __init__(self, parent, function):
+    super().__init__(parent)
+    self._function = function
+
+  def __next__(self):
+    return self._function(self._parent)
 
   def get_state(self):
     return self._parent.get_state()
@@ -217,42 +227,24 @@ class _SameState(grain.DatasetIterator):
     self._parent.set_state(state)
 
 
-class _SkipOversized(_SameState):
-  """Leaves out the samples that no row can hold; the next sample names them, as `skipped`."""
-
-  def __init__(self, parent, mode, sizes, max_sample_tokens, records):
-    super().__init__(parent)
-    self._mode, self._sizes, self._records = mode, sizes, records
-    self._max_sample_tokens = max_sample_tokens
-
-  def __next__(self):
-    skipped = []
-    while len(skipped) < self._records:
-      sample = next(self._parent)
-      limit = exceeded_limit(sample, self._sizes, self._max_sample_tokens)
-      if limit is None:
-        return sample | {"skipped": skipped}
-      skipped.append((self._mode, limit))
-    limits = dict(collections.Counter(limit for _, limit in skipped))
-    raise ValueError(f"mode {self._mode}: not one of {self._records} samples fits a row; limits "
-                     f"that they exceed: {limits}; enlarge the buffers or make images smaller")
+def _next_that_fits(mode, sizes, max_sample_tokens, records, samples):
+  """The next sample that a row can hold; it names those left out before it, as `skipped`."""
+  skipped = []
+  while len(skipped) < records:
+    sample = next(samples)
+    limit = exceeded_limit(sample, sizes, max_sample_tokens)
+    if limit is None:
+      return sample | {"skipped": skipped}
+    skipped.append((mode, limit))
+  limits = dict(collections.Counter(limit for _, limit in skipped))
+  raise ValueError(f"mode {mode}: not one of {records} samples fits a row; limits that they "
+                   f"exceed: {limits}; enlarge the buffers or make images smaller")
 
 
-class _Resumed(_SameState):
-  """Stream that starts at a state; each row comes with the state after it.
-
-  So it does not matter how many rows a worker process or a mixture of streams is ahead.
-  """
-
-  def __init__(self, parent, stream, start):
-    super().__init__(parent)
-    self._stream = stream
-    if start is not None:
-      parent.set_state(json.loads(start))
-
-  def __next__(self):
-    row = next(self._parent)
-    return {"stream": self._stream, "row": row, "state": json.dumps(self._parent.get_state())}
+def _with_state(stream, rows):
+  """The next row with the state after it, however many rows are read ahead of the training."""
+  row = next(rows)
+  return {"stream": stream, "row": row, "state": json.dumps(rows.get_state())}
 
 
 def _number(key):

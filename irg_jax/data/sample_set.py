@@ -31,11 +31,10 @@ def write(folder) -> None:
   Raises:
     FileExistsError: `folder` exists and is not empty.
   """
-  with atomic_folder(folder) as partial, parquet.Writer(partial) as writer:
-    for mode in _UNUSABLE:
-      for number in range(ROWS):
-        writer.add(mode, conversation(mode, number))
-      writer.add(mode, _UNUSABLE[mode](conversation(mode, ROWS)))
+  with atomic_folder(folder) as partial:
+    for mode, spoil in _UNUSABLE.items():
+      *good, last = (conversation(mode, number) for number in range(ROWS + 1))
+      parquet.write(partial, [(mode, row) for row in (*good, spoil(last))])
 
 
 def conversation(mode: str, number: int) -> list:

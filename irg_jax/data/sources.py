@@ -70,15 +70,12 @@ class BuiltSource:
     return len(self._examples)
 
   def __getitem__(self, i: int) -> Record:
-    i = _index(i, len(self))
+    i = range(len(self))[i]
     try:
       return array_records.from_example(self._examples[i], self.mode)
     except Exception as e:
       raise ValueError(f"{self._folder}: record {i} cannot be read: {e}; copy or build the "
                        "dataset again") from e
-
-  def __repr__(self):
-    return f"BuiltSource({self.mode}, {len(self)} records)"
 
 
 class PublishedSource:
@@ -105,7 +102,7 @@ class PublishedSource:
     return len(self._good)
 
   def __getitem__(self, i: int) -> Record:
-    index = int(self._good[_index(i, len(self))])
+    index = int(self._good[i])
     return parse_conversation(self._text(index), self.mode, index, decode=False)
 
   def _text(self, index):
@@ -129,13 +126,3 @@ class PublishedSource:
   def __setstate__(self, state):
     self.__dict__.update(state)
     self._open()
-
-  def __repr__(self):
-    return f"PublishedSource({self.mode}, {len(self)} records)"
-
-
-def _index(i, length):
-  i = i.__index__()
-  if not -length <= i < length:
-    raise IndexError(f"record {i} of {length}")
-  return i % length

@@ -173,9 +173,8 @@ def sample_texts(settings: Settings, count: int = 6000) -> list[str]:
 def train_base(settings: Settings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL; its stage 1 trains the language model that BAGEL starts from."""
   if not (out / "base_rows").exists():
-    with storage.atomic_folder(out / "base_rows") as folder, parquet.Writer(folder) as writer:
-      for mode, row in datasets.base_rows(settings.base_rows, _rng(settings, "base")):
-        writer.add(mode, row)
+    with storage.atomic_folder(out / "base_rows") as folder:
+      parquet.write(folder, datasets.base_rows(settings.base_rows, _rng(settings, "base")))
   modes = datasets.TELL, datasets.LOOK, datasets.DRAW
   _prepare(settings, out, "base_rows", "base_data", modes)
   return _train(settings, out, "base", "base_data", out / "start" / "weights")
@@ -222,9 +221,8 @@ def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
   ValueError gives the reasons where no image can be used.
   """
   counts = {"right": 0, "wrong": 0}
-  with storage.atomic_folder(out / "trajectories") as folder, parquet.Writer(folder) as writer:
-    for mode, row in trajectory_rows(settings, out / "first_rounds", counts):
-      writer.add(mode, row)
+  with storage.atomic_folder(out / "trajectories") as folder:
+    parquet.write(folder, trajectory_rows(settings, out / "first_rounds", counts))
     if not counts["right"] + counts["wrong"]:
       raise ValueError(f"none of the base model's first images can be used ({counts}): train "
                        "the autoencoder and the base longer")
