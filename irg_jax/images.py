@@ -97,8 +97,7 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
   """Pixels [H, W, C] -> patches [P, patch * patch * C], flattened as (row, column, channel).
 
-  Raises:
-    ValueError: a side that is not a multiple of `patch`.
+  Raises ValueError if a side is not a multiple of `patch`.
   """
   height, width, _ = pixels.shape
   if height % patch or width % patch:
@@ -111,9 +110,7 @@ def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
   """Indices of a rows x columns block in a grid x grid table, int32 [rows * columns].
 
   The index is `row * grid + column`: 2 x 3 in a grid of 8 is [0, 1, 2, 8, 9, 10].
-
-  Raises:
-    ValueError: the block is larger than the table.
+  Raises ValueError if the block is larger than the table.
   """
   if rows > grid or columns > grid:
     raise ValueError(f"an image of {columns} x {rows} patches exceeds the {grid} x {grid} "

@@ -46,15 +46,10 @@ class Tokenizer:
   _backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
 
   def encode(self, text: str, *, control: bool = False) -> list[int]:
-    """Encodes text to ids, without framing.
+    """Encodes text to ids, without framing; ValueError if it holds a lone surrogate.
 
-    Args:
-      text: any Unicode text.
-      control: turns the names of special tokens in `text` into these tokens. Not for text that
-        a user or a model wrote.
-
-    Raises:
-      ValueError: `text` holds a lone surrogate.
+    `control` turns the names of special tokens into these tokens: not for text that a user or a
+    model wrote.
     """
     if not control or not self.special_names:
       return self._encode_plain(text)
@@ -65,15 +60,12 @@ class Tokenizer:
     return [i for some in ids for i in some]
 
   def decode(self, ids, *, control: bool = False) -> str:
-    """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
+    """Decodes ids, integers [length], to text; bytes that are not UTF-8 become U+FFFD.
 
     Ids without a token are dropped, since an untrained model may emit spare rows of the
     embedding. Special tokens are dropped too, and the text is normalized as by the tokenizer, so
-    that decode(encode(decode(ids))) == decode(ids).
-
-    Args:
-      ids: sequence or array of integers [length].
-      control: keeps the names of special tokens, and does not normalize.
+    that decode(encode(decode(ids))) == decode(ids). `control` keeps the names of special tokens,
+    and does not normalize.
     """
     known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.size]
     text = self._backend.decode(known, skip_special_tokens=not control)
@@ -84,10 +76,8 @@ class Tokenizer:
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as e:
-      raise ValueError(
-          f"the text is not valid Unicode at character {e.start} (lone surrogate "
-          f"{text[e.start]!r}); check the encoding of its source"
-      ) from e
+      raise ValueError(f"the text is not valid Unicode at character {e.start} (lone surrogate "
+                       f"{text[e.start]!r}); check the encoding of its source") from e
     return self._backend.encode(text, add_special_tokens=False).ids
 
 
@@ -104,7 +94,7 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
     ValueError: files missing or broken, a control token missing, an id out of range, or a
       vocabulary that lacks a byte. Names the file and the token.
   """
-  spec, path = read_spec(pathlib.Path(folder))
+  spec, path = _read_spec(pathlib.Path(folder))
   model = spec.get("model")
   if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
     raise ValueError(f"{path}: not a byte-level BPE tokenizer (no model.vocab table)")
@@ -115,7 +105,17 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   # Truncation and padding of the file are switched off: prompts must stay complete.
   spec = spec | {"model": model | {"vocab": vocab}, "added_tokens": added, "truncation": None,
                  "padding": None}
-  return _build(spec, path)
+  try:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  except Exception as e:  # the library has no error of its own
+    raise ValueError(f"{path}: not a tokenizer that can be loaded: {e}") from e
+  if missing := [c for c in _BYTES if backend.token_to_id(c) is None]:
+    raise ValueError(f"{path}: the vocabulary lacks {len(missing)} of the 256 byte tokens "
+                     f"(first {missing[0]!r}), so some text could not be encoded")
+  backend.encode_special_tokens = True  # encode their names in text as plain text
+  ids = {token["content"]: token["id"] for token in added if token["special"]}
+  special = config.SpecialTokens(**{field: ids[name] for field, name in CONTROL_NAMES.items()})
+  return Tokenizer(special, ids, max(backend.get_vocab().values()) + 1, backend)
 
 
 def write_byte_tokenizer(folder) -> None:
@@ -128,21 +128,6 @@ def write_byte_tokenizer(folder) -> None:
   added = [added_token(name, i, True) for i, name in names]
   text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
   (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-
-
-def _build(spec, path):
-  try:
-    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except Exception as e:  # the library has no error of its own
-    raise ValueError(f"{path}: not a tokenizer that can be loaded: {e}") from e
-  missing = [c for c in _BYTES if backend.token_to_id(c) is None]
-  if missing:
-    raise ValueError(f"{path}: the vocabulary lacks {len(missing)} of the 256 byte tokens "
-                     f"(first {missing[0]!r}), so some text could not be encoded")
-  backend.encode_special_tokens = True  # encode their names in text as plain text
-  special_names = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
-  special = config.SpecialTokens(**{f: special_names[n] for f, n in CONTROL_NAMES.items()})
-  return Tokenizer(special, special_names, max(backend.get_vocab().values()) + 1, backend)
 
 
 def _with_control_tokens(added, vocab, path):
@@ -175,12 +160,8 @@ def _check_ids(vocab, base, vocab_size, path):
     names[i] = name
 
 
-def read_spec(folder):
-  """Reads the folder's tokenizer as (content of a `tokenizer.json`, path for messages).
-
-  Raises:
-    ValueError: a file is missing or broken; names it.
-  """
+def _read_spec(folder):
+  """The folder's tokenizer as (content of a `tokenizer.json`, path for messages)."""
   path = folder / "tokenizer.json"
   if path.is_file():
     return _read(path), path

@@ -152,9 +152,7 @@ def _load_row(row: Row, layers: list[Tensor], sharding, dtype):
   def read(bounds):
     return _read(row, layers, tuple(slice(*b) for b in bounds), dtype)
 
-  def shard(index):
-    return read(tuple(s.indices(n)[:2] for s, n in zip(index, row.shape)))
-
+  shard = lambda index: read(tuple(s.indices(n)[:2] for s, n in zip(index, row.shape)))
   if sharding is None:
     array = jax.device_put(shard((slice(None),) * len(row.shape)))
   else:
