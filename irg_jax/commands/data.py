@@ -2,121 +2,53 @@
 
 import argparse
 import pathlib
+import tomllib
 
 from irg_jax.commands import flags
 
-_DATA = """\
-Prepares IRGL data for training: check it, then store it for random access.
-
-examples:
-  irg data check IRG-Toy-Dataset --out irgl_check.html
-  irg data build IRG-Toy-Dataset --out irgl
-  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
-"""
-
-_SAMPLE = """\
-Writes a small dataset in the published form, made by code: all six modes, with one unusable row
-in each. For trying the other commands; `irg train --config configs/irgl.py:tiny` makes it itself.
-
-examples:
-  irg data sample --out out/sample
-  irg data check out/sample --out out/sample.html
-  irg data build out/sample --out out/irgl --max-rejected 0.1
-"""
-
-_BUILD = """\
-Reads the published parquet files (SRC/MODE/*.parquet) and writes ArrayRecord files, the dataset
-`irgl` of tensorflow-datasets, as OUT/irgl/MODE. A row with any unusable part (an image that
-cannot be decoded, an unknown type, ...) is left out and counted by reason. If the share of
-unusable rows of a mode is too large, nothing is written.
-
-examples:
-  irg data build IRG-Toy-Dataset --out irgl
-  irg data build IRG-Toy-Dataset --out irgl --mode initial_full_learning improving_full_learning
-  irg data build out/sample --out out/irgl --max-rejected 0.1        of irg data sample
-"""
-
-_CHECK = """\
-Reads every row, published or built, and counts the usable rows, and the unusable ones by reason.
-The page also has the lengths of the samples, the rejected rows and a few samples.
-
-examples:
-  irg data check IRG-Toy-Dataset
-  irg data check irgl --tokenizer weights/bagel --samples 6 --out irgl_check.html
-"""
-
-_ENCODE = """\
-Writes the data again, as OUT/irgl/MODE, with the VAE's moments (mean and log-variance) of every
-image that the VAE sees, so that training does not encode them in each epoch. Training samples the
-posterior as before and gets the same latents. A stopped run continues with the same command;
-several hosts share the work through a common OUT, each with its own --process-id.
-
-examples:
-  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents
-  irg data encode-latents irgl --checkpoint weights/bagel --out irgl-latents \\
-      --process-id 0 --num-processes 4              on the first of four hosts
-  irg data encode-latents irgl --checkpoint out/tiny --out out/latents --size 32 128 16
-"""
+_TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("data.toml").read_text(encoding="utf-8"))
 
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = verbs.add_parser("data", description=_DATA,
+  parser = verbs.add_parser("data", description=_TEXTS["description"],
                             help="sample, check, build and encode training data")
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-  for name, text, add_flags, run, summary in (
-      ("sample", _SAMPLE, _add_sample, _sample, "a small dataset to try things with"),
-      ("build", _BUILD, _add_build, _build, "parquet to ArrayRecord"),
-      ("check", _CHECK, _add_check, _check, "counts, lengths and samples as a page"),
-      ("encode-latents", _ENCODE, _add_encode, _encode, "VAE moments of all images")):
-    add_flags(steps.add_parser(name, run=run, description=text, help=summary))
+  runs = {"sample": _sample, "build": _build, "check": _check, "encode-latents": _encode}
+  for step, run in runs.items():
+    _add_flags(steps.add_parser(step, run=run, **_TEXTS["steps"][step]), step)
 
 
-def _add_sample(parser):
-  parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR",
-                      help="writes DIR/MODE/00000.parquet")
-
-
-def _add_build(parser):
+def _add_flags(parser, step):
   add = parser.add_argument
-  add("source", type=pathlib.Path, metavar="SRC", help="folder of the published dataset")
-  add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
-  add("--max-rejected", type=_share, default=0.01, metavar="X",
-      help="share of a mode's rows that may be unusable (default 0.01)")
-  _add_reading(parser)
-
-
-def _add_check(parser):
-  add = parser.add_argument
-  add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
-  add("--out", type=pathlib.Path, default=pathlib.Path("irgl_check.html"), metavar="FILE",
-      help="the page (default irgl_check.html)")
-  add("--tokenizer", type=pathlib.Path, metavar="DIR",
-      help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
-  add("--samples", type=flags.count, default=3, metavar="N", help="samples of a mode to show (3)")
-  _add_reading(parser)
-
-
-def _add_encode(parser):
-  add = parser.add_argument
-  add("path", type=pathlib.Path, metavar="PATH", help="folder of the dataset, published or built")
-  add("--checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="has the VAE")
-  add("--out", type=pathlib.Path, required=True, metavar="DIR", help="writes DIR/irgl/MODE")
-  add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
-  add("--size", nargs=3, type=flags.count, default=(512, 1024, 16),
-      metavar=("MIN", "MAX", "STRIDE"),
-      help="as data.vae_transform of the training (default 512 1024 16)")
-  add("--dtype", choices=("float32", "float16"), default="float32",
-      help="of the stored moments; float16 halves them, and rounds (default float32)")
-  add("--max-rejected", type=_share, default=0.01, metavar="X",
-      help="share of a published mode's rows that may be unusable (default 0.01)")
-  flags.add_hosts(parser)
-
-
-def _add_reading(parser):
-  add = parser.add_argument
-  add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
-  add("--workers", type=flags.count, metavar="N", help="threads that decode (default: one a CPU)")
+  if step == "build":
+    add("source", metavar="SRC", help="folder of the published dataset")
+  elif step != "sample":
+    add("path", metavar="PATH", help="folder of the dataset, published or built")
+  if step == "check":
+    add("--out", default=pathlib.Path("irgl_check.html"), metavar="FILE",
+        help="the page (default irgl_check.html)")
+    add("--tokenizer", metavar="DIR",
+        help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
+    add("--samples", type=flags.count, default=3, metavar="N", help="samples of a mode to show (3)")
+  else:
+    place = "DIR/MODE/00000.parquet" if step == "sample" else "DIR/irgl/MODE"
+    add("--out", required=True, metavar="DIR", help=f"writes {place}")
+  if step != "sample":
+    add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
+  if step in ("build", "check"):
+    add("--workers", type=flags.count, metavar="N", help="threads that decode (default: one a CPU)")
+  if step in ("build", "encode-latents"):
+    add("--max-rejected", type=_share, default=0.01, metavar="X",
+        help="share of a published mode's rows that may be unusable (default 0.01)")
+  if step == "encode-latents":
+    add("--checkpoint", required=True, metavar="DIR", help="has the VAE")
+    add("--size", nargs=3, type=flags.count, default=(512, 1024, 16),
+        metavar=("MIN", "MAX", "STRIDE"),
+        help="as data.vae_transform of the training (default 512 1024 16)")
+    add("--dtype", choices=("float32", "float16"), default="float32",
+        help="of the stored moments; float16 halves them, and rounds (default float32)")
+    flags.add_hosts(parser)
 
 
 def _sample(args, _):
@@ -128,8 +60,8 @@ def _sample(args, _):
 def _build(args, _):
   modes = _modes(args.mode, _folder("SRC", args.source))
   from irg_jax import progress, storage
-  storage.check_output_folder(args.out)
   from irg_jax.data import array_records, parquet
+  storage.check_output_folder(args.out)
   with progress.Progress() as bar:
     reports = array_records.build(args.source, args.out, modes, max_rejected=args.max_rejected,
                                   workers=args.workers, progress=bar)
@@ -168,13 +100,12 @@ def _encode(args, _):
   flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")
-  from irg_jax import images, progress, storage
+  from irg_jax import images, progress, storage, weights
+  from irg_jax.data import latents, sources
+  from irg_jax.model.vae import encode_levels
   low, high, stride = args.size
   transform = images.ImageTransform(max_size=high, min_size=low, stride=stride)
   storage.check_output_folder(args.out)
-  from irg_jax import weights
-  from irg_jax.data import latents, sources
-  from irg_jax.model.vae import encode_levels
   model = weights.read_config(args.checkpoint)
   if stride % model.pixel_stride:
     raise ValueError(f"--size: stride {stride} is not a multiple of the {model.pixel_stride} "
