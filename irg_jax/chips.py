@@ -1,7 +1,6 @@
-"""TPU chips, slices and GPUs: peak FLOP/s, memory, bandwidth and interconnect.
+"""TPU chips, slices and GPUs: peak FLOP/s, memory, bandwidth and links, from public data sheets.
 
-All figures come from the vendors' public data sheets. This module does not import JAX, because
-`prepare_to_compile` has to run before JAX is imported.
+This module does not import JAX: `prepare_to_compile` has to run before.
 """
 
 import dataclasses
@@ -42,15 +41,13 @@ CHIPS = {chip.name: chip for chip in (
 )}
 
 # Peak of dense bfloat16 products in TFLOP/s by a part of `device_kind`; the first match counts.
-_PEAKS = (("TPU v4", CHIPS["v4"].tflops), ("TPU v5 lite", CHIPS["v5e"].tflops),
-          ("TPU v5e", CHIPS["v5e"].tflops), ("TPU v5", CHIPS["v5p"].tflops),
-          ("TPU v6", CHIPS["v6e"].tflops), ("A100", 312), ("H100 PCIe", 756), ("H100", 989),
-          ("H200", 989))
+_PEAKS = {"TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v6": 918,
+          "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
 
 
 def peak_tflops(device_kind: str) -> float:
   """Peak of one device in TFLOP/s by JAX's `device_kind`; 0 if the device is unknown."""
-  return next((peak for name, peak in _PEAKS if name in device_kind), 0.0)
+  return next((peak for name, peak in _PEAKS.items() if name in device_kind), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +78,9 @@ class Slice:
     A group gets two links for each side of the slice that it extends along, or one if that
     side is too short to wrap around.
     """
-    places = [self.places[d.id] for d in devices]
-    links = 0
-    for axis, side in enumerate(self.sides):
-      if len({p[axis] for p in places}) > 1:
-        links += 2 if side >= self.chip.ring else 1
+    axes = zip(*(self.places[d.id] for d in devices))
+    links = sum(1 + (side >= self.chip.ring)
+                for side, places in zip(self.sides, axes) if len(set(places)) > 1)
     return max(links, 1) * self.chip.link_gbs * 1e9
 
 
@@ -108,14 +103,11 @@ def parse_slice(text: str) -> Slice:
 
 
 def prepare_to_compile() -> None:
-  """Sets the environment for compiling with libtpu on a machine without TPUs.
-
-  Call it before JAX is imported.
-  """
-  # Otherwise libtpu asks the cloud's metadata server about this machine and waits for an answer.
-  # The accelerator type only has to exist: the topology is requested by name later.
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at once
+  """Sets the environment to compile with libtpu without a TPU; call it before JAX is imported."""
+  os.environ |= {
+      "JAX_PLATFORMS": "cpu",
+      "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for the cloud's metadata server
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several processes may compile at once
+  # Any accelerator that exists: the topology is requested by name later.
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

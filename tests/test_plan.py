@@ -374,7 +374,7 @@ def test_a_plan_that_cannot_be_made_is_an_error(monkeypatch, capsys, argv, messa
 
 
 def test_a_program_by_its_old_name_is_accepted_with_a_note(capsys):
-  assert plan_command._programs("train,draw") == ("train", "denoise")
+  assert plan_command._names("train,draw") == ("train", "denoise")
   assert "draw is now called denoise" in capsys.readouterr().err
 
 

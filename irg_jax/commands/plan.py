@@ -44,7 +44,7 @@ def add(verbs) -> None:
   add("--topology", required=True, metavar="CHIP:AxB", help="the slice, such as v5p:4x4x4")
   add("--config", type=pathlib.Path, required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")
-  add("--programs", type=_programs, default=("train", "generate"), metavar="NAME,...",
+  add("--programs", type=_names, default=("train", "generate"), metavar="NAME,...",
       help="what to compile (default train,generate)")
   add("--stage", choices=("stage1", "stage2"), default="stage2", help="of training (stage2)")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
@@ -58,54 +58,48 @@ def add(verbs) -> None:
 def _run(args, overrides) -> int:
   chips.prepare_to_compile()  # before JAX is imported
   from irg_jax import plan
-  from irg_jax.plan import report
+  from irg_jax.plan.report import report
   from irg_jax.progress import Progress
   slice_, estimates = plan.open_slice(args.topology), []
-  programs = [*_train(args, overrides, slice_), *_generation(args, overrides, slice_)]
+  programs = _programs(args, overrides, slice_)
   with Progress() as progress:
     for program in programs:
       progress(f"compiling {program.name} for {slice_.name}")
       estimates.append(plan.estimate(program, slice_))
-  print(report.report(estimates, slice_, args.headroom))
+  print(report(estimates, slice_, args.headroom))
   return int(any(e.headroom(slice_) < args.headroom for e in estimates))
 
 
-def _train(args, overrides, slice_):
-  """The program of a train step, if it is wanted."""
-  from irg_jax import config, sharding
-  from irg_jax.plan import programs
-  from irg_jax.train import settings as train_settings
-  if "train" not in args.programs:
-    return []
-  found = config.load(args.config, overrides)
-  if "stage2" not in found:
-    raise ValueError(f"--config {args.config}: says nothing about training; give one like "
-                     "configs/irgl.py, or --programs generate")
-  if not found.data.path:  # a plan reads no data
-    overrides = ["data.path=-", *overrides]
-  settings = train_settings.load(args.config, overrides)
-  mesh = sharding.make_mesh(args.mesh or settings.mesh.shape(slice_.chips), slice_.devices)
-  return [programs.train_program(settings, args.stage, mesh)]
-
-
-def _generation(args, overrides, slice_):
-  """The programs of generation that are wanted."""
+def _programs(args, overrides, slice_) -> list:
+  """The programs that are wanted."""
   from irg_jax import config, sharding
   from irg_jax.generate.settings import Settings
   from irg_jax.plan import programs
-  names = _STEPS if "generate" in args.programs else set(_STEPS) & set(args.programs)
-  if not names:
-    return []
-  # Generation has no backward pass to recompute anything for.
-  model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
-  mesh = sharding.make_mesh(args.mesh, slice_.devices)
-  settings = Settings(height=args.size, width=args.size)
-  settings.validate(model)
-  made = programs.generation_programs(model, settings, args.batch or slice_.chips, args.cache, mesh)
-  return [program for program in made if program.name in names]
+  from irg_jax.train import settings as train_settings
+  found = []
+  if "train" in args.programs:
+    loaded = config.load(args.config, overrides)
+    if "stage2" not in loaded:
+      raise ValueError(f"--config {args.config}: says nothing about training; give one like "
+                       "configs/irgl.py, or --programs generate")
+    path = [] if loaded.data.path else ["data.path=-"]  # a plan reads no data
+    settings = train_settings.load(args.config, [*path, *overrides])
+    mesh = sharding.make_mesh(args.mesh or settings.mesh.shape(slice_.chips), slice_.devices)
+    found.append(programs.train_program(settings, args.stage, mesh))
+  if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
+    # Generation has no backward pass to recompute anything for.
+    model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
+    mesh = sharding.make_mesh(args.mesh, slice_.devices)
+    settings = Settings(height=args.size, width=args.size)
+    settings.validate(model)
+    made = programs.generation_programs(
+        model, settings, args.batch or slice_.chips, args.cache, mesh)
+    found += [program for program in made if program.name in names]
+  return found
 
 
-def _programs(text: str) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
+  """Parses --programs."""
   names, known = text.split(","), ("train", "generate", *_STEPS)
   for old in set(names) & set(_OLD):
     print(f"note: program {old} is now called {_OLD[old]}", file=sys.stderr)

@@ -14,6 +14,7 @@ Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an exis
 """
 
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -34,10 +35,8 @@ def check_trace_folder(folder) -> None:
     ValueError: `write_trace` would fail, or would add to files that are not its own.
   """
   check_output_folder(folder)
-  folder = pathlib.Path(folder)
-  names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-  others = [n for n in names if not (_OWN_FILES.fullmatch(n) or is_partial(n))]
-  if others:
+  names = sorted(path.name for path in pathlib.Path(folder).glob("*"))
+  if others := [n for n in names if not (_OWN_FILES.fullmatch(n) or is_partial(n))]:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
                      f"{len(others)} in all); choose another output folder")
 
@@ -93,33 +92,27 @@ def _png(image):
 def _record(trace, names):
   """The trace as JSON, with file names for images."""
   rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
-  record = {k: v for k, v in trace.items() if k != "source"} | {"rounds": rounds}
+  record = trace | {"rounds": rounds}
+  record.pop("source", None)
   plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
   return json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
 def _page(trace, pngs):
   rounds = [entry | {"png": png} for entry, png in zip(trace["rounds"], pngs)]
+  seconds = [entry.get("seconds") or {} for entry in rounds]
+  phases = list(dict.fromkeys(itertools.chain(*seconds)))
+  timings = [[f"Round {number}", *(f"{took[p]:.2f}" if p in took else "" for p in phases),
+              "" if entry.get("think") is None else entry.get("think_tokens", "")]
+             for number, (entry, took) in enumerate(zip(rounds, seconds), 1)]
   run = {"checkpoint": trace.get("checkpoint"), "seed": trace.get("seed")}
   tables = {"Run": run, "Settings": trace.get("settings"), "Versions": trace.get("versions")}
   return pages.render(
       "trace", trace=trace, rounds=rounds, source=_png(trace.get("source")),
       last=max((number for number, png in enumerate(pngs, 1) if png), default=None),
-      seconds=sum(sum((entry.get("seconds") or {}).values()) for entry in rounds),
-      timings=_timings(rounds),
+      seconds=sum(sum(took.values()) for took in seconds),
+      timings=(["", *phases, "thought, tokens"], timings),
       tables=[(title, list(_flat(values or {}))) for title, values in tables.items()])
-
-
-def _timings(rounds):
-  """Seconds by round and phase, with the length of each thought: (head, rows) of a table."""
-  phases = list(dict.fromkeys(p for entry in rounds for p in entry.get("seconds") or {}))
-  rows = []
-  for number, entry in enumerate(rounds, 1):
-    cells = [f"{entry['seconds'][p]:.2f}" if p in (entry.get("seconds") or {}) else ""
-             for p in phases]
-    tokens = "" if entry.get("think") is None else entry.get("think_tokens", "")
-    rows.append([f"Round {number}", *cells, tokens])
-  return ["", *phases, "thought, tokens"], rows
 
 
 def _flat(values, prefix=""):
