@@ -232,6 +232,5 @@ def _report(args):
   benchmarks()
   runs = report.load(args.runs)
   check_output_folder(args.to)
-  page = report.write(runs, args.to)
-  print(report.table_text(report.build(runs)))
-  print(f"wrote {page}")
+  print(report.table_text(report.write(runs, args.to)))
+  print(f"wrote {args.to / 'report.html'}")

@@ -17,7 +17,7 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate.records import read_lines
 from irg_jax.evaluate.score import ITEMS, SCORES
 from irg_jax.reports import pages, tables
-from irg_jax.storage import write_text
+from irg_jax.storage import write_json, write_text
 
 SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
          '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
@@ -66,22 +66,6 @@ def load(folders) -> list[Scored]:
   return [found[name] for name in evaluate.BENCHMARKS if name in found]
 
 
-def columns() -> list[str]:
-  """The columns of the main table that have published figures."""
-  return [c for b in evaluate.BENCHMARKS.values() if b.published for c in b.columns]
-
-
-def published_rows() -> dict[str, dict[str, float]]:
-  """Published figures of the main table, by row and column."""
-  return {name: {c: v for b in evaluate.BENCHMARKS.values()
-                 for c, v in b.published.get(name, {}).items()} for name in base.PUBLISHED}
-
-
-def caveats() -> list[str]:
-  """Sentences to read before comparing with published figures."""
-  return [text for b in evaluate.BENCHMARKS.values() for text in b.caveats]
-
-
 def build(runs: list[Scored]) -> dict:
   """The report as plain data; the pages and the Markdown say nothing else.
 
@@ -89,8 +73,12 @@ def build(runs: list[Scored]) -> dict:
    "partial": [column, ...]}], "categories": {benchmark: {"rows": {category: {row name: number}},
    "names": [row name, ...]}}, "settings": {...}, "coverage": [...], "notes": [...]}
   """
+  benchmarks = evaluate.BENCHMARKS.values()
+  published = {name: {column: value for b in benchmarks
+                      for column, value in b.published.get(name, {}).items()}
+               for name in base.PUBLISHED}
   rows = [{"name": name, "published": True, "values": values, "partial": []}
-          for name, values in published_rows().items()]
+          for name, values in published.items()]
   for number in sorted({n for run in runs for n in run.rounds}):
     row = {"name": f"this run, round {number}", "published": False, "values": {}, "partial": []}
     for run in (run for run in runs if number in run.rounds):
@@ -99,35 +87,40 @@ def build(runs: list[Scored]) -> dict:
       row["partial"] += [c for c, v in values.items() if v is not None
                          and not run.rounds[number]["complete"]]
     rows.append(row)
-  every = dict.fromkeys([*columns(), *(c for row in rows for c in row["values"])])
-  return {"columns": list(every), "rows": rows,
+  columns = [c for b in benchmarks if b.published for c in b.columns]
+  return {"columns": list(dict.fromkeys([*columns, *(c for row in rows for c in row["values"])])),
+          "rows": rows,
           "categories": {run.benchmark.name: _category_table(run) for run in runs},
           "settings": {run.benchmark.name: _settings(run) for run in runs},
           "coverage": [c for r in runs for c in _coverage(r)],
-          "notes": _notes(runs), "caveats": caveats()}
+          "notes": _notes(runs), "caveats": [text for b in benchmarks for text in b.caveats]}
 
 
-def write(runs: list[Scored], folder) -> pathlib.Path:
-  """Writes report.json, report.md, report.html and pages/; returns the page's path."""
-  folder = pathlib.Path(folder)
+def write(runs: list[Scored], folder) -> dict:
+  """Writes report.json, report.md, report.html and pages/; returns the report, see `build`."""
+  folder, report = pathlib.Path(folder), build(runs)
   (folder / "pages").mkdir(parents=True, exist_ok=True)
-  report = build(runs)
   links = {run.benchmark.name: write_pages(run, folder / "pages") for run in runs}
-  write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+  write_json(folder / "report.json", report, indent=1, ensure_ascii=False)
   write_text(folder / "report.md", markdown(report))
   write_text(folder / "report.html", pages.render(
       "evaluation", sections=sections(report), links=links, notes=report["notes"],
-      caveats=report["caveats"], partial=is_partial(report)))
-  return folder / "report.html"
+      caveats=report["caveats"]))
+  return report
 
 
 def sections(report: dict) -> list[dict]:
-  """The tables as text: title, head, rows; for some a benchmark, or the count of published rows."""
+  """The tables as text: title, head, rows; for some a benchmark.
+
+  The first is the main table, with the number of its published rows, and whether it has a figure
+  for a part of the prompts only.
+  """
   title = lambda name: evaluate.get(name).title
-  published = sum(row["published"] for row in report["rows"])
-  found = [{"title": "Results", "published": published, "head": ["", *report["columns"]], "rows": [
-      [row["name"], *(show(row["values"].get(c), c) + "*" * (c in row["partial"])
-                      for c in report["columns"])] for row in report["rows"]]}]
+  columns, rows = report["columns"], report["rows"]
+  found = [{"title": "Results", "published": sum(row["published"] for row in rows),
+            "partial": any(row["partial"] for row in rows), "head": ["", *columns], "rows": [
+                [row["name"], *(show(row["values"].get(c), c) + "*" * (c in row["partial"])
+                                for c in columns)] for row in rows]}]
   for name, table in report["categories"].items():
     found.append({"title": title(name), "benchmark": name, "head": ["", *table["names"]], "rows": [
         [category, *(show(values.get(n), name) for n in table["names"])]
@@ -148,7 +141,7 @@ def markdown(report: dict) -> str:
   parts = []
   for level, section in enumerate(sections(report)):
     parts += [f"{'##' if level else '#'} {section['title']}", _markdown_table(section)]
-    if not level and is_partial(report):
+    if section.get("partial"):
       parts.append("\\* of a part of the prompts: see what is missing below.")
   parts += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
   parts += ["## Before comparing", "\n".join(f"- {text}" for text in report["caveats"])]
@@ -158,11 +151,6 @@ def markdown(report: dict) -> str:
 def table_text(report: dict) -> str:
   """The main table alone, as Markdown."""
   return _markdown_table(sections(report)[0])
-
-
-def is_partial(report: dict) -> bool:
-  """Whether the main table has a figure for a part of the prompts only."""
-  return any(row["partial"] for row in report["rows"])
 
 
 def round_lines(run: Scored):
