@@ -10,7 +10,6 @@ A configuration file (`configs/*.py`) is Python with a function `get_config()` t
 "field.path=value", on the command line `--config.field.path=value`.
 """
 
-import copy
 import dataclasses
 import math
 import pathlib
@@ -207,20 +206,18 @@ def read(default, path=None, overrides=()):
   """
   settings = default
   if path is not None:
-    file, preset, overrides = locate(path, overrides)
-    config = _run(file, preset)
+    config, overrides = _run(path, overrides)
     try:
       settings = update(default, config.to_dict())
     except ValueError as e:
-      raise ValueError(f"config file {file}: {e}") from e
+      raise ValueError(f"config file {path}: {e}") from e
   overrides = [_present(type(default), text) for text in overrides]
   return check(update(settings, _override(to_config(settings), overrides).to_dict()))
 
 
 def load(path, overrides=()) -> ConfigDict:
   """Runs a configuration file ("FILE.py" or "FILE.py:PRESET"); applies overrides; locks it."""
-  file, preset, overrides = locate(path, overrides)
-  return _override(_run(file, preset), overrides)
+  return _override(*_run(path, overrides))
 
 
 def read_model(path, overrides=()) -> ModelConfig:
@@ -248,12 +245,11 @@ def _override(config, overrides):
   # FlagValues of its own: neither absl's global flags nor sys.argv take part.
   values, argv = flags.FlagValues(), ["irg", *(f"--config.{text}" for text in overrides)]
   try:
-    config_flags.DEFINE_config_dict(
-        "config", copy.deepcopy(config), flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     values(argv)
   except (flags.Error, KeyError, AttributeError, TypeError, ValueError, SyntaxError) as e:
     raise ValueError(str(e).removeprefix("flag ")) from e
-  return values.config.lock()
+  return values.config
 
 
 def _check_field(config, field, equals):
@@ -273,7 +269,9 @@ def _check_field(config, field, equals):
     raise ValueError(f"--config.{field} is a group of fields; set one of them: {fields}")
 
 
-def _run(file, preset):
+def _run(path, overrides):
+  """Returns the ConfigDict of a file, and the overrides that are left."""
+  file, preset, overrides = locate(path, overrides)
   if not file.is_file():
     raise ValueError(f"config file {file}: no such file")
   try:
@@ -286,7 +284,7 @@ def _run(file, preset):
   if not isinstance(config, ConfigDict):
     raise ValueError(f"config file {file}: get_config() returned a {type(config).__name__}, "
                      "not an ml_collections.ConfigDict")
-  return config
+  return config, overrides
 
 
 def _updated(name, old, value, kind):

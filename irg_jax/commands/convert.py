@@ -3,8 +3,8 @@
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  parser = verbs.add_parser("convert", run=_run, help="a checkpoint to the published layout or Orbax")
-  add = parser.add_argument
+  add = verbs.add_parser(
+      "convert", run=_run, help="a checkpoint to the published layout or Orbax").add_argument
   add("source", metavar="SRC", help="folder to read")
   add("destination", metavar="DST", help="folder to write")
   add("--to", choices=("published", "orbax"), required=True, help="layout of DST")
