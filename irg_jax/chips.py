@@ -13,24 +13,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Specification of one TPU chip.
-
-  Attributes:
-    hbm_gib: memory that a program can use, in GiB.
-    tflops: peak of bfloat16 matrix products, in 1e12 FLOP/s.
-    hbm_gbs: memory bandwidth, in 1e9 bytes/s.
-    link_gbs: bandwidth of one link to a neighbour, one way, in 1e9 bytes/s.
-    ring: the shortest side of a slice whose links wrap around.
-    dims: dimensions of the torus.
-  """
+  """Specification of one TPU chip."""
 
   name: str
-  hbm_gib: float
-  tflops: float
-  hbm_gbs: float
-  link_gbs: float
-  ring: int
-  dims: int
+  hbm_gib: float  # memory that a program can use, in GiB
+  tflops: float  # peak of bfloat16 matrix products, in 1e12 FLOP/s
+  hbm_gbs: float  # memory bandwidth, in 1e9 bytes/s
+  link_gbs: float  # bandwidth of one link to a neighbour, one way, in 1e9 bytes/s
+  ring: int  # the shortest side of a slice whose links wrap around
+  dims: int  # dimensions of the torus
 
 
 CHIPS = {chip.name: chip for chip in (
@@ -75,8 +66,8 @@ class Slice:
   def bandwidth(self, devices) -> float:
     """Bytes/s that each device of a group can send to the others, at best.
 
-    A group gets two links for each side of the slice that it extends along, or one if that
-    side is too short to wrap around.
+    A group has two links for each side of the slice that it extends along, one if that side is
+    too short to wrap around.
     """
     axes = zip(*(self.places[d.id] for d in devices))
     links = sum(1 + (side >= self.chip.ring)

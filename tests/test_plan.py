@@ -59,7 +59,7 @@ def test_a_loop_that_data_may_end_early_counts_as_often_as_its_condition_allows(
   assert flops(loop, np.ones((8, 8), np.float32), 3) == (7 * 2 * 8**3, 0)
 
 
-def test_of_a_conditional_the_dearer_branch_counts():
+def test_a_conditional_counts_as_its_most_expensive_branch():
   x = np.ones((8, 8), np.float32)
   either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
   assert flops(either, x) == (2 * 2 * 8**3, 0)

@@ -72,9 +72,8 @@ _FREE = frozenset((
 # Share of its operand that a chip sends among n chips.
 _SENT = {
     "all-gather": lambda n: n - 1, "all-reduce": lambda n: 2 * (n - 1) / n,
-    "collective-permute": lambda n: 1, "collective-broadcast": lambda n: 1,
-    **dict.fromkeys(("reduce-scatter", "all-to-all", "ragged-all-to-all"), lambda n: (n - 1) / n)}
-
+    "all-to-all": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1}
 _CALLERS = frozenset(("while", "conditional", "call", "fusion", "async"))
 
 _LINE = re.compile(r"\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>.+?) "
@@ -88,7 +87,7 @@ _CALLED = re.compile(r"(?:condition|body|calls|to_apply|_computations?)=\{?((?:%
 class _Op:
   """One operation of a computation, which is a dict of operations by name."""
 
-  kind: str  # opcode; "copy" also of copy-start
+  kind: str  # opcode, without the "-start" of asynchronous operations
   root: bool
   args: str  # value of a constant, number of a parameter
   attributes: str
@@ -133,8 +132,8 @@ def _parse(line, ops, computations) -> _Op:
   op = _Op(kind, bool(line["root"]), line["args"], line["attributes"], sizes, hbm,
            [ops[name] for name in _NAME.findall(line["args"])],
            [computations[name] for name in _NAME.findall(" ".join(called))])
-  if kind != line["opcode"]:  # the other arrays are its operands and its state
-    hbm[1:] = ()
+  if kind != line["opcode"]:
+    del hbm[1:]  # operands and state of an asynchronous operation
   for operand in dict.fromkeys(op.operands):
     operand.users.append(op)
   return op
@@ -163,7 +162,7 @@ def _cost(ops, devices, begun, fused=False) -> Counter:
         total["sent", op.kind, group] += _SENT[op.kind](len(group)) * sum(
             sum(operand.sizes) for operand in op.operands)
       begun.update(channel if fused else ())
-    if not (fused or op.kind in _FREE or op.kind.endswith(("-done", "-update"))):
+    if not (fused or op.kind in _FREE or op.kind.endswith("-done")):
       total["hbm"] += _written(op) + sum(min(sum(x.hbm), _read(op, x)) for x in op.operands)
   return total
 
@@ -177,7 +176,7 @@ def _read(op, value) -> float:
   if op.kind == "bitcast":
     return sum(_read(user, op) for user in op.users)
   if op.kind in ("dynamic-slice", "gather", "slice") and place == 0:
-    return sum(op.sizes[:1])
+    return sum(op.sizes)
   in_place = op.kind == "dynamic-update-slice" and place == 0
   return 0 if in_place or op.kind in ("tuple", "custom-call") else math.inf
 
@@ -210,9 +209,8 @@ def _turns(loop) -> int:
         bound = start.operands[index(bound)]
       if counter.kind == "get-tuple-element" and bound.kind == "constant":
         new = _root(body).operands[index(counter)]
-        added = new.operands if new.kind == "add" else []
-        step = [int(x.args) for x in added if x.kind == "constant"]  # unrolled: 2 or more
-        turns.append(-(-int(bound.args) // (step or [1])[0]))
+        steps = (int(x.args) for x in new.operands if x.kind == "constant" and new.kind == "add")
+        turns.append(-(-int(bound.args) // next(steps, 1)))  # an unrolled loop counts by 2 or more
   return min(turns, default=1)
 
 
