@@ -87,8 +87,7 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   With the second pair, added tokens come from `tokenizer_config.json` and `added_tokens.json`; if
   neither names any, a vocabulary of Qwen2.5's size gets the added tokens of Qwen2.5.
 
-  Args:
-    vocab_size: rows of the model's embedding; every id must be below it.
+  Every id must be below `vocab_size`, the rows of the model's embedding.
 
   Raises:
     ValueError: files missing or broken, a control token missing, an id out of range, or a

@@ -105,11 +105,10 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
   are kept, and the same call continues it. Processes share `out` and nothing else.
 
   Args:
-    sources: {mode: source}, see `sources.open_sources`.
+    sources: see `sources.open_sources`.
     transform: brings images to the size at which they are encoded.
     dtype: of the stored moments, "float32" or "float16".
     shard_records: records of a file.
-    progress: see `irg_jax.progress.Progress`.
 
   Returns:
     By mode: "written", "waiting" (for files of other processes) or "there" (already).

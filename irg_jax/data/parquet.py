@@ -76,10 +76,9 @@ class Tally:
 
 def summary(mode: str, metadata: dict) -> str:
   """Usable rows of a mode, and unusable ones by reason, as text; `metadata` as in `Tally`."""
-  rejected = metadata["rejected"]
-  usable = metadata["rows"] - sum(rejected.values())
-  reasons = [f"  {count} {reason}" for reason, count in sorted(rejected.items())]
-  return "\n".join([f"{mode}: {usable} of {metadata['rows']} rows usable", *reasons])
+  rejected, rows = metadata["rejected"], metadata["rows"]
+  reasons = [f"\n  {count} {reason}" for reason, count in sorted(rejected.items())]
+  return f"{mode}: {rows - sum(rejected.values())} of {rows} rows usable" + "".join(reasons)
 
 
 def mode_files(path, mode: str) -> list[pathlib.Path]:
@@ -144,11 +143,10 @@ def write(folder, rows) -> None:
 def read_good(tally: Tally, *, workers: int | None = None, progress=None):
   """Yields (Row, Record) of every usable row in order; the others are counted in `tally`.
 
-  Threads decode the images (Pillow releases the GIL); a few rows a thread are in memory.
+  `workers` threads (default: one a CPU) decode the images, since Pillow releases the GIL; a few
+  rows a thread are in memory.
 
-  Args:
-    workers: threads; default: one a CPU.
-    progress: called after each row, as `irg_jax.progress.Progress` is.
+  `progress` is called after each row, as `irg_jax.progress.Progress` is.
 
   Raises:
     ValueError: too many rows are unusable (at the end of the mode, or as soon as there are

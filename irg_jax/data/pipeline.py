@@ -32,7 +32,7 @@ _BUFFERED_ROWS = 2  # of a stream, ahead of the training in a worker process
 
 def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict, sizes: BufferSizes,
                  seed: int, process_index: int = 0, process_count: int = 1, encode=None):
-  """Opens an endless iterator of the packed rows that one process feeds.
+  """Opens the `Batches` that one process feeds, an endless iterator.
 
   Args:
     data: `batch.DataSettings`.
@@ -41,9 +41,6 @@ def open_batches(data, sources, tokenizer, model: ModelConfig, *, mixture: dict,
     seed: of all random values, >= 0.
     process_index, process_count: which contiguous block of the global batch's rows to yield.
     encode: `latents.Encoder`; needed if records have no moments.
-
-  Returns:
-    `Batches`.
 
   Raises:
     ValueError: streams, rows and processes that do not divide; a mode without a source, or with
@@ -112,11 +109,8 @@ class Batches:
   def set_state(self, state: dict) -> None:
     """Continues where `get_state` was called, on any number of processes.
 
-    Args:
-      state: the states of all own streams (by number, or its text); others are ignored.
-
-    Raises:
-      ValueError: a stream is missing, or the data was divided into another number of streams.
+    `state` may hold other streams too, and their numbers may be texts. Raises ValueError if an
+    own stream is missing, or the data was divided into another number of streams.
     """
     state = {int(stream): value for stream, value in state.items()}
     missing = [stream for stream in self._own if stream not in state]

@@ -82,7 +82,6 @@ def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> R
 
   Args:
     text: the JSON, str or UTF-8 bytes; None for a null row.
-    mode, index: of the Record.
     decode: also decode each image; false only for rows that are known to be usable.
 
   Raises:

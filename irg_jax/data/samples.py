@@ -62,17 +62,10 @@ def record_features(record: Record, tokenizer, model: ModelConfig, data, rng) ->
 
 
 def record_splits(record: Record, tokenizer, model: ModelConfig, data, rng) -> list:
-  """Splits of a record.
+  """Splits of a record: each role of an image is one, with its own noise of the VAE's posterior.
 
-  Each role of an image is a split of its own, with its own noise of the VAE's posterior.
-
-  Args:
-    record: an image without moments yields a split with `pixels`.
-    data: `batch.DataSettings`: transforms, dropout, posterior.
-    rng: numpy Generator; the splits are a function of it and of the record.
-
-  Raises:
-    ValueError: text or an image that cannot be used.
+  An image without moments yields a split with `pixels`. `data` is `batch.DataSettings`, `rng` a
+  numpy Generator. Raises ValueError if a text or an image cannot be used.
   """
   splits = []
   for number, part in enumerate(record.parts):

@@ -22,8 +22,7 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
   """Opens a mode.
 
   Args:
-    max_rejected: share of the mode's rows that may be unusable; only for the published form,
-      since `irg data build` has a limit of its own.
+    max_rejected: share of a published mode's rows that may be unusable.
     progress: called while rows are checked, as `irg_jax.progress.Progress` is.
 
   Returns:

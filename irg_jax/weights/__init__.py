@@ -27,7 +27,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
   Args:
     folder: published layout (`llm_config.json`, ...), Orbax (`model_config.json`, `params/`),
       or the checkpoint of a training run, whose moving average is read.
-    dtype: of the parameters; None keeps each one's own.
+    dtype: of the parameters; None: each one's own.
     compute_dtype: of the arithmetic; None: as the folder says, float32 if it says nothing.
     shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, for example
       `lambda p: sharding.parameter_shardings(p, mesh)`; None uses the default device.
@@ -68,7 +68,7 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
 
   Args:
     to: "orbax" or "published".
-    dtype: of the parameters written; None keeps each one's own, bit for bit.
+    dtype: of the parameters written; None: each one's own, bit for bit.
 
   Raises:
     CheckpointError: the source cannot be used.

@@ -115,11 +115,8 @@ def unflatten(leaves: dict) -> dict:
 def check_params(params: dict, config: ModelConfig, where: str = "params") -> dict:
   """Checks that a parameter tree fits `config`; returns {path: leaf}.
 
-  Args:
-    where: name of the tree in messages, such as a file.
-
-  Raises:
-    CheckpointError: a parameter that is missing, surplus or of another shape.
+  Raises CheckpointError, which calls the tree `where`, if a parameter is missing, surplus or of
+  another shape.
   """
   leaves, table = flatten(params), {r.path: r for r in rows(config)}
   missing, surplus = table.keys() - leaves.keys(), leaves.keys() - table.keys()

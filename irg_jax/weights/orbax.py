@@ -85,8 +85,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
 def read_run_config(folder) -> ModelConfig:
   """Reads the model's sizes of a training run from the folder of one of its checkpoints."""
-  settings, _ = _read_run(folder)
-  return config_lib.build(ModelConfig, settings["model"])
+  return config_lib.build(ModelConfig, _read_run(folder)[0]["model"])
 
 
 def base_folder(folder) -> pathlib.Path:

@@ -36,10 +36,9 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
   Args:
     config: None: the folder's own.
-    shardings: pytree of `jax.sharding.Sharding` with the structure of `names.abstract_params`;
-      a process reads only what its devices hold. None: everything on the default device.
-    dtype: of the parameters; None: each one's own.
-    part: "transformer" or "vae" reads only that one; empty: both.
+    shardings: tree of `jax.sharding.Sharding` as of `names.abstract_params`; a process reads only
+      what its devices hold. None: everything on the default device.
+    dtype, part: as of `weights.load_checkpoint`.
 
   Returns:
     {"transformer": ..., "vae": ...} of arrays.
@@ -196,17 +195,12 @@ def _to_host(row, leaf, layer, dtype):
     # Sliced on the device, unless numpy can read it there without a copy: one layer moves to the
     # host, and no host copy stays with the array.
     leaf, layer = jax.lax.dynamic_index_in_dim(leaf, layer), 0
-  x = _gather(leaf)[layer] if row.layers else _gather(leaf)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)  # in every process
+  x = np.asarray(leaf)[layer] if row.layers else np.asarray(leaf)
   with np.errstate(over="ignore"):  # reported below
     y = x.astype(dtype, copy=False)
   if not all_finite(y):
     cause = f"numbers too large for {dtype}" if all_finite(x) else "NaN or infinite numbers"
     raise CheckpointError(f"{row.path} ({row.keys[layer]}): has {cause}; nothing was written")
   return row.to_published(y)
-
-
-def _gather(x) -> np.ndarray:
-  """All of an array, in every process."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)
