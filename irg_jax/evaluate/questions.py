@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -81,12 +82,11 @@ class Account:
 
   def add(self, answer: Answer) -> None:
     self.questions += 1
-    if answer.error is not None:
-      self.failed[answer.error.partition(":")[0]] += 1
-    elif answer.cached:
-      self.cached += 1
+    if answer.error is None:
+      self.cached += answer.cached
+      self.answered += not answer.cached
     else:
-      self.answered += 1
+      self.failed[answer.error.partition(":")[0]] += 1
 
   def __str__(self):
     by_reason = lambda counts: ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
@@ -139,11 +139,10 @@ def answers(items, rounds, ask, questions_of):
   groups = collections.deque()  # (item, round, answers so far, number of questions)
 
   def stream():
-    for round in rounds:
-      for item in items:
-        asked = list(questions_of(item, round))
-        groups.append((item, round, {}, len(asked)))
-        yield from asked
+    for round, item in itertools.product(rounds, items):
+      asked = list(questions_of(item, round))
+      groups.append((item, round, {}, len(asked)))
+      yield from asked
 
   for answer in ask(stream()):
     while len(groups[0][2]) == groups[0][3]:
@@ -262,16 +261,15 @@ def parse_grid(text: str) -> tuple[int, int]:
 def load_template(path, name: str, fields=()) -> Template:
   """Reads the file of a template; ValueError unless the user's text has the `fields`."""
   try:
-    with open(path, encoding="utf-8") as file:
-      template = Template(**json.load(file))
+    template = Template(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    if not all(isinstance(text, str) for text in template):
+      raise TypeError("both must be texts")
   except (OSError, ValueError, TypeError) as e:
     raise ValueError(f"--template {path}: must be a JSON file with an object of \"user\" and, if "
                      f"wanted, \"system\" ({e})") from e
-  if not isinstance(template.user, str) or not isinstance(template.system, str):
-    raise ValueError(f"--template {path}: \"user\" and \"system\" must be texts")
-  for field in fields:
-    if f"{{{field}}}" not in template.user:
-      raise ValueError(f"--template {path}: the user's text has no {{{field}}}, which {name} needs")
+  if missing := [field for field in fields if f"{{{field}}}" not in template.user]:
+    raise ValueError(f"--template {path}: the user's text has no {{{missing[0]}}}, which {name} "
+                     "needs")
   return template
 
 

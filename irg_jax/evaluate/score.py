@@ -15,8 +15,8 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import itertools
 import json
-import math
 import os
 import pathlib
 import re
@@ -148,14 +148,13 @@ def measured_by(folder: ImageFolder, function, name: str, cache_path, question: 
   """
   failures = 0
   with records.Cache(cache_path) as cache:
-    for round in folder.rounds:
-      for item in folder.items:
-        answer = _measure(item, folder.path(item, 0, round), function, name, cache)
-        failed = answer.error and not answer.error.startswith("picture")
-        failures = failures + 1 if failed else 0
-        if failures >= base.GIVE_UP_AFTER:
-          raise ValueError(f"{name} failed at {failures} images in a row: {answer.error}")
-        yield item, round, {(0, question): answer}
+    for round, item in itertools.product(folder.rounds, folder.items):
+      answer = _measure(item, folder.path(item, 0, round), function, name, cache)
+      failed = answer.error and not answer.error.startswith("picture")
+      failures = failures + 1 if failed else 0
+      if failures >= base.GIVE_UP_AFTER:
+        raise ValueError(f"{name} failed at {failures} images in a row: {answer.error}")
+      yield item, round, {(0, question): answer}
 
 
 def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
@@ -185,11 +184,10 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
 
 def images_there(folder: ImageFolder):
   """Yields (item, round, image) of every image that is there."""
-  for number in folder.rounds:
-    for item in folder.items:
-      for image in range(item.images):
-        if folder.path(item, image, number).is_file():
-          yield item, number, image
+  for number, item in itertools.product(folder.rounds, folder.items):
+    for image in range(item.images):
+      if folder.path(item, image, number).is_file():
+        yield item, number, image
 
 
 def item_line(answer, scores: dict, why: str | None = None) -> dict:
@@ -276,7 +274,7 @@ def _measure(item, path, function, name, cache):
     score = float(function(path, item.prompt))
   except Exception as e:  # a foreign function: one image that it cannot do is not the end
     return answer(error=f"scorer: {type(e).__name__}: {e}")
-  if not 0 <= score <= 1 or math.isnan(score):
+  if not 0 <= score <= 1:  # or not a number
     return answer(error=f"scorer: {score} is not from 0 to 1")
   cache.add({"digest": digest, "picture": str(path), "model": name, "score": score})
   return answer(probability=score)
