@@ -99,6 +99,10 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
   for row in itertools.islice(packed, rows):
     for buffer, name in LENGTH_FEATURES.items():
       used[buffer] += float((row[f"{name}_segment_ids"] > 0).mean()) / rows
+  # Each token that is there attends to the whole row.
+  und, gen = stage.sizes.und, stage.sizes.gen
+  used["pairs"] = (und * used["und"] + gen * used["gen"]) / (und + gen)
+  used["vit_pairs"] = used["vit"]
   full = row_flops(settings.model, stage.sizes)
   return row_flops(settings.model, stage.sizes, used) / full, used
 

@@ -27,8 +27,8 @@ from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state, make_optimizer, state_shardings
-from irg_jax.train.step import attention_flops, make_train_step, token_counts, token_flops
+from irg_jax.train.state import init_state, make_optimizer
+from irg_jax.train.step import make_train_step, token_counts, unit_flops
 from irg_jax.weights.init import random_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ def main():
   optimizer = make_optimizer(settings.optimizer, settings.stage2)
   state = init_state(random_params(config, jax.random.key(0))["transformer"], optimizer)
   mesh = sharding.make_mesh({"data": 1}, devices=jax.devices()[:1])
-  state = jax.device_put(state, state_shardings(state, mesh))
+  state = jax.device_put(state, sharding.parameter_shardings(state, mesh))
   step = make_train_step(model, optimizer, settings, mesh, state, batch)
 
   seconds, rates, key = [], [], jax.random.key(1)
@@ -95,11 +95,8 @@ def make_batch(config, layout):
 def needed_flops(config, batch):
   """FLOPs of a step by part, with the backward pass, without padding and invisible pairs."""
   used = token_counts(batch)
-  pair = attention_flops(config, BufferSizes(und=1, gen=0, vit=1, text=0, samples=1))
-  forward = {name: used[f"used/{name}"] * flops for name, flops in token_flops(config).items()} | {
-      "attention": used["used/pairs"] * pair["decoder"],
-      "vit attention": used["used/vit_pairs"] * pair["vit"]}
-  return {name: 3 * float(flops) for name, flops in forward.items()}
+  return {name: 3 * float(used[f"used/{name}"]) * flops
+          for name, flops in unit_flops(config).items()}
 
 
 def matmul_rate(size=2048, repeat=3):

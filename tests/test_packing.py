@@ -12,7 +12,7 @@ from irg_jax import sharding
 from irg_jax.data.batch import BufferSizes
 from irg_jax.model import attention
 from irg_jax.plan import cost, programs
-from irg_jax.train.step import attention_flops
+from irg_jax.train.step import row_units, unit_flops
 from irg_jax.tokens import Tokens, allowed
 
 BENCHMARK = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "data.py"
@@ -71,7 +71,8 @@ def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
     made, unbounded = cost.count_flops(program.trace().jaxpr)
   needed = program.needed_flops
   if sizes is None:  # its scores are too many to keep: the backward pass makes them again
-    needed += sum(attention_flops(model, stage.sizes).values()) / 2
+    each, count = unit_flops(model), row_units(stage.sizes)
+    needed += sum(each[name] * count[name] for name in ("pairs", "vit_pairs")) / 2
   assert unbounded == 0
   assert needed * 0.99 < made < needed * 1.05
 

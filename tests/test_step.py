@@ -21,7 +21,7 @@ from irg_jax.train import settings as settings_lib
 from irg_jax.train import state as state_lib
 from irg_jax.train import step as step_lib
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state, state_shardings
+from irg_jax.train.state import init_state
 from irg_jax.weights import names
 from irg_jax.weights.init import random_params
 from irg_jax.tokens import allowed
@@ -104,7 +104,7 @@ def batch(rows=8):
 def state_on(mesh, params):
   shapes = jax.eval_shape(lambda p: init_state(p, optimizer()), params)
   return jax.jit(lambda p: init_state(p, optimizer()),
-                 out_shardings=state_shardings(shapes, mesh))(params)
+                 out_shardings=sharding.parameter_shardings(shapes, mesh))(params)
 
 
 def new_state():

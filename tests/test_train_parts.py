@@ -14,7 +14,7 @@ from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, Vit
 from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.train import feed, logs
-from irg_jax.train.step import row_flops, token_flops
+from irg_jax.train.step import row_flops, unit_flops
 from irg_jax.weights import names
 
 MODEL = ModelConfig(
@@ -85,21 +85,22 @@ def products(*patterns):
                    if r.path.endswith("kernel") and any(p in r.path for p in patterns))
 
 
-def test_a_token_costs_two_for_every_weight_that_it_meets():
-  assert token_flops(MODEL) == {
+def test_a_token_costs_two_for_every_weight_that_it_meets_and_a_pair_two_products():
+  assert unit_flops(MODEL) == {
       "und": products("decoder/layers/und/"),
       "gen": products("decoder/layers/gen/", "latent_embed", "time_embed", "heads/velocity"),
       "vit": products("transformer/vit/", "connector"),
-      "text": products("heads/text")}
+      "text": products("heads/text"),
+      # Scores, and the weighted sum of values: two products of (tokens x width) a layer.
+      "pairs": 3 * 4 * 16, "vit_pairs": 2 * 4 * 8}
 
 
 def test_a_row_costs_its_tokens_and_its_pairs_three_times():
-  each = token_flops(MODEL)
+  each = unit_flops(MODEL)
   tokens = 30 * each["und"] + 20 * each["gen"] + 10 * each["vit"] + 15 * each["text"]
-  # Scores, and the weighted sum of values: two products of (tokens x width) a layer.
   pairs = 3 * 4 * 16 * 50**2 + 2 * 4 * 8 * 10**2
   assert row_flops(MODEL, SIZES) == 3 * (tokens + pairs)
-  none = dict.fromkeys(("und", "gen", "vit", "text"), 0.0)
+  none = dict.fromkeys(("und", "gen", "vit", "text", "pairs", "vit_pairs"), 0.0)
   assert row_flops(MODEL, SIZES, none) == 0
   assert row_flops(MODEL, SIZES, none | {"pairs": 0.25}) == 3 * 3 * 4 * 16 * 50**2 / 4
   half = dict.fromkeys(none, 0.5)

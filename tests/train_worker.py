@@ -9,10 +9,9 @@ import sys
 
 import jax
 
-from irg_jax import commands
+from irg_jax import commands, sharding
 from irg_jax.data import sources
 from irg_jax.train import run as train_run
-from irg_jax.train.state import state_shardings
 
 
 class Recorded:
@@ -64,10 +63,10 @@ def layout(states) -> dict:
   kernels = split = 0
   wrong = []
   for mesh, state in states:
-    declared = jax.tree.leaves(state_shardings(state, mesh))
-    for (path, x), sharding in zip(jax.tree.leaves_with_path(state), declared, strict=True):
+    declared = jax.tree.leaves(sharding.parameter_shardings(state, mesh))
+    for (path, x), placed in zip(jax.tree.leaves_with_path(state), declared, strict=True):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
-      if not x.sharding.is_equivalent_to(sharding, len(x.shape)):
+      if not x.sharding.is_equivalent_to(placed, len(x.shape)):
         wrong.append(name)
       if name.endswith("/q/kernel") or name.endswith("/gate/kernel"):
         kernels += 1

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from irg_jax.sharding import parameter_shardings
 from irg_jax.train.settings import OptimizerSettings, StageSettings
 
 # Parameters by the names of `settings.Freeze`: patterns of the beginning of their paths.
@@ -43,7 +42,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """The optax transformation of a stage, and its learning rate as a function of the step."""
+  """The optax transformation of a stage; its learning rate by the number of updates made."""
 
   transform: optax.GradientTransformation
   schedule: Callable
@@ -51,19 +50,15 @@ class Optimizer:
 
 def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimizer:
   """Clipping by the global norm, then AdamW with the stage's learning rate."""
-  schedule = lambda step: stage.learning_rate * _schedule(stage, step)
-  s = settings
-  transform = optax.chain(
-      optax.clip_by_global_norm(s.clip_norm),
-      optax.adamw(schedule, b1=0.9, b2=0.95, eps=s.eps, weight_decay=s.weight_decay))
-  return Optimizer(transform, schedule)
+  def schedule(step):
+    rise = step / stage.warmup_steps if stage.warmup_steps else 1.0
+    fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
+    return stage.learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
 
-
-def _schedule(stage, step):
-  """Factor of the learning rate, in [0, 1], for the update after `step` updates."""
-  rise = step / stage.warmup_steps if stage.warmup_steps else 1.0
-  fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
-  return jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+  return Optimizer(optax.chain(
+      optax.clip_by_global_norm(settings.clip_norm),
+      optax.adamw(schedule, b1=0.9, b2=0.95, eps=settings.eps,
+                  weight_decay=settings.weight_decay)), schedule)
 
 
 def init_state(params, optimizer: Optimizer) -> TrainState:
@@ -77,11 +72,6 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
   copy = lambda tree: jax.tree.map(jnp.array, tree)
   return TrainState(step=jnp.zeros((), jnp.int32), params=copy(master), ema=copy(master),
                     opt_state=optimizer.transform.init(master))
-
-
-def state_shardings(state: TrainState, mesh) -> TrainState:
-  """NamedShardings of a state (or of its shapes): the same for parameters, EMA and moments."""
-  return parameter_shardings(state, mesh)
 
 
 def map_frozen(function, tree, frozen):

@@ -1,6 +1,7 @@
 """The train step (noise, losses, gradients, optimizer), its metrics, and the FLOPs it needs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,13 @@ from irg_jax.config import ModelConfig
 from irg_jax.data.batch import BufferSizes
 from irg_jax.model.attention import visible_pairs
 from irg_jax.model.vit import patch_tokens
-from irg_jax.sharding import constrain_parameters, gather_parameters, partition_spec
+from irg_jax.sharding import (constrain_parameters, gather_parameters, parameter_shardings,
+                              partition_spec)
 from irg_jax.tokens import PADDING
 from irg_jax.train.loss import TINY, loss_sums, mean_losses, token_losses
 from irg_jax.train.settings import Switches, TrainSettings
-from irg_jax.train.state import Optimizer, TrainState, map_frozen, state_shardings, update
+from irg_jax.train.state import Optimizer, TrainState, map_frozen, update
 from irg_jax.weights.names import TIMESTEP_FEATURES
-
-_BUFFERS = ("und", "gen", "vit", "text")
-USES = (*_BUFFERS, "pairs", "vit_pairs")  # names of the shares that `packing` returns
 
 
 def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
@@ -36,7 +35,7 @@ def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, 
     is donated, the metrics are replicated.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
-  states = state_shardings(state, mesh)
+  states = parameter_shardings(state, mesh)
 
   def step(switches, state, batch, key):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -151,7 +150,7 @@ def _accumulate(objective, params, batches, key):
 
 
 def token_counts(batch) -> dict:
-  """Counts, float32: "used/<buffer>" and "used/..." of visible pairs; "tokens/<kind>"."""
+  """Counts, float32: "used/" and the names of `row_units`; "tokens/<kind>"."""
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
   und, gen = jnp.split(batch.tokens.sample != PADDING, [batch.text_ids.shape[1]], axis=1)
   vit = count(batch.vit_image != PADDING)
@@ -164,24 +163,31 @@ def token_counts(batch) -> dict:
 
 
 def packing(sums, batch) -> dict:
-  """Used share of each buffer, and of all pairs of tokens: "packing/<buffer>", ...."""
-  sizes = {"und": batch.text_ids.size, "gen": batch.latent_image.size,
-           "vit": batch.vit_image.size, "text": batch.text_place.size,
-           "pairs": batch.position.size * batch.position.shape[-1],
-           "vit_pairs": batch.vit_image.size * batch.vit_image.shape[-1]}
-  return {f"packing/{name}": sums[f"used/{name}"] / float(max(size, 1))
-          for name, size in sizes.items()}
+  """Used shares of the rows of a batch: "packing/" and the names of `row_units`."""
+  length = lambda x: x.shape[-1]
+  sizes = BufferSizes(
+      und=length(batch.text_ids), gen=length(batch.latent_image), vit=length(batch.vit_image),
+      text=length(batch.text_place), samples=length(batch.sample_mode))
+  rows = math.prod(batch.text_ids.shape[:-1])
+  return {f"packing/{name}": sums[f"used/{name}"] / float(max(rows * size, 1))
+          for name, size in row_units(sizes).items()}
 
 
 # --- FLOPs by formula: matrix products and attention, 2 for each multiply-add. Recomputation does
 # not count.
 
 
-def token_flops(config: ModelConfig) -> dict[str, float]:
-  """FLOPs of a forward pass for one token of each buffer, without attention.
+def row_units(sizes: BufferSizes) -> dict[str, int]:
+  """Sizes of a row's buffers, and its number of pairs of tokens in the decoder and in the ViT."""
+  return {"und": sizes.und, "gen": sizes.gen, "vit": sizes.vit, "text": sizes.text,
+          "pairs": (sizes.und + sizes.gen) ** 2, "vit_pairs": sizes.vit**2}
+
+
+def unit_flops(config: ModelConfig) -> dict[str, float]:
+  """FLOPs of a forward pass for one token of each buffer and for one pair of tokens.
 
   Returns:
-    dict by buffer as in `BufferSizes`: "und", "gen", "vit", and "text" (a predicted position).
+    dict by the names of `row_units`; "text" is a predicted position.
   """
   llm, vit = config.llm, config.vit
   width = llm.hidden_size
@@ -195,33 +201,17 @@ def token_flops(config: ModelConfig) -> dict[str, float]:
       "vit": 2.0 * (vit.num_layers * vit_layer + 3 * vit.patch_size**2 * vit.hidden_size
                     + vit.hidden_size * width + width**2),
       "text": 2.0 * width * llm.vocab_size,
+      "pairs": 4.0 * llm.num_layers * width,
+      "vit_pairs": 4.0 * vit.num_layers * vit.hidden_size,
   }
-
-
-def attention_flops(config: ModelConfig, sizes: BufferSizes) -> dict[str, float]:
-  """FLOPs of attention in a forward pass over one row if all tokens attend to all.
-
-  Returns:
-    dict: "decoder" and "vit".
-  """
-  llm, vit = config.llm, config.vit
-  pairs = (sizes.und + sizes.gen) ** 2
-  return {"decoder": 4.0 * llm.num_layers * llm.hidden_size * pairs,
-          "vit": 4.0 * vit.num_layers * vit.hidden_size * sizes.vit**2}
 
 
 def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None) -> float:
   """FLOPs of an update for one row; the backward pass costs twice the forward pass.
 
   Args:
-    used: shares by the names of `USES`. None: full buffers and all pairs. Without shares of pairs,
-      each token that is there attends to the whole row.
+    used: shares by the names of `row_units`; those not given are 1.
   """
-  share = dict.fromkeys(_BUFFERS, 1.0) | (used or {})
-  total = sum(getattr(sizes, name) * share[name] * flops
-              for name, flops in token_flops(config).items())
-  attention = attention_flops(config, sizes)
-  asking = (sizes.und * share["und"] + sizes.gen * share["gen"]) / max(sizes.und + sizes.gen, 1)
-  total += attention["decoder"] * share.get("pairs", asking)
-  total += attention["vit"] * share.get("vit_pairs", share["vit"])
-  return 3 * total
+  each, used = unit_flops(config), used or {}
+  return 3 * sum(count * used.get(name, 1.0) * each[name]
+                 for name, count in row_units(sizes).items())
