@@ -196,7 +196,7 @@ PAIR = """
     import orbax.checkpoint as ocp
     from irg_jax import sharding
     from irg_jax.train.checkpoints import Checkpoints
-    from irg_jax.train.distributed import FailTogether
+    from irg_jax.train.distributed import fail_together
 
     folder, _, coordinator, *_, process = sys.argv[1:]
     jax.distributed.initialize(coordinator, 2, int(process))
@@ -204,7 +204,7 @@ PAIR = """
     x = np.random.default_rng(0).standard_normal((64, 1000), np.float32)
     put = lambda y: {"x": jax.make_array_from_callback(x.shape, split, lambda index: y[index])}
     wanted = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)}
-    with FailTogether("pair"), Checkpoints(folder, 3) as c:
+    with fail_together("pair"), Checkpoints(folder, 3) as c:
       for step in (1, 2):
         c.save(step, put(step * x), {process: step})
       c.wait()

@@ -73,9 +73,9 @@ def test_a_folder_that_holds_something_is_refused(folder, capsys):
 
 def test_the_tiny_preset_trains_on_it_with_nothing_given(folder, tmp_path):
   tiny = settings.load(f"{ROOT}/configs/irgl.py:tiny")
-  run = train_run.prepare(tiny, tmp_path / "out", preemption=None)
+  run = train_run.prepare(tiny, tmp_path / "out", stopping=None)
   want = sources.open_sources(folder, max_rejected=sample_set.MAX_REJECTED)
   assert {mode: list(source) for mode, source in run.sources.items()} == {
       mode: list(source) for mode, source in want.items()}
-  again = train_run.prepare(tiny, tmp_path / "out", preemption=None)
+  again = train_run.prepare(tiny, tmp_path / "out", stopping=None)
   assert list(again.sources[MODES[5]]) == list(want[MODES[5]])

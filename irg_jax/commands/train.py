@@ -42,7 +42,7 @@ def _run(args, overrides):
   from irg_jax.train import distributed, run, settings
   logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
   _connect(args)
-  with distributed.FailTogether("irg train"):
+  with distributed.fail_together("irg train"):
     file, preset, overrides = config.locate(args.config, overrides)
     read = settings.load(f"{file}:{preset}" if preset else file, [*_fields(args), *overrides])
     out = args.out or pathlib.Path("out", f"train-{preset or _default_preset(file)}")

@@ -4,7 +4,6 @@ Orbax writes each checkpoint in the background, into a folder of another name th
 when complete. A kill at any time leaves the earlier checkpoints as they were.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -22,7 +21,10 @@ DAMAGED = "damaged"  # folder for checkpoints that cannot be read
 
 
 class Checkpoints:
-  """The checkpoints of a stage, numbered by its steps. A context manager.
+  """The checkpoints of a stage, numbered by its steps.
+
+  A context manager: an OSError or ValueError leaves it as a ValueError that also names the last
+  good checkpoint, if there is one.
 
   Args:
     folder: where they are kept; made if missing. Shared by all processes.
@@ -33,18 +35,17 @@ class Checkpoints:
   def __init__(self, folder, keep: int, report=print):
     self.folder = pathlib.Path(folder).absolute()
     self._report, self._saving = report, None
-    policy = ocp.checkpoint_managers.LatestN(n=keep)
-    # Temporary folders of a killed save are removed: a checkpoint is large.
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy,
-                                           cleanup_tmp_directories=True,
-                                           async_options=_async_options())
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
+        cleanup_tmp_directories=True,  # of a killed save: a checkpoint is large
+        async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier_unless_failed))
     self._manager = ocp.CheckpointManager(self.folder, options=options,
                                           item_names=("state", "run"))
 
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind, error, _):
     try:
       self.wait()
     except CheckpointError as e:
@@ -53,16 +54,12 @@ class Checkpoints:
       self._report(str(e))  # the first error is the one that is raised
     finally:
       self._manager.close()
+    named = isinstance(error, CheckpointError) or not steps_in(self.folder)
+    if isinstance(error, (OSError, ValueError)) and not named:
+      raise ValueError(f"{error}; {self.last_good()}") from error
 
-  def steps(self) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    return sorted(self._manager.all_steps())
-
-  def last_good(self, wait: bool = True) -> str:
-    """Names the newest complete checkpoint in words, after waiting for a save in progress."""
-    if wait:
-      with contextlib.suppress(CheckpointError):  # a failed save is no checkpoint
-        self.wait()
+  def last_good(self) -> str:
+    """Names the newest complete checkpoint in words."""
     steps = steps_in(self.folder)
     return f"the last good checkpoint is {self.folder / str(steps[-1])}" if steps else (
         f"there is no good checkpoint in {self.folder}")
@@ -79,10 +76,10 @@ class Checkpoints:
       CheckpointError: this save, or the one before it, failed; names the last good one.
     """
     self.wait()
-    if step in self._manager.all_steps():
+    if step in steps_in(self.folder):
       return
     data = gather(data)
-    run = {"data": data, "sums": checksums(state) | {"data": _data_checksum(data)}}
+    run = {"data": data, "sums": _all_checksums(state, data)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
     self._saving = step
     try:
@@ -123,7 +120,7 @@ class Checkpoints:
       CheckpointError: there are checkpoints, but all are damaged.
     """
     self.wait()
-    seen = gather({str(jax.process_index()): self.steps()})
+    seen = gather({str(jax.process_index()): steps_in(self.folder)})
     steps = sorted(set.intersection(*map(set, seen.values())))
     if not steps and (self.folder / DAMAGED).is_dir():
       raise CheckpointError(f"{self.folder}: only damaged checkpoints are left; remove the folder "
@@ -159,7 +156,7 @@ class Checkpoints:
       process, reason = min(faults.items())
       by = f"process {process}: " if jax.process_count() > 1 else ""
       raise CheckpointError(by + reason) from cause
-    found = checksums(state) | {"data": _data_checksum(data)}
+    found = _all_checksums(state, data)
     wrong = [name for name, value in sums if found.get(name) != value]
     if wrong:
       raise CheckpointError(f"{len(wrong)} checksums are wrong, such as that of {wrong[0]}")
@@ -177,20 +174,17 @@ class Checkpoints:
   def _save_error(self, error):
     step, self._saving = self._saving, None
     return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
-                           f"{self.last_good(wait=False)}")
+                           f"{self.last_good()}")
 
 
-def _async_options():
-  """Options with a barrier that a process skips if its own part of the save has failed.
+def _barrier_unless_failed(*, key, timeout_ms):
+  """A barrier of a save in the background, skipped if this process's part of it has failed.
 
   With Orbax's barrier it would wait for the others, and they for its part: no process would
   report the error.
   """
-  def skip_after_error(*, key, timeout_ms):
-    if sys.exc_info()[1] is None:
-      thread_barrier(key, timeout_ms / 1000)
-
-  return ocp.options.AsyncOptions(barrier_sync_fn=skip_after_error)
+  if sys.exc_info()[1] is None:
+    thread_barrier(key, timeout_ms / 1000)
 
 
 def steps_in(folder) -> list[int]:
@@ -203,14 +197,19 @@ def steps_in(folder) -> list[int]:
 
 def checksums(tree) -> dict[str, int]:
   """A checksum of each leaf by path: any changed bit changes it, another mesh does not."""
-  paths = [jax.tree_util.keystr(path, simple=True, separator="/")
-           for path, _ in jax.tree.leaves_with_path(tree)]
-  return dict(zip(paths, map(int, jax.device_get(_checksums(jax.tree.leaves(tree))))))
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): int(x)
+          for path, x in jax.tree.leaves_with_path(jax.device_get(_checksum_tree(tree)))}
+
+
+def _all_checksums(state, data: dict) -> dict[str, int]:
+  """`checksums` of a state, and "data": that of JSON values by stream, written or read."""
+  text = json.dumps({str(stream): value for stream, value in data.items()}, sort_keys=True)
+  return checksums(state) | {"data": zlib.crc32(text.encode())}
 
 
 @jax.jit
-def _checksums(leaves):
-  return [_checksum(x) for x in leaves]
+def _checksum_tree(tree):
+  return jax.tree.map(_checksum, tree)
 
 
 def _checksum(x):
@@ -224,12 +223,6 @@ def _checksum(x):
     index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     weight, stride = weight + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
   return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-
-def _data_checksum(data: dict) -> int:
-  """Checksum of JSON values by stream; the same before writing and after reading."""
-  same = {str(stream): value for stream, value in data.items()}
-  return zlib.crc32(json.dumps(same, sort_keys=True).encode())
 
 
 def _reason(error) -> str:

@@ -1,5 +1,7 @@
 """Multi-host barriers, fail-together error handling and preemption by SIGTERM."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -49,8 +51,9 @@ def gather(data: dict) -> dict:
   return union
 
 
-class FailTogether:
-  """Context manager: an error in one process ends all of them, each with the error's message.
+@contextlib.contextmanager
+def fail_together(program: str):
+  """An error in one process ends all of them, each with the error's message.
 
   Otherwise the other processes would wait for the failed one inside a collective, where no
   exception reaches them. Each process therefore polls the coordinator for faults in a thread.
@@ -59,54 +62,45 @@ class FailTogether:
   Args:
     program: name of the program, the prefix of each message.
   """
+  client, process = distributed.global_state.client, distributed.global_state.process_id
+  if client is None:
+    yield
+    return
+  finished, leaving = threading.Event(), threading.Lock()
+  show = lambda text: print(f"{program}: error: {text}", file=sys.stderr, flush=True)
 
-  def __init__(self, program: str):
-    self._program, self._client = program, distributed.global_state.client
-    self._finished, self._leaving = threading.Event(), threading.Lock()
-    self._thread = threading.Thread(target=self._poll, daemon=True)
-
-  def __enter__(self):
-    if self._client is not None:
-      self._thread.start()
-    return self
-
-  def __exit__(self, kind, error, _):
-    if self._client is None:
-      return
-    self._finished.set()
-    if kind is None:
-      self._thread.join()
-      return
-    message = _message(error)
-    self._print(message)
-    process = distributed.global_state.process_id
-    self._client.key_value_set(f"{_FAULTS}{process}", f"process {process} has stopped: {message}")
-    self._leave()
-
-  def _poll(self):
-    while not self._finished.wait(_POLL_SECONDS):
-      try:
-        faults = self._client.key_value_dir_get(_FAULTS)
-      except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX ends this process
-        return
-      if faults:
-        self._print(faults[0][1])
-        self._leave()
-
-  def _print(self, message):
-    print(f"{self._program}: error: {message}", file=sys.stderr, flush=True)
-
-  def _leave(self):
+  def leave():
     """Ends this process once all have polled; does not wait for its own hanging threads."""
-    with self._leaving:
-      try:
+    with leaving:
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # some processes are gone already
         thread_barrier("irg/leaving", _GRACE_SECONDS)
-      except jax.errors.JaxRuntimeError:
-        pass  # some processes are gone already
-      if distributed.global_state.process_id == 0:
+      if process == 0:
         time.sleep(_POLL_SECONDS)  # the coordinator lives here: let its answers arrive
       sys.stdout.flush()
       os._exit(FAILED)
+
+  def poll():
+    while not finished.wait(_POLL_SECONDS):
+      try:
+        faults = client.key_value_dir_get(_FAULTS)
+      except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX ends this process
+        return
+      if faults:
+        show(faults[0][1])
+        leave()
+
+  thread = threading.Thread(target=poll, daemon=True)
+  thread.start()
+  try:
+    yield
+  except BaseException as e:
+    finished.set()
+    message = _message(e)
+    show(message)
+    client.key_value_set(f"{_FAULTS}{process}", f"process {process} has stopped: {message}")
+    leave()
+  finished.set()
+  thread.join()
 
 
 def _message(error) -> str:
@@ -119,31 +113,21 @@ def _message(error) -> str:
   return f"{type(error).__name__}: {error}"
 
 
-class Preemption:
-  """Context manager that catches SIGTERM, so that the run can save before it ends.
+@contextlib.contextmanager
+def preemption():
+  """Catches SIGTERM, so that the run can save before it ends.
 
+  Yields a function that says whether to save and stop now. Every process calls it once a step.
   With several processes JAX catches the signal, and they agree on the step to stop after,
   whichever of them got it.
   """
-
-  def __init__(self):
-    self._signalled, self._calls, self._previous = False, 0, None
-
-  def __enter__(self):
-    if jax.process_count() == 1:
-      self._previous = signal.signal(signal.SIGTERM, self._notice)
-    return self
-
-  def __exit__(self, *_):
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
-
-  def reached(self) -> bool:
-    """Whether to save and stop now. Every process calls it once a step."""
-    self._calls += 1
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(self._calls)
-    return self._signalled
-
-  def _notice(self, *_):
-    self._signalled = True
+  if jax.process_count() > 1:
+    calls = itertools.count(1)
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    return
+  signalled = threading.Event()
+  previous = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
+  try:
+    yield signalled.is_set
+  finally:
+    signal.signal(signal.SIGTERM, previous)

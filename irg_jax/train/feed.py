@@ -10,57 +10,50 @@ from irg_jax.sharding import partition_spec
 from irg_jax.train.step import batch_shardings
 
 
-class Feed(contextlib.ExitStack):
-  """Iterates over (global batch, data state after it). A context manager.
+@contextlib.contextmanager
+def feed(batches, rows: int, accumulate: int, mesh):
+  """Yields an endless iterator of (global batch, this process's data state after it).
 
   A thread reads, packs and places the next batch while the device runs the current step.
 
   Args:
-    batches: this process's `data.pipeline.Batches`.
+    batches: this process's `data.pipeline.Batches`; closed at the end.
     rows: rows of the global batch.
     accumulate: batches of one update; more than one are stacked along a leading axis A.
     mesh: devices to place the batch on.
   """
-
-  def __init__(self, batches, rows: int, accumulate: int, mesh):
-    super().__init__()
-    self._batches, self._rows, self._accumulate, self._mesh = batches, rows, accumulate, mesh
-    self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
-    self.callback(batches.close)
-    self.callback(self._thread.shutdown, cancel_futures=True)  # runs first
-
-  def __next__(self):
-    """(Batch of global arrays, this process's data state by stream after that batch)."""
-    batch, state = (self._next or self._thread.submit(self._make)).result()
-    self._next = self._thread.submit(self._make)
-    return batch, state
-
-  def _make(self):
-    parts = [next(self._batches) for _ in range(self._accumulate)]
-    state = self._batches.get_state()
+  def make():
+    parts = [next(batches) for _ in range(accumulate)]
+    state = batches.get_state()
     batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
-    return place(batch, self._rows, self._mesh), state
+    return place(batch, rows, mesh), state
+
+  def ahead():
+    coming = thread.submit(make)
+    while True:
+      now, coming = coming.result(), thread.submit(make)
+      yield now
+
+  thread = concurrent.futures.ThreadPoolExecutor(1)
+  try:
+    yield ahead()
+  finally:
+    thread.shutdown(cancel_futures=True)
+    batches.close()
 
 
 def place(batch, rows: int, mesh):
   """Global arrays from the numpy arrays of each process, which hold that process's rows."""
   axis = batch.text_ids.ndim - 2  # of the rows: 1 under accumulation
-  local = {row: i for i, row in enumerate(_rows_by_process(rows, mesh)[jax.process_index()])}
-  assert batch.text_ids.shape[axis] == len(local)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-      (*x.shape[:axis], rows, *x.shape[axis + 1:]), x.dtype), batch)
-
-  def globalize(x, shape, sharding):
-    def shard(index):
-      mine = [local[row] for row in range(rows)[index[axis]]]
-      return x[(*index[:axis], mine, *index[axis + 1:])]
-    return jax.make_array_from_callback(shape.shape, sharding, shard)
-
-  return jax.tree.map(globalize, batch, shapes, batch_shardings(shapes, mesh))
+  assert batch.text_ids.shape[axis] == len(_rows_by_process(rows, mesh)[jax.process_index()])
+  shape = lambda x: (*x.shape[:axis], rows, *x.shape[axis + 1:])
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), batch)
+  return jax.make_array_from_process_local_data(
+      batch_shardings(shapes, mesh), batch, jax.tree.map(shape, batch))
 
 
 def row_block(rows: int, mesh) -> tuple[int, int]:
-  """The part of the global batch that this process feeds: (its number, number of parts)."""
+  """(number of this process's block of rows, number of blocks), see `row_blocks`."""
   blocks = row_blocks(rows, mesh)
   return blocks.index(_rows_by_process(rows, mesh)[jax.process_index()]), len(blocks)
 

@@ -16,14 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import progress
 from irg_jax.data.records import MODES
+from irg_jax.train.settings import STAGES
 
 FILE = "log.jsonl"
 _BAR_WIDTH = 8  # leaves room for the metrics in a terminal of 80 columns
 _LISTED_SAMPLES = 40
-
-
-class NonFiniteLoss(ValueError):
-  """Training has diverged."""
 
 
 class Log(contextlib.ExitStack):
@@ -45,30 +42,26 @@ class Log(contextlib.ExitStack):
     self._stage, self._total, self._every = stage, total, every
     self._step_flops, self._peak = step_flops, peak_flops
     self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
-    self._silent = folder is None
-    if not self._silent:
-      self._open(pathlib.Path(folder), start, stream or sys.stderr)
-
-  def _open(self, folder, start, stream):
-    self._lines = self.enter_context(open(folder / FILE, "a", encoding="utf-8", buffering=1))
+    silent = folder is None
+    append = lambda path: self.enter_context(open(path, "a", encoding="utf-8", buffering=1))
+    self._lines = append(os.devnull if silent else os.path.join(folder, FILE))
     # Otherwise the points of lost steps would appear twice once the steps are made again.
-    self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / self._stage),
-                                             purge_step=start + 1 if start else None)
+    self._board = tensorboardX.SummaryWriter(
+        os.path.join(folder or "", "tensorboard", stage), purge_step=start + 1 if start else None,
+        write_to_disk=not silent)
     self.callback(self._board.close)
-    self._stream, self._bar = stream, None
-    if stream.isatty():
-      self._bar = self.enter_context(progress.terminal_bar(stream, _BAR_WIDTH))
-      self._task = self._bar.add_task(f"{self._stage}: the first step compiles", completed=start,
-                                      total=self._total)
+    self._bar = self.enter_context(progress.terminal_bar(
+        self._lines if silent else stream or sys.stderr, _BAR_WIDTH))
+    self._task = self._bar.add_task(f"{stage}: the first step compiles", completed=start,
+                                    total=total)
 
   def note(self, text: str) -> None:
     """Prints a line of text in the terminal."""
-    if self._silent:
-      return
-    if self._bar:
-      self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-    else:
-      print(text, file=self._stream, flush=True)
+    self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+  def event(self, step: int, **content) -> None:
+    """Writes a JSON line."""
+    print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
 
   def step(self, step: int, values: dict[str, float], samples: list) -> None:
     """Logs a step.
@@ -78,26 +71,16 @@ class Log(contextlib.ExitStack):
       values: metrics of `step.train_step`.
       samples: [mode, record] numbers of the samples, row by row.
     """
-    if self._silent:
-      return
     now, seconds = time.monotonic(), None
     if self._last is not None:  # the time of the first step is that of compilation
       seconds = now - self._last
-      self._window.append((seconds, values["tokens/text"] + values["tokens/latent"]
-                           + values["tokens/vit"], self._step_flops(values)))
-    self._last = now
-    record = {"stage": self._stage, "step": step, **_rounded(values), "seconds": seconds}
+      tokens = sum(values[f"tokens/{kind}"] for kind in ("text", "latent", "vit"))
+      self._window.append((seconds, tokens, self._step_flops(values)))
+    self._last, rates = now, {}
     if step % self._every == 0 or step == self._total:
       rates = self._rates()
-      record |= _rounded(rates)
-      self._plot(step, values | rates)
       self._show(step, values | rates)
-    print(json.dumps(record | {"samples": samples}), file=self._lines)
-
-  def event(self, step: int, **content) -> None:
-    """Writes a JSON line that is not a step."""
-    if not self._silent:
-      print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
+    self.event(step, **_rounded(values), seconds=seconds, **_rounded(rates), samples=samples)
 
   def skipped(self, step: int, by_process: dict) -> None:
     """Logs the number of samples that were too large for a row, by mode and exceeded limit."""
@@ -121,18 +104,15 @@ class Log(contextlib.ExitStack):
     self._window.clear()
     return rates
 
-  def _plot(self, step, values):
+  def _show(self, step, values):
+    """Adds a point to the curves; updates the bar of a terminal, or prints a line elsewhere."""
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     self._board.flush()
-
-  def _show(self, step, values):
-    """Updates the progress bar of a terminal; prints a line elsewhere."""
-    if self._bar:
-      self._bar.update(self._task, completed=step,
-                       description=f"{self._stage}: {_summary(values, brief=True)}")
-    else:
+    if self._bar.disable:
       self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
+    self._bar.update(self._task, completed=step,
+                     description=f"{self._stage}: {_summary(values, brief=True)}")
 
 
 class LateMetrics:
@@ -140,61 +120,54 @@ class LateMetrics:
 
   Args:
     log: `Log`.
-    last_good: function that names the last good checkpoint, for the error.
     mesh: of the run.
   """
 
-  def __init__(self, log: Log, last_good, mesh):
-    self._log, self._last_good, self._pending = log, last_good, None
+  def __init__(self, log: Log, mesh):
+    self._log, self._pending = log, None
     # Only the first process writes the log, so it needs the samples of all.
     self._replicate = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def push(self, step: int, metrics: dict, batch) -> None:
-    """Logs the step before, and keeps this one.
+    """Logs the step before, and keeps this one. Raises as `flush`."""
+    samples = self._replicate(batch.sample_mode, batch.sample_index)
+    self.flush(replaced_by=(step, metrics, samples))
+
+  def flush(self, replaced_by=None) -> None:
+    """Logs the step that is kept, after waiting for it.
 
     Raises:
-      NonFiniteLoss: names the step, its samples and the last good checkpoint.
+      ValueError: its loss or gradient is not finite; names the step and its samples.
     """
-    samples = self._replicate(batch.sample_mode, batch.sample_index)
-    before, self._pending = self._pending, (step, metrics, samples)
-    self._log_step(before)
-
-  def flush(self) -> None:
-    """Logs the step that is kept, after waiting for it. Raises as `push`."""
-    before, self._pending = self._pending, None
-    self._log_step(before)
-
-  def _log_step(self, pending):
+    pending, self._pending = self._pending, replaced_by
     if pending is None:
       return
     step, metrics, (modes, records) = jax.device_get(pending)
     values = logged(metrics)
     samples = [[int(m), int(i)] for m, i in zip(modes.ravel(), records.ravel()) if m >= 0]
     self._log.step(step, values, samples)
-    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    wrong = [f"{name} is {values[name]}" for name in ("loss", "grad_norm")
+             if not math.isfinite(values[name])]
     if wrong:
-      raise NonFiniteLoss(
-          f"step {step}: {' and '.join(f'{name} is {values[name]}' for name in wrong)}; samples "
-          f"of the batch: {_listed(samples)}; {self._last_good()}")
+      raise ValueError(f"step {step}: {' and '.join(wrong)}; samples of the batch: "
+                       f"{_listed(samples)}")
 
 
-class Tracer:
-  """Takes a profiler trace of `count` steps, from step `first` on; 0: no trace."""
+def traced(steps, folder, first: int, count: int, wait):
+  """Yields the steps, with a profiler trace of `count` of them from `first` on; 0: no trace.
 
-  def __init__(self, folder, first: int, count: int):
-    self._folder, self._first, self._count, self._on = folder, first, count, False
-
-  def before(self, step: int) -> None:
-    if step == self._first:
-      jax.profiler.start_trace(self._folder)
-      self._on = True
-
-  def after(self, step: int, last: bool, wait) -> None:
-    """Ends the trace at its last step or at the last step of all, after calling `wait`."""
-    if self._on and (last or step == self._first + self._count - 1):
-      wait()
-      jax.profiler.stop_trace()
-      self._on = False
+  Args:
+    wait: called before the trace ends, unless the steps end it.
+  """
+  with contextlib.ExitStack() as trace:
+    for step in steps:
+      if step == first:
+        jax.profiler.start_trace(folder)
+        trace.callback(jax.profiler.stop_trace)
+      yield step
+      if step == first + count - 1:
+        wait()
+        trace.close()
 
 
 def logged(metrics: dict) -> dict[str, float]:
@@ -203,24 +176,19 @@ def logged(metrics: dict) -> dict[str, float]:
           if not name.startswith("weight/") and metrics.get(f"weight/{name}", 1) > 0}
 
 
-def forget_after(folder, stage: str, step: int, stages) -> None:
-  """Truncates the JSON lines after a step of a stage: those steps will be made again.
-
-  Args:
-    stages: names of the stages in order.
-  """
-  path = pathlib.Path(folder) / FILE
+def forget_after(folder, stage: str, step: int) -> None:
+  """Truncates the JSON lines after a step of a stage: those steps will be made again."""
+  path, end = pathlib.Path(folder) / FILE, 0
   if not path.is_file():
     return
-  order, end = list(stages), 0
   with open(path, "rb") as lines:
     for line in lines:
       try:
         record = json.loads(line)
-        place = order.index(record["stage"]), record["step"]
+        place = STAGES.index(record["stage"]), record["step"]
       except (ValueError, KeyError, TypeError):
         break  # half a line, of a killed process
-      if not line.endswith(b"\n") or place > (order.index(stage), step):
+      if not line.endswith(b"\n") or place > (STAGES.index(stage), step):
         break
       end += len(line)
   os.truncate(path, end)

@@ -13,14 +13,14 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from irg_jax import config as config_lib
-from irg_jax import chips, runs, sharding, storage, weights
+from irg_jax import chips, config, runs, sharding, storage, weights
 from irg_jax.data import sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
@@ -32,13 +32,12 @@ from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
-from irg_jax.train.distributed import PREEMPTED, Preemption, barrier, gather
-from irg_jax.train.feed import Feed, row_block
+from irg_jax.train.distributed import PREEMPTED, barrier, gather, preemption
+from irg_jax.train.feed import feed, row_block
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
-from irg_jax.train.state import init_state, make_optimizer, state_shardings
-from irg_jax.train.step import USES, make_train_step, row_flops
+from irg_jax.train.state import init_state, make_optimizer
+from irg_jax.train.step import make_train_step, row_flops
 from irg_jax.weights import init, names, published
-from irg_jax.weights.names import CheckpointError
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
 PROFILED_STEPS = 3  # of each stage, in a profiler trace
@@ -57,24 +56,22 @@ class Run:
   Attributes:
     settings: of the run.
     out: folder of the run.
-    log_folder: the same in the first process, None in the others.
     mesh: all devices of all processes.
     base: checkpoint folder that training starts from.
     tokenizer, sources, encoder: see `pipeline.open_batches`.
     vae: its frozen parameters.
-    preemption: says when to stop.
+    stopping: see `distributed.preemption`.
   """
 
   settings: TrainSettings
   out: pathlib.Path
-  log_folder: pathlib.Path | None
   mesh: jax.sharding.Mesh
   base: pathlib.Path
   tokenizer: Any
   sources: dict
-  encoder: Any
+  encoder: Encoder
   vae: dict
-  preemption: Preemption
+  stopping: Callable
 
 
 def run_train(settings: TrainSettings, out) -> int:
@@ -89,28 +86,33 @@ def run_train(settings: TrainSettings, out) -> int:
   Raises:
     ValueError, OSError: with a message for the user.
   """
-  with Preemption() as preemption:
-    run = prepare(settings, pathlib.Path(out), preemption)
+  with preemption() as stopping:
+    run = prepare(settings, pathlib.Path(out), stopping)
     ema = None  # the first stage starts from the base weights
     for stage in unfinished_stages(run):
       ema, finished = train_stage(run, stage, ema)
       if not finished:
         return PREEMPTED
       export(run, stage, ema)
-    print_rejected(run)
+    print_rejected(run.sources)
   return 0
+
+
+def note(text: str) -> None:
+  """Prints a line in the first process."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr)
 
 
 # --- before the first step
 
 
-def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) -> Run:
+def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
   """Checks everything, then makes the folder and opens what all stages need."""
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   row_block(settings.data.rows, mesh)
   recorded = check_folder(out, settings)
   check_base(settings)
-  is_first = jax.process_index() == 0
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
     path = data_folder(settings, out)
@@ -121,27 +123,25 @@ def prepare(settings: TrainSettings, out: pathlib.Path, preemption: Preemption) 
                     {"records": records}, f"--data {path}")
     base = pathlib.Path(settings.checkpoint or out / BASE)
     barrier("checked")  # no process may change the folder while another still checks it
-    if is_first:
+    if jax.process_index() == 0:
       start_folder(out, settings, recorded | records)
       if not base.exists():
         init.write_random_checkpoint(base, settings.model, settings.seed)
     barrier("started")
     progress("read")
     tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
-    _, params = weights.load_checkpoint(base, dtype=np.float32, part="vae")
-  run = Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
-            sources=sources, vae=params["vae"], preemption=preemption,
-            encoder=Encoder(settings.model, params["vae"], encode_levels),
-            log_folder=out if is_first else None)
-  print_rejected(run)
-  return run
+    vae = weights.load_checkpoint(base, dtype=np.float32, part="vae")[1]["vae"]
+  print_rejected(sources)
+  return Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
+             sources=sources, vae=vae, stopping=stopping,
+             encoder=Encoder(settings.model, vae, encode_levels))
 
 
-def print_rejected(run: Run) -> None:
+def print_rejected(sources: dict) -> None:
   """Prints the number of unusable records, by mode and reason."""
-  for mode, reasons in logs.rejected(run.sources).items() if run.log_folder else ():
-    print(f"{mode}: {sum(reasons.values())} of {run.sources[mode].metadata['rows']} rows cannot "
-          f"be used: {logs.counts(reasons)}", file=sys.stderr)
+  for mode, reasons in logs.rejected(sources).items():
+    note(f"{mode}: {sum(reasons.values())} of {sources[mode].metadata['rows']} rows cannot "
+         f"be used: {logs.counts(reasons)}")
 
 
 def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
@@ -159,7 +159,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
   runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
-                  flag="--config.", free=FREE, renamed=config_lib.renamed(TrainSettings))
+                  flag="--config.", free=FREE, renamed=config.renamed(TrainSettings))
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
@@ -184,12 +184,12 @@ def check_base(settings: TrainSettings) -> None:
       raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
                        "--config.random_weights=true")
     return
-  theirs = dataclasses.asdict(weights.read_config(settings.checkpoint))
-  ours = dataclasses.asdict(settings.model)
+  theirs, ours = weights.read_config(settings.checkpoint), settings.model
   for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
-    if ours[part] != theirs[part]:
-      raise ValueError(f"config field 'model.{part}' is {ours[part]}, but the weights in "
-                       f"{settings.checkpoint} have {theirs[part]}")
+    if getattr(ours, part) != getattr(theirs, part):
+      show = lambda model: dataclasses.asdict(model)[part]
+      raise ValueError(f"config field 'model.{part}' is {show(ours)}, but the weights in "
+                       f"{settings.checkpoint} have {show(theirs)}")
 
 
 def start_folder(out: pathlib.Path, settings: TrainSettings, records: dict) -> None:
@@ -221,40 +221,26 @@ def train_stage(run: Run, stage: str, params):
     (moving average of the parameters, whether the end was reached).
 
   Raises:
-    NonFiniteLoss: names the step, the samples and the last good checkpoint.
-    CheckpointError, OSError, ValueError: something cannot be written or read; names the last
+    ValueError: the loss is not finite, or something cannot be written or read; names the last
       good checkpoint, if there is any.
   """
-  report = functools.partial(print, file=sys.stderr) if run.log_folder else lambda _: None
-  with Checkpoints(run.out / stage / "checkpoints", run.settings.keep, report) as checkpoints:
-    try:
-      return continue_stage(run, stage, params, checkpoints)
-    except (CheckpointError, logs.NonFiniteLoss):
-      raise  # these name the checkpoint themselves
-    except (OSError, ValueError) as e:
-      if not checkpoints.steps():
-        raise
-      raise ValueError(f"{e}; {checkpoints.last_good()}") from e
-
-
-def continue_stage(run: Run, stage: str, params, checkpoints: Checkpoints):
-  """`train_stage` with its checkpoints open."""
   s, settings = run.settings.stages[stage], run.settings
   optimizer = make_optimizer(settings.optimizer, s)
-  start, state, data = first_state(run, checkpoints, optimizer, params)
-  batches = open_data(run, stage, data)
-  with open_log(run, stage, start) as log:
-    origin = "the base weights" if params is None else "the moving average of the stage before"
-    origin = f"step {start} of {checkpoints.folder}" if start else origin
-    log.note(f"{stage}: from {origin}, to step {s.steps}")
-    log.event(start, rejected=logs.rejected(run.sources))
-    with Feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as feed:
-      state, step, finished = loop(run, stage, optimizer, state, start, feed, checkpoints, log)
-      checkpoints.wait()
-    log.skipped(step, gather({str(jax.process_index()): batches.skipped}))
-    if not finished:
-      log.note(f"{stage}: stopped by SIGTERM; step {step} is saved, the same command continues")
-  return state.ema, finished
+  with Checkpoints(run.out / stage / "checkpoints", settings.keep, note) as checkpoints:
+    start, state, data = first_state(run, checkpoints, optimizer, params)
+    batches = open_data(run, stage, data)
+    with open_log(run, stage, start) as log:
+      origin = "the base weights" if params is None else "the moving average of the stage before"
+      origin = f"step {start} of {checkpoints.folder}" if start else origin
+      log.note(f"{stage}: from {origin}, to step {s.steps}")
+      log.event(start, rejected=logs.rejected(run.sources))
+      with feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as coming:
+        state, step = loop(run, stage, optimizer, state, start, coming, checkpoints, log)
+        checkpoints.wait()
+      log.skipped(step, gather({str(jax.process_index()): batches.skipped}))
+      if step < s.steps:
+        log.note(f"{stage}: stopped by SIGTERM; step {step} is saved, the same command continues")
+  return state.ema, step >= s.steps
 
 
 def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
@@ -262,16 +248,15 @@ def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
   make = functools.partial(init_state, optimizer=optimizer)
   shapes = names.abstract_params(run.settings.model, np.float32)["transformer"]
   shapes = jax.eval_shape(make, shapes)
-  placed = state_shardings(shapes, run.mesh)
-  restored = checkpoints.restore(jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+  placed = sharding.parameter_shardings(shapes, run.mesh)
+  restored = checkpoints.restore(
+      jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placed))
   if restored is not None:
     return restored
   if params is None:
-    _, loaded = weights.load_checkpoint(
+    params = weights.load_checkpoint(
         run.base, dtype=np.float32, part="transformer",
-        shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))
-    params = loaded["transformer"]
+        shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))[1]["transformer"]
   # Donated: the state replaces the parameters that training starts from.
   return 0, jax.jit(make, out_shardings=placed, donate_argnums=0)(params), None
 
@@ -292,47 +277,49 @@ def open_data(run: Run, stage: str, state: dict | None):
 def open_log(run: Run, stage: str, start: int) -> logs.Log:
   """The log of a stage, continued after step `start`; its lines of later steps are removed."""
   s, settings = run.settings.stages[stage], run.settings
-  if run.log_folder:
-    logs.forget_after(run.out, stage, start, STAGES)
+  is_first = jax.process_index() == 0
+  if is_first:
+    logs.forget_after(run.out, stage, start)
   rows = settings.data.rows * settings.data.accumulate
-  used = lambda values: {name: values[f"packing/{name}"] for name in USES}
+  used = lambda values: {name.removeprefix("packing/"): x for name, x in values.items()}
   peak = chips.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
-      run.log_folder, stage, start=start, total=s.steps, every=settings.log_every,
+      run.out if is_first else None, stage, start=start, total=s.steps, every=settings.log_every,
       step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values)),
       peak_flops=peak * 1e12 * jax.device_count())
 
 
-def loop(run: Run, stage: str, optimizer, state, start: int, feed: Feed, checkpoints: Checkpoints,
+def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoints: Checkpoints,
          log: logs.Log):
   """The steps after `start`, to the end of the stage or to SIGTERM.
 
+  Args:
+    batches: iterator of `feed.feed`.
+
   Returns:
-    (state, steps made, whether that is the end of the stage).
+    (state, steps made).
   """
   s, settings = run.settings.stages[stage], run.settings
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
-  metrics_log = logs.LateMetrics(log, checkpoints.last_good, run.mesh)
-  tracer = logs.Tracer(run.out / stage / "profile", settings.profile_at, PROFILED_STEPS)
-  train_step = None
-  for step in range(start + 1, s.steps + 1):
-    batch, data = next(feed)
+  metrics_log = logs.LateMetrics(log, run.mesh)
+  step, train_step = start, None
+  for step in logs.traced(range(start + 1, s.steps + 1), run.out / stage / "profile",
+                          settings.profile_at, PROFILED_STEPS, metrics_log.flush):
+    batch, data = next(batches)
     if train_step is None:
       train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
                                    run.mesh, state, batch)
-    tracer.before(step)
     state, metrics = train_step(s.switches(step - 1), state, batch, key)
     metrics_log.push(step, metrics, batch)
     checkpoints.check()
-    stopping = run.preemption.reached()
-    tracer.after(step, stopping or step == s.steps, metrics_log.flush)
-    if step % settings.checkpoint_every == 0 or step == s.steps or stopping:
+    last = run.stopping() or step == s.steps
+    if last or step % settings.checkpoint_every == 0:
       metrics_log.flush()  # raises before a state that has diverged is saved
       checkpoints.save(step, state, data)
-    if stopping:
-      return state, step, step == s.steps
-  return state, s.steps, True
+    if last:
+      break
+  return state, step
 
 
 def export(run: Run, stage: str, ema) -> None:
@@ -344,6 +331,4 @@ def export(run: Run, stage: str, ema) -> None:
       published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
                      source=run.base)
   barrier(f"{stage} written")
-  if run.log_folder:
-    print(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}",
-          file=sys.stderr)
+  note(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}")

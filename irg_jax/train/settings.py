@@ -23,39 +23,34 @@ def mixture(**weights) -> dict[str, float]:
   return dict.fromkeys(MODES, 0.0) | weights
 
 
+def _since(what: str):
+  return setting(NEVER, f"step from which {what}; -1: never", low=NEVER)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Freeze:
   """Step of the stage from which a part is not trained; -1: never."""
 
-  und: int = setting(NEVER, "step from which the und experts are frozen; -1: never", low=NEVER)
-  gen: int = setting(NEVER, "step from which the gen experts are frozen; -1: never", low=NEVER)
-  vit: int = setting(
-      NEVER, "step from which the ViT is frozen, without its connector; -1: never", low=NEVER)
-  llm: int = setting(
-      NEVER, "step from which experts, embedding and text head are frozen; -1: never", low=NEVER)
+  und: int = _since("the und experts are frozen")
+  gen: int = _since("the gen experts are frozen")
+  vit: int = _since("the ViT is frozen, without its connector")
+  llm: int = _since("experts, embedding and text head are frozen")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOff:
   """Step of the stage from which a loss is measured, but not trained on; -1: never."""
 
-  ce: int = setting(
-      NEVER, "step from which the text loss is measured but not trained on; -1: never", low=NEVER)
-  mse: int = setting(
-      NEVER, "step from which the image loss is measured but not trained on; -1: never", low=NEVER)
+  ce: int = _since("the text loss is measured but not trained on")
+  mse: int = _since("the image loss is measured but not trained on")
 
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-  """Static arguments of the train step that change during a stage: one compilation each.
+  """Static arguments of the train step that change during a stage: one compilation each."""
 
-  Attributes:
-    frozen: names of `Freeze` that are not trained.
-    losses: "ce" and "mse", as far as they are trained on.
-  """
-
-  frozen: tuple[str, ...] = ()
-  losses: tuple[str, ...] = ("ce", "mse")
+  frozen: tuple[str, ...] = ()  # names of `Freeze`
+  losses: tuple[str, ...] = ("ce", "mse")  # those trained on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,22 +61,19 @@ class StageSettings:
   learning_rate: float = setting(2e-5, "learning rate, constant between warm-up and decay", low=0)
   warmup_steps: int = setting(500, "steps of the linear warm-up from 0", low=0)
   decay_steps: int = setting(0, "last steps, with a linear decay to 0", low=0)
-  mixture: dict[str, float] = setting(mixture(
-      initial_thinking_understanding_learning=0.5,
-      initial_thinking_generation_learning=0.5,
-      initial_full_learning=1.0,
-      improving_thinking_understanding_learning=0.5,
-      improving_thinking_generation_learning=0.5,
-      improving_full_learning=1.0), "weight of the mode in the data; 0: none", low=0)
+  mixture: dict[str, float] = setting(
+      {mode: 1.0 if mode.endswith("full_learning") else 0.5 for mode in MODES},
+      "weight of the mode in the data; 0: none", low=0)
   sizes: BufferSizes = BufferSizes(und=20480, gen=12288, vit=14720, text=4096, samples=16)
   freeze: Freeze = Freeze()
   loss_off: LossOff = LossOff()
 
   def switches(self, step: int) -> Switches:
     """What is trained in the update after `step` updates of the stage."""
-    begun = lambda names: tuple(n for n, since in names.items() if since != NEVER and step >= since)
-    off = begun(dataclasses.asdict(self.loss_off))
-    return Switches(frozen=begun(dataclasses.asdict(self.freeze)),
+    begun = lambda group: tuple(name for name, since in dataclasses.asdict(group).items()
+                                if since != NEVER and step >= since)
+    off = begun(self.loss_off)
+    return Switches(frozen=begun(self.freeze),
                     losses=tuple(name for name in ("ce", "mse") if name not in off))
 
 
@@ -152,7 +144,17 @@ class TrainSettings:
     for name, stage in self.stages.items():
       if not any(stage.mixture.values()):
         yield f"{name}.mixture", "has no mode of a weight above 0"
-    yield from _image_faults(self.data, self.model)
+    stride, patch = self.model.pixel_stride, self.model.vit.patch_size
+    for name, step, side in (
+        ("vae_transform", stride, self.model.max_latent_size * stride),
+        ("vit_transform", patch, self.model.vit.grid_size * patch)):
+      transform = getattr(self.data, name)
+      if transform.stride % step:
+        yield f"data.{name}.stride", (f"is {transform.stride}, but the model's tokens stand for "
+                                      f"{step} pixels a side")
+      if transform.max_size > side:
+        yield f"data.{name}.max_size", (f"is {transform.max_size}, but the model has positions "
+                                        f"for {side} pixels")
 
 
 def load(path, overrides=()) -> TrainSettings:
@@ -164,21 +166,9 @@ def load(path, overrides=()) -> TrainSettings:
   Raises:
     ValueError: names the file or the field; see `config.read`.
   """
-  settings = config_lib.read(TrainSettings(), path, overrides)
-  used = lambda stage: {mode: weight for mode, weight in stage.mixture.items() if weight > 0}
-  return dataclasses.replace(settings, **{
-      name: dataclasses.replace(stage, mixture=used(stage))
-      for name, stage in (("stage1", settings.stage1), ("stage2", settings.stage2))})
-
-
-def _image_faults(data: DataSettings, model: ModelConfig):
-  stride, patch = model.pixel_stride, model.vit.patch_size
-  grids = {"vae_transform": (data.vae_transform, stride, model.max_latent_size * stride),
-           "vit_transform": (data.vit_transform, patch, model.vit.grid_size * patch)}
-  for name, (transform, step, side) in grids.items():
-    if transform.stride % step:
-      yield f"data.{name}.stride", (f"is {transform.stride}, but the model's tokens stand for "
-                                    f"{step} pixels a side")
-    if transform.max_size > side:
-      yield f"data.{name}.max_size", (f"is {transform.max_size}, but the model has positions for "
-                                      f"{side} pixels")
+  settings, stages = config_lib.read(TrainSettings(), path, overrides), {}
+  for name in STAGES:
+    stage = getattr(settings, name)
+    used = {mode: weight for mode, weight in stage.mixture.items() if weight > 0}
+    stages[name] = dataclasses.replace(stage, mixture=used)
+  return dataclasses.replace(settings, **stages)
