@@ -95,7 +95,7 @@ def make_batch(config, layout):
 def needed_flops(config, batch):
   """FLOPs of a step by part, with the backward pass, without padding and invisible pairs."""
   used = token_counts(batch)
-  return {name: 3 * float(used[f"used/{name}"]) * flops
+  return {name: 3 * float(used[name]) * flops
           for name, flops in unit_flops(config).items()}
 
 

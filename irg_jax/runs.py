@@ -1,7 +1,6 @@
-"""The record of a run's settings: a run is continued with the same settings, or refused.
+"""The record of a run's settings, JSON in the run's folder.
 
-A run records its settings as JSON when it makes its folder. Whoever starts it again is checked
-against that record, so that one folder never holds results of two settings.
+A run is continued with the same settings, or refused: one folder never holds results of two.
 """
 
 import json
@@ -25,10 +24,8 @@ def check_folder(path, kind: str) -> None:
     ValueError: names a file that something else has left in the folder.
   """
   path = pathlib.Path(path)
-  if path.is_file() or not path.parent.is_dir():
-    return
-  others = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
-  if others:
+  others = sorted(p.name for p in path.parent.glob("[!.]*"))
+  if others and not path.is_file():
     raise ValueError(f"--out {path.parent}: holds {others[0]}, but no {path.name}, so it is not "
                      f"{kind}: choose another folder")
 
@@ -40,16 +37,14 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
   Args:
     recorded, now: JSON values by name; groups are dicts, fields are named "group.name".
     where: names the run in the message: "--out FOLDER".
-    flag: what is put before "field=value" to set a field again: "--config."; None: the message
-      names no flag.
-    free: fields and groups that may change from one start to the next, or that older versions
-      recorded and that are gone.
+    flag: prefix of "field=value" in the message, "--config."; None: no flag sets a field.
+    free: fields and groups that may change from one start to the next, or that are gone.
     renamed: {name in older versions: present name} of fields and groups.
 
   Raises:
     ValueError: names each field that differs, both values, and how to continue the run.
   """
-  before, after = _today(_fields(recorded), renamed or {}), _fields(now)
+  before, after = dict(_fields(recorded, renamed=renamed or {})), dict(_fields(now))
   changed = [field for field in sorted(before.keys() | after.keys())
              if before.get(field, _UNSET) != after.get(field, _UNSET) and not _within(field, free)]
   if not changed:
@@ -62,10 +57,7 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
 
 
 def read(path, groups=()) -> dict:
-  """Reads a record.
-
-  Args:
-    groups: names that must be in it, as JSON objects.
+  """Reads a record that has the given groups, each a JSON object.
 
   Raises:
     ValueError: the file is missing, not a JSON object, or lacks a group; names it.
@@ -106,24 +98,16 @@ def create(path, record: dict) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _fields(settings, prefix=""):
-  """Values by dotted name, as they would come back from a JSON file."""
-  fields = {}
+def _fields(settings, prefix="", renamed=()):
+  """Yields (dotted present name, value as it would come back from a JSON file)."""
   for name, value in settings.items():
+    name = prefix + name
     if isinstance(value, dict) and value:
-      fields |= _fields(value, f"{prefix}{name}.")
-    else:
-      fields[f"{prefix}{name}"] = json.loads(json.dumps(value))
-  return fields
-
-
-def _today(fields, renamed):
-  """Recorded fields under their present names."""
-  found = {}
-  for field, value in fields.items():
-    old = next((old for old in renamed if _within(field, (old,))), field)
-    found[renamed.get(old, old) + field.removeprefix(old)] = value
-  return found
+      yield from _fields(value, f"{name}.", renamed)
+      continue
+    old = next((old for old in renamed if _within(name, (old,))), None)
+    new = name if old is None else renamed[old] + name.removeprefix(old)
+    yield new, json.loads(json.dumps(value))
 
 
 def _within(field, groups):
@@ -131,5 +115,5 @@ def _within(field, groups):
 
 
 def _shown(fields, name):
-  text = str(fields[name]) if name in fields else "(unset)"
+  text = str(fields.get(name, "(unset)"))
   return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

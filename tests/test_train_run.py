@@ -138,10 +138,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_samples(
   assert f"the last good checkpoint is {out / 'stage1' / 'checkpoints' / '2'}" in error
 
 
-class Recorder:
-  """A stand-in for the log."""
+class Recorder(logs.Log):
+  """A log that keeps its steps."""
 
   def __init__(self):
+    super().__init__(None, "stage1", sharding.make_mesh(), start=0, total=2, every=1,
+                     step_flops=None, peak_flops=0)
     self.steps = []
 
   def step(self, step, values, samples):
@@ -149,23 +151,23 @@ class Recorder:
 
 
 def ids(*rows):
-  """The fields of a batch that `LateMetrics` reads; -1 is padding."""
+  """The fields of a batch that the log reads; -1 is padding."""
   return types.SimpleNamespace(sample_mode=jnp.full((len(rows), 2), -1).at[:, 0].set(5),
                                sample_index=jnp.asarray([[row, -1] for row in rows]))
 
 
 def test_metrics_are_read_one_step_late_and_a_gradient_that_is_not_finite_is_named():
   log = Recorder()
-  late = logs.LateMetrics(log, sharding.make_mesh())
   metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), "ce/m": jnp.float32(0),
              "weight/ce/m": jnp.float32(0)}
-  late.push(1, metrics, ids(7, 8))
+  log.push(1, metrics, ids(7, 8))
   assert not log.steps
-  late.push(2, metrics | {"grad_norm": jnp.float32("inf")}, ids(3, 4))
+  log.push(2, metrics | {"grad_norm": jnp.float32("inf")}, ids(3, 4))
   assert log.steps == [(1, {"loss": 1.0, "grad_norm": 2.0}, [[5, 7], [5, 8]])]
   with pytest.raises(ValueError, match="step 2: grad_norm is inf; samples of the batch: "
                                        "improving_full_learning 3, 4$"):
-    late.flush()
+    log.flush()
+  log.close()
 
 
 @pytest.mark.parametrize("first, count, total, traced", [

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
 
-from irg_jax.train.distributed import barrier, gather, thread_barrier
+from irg_jax.train.distributed import gather, thread_barrier
 from irg_jax.weights.names import CheckpointError
 
 DAMAGED = "damaged"  # folder for checkpoints that cannot be read
@@ -168,7 +169,7 @@ class Checkpoints:
       target.parent.mkdir(exist_ok=True)
       copies = sum(p.name.split("-")[0] == str(step) for p in target.parent.iterdir())
       (self.folder / str(step)).rename(target.with_name(f"{step}-{copies}") if copies else target)
-    barrier(f"step {step} set aside")
+    sync_global_devices(f"step {step} set aside")
     self._manager.reload()
 
   def _save_error(self, error):
@@ -189,10 +190,7 @@ def _barrier_unless_failed(*, key, timeout_ms):
 
 def steps_in(folder) -> list[int]:
   """Steps of the complete checkpoints in a folder, oldest first; [] if there is no folder."""
-  folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(int(p.name) for p in pathlib.Path(folder).glob("*") if p.name.isdigit())
 
 
 def checksums(tree) -> dict[str, int]:

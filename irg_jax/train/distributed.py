@@ -1,4 +1,4 @@
-"""Multi-host barriers, fail-together error handling and preemption by SIGTERM."""
+"""Multi-host exchange, fail-together error handling and preemption by SIGTERM."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ import traceback
 
 import jax
 import numpy as np
-from jax._src import distributed  # private: JAX has no public client of the coordinator
+from jax._src.distributed import global_state  # private: there is no public one
 from jax.experimental import multihost_utils
 
 FAILED = 2  # exit status after an error, of this process or of another one
@@ -22,20 +22,14 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 30.0  # in which every process should have polled
 
 
-def barrier(name: str) -> None:
-  """Waits until all processes have reached the barrier; runs a collective on the devices."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
 def thread_barrier(name: str, seconds: float) -> None:
-  """A `barrier` for threads: goes through the coordinator, not the devices. Use a name once.
+  """A barrier for threads: goes through the coordinator, not the devices. Use a name once.
 
   Raises:
     JaxRuntimeError: not all processes came within `seconds`.
   """
-  if distributed.global_state.client is not None:
-    distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))
+  if global_state.client is not None:
+    global_state.client.wait_at_barrier(name, int(seconds * 1000))
 
 
 def gather(data: dict) -> dict:
@@ -62,7 +56,7 @@ def fail_together(program: str):
   Args:
     program: name of the program, the prefix of each message.
   """
-  client, process = distributed.global_state.client, distributed.global_state.process_id
+  client, process = global_state.client, global_state.process_id
   if client is None:
     yield
     return

@@ -29,6 +29,7 @@ class Log(contextlib.ExitStack):
   Args:
     folder: of the run; None in all processes but the first: they log nothing.
     stage: name of the stage, in every line and of the folder of TensorBoard files.
+    mesh: of the batches that `push` gets.
     start, total: steps already made, and steps of the stage.
     every: steps between two lines in the terminal, and between two points of the curves.
     step_flops: function of a step's metrics to the FLOPs that the step needed.
@@ -36,12 +37,15 @@ class Log(contextlib.ExitStack):
     stream: of the terminal; stderr by default.
   """
 
-  def __init__(self, folder, stage: str, *, start: int, total: int, every: int, step_flops,
+  def __init__(self, folder, stage: str, mesh, *, start: int, total: int, every: int, step_flops,
                peak_flops: float, stream=None):
     super().__init__()
     self._stage, self._total, self._every = stage, total, every
-    self._step_flops, self._peak = step_flops, peak_flops
+    self._step_flops, self._peak, self._pending = step_flops, peak_flops, None
     self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
+    # Only the first process writes, so it needs the samples of all.
+    self._replicate = jax.jit(
+        lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     silent = folder is None
     append = lambda path: self.enter_context(open(path, "a", encoding="utf-8", buffering=1))
     self._lines = append(os.devnull if silent else os.path.join(folder, FILE))
@@ -63,14 +67,40 @@ class Log(contextlib.ExitStack):
     """Writes a JSON line."""
     print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
 
-  def step(self, step: int, values: dict[str, float], samples: list) -> None:
-    """Logs a step.
+  def push(self, step: int, metrics: dict, batch) -> None:
+    """Logs the step before this one while it runs, so that the device never waits.
+
+    Raises as `flush`.
 
     Args:
       step: from 1.
-      values: metrics of `step.train_step`.
-      samples: [mode, record] numbers of the samples, row by row.
+      metrics: of `step.train_step`.
     """
+    samples = self._replicate(batch.sample_mode, batch.sample_index)
+    self.flush((step, metrics, samples))
+
+  def flush(self, pending=None) -> None:
+    """Logs the last step that was pushed, after waiting for it; keeps `pending` instead.
+
+    Raises:
+      ValueError: its loss or gradient is not finite; names the step and its samples.
+    """
+    before, self._pending = self._pending, pending
+    if before is None:
+      return
+    step, metrics, (modes, records) = jax.device_get(before)
+    values = {name: float(x) for name, x in metrics.items()  # no losses of modes without a target
+              if not name.startswith("weight/") and metrics.get(f"weight/{name}", 1) > 0}
+    samples = [[int(m), int(i)] for m, i in zip(modes.ravel(), records.ravel()) if m >= 0]
+    self.step(step, values, samples)
+    wrong = [f"{name} is {values[name]}" for name in ("loss", "grad_norm")
+             if not math.isfinite(values[name])]
+    if wrong:
+      raise ValueError(f"step {step}: {' and '.join(wrong)}; samples of the batch: "
+                       f"{_listed(samples)}")
+
+  def step(self, step: int, values: dict[str, float], samples: list) -> None:
+    """Logs a step; `samples` are [mode, record] numbers, row by row."""
     now, seconds = time.monotonic(), None
     if self._last is not None:  # the time of the first step is that of compilation
       seconds = now - self._last
@@ -115,44 +145,6 @@ class Log(contextlib.ExitStack):
                      description=f"{self._stage}: {_summary(values, brief=True)}")
 
 
-class LateMetrics:
-  """Logs the metrics of a step while the next step runs, so that the device never waits.
-
-  Args:
-    log: `Log`.
-    mesh: of the run.
-  """
-
-  def __init__(self, log: Log, mesh):
-    self._log, self._pending = log, None
-    # Only the first process writes the log, so it needs the samples of all.
-    self._replicate = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-  def push(self, step: int, metrics: dict, batch) -> None:
-    """Logs the step before, and keeps this one. Raises as `flush`."""
-    samples = self._replicate(batch.sample_mode, batch.sample_index)
-    self.flush(replaced_by=(step, metrics, samples))
-
-  def flush(self, replaced_by=None) -> None:
-    """Logs the step that is kept, after waiting for it.
-
-    Raises:
-      ValueError: its loss or gradient is not finite; names the step and its samples.
-    """
-    pending, self._pending = self._pending, replaced_by
-    if pending is None:
-      return
-    step, metrics, (modes, records) = jax.device_get(pending)
-    values = logged(metrics)
-    samples = [[int(m), int(i)] for m, i in zip(modes.ravel(), records.ravel()) if m >= 0]
-    self._log.step(step, values, samples)
-    wrong = [f"{name} is {values[name]}" for name in ("loss", "grad_norm")
-             if not math.isfinite(values[name])]
-    if wrong:
-      raise ValueError(f"step {step}: {' and '.join(wrong)}; samples of the batch: "
-                       f"{_listed(samples)}")
-
-
 def traced(steps, folder, first: int, count: int, wait):
   """Yields the steps, with a profiler trace of `count` of them from `first` on; 0: no trace.
 
@@ -168,12 +160,6 @@ def traced(steps, folder, first: int, count: int, wait):
       if step == first + count - 1:
         wait()
         trace.close()
-
-
-def logged(metrics: dict) -> dict[str, float]:
-  """Metrics of `step.train_step` as floats, without losses of modes that had no target."""
-  return {name: float(x) for name, x in metrics.items()
-          if not name.startswith("weight/") and metrics.get(f"weight/{name}", 1) > 0}
 
 
 def forget_after(folder, stage: str, step: int) -> None:

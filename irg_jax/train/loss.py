@@ -1,7 +1,4 @@
-"""The two losses of a packed batch: cross-entropy of text, squared error of the velocity.
-
-docs/spec.md, section 4.
-"""
+"""Cross-entropy of text and squared error of the velocity (docs/spec.md, section 4)."""
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +17,10 @@ def token_losses(model, params, batch, timestep_BG, noise_BGC, text_chunk: int =
   """Losses of every token, before any mean.
 
   Args:
-    model: UnifiedTransformer.
-    params: its parameters.
+    model, params: of the UnifiedTransformer.
     batch: `data.batch.Batch`.
     timestep_BG: float32, flow time of each latent token; 0 on clean ones.
     noise_BGC: float32, standard normal.
-    text_chunk: see `TEXT_CHUNK`.
 
   Returns:
     (cross-entropy float32 [B, E], squared velocity error averaged over the channels float32

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import chips, config, runs, sharding, storage, weights
@@ -32,7 +33,7 @@ from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
-from irg_jax.train.distributed import PREEMPTED, barrier, gather, preemption
+from irg_jax.train.distributed import PREEMPTED, gather, preemption
 from irg_jax.train.feed import feed, row_block
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
 from irg_jax.train.state import init_state, make_optimizer
@@ -122,12 +123,16 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
     runs.check_same({"records": {mode: recorded.get(mode, n) for mode, n in records.items()}},
                     {"records": records}, f"--data {path}")
     base = pathlib.Path(settings.checkpoint or out / BASE)
-    barrier("checked")  # no process may change the folder while another still checks it
+    sync_global_devices("checked")  # no process may change the folder while another still checks it
     if jax.process_index() == 0:
-      start_folder(out, settings, recorded | records)
+      for folder in (out, *(out / stage for stage in STAGES)):
+        storage.remove_partials(folder)  # of a killed process
+      runs.write(out / RUN_FILE, {
+          "settings": dataclasses.asdict(settings), "records": recorded | records,
+          "base": settings.checkpoint and str(base.absolute())})
       if not base.exists():
         init.write_random_checkpoint(base, settings.model, settings.seed)
-    barrier("started")
+    sync_global_devices("started")
     progress("read")
     tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
     vae = weights.load_checkpoint(base, dtype=np.float32, part="vae")[1]["vae"]
@@ -173,7 +178,7 @@ def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
   folder = out / f".{sample_set.NAME}"
   if jax.process_index() == 0 and not folder.exists():
     sample_set.write(folder)
-  barrier("data written")
+  sync_global_devices("data written")
   return folder
 
 
@@ -184,21 +189,12 @@ def check_base(settings: TrainSettings) -> None:
       raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
                        "--config.random_weights=true")
     return
-  theirs, ours = weights.read_config(settings.checkpoint), settings.model
+  theirs = weights.read_config(settings.checkpoint)
   for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
-    if getattr(ours, part) != getattr(theirs, part):
-      show = lambda model: dataclasses.asdict(model)[part]
-      raise ValueError(f"config field 'model.{part}' is {show(ours)}, but the weights in "
-                       f"{settings.checkpoint} have {show(theirs)}")
-
-
-def start_folder(out: pathlib.Path, settings: TrainSettings, records: dict) -> None:
-  """Writes the record of the run, and removes the partial folders of a killed process."""
-  for folder in (out, *(out / stage for stage in STAGES)):
-    storage.remove_partials(folder)
-  base = settings.checkpoint and str(pathlib.Path(settings.checkpoint).absolute())
-  runs.write(out / RUN_FILE, {"settings": dataclasses.asdict(settings), "records": records,
-                              "base": base})
+    wanted, found = getattr(settings.model, part), getattr(theirs, part)
+    if wanted != found:
+      raise ValueError(f"config field 'model.{part}' is {wanted}, but the weights in "
+                       f"{settings.checkpoint} have {found}")
 
 
 def unfinished_stages(run: Run) -> list[str]:
@@ -224,18 +220,24 @@ def train_stage(run: Run, stage: str, params):
     ValueError: the loss is not finite, or something cannot be written or read; names the last
       good checkpoint, if there is any.
   """
-  s, settings = run.settings.stages[stage], run.settings
+  settings, s, number = run.settings, run.settings.stages[stage], STAGES.index(stage)
   optimizer = make_optimizer(settings.optimizer, s)
   with Checkpoints(run.out / stage / "checkpoints", settings.keep, note) as checkpoints:
     start, state, data = first_state(run, checkpoints, optimizer, params)
-    batches = open_data(run, stage, data)
+    block, blocks = row_block(settings.data.rows, run.mesh)
+    batches = open_batches(
+        settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture,
+        sizes=s.sizes, seed=settings.seed * len(STAGES) + number, process_index=block,
+        process_count=blocks, encode=run.encoder)
+    if data is not None:
+      batches.set_state(data)
     with open_log(run, stage, start) as log:
       origin = "the base weights" if params is None else "the moving average of the stage before"
       origin = f"step {start} of {checkpoints.folder}" if start else origin
       log.note(f"{stage}: from {origin}, to step {s.steps}")
       log.event(start, rejected=logs.rejected(run.sources))
-      with feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as coming:
-        state, step = loop(run, stage, optimizer, state, start, coming, checkpoints, log)
+      with feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as ahead:
+        state, step = loop(run, stage, optimizer, state, start, ahead, checkpoints, log)
         checkpoints.wait()
       log.skipped(step, gather({str(jax.process_index()): batches.skipped}))
       if step < s.steps:
@@ -261,61 +263,43 @@ def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
   return 0, jax.jit(make, out_shardings=placed, donate_argnums=0)(params), None
 
 
-def open_data(run: Run, stage: str, state: dict | None):
-  """This process's batches of a stage, continued from a data state."""
-  s, settings = run.settings.stages[stage], run.settings
-  block, count = row_block(settings.data.rows, run.mesh)
-  batches = open_batches(
-      settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture, sizes=s.sizes,
-      seed=settings.seed * len(STAGES) + STAGES.index(stage), process_index=block,
-      process_count=count, encode=run.encoder)
-  if state is not None:
-    batches.set_state(state)
-  return batches
-
-
 def open_log(run: Run, stage: str, start: int) -> logs.Log:
   """The log of a stage, continued after step `start`; its lines of later steps are removed."""
-  s, settings = run.settings.stages[stage], run.settings
-  is_first = jax.process_index() == 0
-  if is_first:
-    logs.forget_after(run.out, stage, start)
+  settings, s, folder = run.settings, run.settings.stages[stage], None
+  if jax.process_index() == 0:
+    folder = run.out
+    logs.forget_after(folder, stage, start)
   rows = settings.data.rows * settings.data.accumulate
   used = lambda values: {name.removeprefix("packing/"): x for name, x in values.items()}
-  peak = chips.peak_tflops(jax.devices()[0].device_kind)
   return logs.Log(
-      run.out if is_first else None, stage, start=start, total=s.steps, every=settings.log_every,
+      folder, stage, run.mesh, start=start, total=s.steps, every=settings.log_every,
       step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values)),
-      peak_flops=peak * 1e12 * jax.device_count())
+      peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12)
 
 
 def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoints: Checkpoints,
          log: logs.Log):
   """The steps after `start`, to the end of the stage or to SIGTERM.
 
-  Args:
-    batches: iterator of `feed.feed`.
-
   Returns:
     (state, steps made).
   """
-  s, settings = run.settings.stages[stage], run.settings
+  settings, s, step = run.settings, run.settings.stages[stage], start
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
-  metrics_log = logs.LateMetrics(log, run.mesh)
-  step, train_step = start, None
+  train_step = None
   for step in logs.traced(range(start + 1, s.steps + 1), run.out / stage / "profile",
-                          settings.profile_at, PROFILED_STEPS, metrics_log.flush):
+                          settings.profile_at, PROFILED_STEPS, log.flush):
     batch, data = next(batches)
     if train_step is None:
       train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
                                    run.mesh, state, batch)
     state, metrics = train_step(s.switches(step - 1), state, batch, key)
-    metrics_log.push(step, metrics, batch)
+    log.push(step, metrics, batch)
     checkpoints.check()
     last = run.stopping() or step == s.steps
     if last or step % settings.checkpoint_every == 0:
-      metrics_log.flush()  # raises before a state that has diverged is saved
+      log.flush()  # raises before a state that has diverged is saved
       checkpoints.save(step, state, data)
     if last:
       break
@@ -330,5 +314,5 @@ def export(run: Run, stage: str, ema) -> None:
       progress(f"writing the weights of {stage}", step=1)
       published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
                      source=run.base)
-  barrier(f"{stage} written")
+  sync_global_devices(f"{stage} written")
   note(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}")

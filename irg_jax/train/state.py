@@ -1,7 +1,4 @@
-"""The training state and its update: AdamW with clipping and warm-up, freezing, EMA.
-
-docs/spec.md, section 6.
-"""
+"""Training state and its update: AdamW, freezing, EMA (docs/spec.md, section 6)."""
 
 import dataclasses
 import re
@@ -25,19 +22,12 @@ FREEZABLE = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """The state of one stage.
+  """The state of one stage."""
 
-  Attributes:
-    step: int32 scalar, updates made in this stage.
-    params: float32 parameters of the UnifiedTransformer. The VAE is frozen and not in here.
-    ema: exponential moving average of the parameters.
-    opt_state: of optax.
-  """
-
-  step: jax.Array
-  params: Any
-  ema: Any
-  opt_state: Any
+  step: jax.Array  # int32 scalar, updates made in this stage
+  params: Any  # float32, of the UnifiedTransformer; the VAE is frozen and not in here
+  ema: Any  # exponential moving average of `params`
+  opt_state: Any  # of optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +52,7 @@ def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimiz
 
 
 def init_state(params, optimizer: Optimizer) -> TrainState:
-  """The state before the first update. Works under `jax.eval_shape` and `jax.jit`.
-
-  Args:
-    params: parameters of the UnifiedTransformer, of any dtype.
-  """
+  """The state before the first update, from parameters of any dtype. May be jitted."""
   master = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   # Copies: the state is donated, and no buffer may be donated twice.
   copy = lambda tree: jax.tree.map(jnp.array, tree)

@@ -23,12 +23,7 @@ from irg_jax.weights.names import TIMESTEP_FEATURES
 
 
 def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
-  """The jitted `train_step`, with its shardings fixed on `mesh`.
-
-  Args:
-    model, optimizer, settings: see `train_step`.
-    mesh: of `sharding.make_mesh`.
-    state, batch: arguments of the step, or their shapes.
+  """The jitted `train_step`, for a state and a batch of the given shapes on a mesh.
 
   Returns:
     `step(switches, state, batch, key) -> (state, metrics)`. `switches` is static, the state
@@ -46,7 +41,7 @@ def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, 
 
 
 def batch_shardings(batch, mesh):
-  """NamedShardings of a Batch (or of its shapes), with or without the leading axis A."""
+  """NamedShardings of a Batch or of its shapes, with or without the leading axis A."""
   lead = batch.text_ids.ndim - 2
 
   def sharding(path, x):
@@ -83,22 +78,16 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
     params = map_frozen(jax.lax.stop_gradient, params, switches.frozen)
     noise = sample_noise(part, key, settings.timestep_shift)
     sums = loss_sums(*token_losses(model, params, part, *noise), part)
-    loss = total({name: sums[name] / divisors[name] for name in switches.losses})
-    return loss, sums | token_counts(part)
+    losses = (sums[name] / divisors[name] for name in switches.losses)
+    return sum(losses, jnp.zeros(())), sums | token_counts(part)
 
   compute = _gradients if batch.text_ids.ndim == 2 else _accumulate
   gradients, sums = compute(objective, params, batch, key)
   metrics = mean_losses(sums)
-  metrics |= {"loss": total(metrics), "grad_norm": optax.tree.norm(gradients),
+  metrics |= {"loss": metrics["ce"] + metrics["mse"], "grad_norm": optax.tree.norm(gradients),
               "learning_rate": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}
-  metrics |= {name: x for name, x in sums.items() if name.startswith("tokens/")}
-  metrics |= packing(sums, batch)
+  metrics |= usage(sums, batch)
   return update(optimizer, state, gradients, switches.frozen, settings.ema_decay), metrics
-
-
-def total(means):
-  """Sum of the losses "ce" and "mse", as far as they are in `means`."""
-  return sum((means[name] for name in ("ce", "mse") if name in means), jnp.zeros(()))
 
 
 def cast_kernels(params, dtype):
@@ -143,34 +132,35 @@ def _accumulate(objective, params, batches, key):
 
   first = jax.tree.map(lambda x: x[0], batches)
   shapes = jax.eval_shape(functools.partial(_gradients, objective), params, first, key)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  zeros = constrain_parameters(zeros[0]), zeros[1]
+  gradients, sums = jax.tree.map(jnp.zeros_like, shapes)
   numbers = jnp.arange(batches.text_ids.shape[0])
-  return jax.lax.scan(add, zeros, (numbers, batches))[0]
+  return jax.lax.scan(add, (constrain_parameters(gradients), sums), (numbers, batches))[0]
 
 
 def token_counts(batch) -> dict:
-  """Counts, float32: "used/" and the names of `row_units`; "tokens/<kind>"."""
+  """Numbers of tokens and of visible pairs in a batch: float32 by the names of `row_units`."""
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
   und, gen = jnp.split(batch.tokens.sample != PADDING, [batch.text_ids.shape[1]], axis=1)
-  vit = count(batch.vit_image != PADDING)
-  used = {"und": count(und), "gen": count(gen), "vit": vit,
+  return {"und": count(und), "gen": count(gen), "vit": count(batch.vit_image != PADDING),
           "text": count(batch.text_sample != PADDING), "pairs": visible_pairs(batch.tokens),
           "vit_pairs": visible_pairs(patch_tokens(batch.vit_image))}
-  return {f"used/{name}": x for name, x in used.items()} | {
-      "tokens/text": used["und"] - vit, "tokens/latent": used["gen"], "tokens/vit": vit,
-      "tokens/predicted": used["text"]}
 
 
-def packing(sums, batch) -> dict:
-  """Used shares of the rows of a batch: "packing/" and the names of `row_units`."""
-  length = lambda x: x.shape[-1]
-  sizes = BufferSizes(
-      und=length(batch.text_ids), gen=length(batch.latent_image), vit=length(batch.vit_image),
-      text=length(batch.text_place), samples=length(batch.sample_mode))
+def usage(counts, batch) -> dict:
+  """Metrics of the tokens of an update, from the sum of its `token_counts`.
+
+  Returns:
+    float32 scalars: "tokens/<kind>"; the used shares of the rows, "packing/" and the names of
+    `row_units`.
+  """
+  und, gen, vit, text, samples = (x.shape[-1] for x in (
+      batch.text_ids, batch.latent_image, batch.vit_image, batch.text_place, batch.sample_mode))
+  units = row_units(BufferSizes(und=und, gen=gen, vit=vit, text=text, samples=samples))
   rows = math.prod(batch.text_ids.shape[:-1])
-  return {f"packing/{name}": sums[f"used/{name}"] / float(max(rows * size, 1))
-          for name, size in row_units(sizes).items()}
+  shares = {f"packing/{name}": counts[name] / float(max(rows * size, 1))
+            for name, size in units.items()}
+  return shares | {"tokens/text": counts["und"] - counts["vit"], "tokens/latent": counts["gen"],
+                   "tokens/vit": counts["vit"], "tokens/predicted": counts["text"]}
 
 
 # --- FLOPs by formula: matrix products and attention, 2 for each multiply-add. Recomputation does
