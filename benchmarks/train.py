@@ -27,8 +27,8 @@ from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state, make_optimizer
-from irg_jax.train.step import make_train_step, token_counts, unit_flops
+from irg_jax.train.step import (init_state, make_optimizer, make_train_step, token_counts,
+                                unit_flops)
 from irg_jax.weights.init import random_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -18,10 +18,9 @@ from irg_jax.data.records import MODES
 from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import settings as settings_lib
-from irg_jax.train import state as state_lib
 from irg_jax.train import step as step_lib
 from irg_jax.train.settings import Switches
-from irg_jax.train.state import init_state
+from irg_jax.train.step import init_state
 from irg_jax.weights import names
 from irg_jax.weights.init import random_params
 from irg_jax.tokens import allowed
@@ -81,7 +80,7 @@ def settings():
 
 @functools.cache
 def optimizer():
-  return state_lib.make_optimizer(settings().optimizer, settings().stage1)
+  return step_lib.make_optimizer(settings().optimizer, settings().stage1)
 
 
 @functools.cache
@@ -229,7 +228,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_others_learn(name, still):
 def test_freezing_covers_the_parameters_of_the_real_model(name, still):
   real = names.abstract_params(CONFIG, jnp.float32)["transformer"]
   covered = {path for path in names.flatten(real) if re.match(still, path)}
-  hit = state_lib.map_frozen(lambda x: "frozen", real, (name,))
+  hit = step_lib.map_frozen(lambda x: "frozen", real, (name,))
   assert {path for path, x in names.flatten(hit).items() if x == "frozen"} == covered
   assert 2 < len(covered) < len(names.flatten(real))
 
@@ -247,14 +246,14 @@ def test_optimizer_is_adamw_on_clipped_gradients_after_a_warm_up():
   """Compared with the formulas in numpy."""
   s = dataclasses.replace(settings().optimizer, weight_decay=0.01, clip_norm=1.5)
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=3)
-  opt = state_lib.make_optimizer(s, stage)
+  opt = step_lib.make_optimizer(s, stage)
   rng = np.random.default_rng(0)
   p = rng.standard_normal(5)
   state = init_state({"kernel": jnp.asarray(p)}, opt)
   m, v, ema = 0.0, 0.0, p
   for i in range(5):
     g = rng.standard_normal(5) * (0.2 if i == 2 else 2.0)
-    state = state_lib.update(opt, state, {"kernel": jnp.asarray(g, jnp.float32)}, (), 0.9)
+    state = step_lib.update(opt, state, {"kernel": jnp.asarray(g, jnp.float32)}, (), 0.9)
     g = g * min(1, 1.5 / np.linalg.norm(g))
     m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
     m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.95 ** (i + 1))
@@ -267,14 +266,14 @@ def test_optimizer_is_adamw_on_clipped_gradients_after_a_warm_up():
 
 def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=0)
-  schedule = state_lib.make_optimizer(settings().optimizer, stage).schedule
+  schedule = step_lib.make_optimizer(settings().optimizer, stage).schedule
   assert [float(schedule(i)) for i in (0, 1, 100)] == [pytest.approx(0.1)] * 3
 
 
 def test_the_learning_rate_falls_to_zero_over_the_last_steps():
   stage = dataclasses.replace(settings().stage1, learning_rate=0.1, warmup_steps=2, steps=10,
                               decay_steps=4)
-  schedule = state_lib.make_optimizer(settings().optimizer, stage).schedule
+  schedule = step_lib.make_optimizer(settings().optimizer, stage).schedule
   got = [float(schedule(i)) for i in (0, 1, 2, 6, 7, 9, 10)]
   np.testing.assert_allclose(got, [0, 0.05, 0.1, 0.1, 0.075, 0.025, 0], atol=1e-7)
 

@@ -18,8 +18,7 @@ from irg_jax.generate.context import FULL, NO_IMAGE, guidance_views, new_context
 from irg_jax.generate.settings import Settings
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.settings import Switches, TrainSettings
-from irg_jax.train.state import init_state, make_optimizer
-from irg_jax.train.step import make_train_step, row_flops
+from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
 from irg_jax.weights.names import abstract_params
 
 _SPECIAL = SpecialTokens()

@@ -14,7 +14,6 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,14 +29,13 @@ from irg_jax.data.records import MODES
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
-from irg_jax.tokenizer import load_tokenizer
+from irg_jax.tokenizer import Tokenizer, load_tokenizer
 from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
 from irg_jax.train.distributed import PREEMPTED, gather, preemption
 from irg_jax.train.feed import feed, row_block
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
-from irg_jax.train.state import init_state, make_optimizer
-from irg_jax.train.step import make_train_step, row_flops
+from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
 from irg_jax.weights import init, names, published
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
@@ -52,34 +50,21 @@ FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What all stages of a run share.
-
-  Attributes:
-    settings: of the run.
-    out: folder of the run.
-    mesh: all devices of all processes.
-    base: checkpoint folder that training starts from.
-    tokenizer, sources, encoder: see `pipeline.open_batches`.
-    vae: its frozen parameters.
-    stopping: see `distributed.preemption`.
-  """
+  """What all stages of a run share."""
 
   settings: TrainSettings
-  out: pathlib.Path
-  mesh: jax.sharding.Mesh
-  base: pathlib.Path
-  tokenizer: Any
-  sources: dict
+  out: pathlib.Path  # folder of the run
+  mesh: jax.sharding.Mesh  # all devices of all processes
+  base: pathlib.Path  # checkpoint folder that training starts from
+  tokenizer: Tokenizer
+  sources: dict  # random access to records by mode
   encoder: Encoder
-  vae: dict
-  stopping: Callable
+  vae: dict  # its frozen parameters
+  stopping: Callable[[], bool]  # see `distributed.preemption`
 
 
 def run_train(settings: TrainSettings, out) -> int:
-  """Trains the stages that the settings name, from where they were left off.
-
-  Args:
-    out: folder of the run, new or of a run to continue.
+  """Trains the stages that the settings name, from where they were left off in folder `out`.
 
   Returns:
     exit status: 0, or `distributed.PREEMPTED` after SIGTERM.

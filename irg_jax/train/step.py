@@ -1,7 +1,11 @@
-"""The train step (noise, losses, gradients, optimizer), its metrics, and the FLOPs it needs."""
+"""The train step: noise, losses, gradients, optimizer and EMA; its metrics and FLOPs."""
 
+import dataclasses
 import functools
 import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +21,35 @@ from irg_jax.sharding import (constrain_parameters, gather_parameters, parameter
                               partition_spec)
 from irg_jax.tokens import PADDING
 from irg_jax.train.loss import TINY, loss_sums, mean_losses, token_losses
-from irg_jax.train.settings import Switches, TrainSettings
-from irg_jax.train.state import Optimizer, TrainState, map_frozen, update
+from irg_jax.train.settings import OptimizerSettings, StageSettings, Switches, TrainSettings
 from irg_jax.weights.names import TIMESTEP_FEATURES
+
+# Parameters by the names of `settings.Freeze`: patterns of the beginning of their paths.
+FREEZABLE = {
+    "und": r"decoder/(layers/und/|und_norm/)",
+    "gen": r"decoder/(layers/gen/|gen_norm/)",
+    "vit": r"vit/",
+    "llm": r"decoder/|embed/|heads/text/",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """The state of one stage."""
+
+  step: jax.Array  # int32 scalar, updates made in this stage
+  params: Any  # float32, of the UnifiedTransformer; the VAE is frozen and not in here
+  ema: Any  # exponential moving average of `params`
+  opt_state: Any  # of optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """The optax transformation of a stage; its learning rate by the number of updates made."""
+
+  transform: optax.GradientTransformation
+  schedule: Callable
 
 
 def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
@@ -137,6 +167,60 @@ def _accumulate(objective, params, batches, key):
   return jax.lax.scan(add, (constrain_parameters(gradients), sums), (numbers, batches))[0]
 
 
+# --- state and optimizer (docs/spec.md, section 6)
+
+
+def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimizer:
+  """Clipping by the global norm, then AdamW with the stage's learning rate."""
+  def schedule(step):
+    rise = step / stage.warmup_steps if stage.warmup_steps else 1.0
+    fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
+    return stage.learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+
+  return Optimizer(optax.chain(
+      optax.clip_by_global_norm(settings.clip_norm),
+      optax.adamw(schedule, b1=0.9, b2=0.95, eps=settings.eps,
+                  weight_decay=settings.weight_decay)), schedule)
+
+
+def init_state(params, optimizer: Optimizer) -> TrainState:
+  """The state before the first update, from parameters of any dtype. May be jitted."""
+  master = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  # Copies: the state is donated, and no buffer may be donated twice.
+  copy = lambda tree: jax.tree.map(jnp.array, tree)
+  return TrainState(step=jnp.zeros((), jnp.int32), params=copy(master), ema=copy(master),
+                    opt_state=optimizer.transform.init(master))
+
+
+def map_frozen(function, tree, frozen):
+  """Applies `function` to the leaves that the names in `frozen` cover; keeps the others."""
+  if not frozen:
+    return tree
+  pattern = re.compile("|".join(FREEZABLE[name] for name in frozen))
+  covered = lambda path: pattern.match(jax.tree_util.keystr(path, simple=True, separator="/"))
+  return jax.tree.map_with_path(lambda path, x: function(x) if covered(path) else x, tree)
+
+
+def update(optimizer: Optimizer, state: TrainState, gradients, frozen,
+           ema_decay: float) -> TrainState:
+  """The state after one step of the optimizer and of the moving average.
+
+  Args:
+    gradients: float32, like the parameters.
+    frozen: names of `FREEZABLE` that are not trained.
+  """
+  updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.params)
+  # Zero gradients are not enough: moments and weight decay would still move the parameters.
+  updates = map_frozen(jnp.zeros_like, updates, frozen)
+  params = optax.apply_updates(state.params, updates)
+  ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+  return dataclasses.replace(
+      state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+
+
+# --- tokens and FLOPs
+
+
 def token_counts(batch) -> dict:
   """Numbers of tokens and of visible pairs in a batch: float32 by the names of `row_units`."""
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
@@ -163,10 +247,6 @@ def usage(counts, batch) -> dict:
                    "tokens/vit": counts["vit"], "tokens/predicted": counts["text"]}
 
 
-# --- FLOPs by formula: matrix products and attention, 2 for each multiply-add. Recomputation does
-# not count.
-
-
 def row_units(sizes: BufferSizes) -> dict[str, int]:
   """Sizes of a row's buffers, and its number of pairs of tokens in the decoder and in the ViT."""
   return {"und": sizes.und, "gen": sizes.gen, "vit": sizes.vit, "text": sizes.text,
@@ -175,6 +255,8 @@ def row_units(sizes: BufferSizes) -> dict[str, int]:
 
 def unit_flops(config: ModelConfig) -> dict[str, float]:
   """FLOPs of a forward pass for one token of each buffer and for one pair of tokens.
+
+  By formula: matrix products and attention, 2 for each multiply-add.
 
   Returns:
     dict by the names of `row_units`; "text" is a predicted position.
@@ -198,6 +280,8 @@ def unit_flops(config: ModelConfig) -> dict[str, float]:
 
 def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None) -> float:
   """FLOPs of an update for one row; the backward pass costs twice the forward pass.
+
+  Recomputation does not count.
 
   Args:
     used: shares by the names of `row_units`; those not given are 1.
