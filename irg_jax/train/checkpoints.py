@@ -83,10 +83,7 @@ class Checkpoints:
     run = {"data": data, "sums": _all_checksums(state, data)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
     self._saving = step
-    try:
-      self._manager.save(step, args=args, force=True)
-    except Exception as e:  # Orbax and TensorStore have no common error
-      raise self._save_error(e) from e
+    self._try(self._manager.save, step, args=args, force=True)
 
   def check(self) -> None:
     """Raises the CheckpointError of a save that has failed in the background; never waits."""
@@ -99,10 +96,7 @@ class Checkpoints:
     Raises:
       CheckpointError: as `save`.
     """
-    try:
-      self._manager.wait_until_finished()
-    except Exception as e:
-      raise self._save_error(e) from e
+    self._try(self._manager.wait_until_finished)
     self._saving = None
 
   def restore(self, abstract):
@@ -172,10 +166,13 @@ class Checkpoints:
     sync_global_devices(f"step {step} set aside")
     self._manager.reload()
 
-  def _save_error(self, error):
-    step, self._saving = self._saving, None
-    return CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(error)}); "
-                           f"{self.last_good()}")
+  def _try(self, save, *args, **kwargs):
+    try:
+      save(*args, **kwargs)
+    except Exception as e:  # Orbax and TensorStore have no common error
+      step, self._saving = self._saving, None
+      raise CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(e)}); "
+                            f"{self.last_good()}") from e
 
 
 def _barrier_unless_failed(*, key, timeout_ms):

@@ -44,8 +44,7 @@ class Log(contextlib.ExitStack):
     self._step_flops, self._peak, self._pending = step_flops, peak_flops, None
     self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
     # Only the first process writes, so it needs the samples of all.
-    self._replicate = jax.jit(
-        lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._replicate = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     silent = folder is None
     append = lambda path: self.enter_context(open(path, "a", encoding="utf-8", buffering=1))
     self._lines = append(os.devnull if silent else os.path.join(folder, FILE))
@@ -68,16 +67,13 @@ class Log(contextlib.ExitStack):
     print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
 
   def push(self, step: int, metrics: dict, batch) -> None:
-    """Logs the step before this one while it runs, so that the device never waits.
-
-    Raises as `flush`.
+    """Logs the step before this one, so that the device never waits. Raises as `flush`.
 
     Args:
       step: from 1.
       metrics: of `step.train_step`.
     """
-    samples = self._replicate(batch.sample_mode, batch.sample_index)
-    self.flush((step, metrics, samples))
+    self.flush((step, metrics, self._replicate(batch.sample_mode, batch.sample_index)))
 
   def flush(self, pending=None) -> None:
     """Logs the last step that was pushed, after waiting for it; keeps `pending` instead.
@@ -124,7 +120,7 @@ class Log(contextlib.ExitStack):
     self.event(step, skipped=total)
 
   def _rates(self) -> dict:
-    rates = {f"memory/{name}": gib for name, gib in memory().items()}
+    rates = memory()
     if self._window:
       seconds, tokens, flops = map(sum, zip(*self._window))
       rates |= {"tokens_per_second": tokens / seconds, "seconds_per_step":
@@ -181,12 +177,13 @@ def forget_after(folder, stage: str, step: int) -> None:
 
 
 def memory() -> dict[str, float]:
-  """Peak memory in GiB: of the fullest local device, where known, and of this process."""
+  """Metrics of peak memory: of this process and, where known, of the fullest local device."""
   unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
-  found = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  found = {"memory/host_peak_gib": host / 2**30}
   peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
   if None not in peaks:
-    found["device_peak_gib"] = max(peaks) / 2**30
+    found["memory/device_peak_gib"] = max(peaks) / 2**30
   return found
 
 

@@ -10,7 +10,6 @@ The folder of a run:
 """
 
 import dataclasses
-import functools
 import pathlib
 import sys
 from collections.abc import Callable
@@ -232,9 +231,9 @@ def train_stage(run: Run, stage: str, params):
 
 def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
   """(step, state, data state or None): from the newest checkpoint, or before the first step."""
-  make = functools.partial(init_state, optimizer=optimizer)
-  shapes = names.abstract_params(run.settings.model, np.float32)["transformer"]
-  shapes = jax.eval_shape(make, shapes)
+  make = lambda params: init_state(params, optimizer)
+  master = names.abstract_params(run.settings.model, np.float32)["transformer"]
+  shapes = jax.eval_shape(make, master)
   placed = sharding.parameter_shardings(shapes, run.mesh)
   restored = checkpoints.restore(
       jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placed))

@@ -89,9 +89,6 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
 
   Args:
     model: UnifiedTransformer. Its config has the compute dtype.
-    optimizer: of the stage.
-    switches: frozen parameters, and the losses that are trained on.
-    settings: time shift, weights of the losses, EMA decay.
     batch: Batch; under accumulation its arrays have a leading axis A.
     key: of the stage. Noise depends on the key, the step and the shape of the batch only.
 
