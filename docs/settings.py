@@ -6,7 +6,7 @@ import pathlib
 from irg_jax.config import ModelConfig
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import run as mini_run
-from irg_jax.reports.tables import table
+from irg_jax.reports.pages import table
 from irg_jax.train.settings import TrainSettings
 
 FILE = pathlib.Path(__file__).with_suffix(".md")

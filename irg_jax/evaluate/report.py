@@ -16,7 +16,7 @@ from irg_jax import evaluate
 from irg_jax.evaluate import base
 from irg_jax.evaluate.records import read_lines
 from irg_jax.evaluate.score import ITEMS, SCORES
-from irg_jax.reports import pages, tables
+from irg_jax.reports import pages
 from irg_jax.storage import write_json, write_text
 
 SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
@@ -256,7 +256,7 @@ def _notes(runs):
 
 def _markdown_table(section):
   cell = lambda text: text.replace("|", "\\|").replace("*", "\\*")
-  return tables.table(section["head"], [[row[0], *map(cell, row[1:])] for row in section["rows"]])
+  return pages.table(section["head"], [[row[0], *map(cell, row[1:])] for row in section["rows"]])
 
 
 def _cell(value):

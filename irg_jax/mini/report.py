@@ -20,7 +20,7 @@ from irg_jax.evaluate import generate, score
 from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import benchmark, vae, world
 from irg_jax.reports import pages, plots
-from irg_jax.reports.tables import table
+from irg_jax.reports.pages import table
 
 HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
 _SPLITS = ("seen", "unseen", "all")

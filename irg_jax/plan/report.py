@@ -4,7 +4,7 @@ from collections import Counter
 
 from irg_jax.chips import GIB, Slice
 from irg_jax.plan import Estimate
-from irg_jax.reports.tables import table
+from irg_jax.reports.pages import table
 
 _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "

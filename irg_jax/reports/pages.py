@@ -1,4 +1,4 @@
-"""Pages from the templates in templates/: self-contained HTML without scripts."""
+"""Pages from the templates in templates/ (self-contained HTML without scripts), Markdown tables."""
 
 import base64
 import re
@@ -15,6 +15,20 @@ def render(template: str, **values) -> str:
   """
   name = template if "." in template else f"{template}.html"
   return _TEMPLATES.get_template(name).render(values)
+
+
+def table(head, rows, numbers: bool = False, padded: bool = False) -> str:
+  """A Markdown table: a row of column names, then rows of as many cells, all text.
+
+  Args:
+    numbers: aligns all columns but the first to the right.
+    padded: pads the cells of a column to one width, for a terminal.
+  """
+  lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
+  if padded:
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [[name.ljust(first), *map(str.rjust, cells, widths)] for name, *cells in lines]
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def short(text: str, length: int = 80) -> str:
