@@ -12,8 +12,28 @@ presets are trainings for `irg train`, like `configs/irgl.py`, and differ in dat
 from ml_collections import config_dict
 
 from irg_jax import config as config_lib
-from irg_jax.mini.run import MODEL, Settings
+from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from irg_jax.generate import settings as generate_settings
+from irg_jax.images import ImageTransform
+from irg_jax.mini.run import Settings
 from irg_jax.train.settings import TrainSettings, mixture
+
+MODEL = ModelConfig(
+    llm=LlmConfig(vocab_size=576, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6,
+                  num_kv_heads=3, rope_theta=300.0),
+    vit=VitConfig(hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16,
+                  grid_size=4),
+    vae=VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
+    max_latent_size=4,
+)
+_TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
+# No guidance. In training one thought and image precede a reflection, never more: window 1.
+GENERATE = generate_settings.Settings(
+    rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
+    max_prompt_tokens=64, window=1,
+    first=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0)),
+    later=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0), renorm="text_channel"),
+    vae_transform=_TRANSFORM, vit_transform=_TRANSFORM)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
@@ -24,7 +44,7 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
 
 
 def _world():
-  return config_lib.to_config(Settings())
+  return config_lib.to_config(Settings(model=MODEL, generate=GENERATE))
 
 
 def _irgl():

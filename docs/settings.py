@@ -10,6 +10,7 @@ from irg_jax.reports.pages import table
 from irg_jax.train.settings import TrainSettings
 
 FILE = pathlib.Path(__file__).with_suffix(".md")
+MINI = FILE.parents[1] / "configs" / "mini.py"
 
 _TEXT = """\
 # Settings
@@ -34,7 +35,7 @@ training has `model.dtype=bfloat16` and `model.remat=full`.
 
 ## Mini world
 
-Of `irg mini run`. The sizes of its model are in `irg_jax/mini/run.py`; the fields of
+Of `irg mini run`. The sizes of its model are in `configs/mini.py`; the fields of
 `generate` have the meaning and the range that they have above.
 
 {mini}
@@ -49,7 +50,7 @@ Of `irg init`, and the group `model` of training; the defaults are BAGEL-7B-MoT.
 
 def render() -> str:
   """The text of docs/settings.md."""
-  mini = [row for row in _rows(mini_run.Settings()) if row[0] != "`config`"]
+  mini = [row for row in _rows(mini_run.load(MINI)) if row[0] != "`config`"]
   return _TEXT.format(generate=_table(_rows(Settings())),
                       train=_table(_without(_rows(TrainSettings()), "model")),
                       mini=_table(_without(mini, "model")), model=_table(_rows(ModelConfig())))

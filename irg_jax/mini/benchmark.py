@@ -104,9 +104,6 @@ def faults(words: str) -> tuple[str, ...]:
   return () if words == RIGHT else tuple(words.split(", "))
 
 
-# --- Figures ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Drawn:
   """Images of the test, generated and scored; prompts and images count from 0, rounds from 1."""
@@ -159,9 +156,10 @@ def arm_figures(drawn: Drawn) -> dict:
 
 def scores(values: np.ndarray, items) -> dict:
   """{split: {"tasks": {task: interval}, "overall": interval}} of [prompts]; NaN is left out."""
-  tags, found = np.array([item.extra["tag"] for item in items]), {}
+  tags, splits = np.array([(item.extra["tag"], item.extra["split"]) for item in items]).T
+  found = {}
   for split in ("all", *SPLITS):
-    own = np.where(_in_split(items, split), values, np.nan)
+    own = np.where((splits == split) | (split == "all"), values, np.nan)
     tasks = {task: interval(np.where(tags == task, own, np.nan), tags) for task in world.TASKS}
     found[split] = {"tasks": {t: v for t, v in tasks.items() if v}, "overall": interval(own, tags)}
   return found
@@ -170,9 +168,7 @@ def scores(values: np.ndarray, items) -> dict:
 def difference(after, before, items) -> dict:
   """{split: interval} of the paired difference of two "by_prompt", over prompts in both."""
   change = np.array(after, float) - np.array(before, float)
-  tags = np.array([item.extra["tag"] for item in items])
-  return {split: interval(np.where(_in_split(items, split), change, np.nan), tags)
-          for split in ("all", *SPLITS)}
+  return {split: found["overall"] for split, found in scores(change, items).items()}
 
 
 def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
@@ -242,8 +238,7 @@ def plan_drawn(drawn: Drawn, number: int) -> dict | None:
 def choose(drawn: Drawn) -> list[dict]:
   """The traces to show of each of `KINDS`: the first of the test, by task and split in turn.
 
-  Returns:
-    [{"kind", "prompt", "tasks", "seed", "turns": [{"thought", "image": PNG, "faults"}] * 2}]
+  [{"kind", "prompt", "tasks", "seed", "turns": [{"thought", "image": PNG, "faults"}] * 2}]
   """
   chosen = []
   for kind, before, after, count in KINDS if len(drawn.right) > 1 else ():
@@ -263,7 +258,3 @@ def choose(drawn: Drawn) -> list[dict]:
 
 def _share(count, of):
   return {"count": int(count), "of": int(of), "share": float(count / of) if of else None}
-
-
-def _in_split(items, split):
-  return np.array([split in ("all", item.extra["split"]) for item in items])

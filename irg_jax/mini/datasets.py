@@ -25,8 +25,7 @@ def base_rows(count: int, rng):
   """`count` rows that teach the base model all but improving; none has an unseen pair.
 
   It learns to plan, to draw after a plan, from a prompt alone and from nothing (for guidance), to
-  draw a description, and to describe an image, also one that differs from its plan. Some images
-  are crowded, which fills more of their cells.
+  draw a description, and to describe an image, also a crowded one or one unlike its plan.
   """
   for kind in rng.choice(len(_BASE), count, p=[share for share, _ in _BASE]):
     yield _BASE[kind][1](rng)
@@ -93,21 +92,13 @@ def write_tokenizer(folder, texts, vocab_size: int) -> None:
   storage.write_json(pathlib.Path(folder) / "tokenizer.json", spec, ensure_ascii=False, indent=1)
 
 
-# --- Kinds of rows: each takes a Generator and returns (mode, conversation) ---
-
-
-def _drawn(rng, system=False, prompt=False, planned=False):
+def _drawn(rng, system=False, prompt=False, planned=False, drawn=True):
   record = world.training_record(rng)
   scene = world.sample_scene(record, rng)
   asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
-  thought = [text_part(thoughts.plan(record, scene))] if planned else []
-  return DRAW, [*asked, assistant([*thought, _image(world.paint(scene), need_loss=True)])]
-
-
-def _planned(rng):
-  record = world.training_record(rng)
-  thought = thoughts.plan(record, world.sample_scene(record, rng))
-  return TELL, [*_asked(record), assistant([text_part(thought)])]
+  said = [text_part(thoughts.plan(record, scene))] if planned else []
+  said += [_image(world.paint(scene), need_loss=True)] if drawn else []
+  return DRAW if drawn else TELL, [*asked, assistant(said)]
 
 
 def _reflected(rng):
@@ -186,16 +177,15 @@ def _looked_after_plan(rng):
       return LOOK, [_user(record["prompt"]), *_shown(drawn, seen, True, plan)]
 
 
+# (share, kind of row: Generator -> (mode, conversation))
+_planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
-    (0.08, _planned), (0.13, _reflected), (0.11, _arranged), (0.04, _copied),
-    (0.20, functools.partial(_drawn, system=True, prompt=True, planned=True)),
-    (0.04, functools.partial(_drawn, prompt=True)), (0.02, functools.partial(_drawn, system=True)),
-    (0.02, _drawn), (0.16, _described), (0.08, _looked_after_plan),
+    (0.08, functools.partial(_planned, drawn=False)), (0.13, _reflected), (0.11, _arranged),
+    (0.04, _copied), (0.20, _planned), (0.04, functools.partial(_drawn, prompt=True)),
+    (0.02, functools.partial(_drawn, system=True)), (0.02, _drawn), (0.16, _described),
+    (0.08, _looked_after_plan),
     *((0.03, functools.partial(_looked, crowded=crowded, vae=vae))
       for crowded in (False, True) for vae in (False, True)))
-
-
-# --- Scenes that differ from a plan ---
 
 
 def _retold(record, plan, rng):
@@ -261,9 +251,6 @@ def _with(scene, things):
 
 def _like(thing, other, *names):
   return dataclasses.replace(thing, **{name: getattr(other, name) for name in names})
-
-
-# --- Turns and parts ---
 
 
 def _asked(record):

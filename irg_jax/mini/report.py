@@ -45,10 +45,8 @@ FINAL = ARMS[-1]
 def run(out) -> pathlib.Path:
   """Reports on a finished run, or else on the package's checkpoint; returns the page's path.
 
-  Missing images of the test are generated first.
-
-  Raises:
-    ValueError: the run is not finished; there is no run and no checkpoint in the package.
+  Missing images of the test are generated first. ValueError where the run is not finished, or
+  there is neither a run nor a checkpoint in the package.
   """
   out, checkpoint = pathlib.Path(out), generate_settings.SHIPPED
   if (out / FINAL.weights).is_dir():
@@ -133,9 +131,6 @@ def _shipped_arms(path):
     raise ValueError(f"{path}: is not a report.json of irg mini report ({e})") from e
 
 
-# --- Generating and scoring the test ---
-
-
 def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
   """The first test prompts of each split, with at most `images` images each."""
   items, limits = benchmark.MINI.read(), {"seen": seen, "unseen": unseen}
@@ -143,7 +138,8 @@ def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
           for item in [i for i in items if i.extra["split"] == split][:limits[split]]]
 
 
-def evaluate(out, items, batch_size: int = 64, arms=ARMS, checkpoint=None) -> None:
+def evaluate(out: pathlib.Path, items, batch_size: int = 64, arms=ARMS,
+             checkpoint=None) -> None:
   """Generates the missing images of `items` and scores each arm; and the autoencoder alone.
 
   `checkpoint` is used for all arms in place of the run's own. ValueError where an arm's weights
@@ -185,9 +181,6 @@ def score_new(folder) -> None:
     if before["protocol"] == benchmark.protocol() and judged == len(there):
       return
   benchmark.MINI.score(images)
-
-
-# --- Tables, page and card ---
 
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:

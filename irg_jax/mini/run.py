@@ -13,6 +13,7 @@ A folder of results appears when it is complete; a step that was stopped continu
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -23,13 +24,12 @@ from flax import traverse_util
 
 from irg_jax import config as config_lib
 from irg_jax import runs, sharding, storage, weights
-from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig, setting
+from irg_jax.config import ModelConfig, setting
 from irg_jax.data import array_records, latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 from irg_jax.generate import settings as generate_settings
-from irg_jax.images import ImageTransform
 from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier, world
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
@@ -37,23 +37,6 @@ from irg_jax.tokenizer import load_tokenizer
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
-
-MODEL = ModelConfig(
-    llm=LlmConfig(vocab_size=576, hidden_size=192, mlp_size=512, num_layers=6, num_heads=6,
-                  num_kv_heads=3, rope_theta=300.0),
-    vit=VitConfig(hidden_size=128, mlp_size=256, num_layers=2, num_heads=4, patch_size=16,
-                  grid_size=4),
-    vae=VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
-    max_latent_size=4,
-)
-_TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
-# No guidance. In training one thought and image precede a reflection, never more: window 1.
-GENERATE = generate_settings.Settings(
-    rounds=2, height=64, width=64, steps=20, timestep_shift=1.0, think_limit=319,
-    max_prompt_tokens=64, window=1,
-    first=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0)),
-    later=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0), renorm="text_channel"),
-    vae_transform=_TRANSFORM, vit_transform=_TRANSFORM)
 
 _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
@@ -63,10 +46,10 @@ _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Settings of `irg mini run`."""
+  """Settings of `irg mini run`; those of the model and of generation are in the file."""
 
   config: str = ""  # the configuration file, whose other presets are the trainings
-  model: ModelConfig = MODEL
+  model: ModelConfig = ModelConfig()
   seed: int = setting(0, "random seed of everything", low=0)
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
   vae_batch: int = setting(2, "images in an update of the autoencoder", low=1)
@@ -84,7 +67,7 @@ class Settings:
   test_seen: int = setting(168, "test prompts of combinations seen in training", low=1)
   test_unseen: int = setting(96, "test prompts of combinations not seen in training", low=0)
   test_images: int = setting(4, "images of a test prompt", low=1, was="test_pictures")
-  generate: generate_settings.Settings = GENERATE
+  generate: generate_settings.Settings = generate_settings.Settings()
 
   @property
   def first(self) -> generate_settings.Settings:
@@ -93,11 +76,7 @@ class Settings:
 
 
 def load(path, overrides=()) -> Settings:
-  """Reads the preset "world" of a configuration file like `configs/mini.py`.
-
-  Raises:
-    ValueError: names the file or the field; see `config.read`.
-  """
+  """Reads the preset "world" of a configuration file like `configs/mini.py`, see `config.read`."""
   settings = config_lib.read(Settings(), f"{path}:world", overrides)
   settings.generate.validate(settings.model)
   settings.first.validate(settings.model)
@@ -128,9 +107,6 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
     runs.check_same(runs.read(out / "mini.json"), now, f"--out {out}", flag="--config.",
                     renamed=config_lib.renamed(Settings))
   runs.write(out / "mini.json", now)
-
-
-# --- Autoencoder ---
 
 
 def make_start(settings: Settings, out: pathlib.Path) -> None:
@@ -167,9 +143,6 @@ def sample_texts(settings: Settings, count: int = 6000) -> list[str]:
   return [text for _, row in rows for text in datasets.texts(row)]
 
 
-# --- Base model ---
-
-
 def train_base(settings: Settings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL; its stage 1 trains the language model that BAGEL starts from."""
   if not (out / "base_rows").exists():
@@ -178,9 +151,6 @@ def train_base(settings: Settings, out: pathlib.Path) -> int:
   modes = datasets.TELL, datasets.LOOK, datasets.DRAW
   _prepare(settings, out, "base_rows", "base_data", modes)
   return _train(settings, out, "base", "base_data", out / "start" / "weights")
-
-
-# --- Trajectories and what is trained on them ---
 
 
 def make_trajectories(settings: Settings, out: pathlib.Path) -> None:
@@ -254,19 +224,6 @@ def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, 
     left -= len(batch["thoughts"])
 
 
-def train_quality(settings: Settings, out: pathlib.Path) -> int:
-  """The ablation of the paper: improved images and their plans, nothing interleaved."""
-  return _train(settings, out, "quality", "irgl_data", base_weights(out))
-
-
-def train_irgl(settings: Settings, out: pathlib.Path) -> int:
-  """The two stages of the paper."""
-  return _train(settings, out, "irgl", "irgl_data", base_weights(out))
-
-
-# --- Checkpoint and report ---
-
-
 def make_checkpoint(_, out: pathlib.Path) -> None:
   """The model as it is shipped and evaluated."""
   if not (out / "checkpoint").exists():
@@ -279,22 +236,27 @@ def evaluate_run(_, out: pathlib.Path) -> None:
   print(f"irg mini: wrote {report.run(out)}")
 
 
-_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
-                          make_checkpoint, evaluate_run), strict=True))
-
-
 def base_weights(out: pathlib.Path) -> pathlib.Path:
   return out / "base" / "stage2" / "weights"
 
 
-def _train(settings, out, preset, data, checkpoint):
+def _train(settings, out, preset, data="irgl_data", checkpoint=None):
   """`irg train` with a preset of the configuration file and the sizes of this run."""
   sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
   overrides = [*(f"model.{name}={value}" for name, value in sizes.items()),
-               f"data.path={out / data}", f"checkpoint={checkpoint}", f"seed={settings.seed}",
-               *settings.train]
+               f"data.path={out / data}", f"checkpoint={checkpoint or base_weights(out)}",
+               f"seed={settings.seed}", *settings.train]
   loaded = train_settings.load(f"{settings.config}:{preset}", overrides)
   return train_run.run_train(loaded, out / preset)
+
+
+# The ablation of the paper: improved images and their plans, nothing interleaved.
+train_quality = functools.partial(_train, preset="quality")
+# The two stages of the paper.
+train_irgl = functools.partial(_train, preset="irgl")
+
+_STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quality, train_irgl,
+                          make_checkpoint, evaluate_run), strict=True))
 
 
 def _prepare(settings, out, rows, data, modes):

@@ -37,9 +37,6 @@ class Inexpressible(ValueError):
   """The scene cannot be put into words, or not into words that training may show."""
 
 
-# --- Writing ---
-
-
 def request(record: dict) -> str:
   """The include clauses of a record in the fixed wording of thoughts."""
   nouns = world.nouns(record["include"], article=False)
@@ -62,8 +59,7 @@ def describe(seen) -> str:
 def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  Raises:
-    Inexpressible: `before`, the thought before the image, has no readable places.
+  Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen = verdict.seen
   cells = grid(seen.things, seen.unclear)
@@ -101,8 +97,7 @@ def places(scene: world.Scene, record: dict | None = None) -> str:
 def grid(things, unclear=()) -> list[str]:
   """The content of each cell, row by row: "red circle", "empty ground" or "unclear shape".
 
-  Raises:
-    Inexpressible: two things in one cell.
+  Inexpressible where two things are in one cell.
   """
   cells = [EMPTY] * world.GRID**2
   named = [(t.cell, f"{t.color} {t.shape}") for t in things]
@@ -124,9 +119,6 @@ def listed(cells, first=()) -> str:
   return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
 
 
-# --- Reading ---
-
-
 def read_grid(text: str) -> list[str] | None:
   """The last list of cells in a text; None if there is none."""
   pattern = " ".join(rf"{letter} ([a-z]+ [a-z]+)" for letter in _LETTERS)
@@ -135,11 +127,10 @@ def read_grid(text: str) -> list[str] | None:
 
 
 def read_places(text: str) -> list[str]:
-  """The letters of the cells where a thought wants things: a plan's places, in its order, maybe
-  with repeats; or the filled cells of a reflection's final prompt.
+  """The letters of the cells where a thought wants things; Inexpressible if it cannot be read.
 
-  Raises:
-    Inexpressible: neither can be read.
+  They are a plan's places, in its order, maybe with repeats; or the filled cells of a reflection's
+  final prompt.
   """
   if found := re.findall(r"Places: ([^.]*)\.", text):
     named = [re.fullmatch("[a-z]+ [a-z]+ ([A-P])", place) for place in found[-1].split(", ")]
@@ -175,14 +166,10 @@ def read_faults(text: str) -> tuple[str, ...] | None:
   return () if found[1] == "nothing" else tuple(found[1].split(", "))
 
 
-# --- The improved scene ---
-
-
 def improve(record: dict, verdict, rng) -> world.Scene:
   """A correct scene, in the order of the prompt, that keeps as much of the image as possible.
 
-  Raises:
-    Inexpressible: the image shows what training must not, or no arrangement was found.
+  Inexpressible where the image shows what training must not, or no arrangement was found.
   """
   seen = verdict.seen
   check_showable(seen)

@@ -127,9 +127,6 @@ def _sentence(count, shape, color, fault):
   return f"{number if count <= 5 else 'many'} {noun} {'is' if count == 1 else 'are'} {fault}"
 
 
-# --- Reading an image ---
-
-
 def _square(offsets):
   """Squared lengths of colours, [..., 3] to [...]."""
   return np.einsum("...c,...c->...", offsets, offsets)
@@ -224,9 +221,6 @@ def _nearest(color, palette, within):
   return name if distances[name] <= within else None
 
 
-# --- Drawing the shapes ---
-
-
 @functools.cache
 def _shapes():
   """Tables of the seven shapes, in radii from their middle.
@@ -235,24 +229,21 @@ def _shapes():
   images [7, samples, samples].
   """
   at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
-  drawn = [_disc(at, 0.5 * (shape == "ring")) if shape in ("circle", "ring")
-           else _fan(at, _corners(shape)) for shape in world.SHAPES]
+  drawn = [_mask(shape, at) for shape in world.SHAPES]
   masks = np.stack([mask for mask, _ in drawn]) / _FINE**2
   areas, sums = masks.sum((1, 2)), masks.cumsum(1).cumsum(2)
   return (areas, masks.sum(2) @ at / areas, np.array([length for _, length in drawn]),
           np.pad(sums, ((0, 0), (1, 0), (1, 0))).astype(np.float32))
 
 
-def _disc(at, hole):
-  """(mask, length of the outline) of a disc with a hole of that radius."""
-  distance = np.hypot(at[None, :], at[:, None])
-  return (distance <= 1) & (distance >= hole), 2 * np.pi * (1 + hole)
-
-
-def _fan(at, corners):
-  """(mask, length of the outline) of a polygon: triangles from the middle to each side."""
-  x, y, (x0, y0) = at[None, :], at[:, None], corners.mean(0)
-  mask = np.zeros((len(at), len(at)), bool)
+def _mask(shape, at):
+  """(mask, length of the outline): a disc, or triangles from the middle to each side."""
+  x, y = at[None, :], at[:, None]
+  if shape in ("circle", "ring"):
+    distance, hole = np.hypot(x, y), 0.5 * (shape == "ring")
+    return (distance <= 1) & (distance >= hole), 2 * np.pi * (1 + hole)
+  mask, corners = np.zeros((len(at), len(at)), bool), _corners(shape)
+  x0, y0 = corners.mean(0)
   for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0)):
     sides = (x0, y0, x1, y1), (x1, y1, x2, y2), (x2, y2, x0, y0)
     mask |= np.all([(c - a) * (y - b) - (d - b) * (x - a) >= 0 for a, b, c, d in sides], axis=0)

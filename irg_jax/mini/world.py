@@ -39,7 +39,8 @@ _GAP = 2.0  # pixels between the bounding squares of two things, at least
 MAX_THINGS = 5
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "free")
-RELATIONS = ("left of", "right of", "above", "below")
+_WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x, y
+RELATIONS = tuple(_WAYS)
 _INVERSE = {"right of": "left of", "below": "above"}
 
 # Held out of training: one colour of each shape, in images and prompts; and these relations of two
@@ -78,9 +79,6 @@ class Scene:
   things: tuple[Thing, ...]
   tone: tuple[int, int, int] = (0, 0, 0)  # added to the levels of the background
   unclear: typing.ClassVar[tuple] = ()  # a `verifier.Seen` may have such cells
-
-
-# --- Records and prompts ---
 
 
 def sample_record(task: str, rng) -> dict:
@@ -184,9 +182,6 @@ _CLAUSES = {
 }
 
 
-# --- Scenes ---
-
-
 def sample_scene(record: dict, rng) -> Scene:
   """A scene that shows exactly what a record asks for; all else is random.
 
@@ -235,9 +230,14 @@ def color_of(clause, rng) -> str:
 
 
 def relations_hold(include, groups) -> bool:
-  """Whether the relations of all clauses hold; `groups` has the cells of each clause."""
-  return all(_cell_relation(a, b) == relation for i, relation, other in relations(include)
-             for a in groups[i] for b in groups[other])
+  """Whether all relations hold between `groups`, the cells of each clause; none on a diagonal."""
+  for i, relation, other in relations(include):
+    x, y = _WAYS[relation]
+    for a, b in itertools.product(groups[i], groups[other]):
+      down, right = a[0] - b[0], a[1] - b[1]
+      if x * right + y * down <= abs(y * right + x * down):
+        return False
+  return True
 
 
 def place_beside(cell, others, rng) -> tuple[float, float, float] | None:
@@ -260,21 +260,9 @@ def _apart(a, b):
   return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP
 
 
-def _cell_relation(a, b):
-  """The relation of cell `a` to cell `b`; None on a diagonal, where it is ambiguous."""
-  down, right = a[0] - b[0], a[1] - b[1]
-  if abs(right) == abs(down):
-    return None
-  if abs(right) > abs(down):
-    return "left of" if right < 0 else "right of"
-  return "above" if down < 0 else "below"
-
-
 def _sample_tone(rng):
   return tuple(int(v) for v in rng.integers(-_TONE, _TONE + 1, 3))
 
-
-# --- The painter: the ground truth of training ---
 
 _SAMPLES = 4  # a side of each pixel, for soft edges
 
