@@ -13,6 +13,7 @@ are not comparable with published ones.
 
 import collections
 import contextlib
+import itertools
 import json
 import pathlib
 import re
@@ -92,8 +93,17 @@ class GenEval(clauses.ClauseBenchmark):
     sources = {"detector": options.detector, "classifier": options.classifier,
                "detections": ", ".join(map(str, options.detections)) or None}
     protocol = {"protocol": vars(chosen) | sources}
-    found = (read_detections(options.detections) if options.detections
-             else _detected(folder, options))
+    if options.detections:
+      found = read_detections(options.detections)
+    else:
+      detect = score.load_function(options.detector, "--detector")
+      classify = options.classifier and score.load_function(options.classifier, "--classifier")
+      places = ((item, self.image_path(item, image, number))
+                for item, number, image in score.images_there(folder))
+      found = ((record["filename"], record) for record in clauses.records(
+          ((folder.out / path, str(path), item.extra) for item, path in places),
+          class_names(options.object_names or FILES / "object_names.txt"), detect, classify,
+          folder.out / DETECTIONS_CACHE, f"{options.detector} {options.classifier}"))
     total = sum(item.images for item in folder.items) * len(folder.rounds)
     with counting("images", total) as count:
       return score_detections(folder, count(found), chosen, protocol, options.round)
@@ -123,10 +133,8 @@ def score_detections(folder, found, options: clauses.Options, extra: dict,
   """Scores a stream of (where, record of detections), each image once; writes both files.
 
   An image is known by its file name, [roundN/]00000/samples/00000.png; without roundN it is of
-  `default_round`. An image that comes a second time is counted as such, and not again.
-
-  Raises:
-    ValueError: a name without a round, and no `default_round`.
+  `default_round`, or ValueError is raised. One that comes a second time is counted as such, and
+  not again.
   """
   by_id = {item.id: item for item in folder.items}
   rounds = {number: _Round() for number in folder.rounds}
@@ -145,20 +153,6 @@ class _Round:
   def __init__(self):
     self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()
     self.seen = collections.Counter()  # by item id
-
-
-def _detected(folder, options):
-  """(where, record) of every image that is there, by the functions of the flags."""
-  detect = score.load_function(options.detector, "--detector")
-  classify = (score.load_function(options.classifier, "--classifier") if options.classifier
-              else None)
-  paths = ((item, GENEVAL.image_path(item, image, number))
-           for item, number, image in score.images_there(folder))
-  images = ((folder.out / path, str(path), item.extra) for item, path in paths)
-  found = clauses.records(
-      images, class_names(options.object_names or FILES / "object_names.txt"), detect, classify,
-      folder.out / DETECTIONS_CACHE, f"{options.detector} {options.classifier}")
-  return ((record["filename"], record) for record in found)
 
 
 def _add_image(rounds, by_id, record, where, options, default_round, write):
@@ -210,11 +204,10 @@ def _include_fault(clause, found, groups, options):
   relation, target = clause["position"]
   if groups[target] is None:
     return f"no target for {name} to be {relation}"
-  for box in found:
-    for other in groups[target]:
-      true = relations(box.values, other.values, options.position_threshold)
-      if relation not in true:
-        return f"expected {name} {relation} target, found {' and '.join(true)} target"
+  for box, other in itertools.product(found, groups[target]):
+    true = relations(box.values, other.values, options.position_threshold)
+    if relation not in true:
+      return f"expected {name} {relation} target, found {' and '.join(true)} target"
   return None
 
 

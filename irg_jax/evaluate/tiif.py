@@ -65,8 +65,7 @@ def fault(count: int):
 def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:
   """{(type, line): (questions, right answers)} for the items, from the official question files.
 
-  Raises:
-    ValueError: a file or line is missing or malformed; names it.
+  ValueError names the file or line that is missing or malformed.
   """
   found = {}
   for kind in dict.fromkeys(item.extra["attribute"] for item in items):
@@ -75,7 +74,15 @@ def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list
       raise ValueError(f"--questions {folder}: no file {path.name} in there; give the folder "
                        "testmini_eval_prompts (or the one that belongs to your prompts)")
     for line, entry in enumerate(records.json_lines(path)):
-      found[kind, line] = _questions_and_answers(entry)
+      asked = records.field(entry, "yn_question_list", list)
+      answers = records.field(entry, "yn_answer_list", list)
+      if not asked or len(asked) != len(answers):
+        raise ValueError(f"{entry.where}: {len(asked)} questions and {len(answers)} answers")
+      if bad := [v for v in asked + answers if not isinstance(v, str) or not v.strip()]:
+        raise ValueError(f"{entry.where}: {bad[0]!r} is not a text")
+      if bad := [a for a in answers if a.strip().lower() not in ("yes", "no")]:
+        raise ValueError(f"{entry.where}: the answer {bad[0]!r} is neither yes nor no")
+      found[kind, line] = asked, answers
   for item in items:
     if _line(item) not in found:
       kind, line = _line(item)
@@ -209,15 +216,3 @@ def _line(item):
 
 def _percent(value):
   return None if value is None else 100 * value
-
-
-def _questions_and_answers(entry):
-  asked, answers = (records.field(entry, name, list) for name in ("yn_question_list",
-                                                                  "yn_answer_list"))
-  if not asked or len(asked) != len(answers):
-    raise ValueError(f"{entry.where}: {len(asked)} questions and {len(answers)} answers")
-  if bad := [v for v in asked + answers if not isinstance(v, str) or not v.strip()]:
-    raise ValueError(f"{entry.where}: {bad[0]!r} is not a text")
-  if bad := [a for a in answers if a.strip().lower() not in ("yes", "no")]:
-    raise ValueError(f"{entry.where}: the answer {bad[0]!r} is neither yes nor no")
-  return asked, answers
