@@ -258,12 +258,11 @@ class GroupMeans:
   def add(self, group: str, number: str, values) -> float | None:
     """Adds a prompt's values and returns their mean; unscored without values, or with a None."""
     values = list(values)
-    if not values or any(v is None for v in values):
-      reason = "a cell has no score" if values else "no cell to score"
-      self.unscored.add(f"{group}_{number}", reason)
+    if not values or None in values:
+      self.unscored.add(f"{group}_{number}", "a cell has no score" if values else
+                        "no cell to score")
       return None
-    score = sum(values) / len(values)
-    self._groups[group].add(score)
+    self._groups[group].add(score := sum(values) / len(values))
     return score
 
   def value(self) -> dict:

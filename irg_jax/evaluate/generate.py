@@ -124,15 +124,12 @@ def generate_images(request: Request) -> Result:
 def identity(request: Request) -> dict:
   """The settings that decide a run's files; devices, processes and batch size do not."""
   lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
-  return json.loads(json.dumps({
-      "benchmark": request.benchmark.name,
-      "prompts": {"count": len(request.items),
-                  "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
-      "generation": dataclasses.asdict(request.settings),
-      "system_prompt": request.system_prompt,
-      "checkpoint": fingerprint(request.checkpoint),
-      "dtype": request.dtype,
-  }))
+  return {"benchmark": request.benchmark.name,
+          "prompts": {"count": len(request.items),
+                      "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
+          "generation": dataclasses.asdict(request.settings),
+          "system_prompt": request.system_prompt,
+          "checkpoint": fingerprint(request.checkpoint), "dtype": request.dtype}
 
 
 def fingerprint(folder) -> str:
@@ -252,9 +249,9 @@ def _write(request, folder, item, image, trajectory):
     for beside, data in request.benchmark.beside(item, number).items():
       if not folder.exists(beside):
         folder.write(beside, data)
-    fails = not np.isfinite(r.latents).all()
-    if not fails:
-      folder.write_image(_cell_path(item, image, number) if request.benchmark.grid else path, r.image)
+    if not (fails := not np.isfinite(r.latents).all()):
+      place = _cell_path(item, image, number) if request.benchmark.grid else path
+      folder.write_image(place, r.image)
     rounds.append(generate_run.round_record(
         r, request.settings.think, None if fails else path.as_posix()))
   record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
