@@ -19,7 +19,7 @@ from irg_jax import chips, commands, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
 from irg_jax.generate.settings import Settings
-from irg_jax.plan import cost, programs, report
+from irg_jax.plan import cost, programs
 from irg_jax.train import settings as train_settings
 
 
@@ -324,9 +324,9 @@ def test_what_does_not_fit_is_said_with_a_hint():
   slice_ = cpu_slice()
   e = plan.Estimate(program, 15 * chips.GIB, 1 * chips.GIB, 14 * chips.GIB, 1e12, 5e11,
                     seconds={"compute": 2.0, "HBM": 1.0, "ICI": 0.5})
-  fits = report.report([e], slice_, headroom=0.05)
+  fits = plan.report([e], slice_, headroom=0.05)
   assert "DOES NOT FIT" not in fits and "bound by compute: 2 s" in fits and "50%" in fits
-  tight = report.report([e], slice_, headroom=0.1)
+  tight = plan.report([e], slice_, headroom=0.1)
   assert "needs 15.00 GiB of the 16 GiB" in tight and "0.60 GiB too many" in tight
   assert "--cache" in tight
 
@@ -338,7 +338,7 @@ def test_a_program_that_the_compiler_refuses_for_memory_is_an_estimate():
   program = dataclasses.replace(tiny_generation()["think"], trace=refused)
   found = plan.estimate(program, cpu_slice())
   assert found.peak == 20.5 * chips.GIB
-  assert "DOES NOT FIT: think needs at least 20.50 GiB" in report.report([found], cpu_slice(), 0.1)
+  assert "DOES NOT FIT: think needs at least 20.50 GiB" in plan.report([found], cpu_slice(), 0.1)
 
 
 def test_a_program_that_does_not_compile_for_another_reason_is_an_error():

@@ -58,7 +58,6 @@ def add(verbs) -> None:
 def _run(args, overrides) -> int:
   chips.prepare_to_compile()  # before JAX is imported
   from irg_jax import plan
-  from irg_jax.plan.report import report
   from irg_jax.progress import Progress
   slice_, estimates = plan.open_slice(args.topology), []
   programs = _programs(args, overrides, slice_)
@@ -66,7 +65,7 @@ def _run(args, overrides) -> int:
     for program in programs:
       progress(f"compiling {program.name} for {slice_.name}")
       estimates.append(plan.estimate(program, slice_))
-  print(report(estimates, slice_, args.headroom))
+  print(plan.report(estimates, slice_, args.headroom))
   return int(any(e.headroom(slice_) < args.headroom for e in estimates))
 
 

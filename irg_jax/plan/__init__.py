@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation for a TPU slice: memory, cost and a roofline estimate of the time."""
+"""Ahead-of-time compilation for a TPU slice: memory, roofline estimate of the time, text report."""
 
-import collections
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 from jax.experimental import topologies
@@ -11,11 +11,20 @@ from irg_jax import chips
 from irg_jax.chips import GIB, Slice
 from irg_jax.plan.cost import count_flops, count_traffic
 from irg_jax.plan.programs import Program
+from irg_jax.reports.pages import table
 
 try:
   import libtpu
 except ImportError:
   libtpu = None
+
+_HINTS = {
+    "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
+              "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
+              "smaller buffers (--config.{stage}.sizes)"),
+    "generate": ("give it more chips; fewer prompts (--batch); a smaller cache (--cache) or "
+                 "image (--size); more of the mesh to `tensor` (--mesh fsdp=4,tensor=2)"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Estimate:
   flops: float = 0.0
   needed_flops: float | None = None
   unbounded: int = 0
-  traffic: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  traffic: Counter = dataclasses.field(default_factory=Counter)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def headroom(self, slice_: Slice) -> float:
@@ -100,3 +109,66 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
              "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
                         for key, size in traffic.items() if key[0] == "sent")}
   return Estimate(program, peak, arguments, temporaries, flops, needed, unbounded, traffic, seconds)
+
+
+def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
+  """A table of programs on one slice, then collectives and bounds of each, as text.
+
+  `headroom` is the share of memory to stay free.
+  """
+  chip = slice_.chip
+  head = ["program", "arguments", "temporaries", f"peak of {chip.hbm_gib:g} GiB", "free", "FLOPs",
+          "needed", "compute", "HBM", "ICI", "at least"]
+  return "\n\n".join([
+      f"{slice_.name}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
+      f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
+      table(head, [_row(e, slice_) for e in estimates], numbers=True, padded=True),
+      "Memory in GiB, FLOPs and seconds for one chip. FLOPs: matrix products of the program, loops "
+      "counted\nas often as they run; needed: the share of them that the mathematics asks for.",
+      *("\n".join(_details(e)) for e in estimates),
+      *(_excess(e, slice_, headroom) for e in estimates if e.headroom(slice_) < headroom)])
+
+
+def _row(e, slice_):
+  name, peak, free = e.program.name, f"{e.peak / GIB:.2f}", f"{e.headroom(slice_):.0%}"
+  if not e.seconds:
+    return [name, "?", "?", peak, free, *["?"] * 6]
+  needed = "" if e.needed_flops is None else f"{e.needed_flops / max(e.flops, 1):.0%}"
+  return [name, f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free,
+          f"{e.flops:.3g}", needed, *(f"{x:.3g}" for x in e.seconds.values()),
+          f"{max(e.seconds.values()):.3g} s"]
+
+
+def _details(e):
+  """Lines about the bounds and the collectives of a program."""
+  mesh = ", ".join(f"{axis}={n}" for axis, n in e.program.mesh.shape.items() if n > 1)
+  yield f"{e.program.name} ({e.program.unit}; mesh {mesh or 'one device'})"
+  if not e.seconds:
+    yield "  not compiled to the end: it does not fit"
+    return
+  bound = max(e.seconds, key=e.seconds.get)
+  yield (f"  bound by {bound}: {e.seconds[bound]:.3g} s if everything overlaps, "
+         f"{sum(e.seconds.values()):.3g} s if nothing does")
+  sent, calls = Counter(), Counter()
+  for (kind, group), size in ((key[1:], n) for key, n in e.traffic.items() if key[0] == "sent"):
+    sent[kind, len(group)] += size
+    calls[kind, len(group)] += e.traffic["calls", kind, group]
+  for (kind, count), size in sent.most_common():
+    yield (f"  {kind:<18} among {count:>3} chips {calls[kind, count]:>8} times "
+           f"{size / 1e9:>10.3f} GB sent")
+  if not sent:
+    yield "  no collectives"
+  if e.unbounded:
+    yield f"  loops of unknown length ({e.unbounded}) are counted as one turn each"
+
+
+def _excess(e, slice_, headroom) -> str:
+  """How much memory a program lacks, and what to try."""
+  name, chip = e.program.name, slice_.chip
+  hint = _HINTS["train" if name.startswith("train") else "generate"]
+  missing = (headroom - e.headroom(slice_)) * chip.hbm_gib
+  kept = f" with {headroom:.0%} to spare" if headroom else ""
+  least = "" if e.seconds else "at least "  # the compiler stops at the first excess
+  return (f"DOES NOT FIT: {name} needs {least}{e.peak / GIB:.2f} GiB of the {chip.hbm_gib:g} GiB "
+          f"of a {chip.name} chip, {missing:.2f} GiB too many{kept}.\n"
+          f"Try: {hint.format(stage=name.split()[-1])}")
