@@ -45,14 +45,11 @@ def gather(data: dict) -> dict:
 
 @contextlib.contextmanager
 def fail_together(program: str):
-  """An error in one process ends all of them, each with the error's message.
+  """An error in one process ends all of them, each with the error's message after `program`.
 
   Otherwise the other processes would wait for the failed one inside a collective, where no
   exception reaches them. Each process therefore polls the coordinator for faults in a thread.
   Enter it after `jax.distributed.initialize`. With a single process it does nothing.
-
-  Args:
-    program: name of the program, the prefix of each message.
   """
   client, process = global_state.client, global_state.process_id
   if client is None:

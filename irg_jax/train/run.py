@@ -204,15 +204,15 @@ def train_stage(run: Run, stage: str, params):
     ValueError: the loss is not finite, or something cannot be written or read; names the last
       good checkpoint, if there is any.
   """
-  settings, s, number = run.settings, run.settings.stages[stage], STAGES.index(stage)
+  settings, s = run.settings, run.settings.stages[stage]
   optimizer = make_optimizer(settings.optimizer, s)
   with Checkpoints(run.out / stage / "checkpoints", settings.keep, note) as checkpoints:
     start, state, data = first_state(run, checkpoints, optimizer, params)
     block, blocks = row_block(settings.data.rows, run.mesh)
     batches = open_batches(
         settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture,
-        sizes=s.sizes, seed=settings.seed * len(STAGES) + number, process_index=block,
-        process_count=blocks, encode=run.encoder)
+        sizes=s.sizes, seed=settings.seed * len(STAGES) + STAGES.index(stage),
+        process_index=block, process_count=blocks, encode=run.encoder)
     if data is not None:
       batches.set_state(data)
     with open_log(run, stage, start) as log:

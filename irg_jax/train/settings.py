@@ -11,7 +11,6 @@ from irg_jax.data.batch import BufferSizes, DataSettings
 from irg_jax.data.records import MODES
 
 STAGES = ("stage1", "stage2")
-NEVER = -1
 
 # Settings of older versions that are gone. Records of runs may still have them.
 GONE = ("preset", "ce_weight", "mse_weight", "optimizer.b1", "optimizer.b2", "peak_tflops",
@@ -24,7 +23,7 @@ def mixture(**weights) -> dict[str, float]:
 
 
 def _since(what: str):
-  return setting(NEVER, f"step from which {what}; -1: never", low=NEVER)
+  return setting(-1, f"step from which {what}; -1: never", low=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class StageSettings:
   def switches(self, step: int) -> Switches:
     """What is trained in the update after `step` updates of the stage."""
     begun = lambda group: tuple(name for name, since in dataclasses.asdict(group).items()
-                                if since != NEVER and step >= since)
+                                if 0 <= since <= step)
     off = begun(self.loss_off)
     return Switches(frozen=begun(self.freeze),
                     losses=tuple(name for name in ("ce", "mse") if name not in off))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +48,7 @@ class Optimizer:
   """The optax transformation of a stage; its learning rate by the number of updates made."""
 
   transform: optax.GradientTransformation
-  schedule: Callable
+  schedule: optax.Schedule
 
 
 def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
@@ -202,9 +201,7 @@ def update(optimizer: Optimizer, state: TrainState, gradients, frozen,
            ema_decay: float) -> TrainState:
   """The state after one step of the optimizer and of the moving average.
 
-  Args:
-    gradients: float32, like the parameters.
-    frozen: names of `FREEZABLE` that are not trained.
+  Gradients are float32; `frozen` are names of `FREEZABLE` that are not trained.
   """
   updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.params)
   # Zero gradients are not enough: moments and weight decay would still move the parameters.
