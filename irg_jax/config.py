@@ -289,16 +289,15 @@ def _run(path, overrides):
 
 def _updated(name, old, value, kind):
   """The new value of a setting, from that of a file or JSON object."""
-  is_tuple = typing.get_origin(kind) is tuple
-  is_group = dataclasses.is_dataclass(old) or isinstance(old, dict)
-  if is_group and not hasattr(value, "items"):
-    raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
-  if dataclasses.is_dataclass(old):
-    return update(old, value, f"{name}.")
-  if is_group and (unknown := [key for key in value if key not in old]):
-    raise ValueError(f"config field {name!r} has no {unknown[0]!r}; known: {', '.join(old)}")
-  if is_group:
+  if dataclasses.is_dataclass(old) or isinstance(old, dict):
+    if not hasattr(value, "items"):
+      raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
+    if dataclasses.is_dataclass(old):
+      return update(old, value, f"{name}.")
+    if unknown := [key for key in value if key not in old]:
+      raise ValueError(f"config field {name!r} has no {unknown[0]!r}; known: {', '.join(old)}")
     return old | {key: _updated(f"{name}.{key}", 0.0, x, float) for key, x in value.items()}
+  is_tuple = typing.get_origin(kind) is tuple
   accepted = typing.get_args(kind) or (kind,)  # of `int | None`, `tuple[float, ...]`, `int`
   wanted = f"hold {accepted[0].__name__} values" if is_tuple else f"be {accepted[0].__name__}"
   accepted += (int,) if float in accepted else ()
