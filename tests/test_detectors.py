@@ -12,6 +12,7 @@ import pytest
 
 import official
 
+from irg_jax import commands
 from irg_jax.evaluate import clauses
 from irg_jax.evaluate import geneval
 from irg_jax.evaluate import score
@@ -159,6 +160,28 @@ def test_clip_takes_the_colour_nearest_to_the_mean_of_its_unit_texts():
   assert len(texts) == 10 and all(len(batch) == 3 for batch in texts)  # texts are encoded once
   tie = clauses.clip_classifier(lambda crop: np.ones(10), encode_text)
   assert tie(None, "car") == "red"
+
+
+def test_the_command_scores_images_by_a_detector_and_a_classifier(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+  (tmp_path / "my_models_for_test.py").write_text(
+      "def detect(image, classes):\n"
+      "  return {'bench': [{'box': [1, 1, 5, 5], 'score': 0.9}]} if image.width == 9 else {}\n"
+      "def color(crop, name): return 'red'\n")
+  item = geneval.GENEVAL.read()[0]
+  assert item.extra["include"] == [{"class": "bench", "count": 1}]
+  for image, size in enumerate((9, 8)):
+    path = tmp_path / "out" / geneval.GENEVAL.image_path(item, image, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, 8)).save(path)
+  command = ["eval", "score", "geneval", "--out", "out", "--detector", "my_models_for_test:detect",
+             "--classifier", "my_models_for_test:color"]
+  assert commands.main(command) == 0
+  scores = json.loads((tmp_path / "out" / score.SCORES).read_text())
+  assert scores["rounds"]["1"]["tasks"]["single_object"] == {"score": 0.5, "correct": 1, "count": 2}
+  assert (tmp_path / "out" / geneval.DETECTIONS_CACHE).is_file()
+  assert scores["protocol"]["detector"] == "my_models_for_test:detect"
 
 
 def test_the_flags_default_to_the_official_options():
