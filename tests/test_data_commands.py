@@ -9,7 +9,7 @@ import pytest
 from irgl_rows import BAD, MODE, write_mode
 
 from irg_jax import commands
-from irg_jax.data import array_records, check
+from irg_jax.data import check, sources
 from irg_jax.data.records import MODES, parse_conversation
 from irg_jax.tokenizer import write_byte_tokenizer
 
@@ -86,7 +86,7 @@ def test_text_of_the_data_is_not_markup(tmp_path):
 
 
 def test_built_data_is_checked_alike(capsys, folder, tmp_path):
-  array_records.build(folder, tmp_path / "out", [MODE], max_rejected=0.9)
+  sources.build(folder, tmp_path / "out", [MODE], max_rejected=0.9)
   lines = []
   for path in (folder, tmp_path / "out"):
     assert _run("check", path, "--mode", MODE, "--out", tmp_path / "a.html") == 0

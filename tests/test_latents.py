@@ -11,7 +11,7 @@ from PIL import Image
 from irg_jax import commands, weights
 from irg_jax.images import ImageTransform, to_pixels
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
-from irg_jax.data import array_records, latents, pipeline
+from irg_jax.data import latents, pipeline, sources
 from irg_jax.data.batch import BufferSizes, DataSettings, Dropout
 from irg_jax.data.samples import posterior_latents
 from irg_jax.data.latents import Encoder
@@ -160,7 +160,7 @@ def test_processes_share_the_files_and_the_last_one_completes_them(tmp_path, enc
 def test_interrupted_encoding_goes_on_with_what_is_missing(tmp_path, encoder, monkeypatch):
   run = lambda: latents.encode_dataset({MODE: Source()}, tmp_path, encoder, TRANSFORM,
                                       shard_records=2)[MODE]
-  write, written = array_records.write_shard, []
+  write, written = sources.write_shard, []
 
   def killed(path, records):
     if len(written) == 2:
@@ -168,10 +168,10 @@ def test_interrupted_encoding_goes_on_with_what_is_missing(tmp_path, encoder, mo
     written.append(path)
     return write(path, records)
 
-  monkeypatch.setattr(array_records, "write_shard", killed)
+  monkeypatch.setattr(sources, "write_shard", killed)
   with pytest.raises(KeyboardInterrupt):
     run()
-  monkeypatch.setattr(array_records, "write_shard", lambda p, r: written.append(p) or write(p, r))
+  monkeypatch.setattr(sources, "write_shard", lambda p, r: written.append(p) or write(p, r))
   assert run() == "written"
   assert len(written) == len(set(written)) == 3
   assert len(open_source(tmp_path, MODE)) == 5
@@ -213,11 +213,11 @@ def test_only_the_vae_is_read_when_asked_for(checkpoint_folder):
 
 def test_command_encodes_a_built_dataset(tmp_path, checkpoint_folder, capsys, monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-  folder = array_records.mode_folder(tmp_path / "data", MODE)
+  folder = sources.mode_folder(tmp_path / "data", MODE)
   folder.mkdir(parents=True)
-  count, size = array_records.write_shard(
-      array_records.shard_path(folder, 0, 1), (Source()[i] for i in range(5)))
-  array_records.write_info(tmp_path / "data", MODE, [count], size, {})
+  count, size = sources.write_shard(
+      sources.shard_path(folder, 0, 1), (Source()[i] for i in range(5)))
+  sources.write_info(tmp_path / "data", MODE, [count], size, {})
   argv = ["data", "encode-latents", str(tmp_path / "data"), "--checkpoint", str(checkpoint_folder),
           "--out", str(tmp_path / "out"), "--mode", MODE, "--size", "4", "16", "4"]
   monkeypatch.setattr("irg_jax.data.latents._GROUP_PIXELS", 64)

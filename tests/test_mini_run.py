@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from irg_jax import sharding, weights
-from irg_jax.data import array_records, sources
+from irg_jax.data import sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.run import load_model
 from irg_jax.generate.settings import read_defaults
@@ -77,7 +77,7 @@ def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   counts = {"right": 0, "wrong": 0}
   run.parquet.write(tmp_path / "rows", run.trajectory_rows(tiny, tmp_path / "first", counts))
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
-  array_records.build(tmp_path / "rows", tmp_path / "built")
+  sources.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)
   assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8) | {
       datasets.TELL: 8 * 3}  # with words alone that are replayed

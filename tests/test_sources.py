@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from irgl_rows import BAD, MODE, write_mode
 
-from irg_jax.data import array_records, parquet, sources
+from irg_jax.data import parquet, sources
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def test_exactly_the_bad_rows_go_and_each_is_counted(folder):
 
 
 def test_built_and_published_records_are_the_same(folder, tmp_path):
-  reports = array_records.build(folder, tmp_path / "out", [MODE], max_rejected=0.9,
+  reports = sources.build(folder, tmp_path / "out", [MODE], max_rejected=0.9,
                                 shard_bytes=4000)
   plain = sources.open_source(folder, MODE, max_rejected=0.9)
   built = sources.open_source(tmp_path / "out", MODE)
@@ -67,7 +67,7 @@ def test_built_and_published_records_are_the_same(folder, tmp_path):
 
 
 def test_random_access_agrees_with_reading_in_order(clean, tmp_path):
-  array_records.build(clean, tmp_path / "out", [MODE])
+  sources.build(clean, tmp_path / "out", [MODE])
   order = np.random.default_rng(0).permutation(2 * GOOD) - GOOD
   for path in (clean, tmp_path / "out"):
     source = sources.open_source(path, MODE)
@@ -100,7 +100,7 @@ def test_a_mode_that_loses_too_much_stops_the_build_and_leaves_nothing(folder, t
   write_mode(folder, [irgl_rows.good(0)], mode=other)
   out = tmp_path / "new" / "out"
   with pytest.raises(ValueError) as e:
-    array_records.build(folder, out, [other, MODE])
+    sources.build(folder, out, [other, MODE])
   message = str(e.value)
   assert MODE in message and "max_rejected" in message
   assert "part-0.parquet row 0: bad_json: the row is None, not a text" in message
@@ -122,42 +122,42 @@ def test_the_limit_is_a_share_that_may_be_reached(tmp_path):
 def test_a_hopeless_mode_is_given_up_before_its_end(tmp_path):
   write_mode(tmp_path, ["{"] * 100)
   with pytest.raises(ValueError, match="10 of the first 10 of 100 rows"):
-    array_records.build(tmp_path, tmp_path / "out", [MODE])
+    sources.build(tmp_path, tmp_path / "out", [MODE])
 
 
 def test_a_mode_without_a_usable_row_is_refused_whatever_the_limit(tmp_path):
   write_mode(tmp_path, ["{"])
   for call in (lambda: sources.open_source(tmp_path, MODE, max_rejected=1.0),
-               lambda: array_records.build(tmp_path, tmp_path / "out", [MODE], max_rejected=1.0)):
+               lambda: sources.build(tmp_path, tmp_path / "out", [MODE], max_rejected=1.0)):
     with pytest.raises(ValueError, match="none of the 1 rows"):
       call()
   assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_overwritten(clean, tmp_path):
-  array_records.build(clean, tmp_path / "out", [MODE])
+  sources.build(clean, tmp_path / "out", [MODE])
   with pytest.raises(ValueError, match="exists already"):
-    array_records.build(clean, tmp_path / "out", [MODE])
+    sources.build(clean, tmp_path / "out", [MODE])
   assert len(sources.open_source(tmp_path / "out", MODE)) == GOOD
 
 
 def test_modes_can_be_built_one_after_the_other(clean, tmp_path):
   write_mode(clean, [irgl_rows.good(1)], mode=MODES[2])
   for mode in (MODE, MODES[2]):
-    array_records.build(clean, tmp_path / "out", [mode])
+    sources.build(clean, tmp_path / "out", [mode])
   found = sources.open_sources(tmp_path / "out", [MODE, MODES[2]])
   assert {mode: len(source) for mode, source in found.items()} == {MODE: GOOD, MODES[2]: 1}
   assert [p.name for p in (tmp_path / "out").iterdir()] == ["irgl"]
 
 
 def test_the_builder_works_as_any_builder_of_its_library(clean, tmp_path):
-  builder = array_records.Irgl(config=MODE, data_dir=tmp_path / "tfds", file_format="array_record")
-  assert sorted(array_records.Irgl.builder_configs) == sorted(MODES)
+  builder = sources.Irgl(config=MODE, data_dir=tmp_path / "tfds", file_format="array_record")
+  assert sorted(sources.Irgl.builder_configs) == sorted(MODES)
   builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(manual_dir=str(clean)))
   example = builder.as_data_source("train")[0]
-  assert array_records.from_example(example, MODE) == sources.open_source(clean, MODE)[0]
-  again = tfds.builder_from_directory(array_records.mode_folder(tmp_path / "tfds", MODE))
+  assert sources.from_example(example, MODE) == sources.open_source(clean, MODE)[0]
+  again = tfds.builder_from_directory(sources.mode_folder(tmp_path / "tfds", MODE))
   assert len(again.as_data_source("train")) == GOOD
 
 
@@ -166,8 +166,8 @@ def test_the_builder_works_as_any_builder_of_its_library(clean, tmp_path):
 def test_tensorflow_and_jax_are_not_needed(clean, tmp_path):
   out = str(tmp_path / "out")
   code = (
-      "import sys; from irg_jax.data import array_records, sources\n"
-      f"array_records.build({str(clean)!r}, {out!r}, [{MODE!r}])\n"
+      "import sys; from irg_jax.data import sources\n"
+      f"sources.build({str(clean)!r}, {out!r}, [{MODE!r}])\n"
       f"assert len([r for r in sources.open_source({out!r}, {MODE!r})]) == {GOOD}\n"
       "assert not {'tensorflow', 'jax', 'importlib_resources'} & set(sys.modules)")
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -179,12 +179,12 @@ def test_moments_are_kept_to_the_bit(tmp_path):
   records = [
       Record(MODE, i, (TextPart("x", True), dataclasses.replace(image, moments=m), image))
       for i, m in enumerate([moments, moments.astype(np.float32)])]
-  place = array_records.mode_folder(tmp_path, MODE)
+  place = sources.mode_folder(tmp_path, MODE)
   place.mkdir(parents=True)
-  written = [array_records.write_shard(array_records.shard_path(place, i, 2), [record])
+  written = [sources.write_shard(sources.shard_path(place, i, 2), [record])
              for i, record in enumerate(records)]
   metadata = {"rows": 5, "rejected": {"bad_json": 3}, "offenders": []}
-  array_records.write_info(tmp_path, MODE, [n for n, _ in written], sum(b for _, b in written),
+  sources.write_info(tmp_path, MODE, [n for n, _ in written], sum(b for _, b in written),
                            metadata)
   source = sources.open_source(tmp_path, MODE)
   assert list(source) == records and source.metadata == metadata
@@ -200,11 +200,11 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
     raise KeyError("stop")
 
   with pytest.raises(KeyError):
-    array_records.write_shard(tmp_path / "shard", records())
+    sources.write_shard(tmp_path / "shard", records())
   with pytest.raises(ValueError, match="no record"):
-    array_records.write_shard(tmp_path / "shard", [])
+    sources.write_shard(tmp_path / "shard", [])
   with pytest.raises(OSError, match="cannot be written"):
-    array_records.write_shard(tmp_path / "none" / "shard", records())
+    sources.write_shard(tmp_path / "none" / "shard", records())
   assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +233,7 @@ def test_parquet_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_a_damaged_dataset_is_named(clean, tmp_path):
-  array_records.build(clean, tmp_path / "out", [MODE], shard_bytes=4000)
+  sources.build(clean, tmp_path / "out", [MODE], shard_bytes=4000)
   shards = sorted((tmp_path / "out").rglob("*array_record*"))
   data = shards[0].read_bytes()
   shards[0].write_bytes(data[:200] + bytes(b ^ 255 for b in data[200:300]) + data[300:])

@@ -60,10 +60,10 @@ def _sample(args, _):
 def _build(args, _):
   modes = _modes(args.mode, _folder("SRC", args.source))
   from irg_jax import progress, storage
-  from irg_jax.data import array_records, parquet
+  from irg_jax.data import parquet, sources
   storage.check_output_folder(args.out)
   with progress.Progress() as bar:
-    reports = array_records.build(args.source, args.out, modes, max_rejected=args.max_rejected,
+    reports = sources.build(args.source, args.out, modes, max_rejected=args.max_rejected,
                                   workers=args.workers, progress=bar)
   for mode, report in reports.items():
     print(parquet.summary(mode, report))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import images
-from irg_jax.data import array_records, parquet, sources
+from irg_jax.data import parquet, sources
 from irg_jax.data.records import MODES, Record, TextPart
 from irg_jax.reports import pages
 from irg_jax.storage import write_text
@@ -108,7 +108,7 @@ def _check_mode(records, metadata, mode, count_text, samples):
 
 def _open(path, mode, workers, progress):
   """An iterator of the usable records, and metadata that is complete at its end."""
-  if array_records.mode_folder(path, mode).parent.is_dir():
+  if sources.mode_folder(path, mode).parent.is_dir():
     source = sources.open_source(path, mode)
     return _read_all(source, progress), source.metadata
   tally = parquet.Tally(path, mode, 1.0, listed=_LISTED)

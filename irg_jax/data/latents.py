@@ -18,7 +18,7 @@ import numpy as np
 
 from irg_jax import runs, sharding
 from irg_jax.config import ModelConfig
-from irg_jax.data import array_records
+from irg_jax.data import sources as sources_lib
 from irg_jax.data.records import ImagePart
 from irg_jax.data.samples import posterior_latents
 from irg_jax.images import ImageTransform, decode_image
@@ -126,8 +126,8 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
 
 
 def _encode_mode(mode, source, out, encode, settings, shard_records, own, progress):
-  home = array_records.mode_folder(out, mode)
-  folder = array_records.mode_folder(out / _UNFINISHED, mode)
+  home = sources_lib.mode_folder(out, mode)
+  folder = sources_lib.mode_folder(out / _UNFINISHED, mode)
   metadata = dict(getattr(source, "metadata", {})) | settings
   # Offenders are named by path, which may differ between hosts.
   same = {name: value for name, value in metadata.items() if name != "offenders"}
@@ -138,14 +138,14 @@ def _encode_mode(mode, source, out, encode, settings, shard_records, own, progre
   runs.create(folder / _PLAN, plan)
   runs.check_same(runs.read(folder / _PLAN), plan, str(folder.parent))
   starts = range(0, len(source), shard_records)
-  shards = [(array_records.shard_path(folder, number, len(starts)),
+  shards = [(sources_lib.shard_path(folder, number, len(starts)),
              range(start, min(start + shard_records, len(source))))
             for number, start in enumerate(starts)]
   for path, records in shards[own]:
     if progress:
       progress(f"encoding {mode}", 0, records.start, len(source))
     if not path.exists():
-      array_records.write_shard(path, encode(source[i] for i in records))
+      sources_lib.write_shard(path, encode(source[i] for i in records))
   return _finish(out, mode, shards, metadata)
 
 
@@ -182,15 +182,15 @@ def _cast(moments, dtype, record):
 def _finish(out, mode, shards, metadata):
   """Makes the files a dataset if all are there; several processes may try at once."""
   home, folder, unfinished = (
-      array_records.mode_folder(out, mode), shards[0][0].parent, out / _UNFINISHED)
+      sources_lib.mode_folder(out, mode), shards[0][0].parent, out / _UNFINISHED)
   if not all(path.exists() for path, _ in shards):
     return "there" if home.exists() else "waiting"
   try:
     with scratch_folder(unfinished) as scratch:
-      made = array_records.mode_folder(scratch, mode)
+      made = sources_lib.mode_folder(scratch, mode)
       made.mkdir(parents=True)
       size = sum(path.stat().st_size for path, _ in shards)
-      array_records.write_info(scratch, mode, [len(r) for _, r in shards], size, metadata)
+      sources_lib.write_info(scratch, mode, [len(r) for _, r in shards], size, metadata)
       for file in made.iterdir():
         os.replace(file, folder / file.name)
       home.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +199,6 @@ def _finish(out, mode, shards, metadata):
     if not home.exists():  # else another process was faster
       raise
   with contextlib.suppress(OSError):  # other modes are in there
-    (unfinished / array_records.NAME).rmdir()
+    (unfinished / sources_lib.NAME).rmdir()
     unfinished.rmdir()
   return "written"

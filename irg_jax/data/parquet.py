@@ -10,12 +10,14 @@ import itertools
 import json
 import os
 import pathlib
+import threading
 import typing
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from irg_jax.data.records import Rejected, parse_conversation
+from irg_jax.data.records import Record, Rejected, parse_conversation
 
 COLUMN = "conversation"
 _SCHEMA = pa.schema({COLUMN: pa.large_string()})
@@ -122,6 +124,56 @@ def iterate_texts(file, group: int | None = None):
         yield from batch.column(0).cast(pa.large_binary()).to_pylist()
     except (pa.ArrowException, OSError) as e:
       raise ValueError(f"{file}: damaged parquet file: {e}") from e
+
+
+class PublishedSource:
+  """The parquet files of one mode, see `sources.open_source`."""
+
+  def __init__(self, path, mode: str, max_rejected: float = 0.01, progress=None):
+    tally = Tally(path, mode, max_rejected)
+    good = [row.index for row, _ in read_good(tally, progress=progress)]
+    if not good:
+      raise ValueError(f"{path}: none of the {tally.total} rows of mode {mode} can be used")
+    self.mode, self.metadata = mode, tally.metadata
+    self._good = np.asarray(good)
+    self._groups = []  # (file, number in the file, rows) of every row group
+    for file in tally.files:
+      meta = pq.read_metadata(file)
+      self._groups += [(file, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
+    self._starts = np.cumsum([0] + [rows for _, _, rows in self._groups])
+    self._open()
+
+  def _open(self):
+    self._lock, self._next, self._texts = threading.Lock(), (-1, 0), iter(())
+
+  def __len__(self):
+    return len(self._good)
+
+  def __getitem__(self, i: int) -> Record:
+    index = int(self._good[i])
+    return parse_conversation(self._text(index), self.mode, index, decode=False)
+
+  def _text(self, index):
+    """One row. After the row before it, only this row is read, not the row group."""
+    group = int(np.searchsorted(self._starts, index, side="right")) - 1
+    offset = index - int(self._starts[group])
+    with self._lock:
+      current, position = self._next
+      if current != group or position > offset:
+        file, number, _ = self._groups[group]
+        self._texts, position = iterate_texts(file, number), 0
+      self._next = (-1, 0)  # in case reading fails
+      text = next(itertools.islice(self._texts, offset - position, None), None)
+      self._next = (group, offset + 1)
+      return text
+
+  def __getstate__(self):
+    unshared = ("_lock", "_next", "_texts")
+    return {name: value for name, value in self.__dict__.items() if name not in unshared}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open()
 
 
 def write(folder, rows) -> None:

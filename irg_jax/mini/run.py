@@ -25,7 +25,7 @@ from flax import traverse_util
 from irg_jax import config as config_lib
 from irg_jax import runs, sharding, storage, weights
 from irg_jax.config import ModelConfig, setting
-from irg_jax.data import array_records, latents, parquet, sources
+from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
@@ -267,7 +267,7 @@ def _prepare(settings, out, rows, data, modes):
     return
   with Progress() as progress:
     if not built.exists():
-      array_records.build(out / rows, built, modes, progress=progress)
+      sources.build(out / rows, built, modes, progress=progress)
     opened = sources.open_sources(built, modes, progress=progress)
     _, params = weights.load_checkpoint(out / "start" / "weights", part="vae")
     encoder = latents.Encoder(settings.model, params["vae"], encode_levels)

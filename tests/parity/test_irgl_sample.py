@@ -9,7 +9,7 @@ import pytest
 
 from irg_jax.data.batch import DataSettings, Dropout
 from irg_jax.config import LlmConfig, ModelConfig, VitConfig
-from irg_jax.data import array_records, samples, sources
+from irg_jax.data import samples, sources
 from irg_jax.data.parquet import iterate_texts, mode_files
 from irg_jax.data.records import MODES, Rejected, TextPart, parse_conversation
 from irg_jax.data.samples import DroppedImage, TextSplit
@@ -45,7 +45,7 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
   out = tmp_path_factory.mktemp("built")
-  array_records.build(SAMPLE, out, MODES, max_rejected=LIMIT)
+  sources.build(SAMPLE, out, MODES, max_rejected=LIMIT)
   return out
 
 
