@@ -209,7 +209,7 @@ def _cache_paths(path):
 
 
 def _old_records(path):
-  """(digest, record as JSON) of a cache in JSON lines, if it is there; number of unreadable lines."""
+  """[(digest, record as JSON)] of a cache in JSON lines; the number of lines that are lost."""
   *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
   found = []
   for line in lines:

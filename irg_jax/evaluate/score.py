@@ -171,8 +171,8 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
       part = record["part"]
       values = [parts[part](value) for value in record["values"]]
     except (KeyError, TypeError) as e:
-      raise ValueError(f"{where}: must be an object with round, part ({' or '.join(parts)}), id and "
-                       "values, which are numbers, or pairs where the part needs them "
+      raise ValueError(f"{where}: must be an object with round, part ({' or '.join(parts)}), id "
+                       "and values, which are numbers, or pairs where the part needs them "
                        f"({e!r})") from e
     if bad := [v for v in values if not base.is_number(v)]:
       raise ValueError(f"{where}: {bad[0]!r} is not a number")
