@@ -173,8 +173,8 @@ def _generate(args, overrides):
   for name in result.failed[:20]:
     print(f"no image (its latents are not finite): {name}", file=sys.stderr)
   share = "" if args.num_processes == 1 else f" of process {args.process_id}"
-  print(f"{benchmark.name}: {result.generated} images drawn, {result.kept} were there already{share}; "
-        f"{len(result.failed)} failed")
+  print(f"{benchmark.name}: {result.generated} images drawn, {result.kept} were there already"
+        f"{share}; {len(result.failed)} failed")
   roots = ", ".join(str(args.out / f"round{n + 1}") for n in range(settings.rounds))
   print(f"for the official scorer: {roots}; thoughts: {args.out / 'traces'}")
 
