@@ -26,18 +26,15 @@ REQUIRED = dataclasses.MISSING  # the default of a setting without one
 
 
 def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), was: str = ""):
-  """Declares a setting as a dataclass field.
+  """Declares a setting as a dataclass field; `doc` is one line for the tables of settings.
 
   Args:
-    default: dicts are copied.
-    doc: one line for the tables of settings.
     low, high, above: bounds, the last exclusive, of each item of a tuple and value of a dict.
     was: older name, accepted with a note for one version.
   """
   metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was)
-  if isinstance(default, dict):
-    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-  return dataclasses.field(default=default, metadata=metadata)
+  how = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+  return dataclasses.field(**how, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,17 +133,14 @@ class SpecialTokens:
 
 
 def build(cls, fields):
-  """Builds and checks settings of class `cls` from a mapping; missing fields keep defaults.
-
-  ValueError names a field that is unknown, of a wrong type or out of bounds.
-  """
+  """Settings of class `cls` from a mapping; ValueError names a field that is unknown or wrong."""
   return check(update(cls(), fields))
 
 
 def update(settings, fields, prefix: str = ""):
-  """Returns a copy of `settings` with the fields of a mapping; does not check bounds.
+  """A copy of `settings` with the fields of a mapping, whose types are checked, not the bounds.
 
-  `prefix` is the dotted path of the group in messages. Raises ValueError as `build` does.
+  `prefix` is the dotted path of the group in messages.
   """
   kinds, values = typing.get_type_hints(type(settings)), {}
   for name, value in fields.items():
@@ -309,16 +303,13 @@ def _updated(name, old, value, kind):
 
 def _fault(value, low=None, high=None, above=None, choices=(), **_):
   """Describes a wrong value of a setting; None if it is right."""
-  for x in value if isinstance(value, tuple) else () if value is None else (value,):
-    for found, fault in (
-        (isinstance(x, float) and not math.isfinite(x), "but must be finite"),
-        (choices and x not in choices, f"not one of {choices}"),
-        (low is not None and x < low, f"but must be at least {low}"),
-        (high is not None and x > high, f"but must be at most {high}"),
-        (above is not None and x <= above, f"but must be above {above}")):
-      if found:
-        return fault
-  return None
+  items = value if isinstance(value, tuple) else () if value is None else (value,)
+  return next((fault for x in items for found, fault in (
+      (isinstance(x, float) and not math.isfinite(x), "but must be finite"),
+      (choices and x not in choices, f"not one of {choices}"),
+      (low is not None and x < low, f"but must be at least {low}"),
+      (high is not None and x > high, f"but must be at most {high}"),
+      (above is not None and x <= above, f"but must be above {above}")) if found), None)
 
 
 def _present(cls, text):

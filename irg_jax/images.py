@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 
 import einops
@@ -47,15 +48,13 @@ class ImageTransform:
       1999 x 201: the short side grows to 512, which gives 5088 x 512; the limit of the area gives
         3520 x 352, and the limit of the long side 1024 x 96.
 
-    Raises:
-      ValueError: a side below 1.
+    Raises ValueError if a side is below 1.
     """
     if width < 1 or height < 1:
       raise ValueError(f"an image of {width} x {height} pixels cannot be resized")
     scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
     size = self._scaled(width, height, scale)
-    area = size[0] * size[1]
-    if area > _MAX_PIXELS:
+    if (area := math.prod(size)) > _MAX_PIXELS:
       # The factor is not square-rooted: the published models saw images made this way.
       size = self._scaled(*size, _MAX_PIXELS / area)
     if max(size) > self.max_size:
@@ -90,8 +89,7 @@ def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
   """8-bit levels -> float32 in [-1, 1], same shape."""
-  half = np.float32(0.5)
-  return (image.astype(np.float32) / np.float32(255) - half) / half
+  return (image.astype(np.float32) / 255 - 0.5) / 0.5
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -115,8 +113,7 @@ def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
   if rows > grid or columns > grid:
     raise ValueError(f"an image of {columns} x {rows} patches exceeds the {grid} x {grid} "
                      "positions of the model; make it smaller")
-  ids_YX = np.add.outer(np.arange(rows, dtype=np.int32) * grid, np.arange(columns, dtype=np.int32))
-  return einops.rearrange(ids_YX, "y x -> (y x)")
+  return np.arange(grid * grid, dtype=np.int32).reshape(grid, grid)[:rows, :columns].ravel()
 
 
 def read_image(path) -> np.ndarray:
@@ -136,10 +133,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
   Args:
     data: content of the file, in any format that Pillow reads.
-    name: of the image in errors.
-
-  Raises:
-    ValueError: not an image, truncated, or larger than 67 million pixels.
+    name: of the image in errors, ValueError: not an image, truncated, or above 67 million pixels.
   """
   try:
     with Image.open(io.BytesIO(data)) as image:
@@ -149,10 +143,9 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise ValueError(f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller "
                      "first") from e
-  except UnidentifiedImageError as e:
-    raise ValueError(f"{name}: not an image that can be decoded: unknown format") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-    raise ValueError(f"{name}: not an image that can be decoded: {e}") from e
+    fault = "unknown format" if isinstance(e, UnidentifiedImageError) else e
+    raise ValueError(f"{name}: not an image that can be decoded: {fault}") from e
 
 
 def _to_rgb(image):

@@ -50,25 +50,19 @@ PARAMETER_AXES = (
 def make_mesh(shape: dict[str, int] | None = None, devices=None):
   """A mesh over `devices` (default: all) with the four axes of `MESH_AXES`.
 
-  Args:
-    shape: sizes by axis name, 1 for missing axes; None or empty puts all devices on `fsdp`.
-
-  Raises:
-    ValueError: an unknown axis, or sizes whose product is not the number of devices.
+  `shape` gives sizes by axis name, 1 for missing axes; None or empty puts all devices on `fsdp`.
+  Raises ValueError for an unknown axis, or a product that is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   shape = dict(shape) if shape else {"fsdp": len(devices)}
-  unknown = set(shape) - set(MESH_AXES)
-  if unknown:
+  if unknown := set(shape) - set(MESH_AXES):
     raise ValueError(f"unknown mesh axes {sorted(unknown)}; known: {MESH_AXES}")
   if min(shape.values()) < 1:
     raise ValueError(f"mesh {shape}: every axis needs at least 1 device")
   sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
-  count = math.prod(sizes)
-  if count != len(devices):
+  if (count := math.prod(sizes)) != len(devices):
     raise ValueError(f"mesh {shape} needs {count} devices, but there are {len(devices)}")
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def partition_spec(shape, axes, mesh) -> PartitionSpec:
@@ -153,12 +147,8 @@ def platform() -> str:
 def parameter_shardings(params, mesh):
   """NamedShardings of a parameter tree, or of a tree with the same paths and shapes inside.
 
-  Args:
-    params: pytree of arrays or ShapeDtypeStructs whose paths end in parameter paths, such as
-      optimizer state; scalars are replicated.
-
-  Raises:
-    ValueError: a parameter without a match in `PARAMETER_AXES`.
+  Paths need only end in parameter paths, as in optimizer state; scalars are replicated. Raises
+  ValueError for a parameter without a match in `PARAMETER_AXES`.
   """
   def sharding(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -39,9 +39,8 @@ def remove_partials(folder) -> None:
 def atomic_file(path, temporary_folder=None):
   """Yields a temporary path to write to; renames it to `path` on success, else removes it.
 
-  Args:
-    path: the target; its folder must exist.
-    temporary_folder: where the temporary file is, on the same file system; default: beside `path`.
+  The folder of `path` must exist. `temporary_folder`, by default the same one, must be on the
+  same file system.
   """
   path = pathlib.Path(path)
   temporary = pathlib.Path(temporary_folder or path.parent) / partial_name()
@@ -71,13 +70,9 @@ def write_json(path, content, **options) -> None:
 
 
 def check_absent(folder) -> None:
-  """Refuses a folder that exists, unless it is empty.
-
-  Raises:
-    FileExistsError: there is a file, or a folder that holds something.
-  """
+  """Raises FileExistsError if there is a file, or a folder that holds something."""
   folder = pathlib.Path(folder)
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"{folder}: exists and is not an empty folder; choose another or "
                           "remove it")
 
@@ -86,8 +81,7 @@ def check_absent(folder) -> None:
 def atomic_folder(folder):
   """Yields a temporary folder to write to; renames it to `folder` on success, else removes it.
 
-  Raises:
-    FileExistsError: see `check_absent`.
+  Raises FileExistsError as `check_absent` does.
   """
   check_absent(folder)
   folder = pathlib.Path(folder).absolute()
@@ -133,10 +127,9 @@ def scratch_folder(parent):
 
 
 def check_output_folder(path) -> None:
-  """Checks that a folder can be made, or written into, at `path`. Leaves nothing behind.
+  """Raises ValueError with the reason if a folder cannot be made, or written into, at `path`.
 
-  Raises:
-    ValueError: it cannot, with the reason. Call this before expensive work.
+  Call this before expensive work; it leaves nothing behind.
   """
   path = pathlib.Path(path)
   try:
@@ -146,7 +139,6 @@ def check_output_folder(path) -> None:
     if not existing.is_dir():
       raise ValueError(f"cannot write into {path}: {existing} is not a folder")
     # Permissions mislead (root, read-only mounts), so a folder is made and removed.
-    with tempfile.TemporaryDirectory(dir=existing, prefix=".irg-"):
-      pass
+    tempfile.TemporaryDirectory(dir=existing, prefix=".irg-").cleanup()
   except OSError as e:
     raise ValueError(f"cannot write into {path}: {e.strerror or e}") from e
