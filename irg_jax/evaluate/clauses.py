@@ -38,7 +38,6 @@ from irg_jax.evaluate.records import field
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-_GREY = 153
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
               "a photo of a {color} object")
 
@@ -80,10 +79,7 @@ class ClauseBenchmark(base.Benchmark):
 
 
 class TaskSummary:
-  """Shares of right images by task. Memory grows by a few bytes a prompt.
-
-  `tasks` are those of a complete run.
-  """
+  """Shares of right images by task; `tasks` are those of a complete run."""
 
   def __init__(self, tasks):
     self._expected, self._tasks = tasks, collections.defaultdict(base.Mean)
@@ -214,7 +210,7 @@ def object_crop(image: Image.Image, box, mask=None) -> Image.Image:
     pixels, mask = np.array(image), np.asarray(mask, bool)
     if mask.shape != pixels.shape[:2]:
       raise ValueError(f"a mask {mask.shape} for an image {pixels.shape[:2]} (height, width)")
-    pixels[~mask] = _GREY
+    pixels[~mask] = 153  # the official grey
     image = Image.fromarray(pixels)
   crop = image.crop(tuple(float(v) for v in box))
   if not crop.width or not crop.height:

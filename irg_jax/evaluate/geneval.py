@@ -34,11 +34,8 @@ _FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 def verdict(metadata: dict, detections: dict, options: clauses.Options = clauses.Options()):
   """The faults of an image, a line each in the official words; empty: it is right.
 
-  Args:
-    metadata: the prompt's official record.
-    detections: boxes by class, as `clauses` documents them.
-
-  Raises `clauses.Unscorable` for a malformed box, or where a colour that a clause needs is missing.
+  `metadata` is the prompt's official record, `detections` are boxes by class, see `clauses`. Raises
+  `clauses.Unscorable` for a malformed box, or where a colour that a clause needs is missing.
   """
   if not isinstance(detections, dict):
     raise clauses.Unscorable("no detections")
@@ -197,8 +194,14 @@ def _include_fault(clause, found, groups, options):
   name, count = clause["class"], clause["count"]
   if len(found) < count:
     return f"expected {name}>={count}, found {len(found)}"
-  if "color" in clause and (fault := _color_fault(clause, found)):
-    return fault
+  if "color" in clause:
+    color, colors = clause["color"], [box.color for box in found]
+    if unknown := [c for c in colors if c not in clauses.COLORS]:
+      raise clauses.Unscorable("no colour for a box" if unknown[0] is None else "unknown colour",
+                               f"{name}: {unknown[0]}")
+    if colors.count(color) < count:
+      seen = ", ".join(f"{colors.count(c)} {c}" for c in clauses.COLORS if c in colors)
+      return f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {seen}"
   if "position" not in clause:
     return None
   relation, target = clause["position"]
@@ -209,15 +212,3 @@ def _include_fault(clause, found, groups, options):
     if relation not in true:
       return f"expected {name} {relation} target, found {' and '.join(true)} target"
   return None
-
-
-def _color_fault(clause, found):
-  name, count, color = clause["class"], clause["count"], clause["color"]
-  colors = [box.color for box in found]
-  if unknown := [c for c in colors if c not in clauses.COLORS]:
-    raise clauses.Unscorable("no colour for a box" if unknown[0] is None else "unknown colour",
-                     f"{name}: {unknown[0]}")
-  if colors.count(color) >= count:
-    return None
-  seen = ", ".join(f"{colors.count(c)} {c}" for c in clauses.COLORS if c in colors)
-  return f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {seen}"

@@ -34,8 +34,7 @@ COUNTS = {"anime": 245, "human": 244, "object": 206, "text": 200, "reasoning": 2
 MAX_EDIT_DISTANCE = 100  # of the English half
 
 _DROPPED = ("addCriterion", "No text recognized.")  # which the transcribing model adds
-_LETTERS = "\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
-_NOT_KEPT = re.compile(rf"[^{_LETTERS}\s]")
+_NOT_KEPT = re.compile(r"[^\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ\s]")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 

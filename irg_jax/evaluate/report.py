@@ -19,9 +19,6 @@ from irg_jax.evaluate.score import ITEMS, SCORES
 from irg_jax.reports import pages
 from irg_jax.storage import write_json, write_text
 
-SEEDS = ("the seed of an image is the first four bytes of the SHA-256 of "
-         '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list')
-COVERAGE = ("benchmark", "round", "scored", "not there", "no score", "why")
 _PROMPTS_A_PAGE = 50
 
 
@@ -125,7 +122,8 @@ def sections(report: dict) -> list[dict]:
     found.append({"title": title(name), "benchmark": name, "head": ["", *table["names"]], "rows": [
         [category, *(show(values.get(n), name) for n in table["names"])]
         for category, values in table["rows"].items()]})
-  found.append({"title": "What was scored", "head": list(COVERAGE), "rows": [
+  head = ["benchmark", "round", "scored", "not there", "no score", "why"]
+  found.append({"title": "What was scored", "head": head, "rows": [
       [_cell(value) for value in (*list(entry.values())[:-1], "; ".join(
           f"{reason}: {count}" for reason, count in entry["reasons"].items()))]
       for entry in report["coverage"]]})
@@ -245,7 +243,8 @@ def _flat(values: dict, prefix: str = ""):
 
 
 def _notes(runs):
-  notes = [f"Seeds: {SEEDS}."]
+  notes = ["Seeds: the seed of an image is the first four bytes of the SHA-256 of "
+           '["BENCHMARK", "PROMPT ID", PICTURE], a JSON list.']
   checkpoints = {(r.scores.get("run") or {}).get("settings", {}).get("checkpoint") for r in runs}
   if len(checkpoints) > 1:
     notes.append("Caution: not all runs are of the same checkpoint, so a row of the main table is "

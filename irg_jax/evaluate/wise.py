@@ -58,15 +58,10 @@ def category(number: int, ranges=RANGES) -> str | None:
 
 
 class Scorer:
-  """Adds up a round's answers, three scores each; see `score`.
-
-  Attributes:
-    unscored: items without a score.
-    present: ids that came, with a score or without.
-  """
+  """Adds up a round's answers, three scores each; see `score`."""
 
   def __init__(self, ranges=RANGES, weights=WEIGHTS):
-    self.unscored, self.present = base.Unscored(), set()
+    self.unscored, self.present = base.Unscored(), set()  # present: ids, scored or not
     self._ranges, self._weights = ranges, weights
     self._means = {name: base.Mean() for name in ranges}
     self._in_file = dict.fromkeys(FILES, 0)  # items with a score
@@ -124,7 +119,11 @@ class Wise(base.Benchmark):
   columns = ("WISE, plain mean", "WISE, weighted")
 
   def read_items(self, path):
-    entries = [entry for file in _files(path) for entry in records.json_records(file)]
+    names = [f"{name}.json" for name in FILES]
+    if (path / "final_data.json").is_file() and not any((path / name).exists() for name in names):
+      names = ["final_data.json"]
+    files = dict.fromkeys(records.file_in(path, name) for name in names)
+    entries = [entry for file in files for entry in records.json_records(file)]
     for entry in entries:
       for name in ("Prompt", "Explanation", "Category", "Subcategory"):
         records.field(entry, name, str)
@@ -158,13 +157,4 @@ class Wise(base.Benchmark):
 
 
 WISE = Wise()
-
-
-def _files(path):
-  if path.is_file():
-    return [path]
-  three = [path / f"{name}.json" for name in FILES]
-  if (path / "final_data.json").is_file() and not any(f.exists() for f in three):
-    return [path / "final_data.json"]
-  return [records.file_in(path, file.name) for file in three]
 
