@@ -3,13 +3,7 @@
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  add = verbs.add_parser(
-      "convert", run=_run, help="a checkpoint to the published layout or Orbax").add_argument
-  add("source", metavar="SRC", help="folder to read")
-  add("destination", metavar="DST", help="folder to write")
-  add("--to", choices=("published", "orbax"), required=True, help="layout of DST")
-  add("--dtype", choices=("bfloat16", "float16", "float32"),
-      help="dtype of DST (default: that of SRC)")
+  verbs.add_parser("convert", run=_run, help="a checkpoint to the published layout or Orbax")
 
 
 def _run(args, _):

@@ -1,6 +1,5 @@
 """`irg data`: sample, check, build and encode IRGL data, before training."""
 
-import argparse
 import pathlib
 import tomllib
 
@@ -16,39 +15,9 @@ def add(verbs) -> None:
   steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
   runs = {"sample": _sample, "build": _build, "check": _check, "encode-latents": _encode}
   for step, run in runs.items():
-    _add_flags(steps.add_parser(step, run=run, **_TEXTS["steps"][step]), step)
-
-
-def _add_flags(parser, step):
-  add = parser.add_argument
-  if step == "build":
-    add("source", metavar="SRC", help="folder of the published dataset")
-  elif step != "sample":
-    add("path", metavar="PATH", help="folder of the dataset, published or built")
-  if step == "check":
-    add("--out", default=pathlib.Path("irgl_check.html"), metavar="FILE",
-        help="the page (default irgl_check.html)")
-    add("--tokenizer", metavar="DIR",
-        help="checkpoint folder whose tokenizer counts tokens (default: bytes are counted)")
-    add("--samples", type=flags.count, default=3, metavar="N", help="samples of a mode to show (3)")
-  else:
-    place = "DIR/MODE/00000.parquet" if step == "sample" else "DIR/irgl/MODE"
-    add("--out", required=True, metavar="DIR", help=f"writes {place}")
-  if step != "sample":
-    add("--mode", nargs="+", metavar="MODE", help="only these modes (default: all six)")
-  if step in ("build", "check"):
-    add("--workers", type=flags.count, metavar="N", help="threads that decode (default: one a CPU)")
-  if step in ("build", "encode-latents"):
-    add("--max-rejected", type=_share, default=0.01, metavar="X",
-        help="share of a published mode's rows that may be unusable (default 0.01)")
-  if step == "encode-latents":
-    add("--checkpoint", required=True, metavar="DIR", help="has the VAE")
-    add("--size", nargs=3, type=flags.count, default=(512, 1024, 16),
-        metavar=("MIN", "MAX", "STRIDE"),
-        help="as data.vae_transform of the training (default 512 1024 16)")
-    add("--dtype", choices=("float32", "float16"), default="float32",
-        help="of the stored moments; float16 halves them, and rounds (default float32)")
-    flags.add_hosts(parser)
+    parser = steps.add_parser(step, run=run, **_TEXTS["steps"][step])
+    if step == "encode-latents":
+      flags.add_hosts(parser)
 
 
 def _sample(args, _):
@@ -58,7 +27,7 @@ def _sample(args, _):
 
 
 def _build(args, _):
-  modes = _modes(args.mode, _folder("SRC", args.source))
+  modes = _modes(args.mode, flags.folder("SRC", args.source))
   from irg_jax import progress, storage
   from irg_jax.data import parquet, sources
   storage.check_output_folder(args.out)
@@ -73,7 +42,7 @@ def _build(args, _):
 
 
 def _check(args, _):
-  modes = _modes(args.mode, _folder("PATH", args.path))
+  modes = _modes(args.mode, flags.folder("PATH", args.path))
   if args.out.is_dir():
     raise ValueError(f"--out {args.out}: is a folder; name a file")
   from irg_jax import progress, storage
@@ -81,7 +50,7 @@ def _check(args, _):
   count_text = None
   if args.tokenizer:
     from irg_jax.tokenizer import load_tokenizer
-    tokenizer = load_tokenizer(_folder("--tokenizer", args.tokenizer), 2**31)
+    tokenizer = load_tokenizer(flags.folder("--tokenizer", args.tokenizer), 2**31)
     count_text = lambda words: len(tokenizer.encode(words))
   from irg_jax.data import check, parquet
   with progress.Progress() as bar:
@@ -95,8 +64,8 @@ def _check(args, _):
 
 
 def _encode(args, _):
-  modes = _modes(args.mode, _folder("PATH", args.path))
-  _folder("--checkpoint", args.checkpoint)
+  modes = _modes(args.mode, flags.folder("PATH", args.path))
+  flags.folder("--checkpoint", args.checkpoint)
   flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")
@@ -121,12 +90,6 @@ def _encode(args, _):
     print(f"{mode}: {'files of other hosts are missing yet' if state == 'waiting' else state}")
 
 
-def _folder(flag, path):
-  if not path.is_dir():
-    raise ValueError(f"{flag} {path}: no such folder")
-  return path
-
-
 def _modes(names, folder):
   """The modes that are named, all of which must exist; default: all six."""
   from irg_jax.data.records import MODES
@@ -138,10 +101,3 @@ def _modes(names, folder):
     raise ValueError(f"{folder} has no {missing[0]}; choose among the modes that it has with "
                      "--mode")
   return modes
-
-
-def _share(text):
-  value = float(text)
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1; 1 % is 0.01")
-  return value

@@ -30,15 +30,21 @@ SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
 
 
 class Parser(argparse.ArgumentParser):
-  """Parser of `prog`, "irg VERB", whose texts are in help.toml; it calls `run(args, overrides)`.
+  """Parser of `prog`, "irg VERB", with the texts and flags of help.toml.
 
-  A flag whose metavar stands for a path has the type pathlib.Path. Parsers of subcommands are of
-  the same class.
+  It calls `run(args, overrides)`. A flag whose metavar stands for a path has the type
+  pathlib.Path. Parsers of subcommands are of the same class.
   """
 
   def __init__(self, *, prog, run=None, **kwargs):
-    super().__init__(prog=prog, allow_abbrev=False, **_HELP.get(prog, {}) | kwargs,
+    texts = _HELP.get(prog, {}) | kwargs
+    table = texts.pop("flags", {})
+    super().__init__(prog=prog, allow_abbrev=False, **texts,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, options in table.items():
+      kind = {"type": _TYPES[options["type"]]} if "type" in options else {}
+      lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
+      self.add_argument(name, **options | lists | kind)
     if run is not None:
       self.set_defaults(run=run)
 
@@ -76,9 +82,20 @@ def count(text: str) -> int:
   return int(text)
 
 
+def share(text: str) -> float:
+  """Parses a number from 0 to 1."""
+  value = float(text)
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1; 1 % is 0.01")
+  return value
+
+
 def address(text: str) -> str:
   """Checks "HOST:PORT"."""
   return _matched(text, r"\S+:\d+", "an address; write host0:1234")[0]
+
+
+_TYPES = {kind.__name__: kind for kind in (int, float, count, mesh, share)}  # in the TOML files
 
 
 def add_generation(parser, think_limit: int = 1000) -> None:

@@ -9,18 +9,6 @@ from irg_jax.commands import flags
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = verbs.add_parser("generate", run=_run, help="generate thoughts and images")
-  add = parser.add_argument
-  add("prompts", nargs="*", metavar="PROMPT",
-      help="description of an image; several make several traces")
-  add("--checkpoint", metavar="DIR",
-      help="weights, in the published layout or Orbax (default: the mini world's in the package)")
-  add("--prompts-file", metavar="FILE", help="more prompts, one a line, UTF-8")
-  add("--image", metavar="FILE",
-      help="image to edit; the prompts are the instructions, and the result has --size")
-  add("--out", metavar="DIR", help="folder of the results (default out/DATE-TIME)")
-  add("--seed", type=int, default=0, help="prompt number i (from 0) uses SEED + i (default 0)")
-  add("--batch-size", type=int, default=1, metavar="N",
-      help="prompts generated side by side (default 1)")
   flags.add_generation(parser)
 
 

@@ -1,7 +1,5 @@
 """`irg mini`: trains and measures the whole method in a small world of shapes, on two cores."""
 
-import pathlib
-
 from irg_jax.mini import STEPS
 
 
@@ -10,12 +8,7 @@ def add(verbs) -> None:
   parser = verbs.add_parser("mini", help="the whole method in a small world")
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
   run = actions.add_parser("run", run=_run, help="train everything from nothing")
-  report = actions.add_parser("report", run=_report, help="tables, plots and traces of a run")
-  for action in (run, report):
-    action.add_argument("--out", default=pathlib.Path("out", "mini"), metavar="DIR",
-                        help="folder of the run (default out/mini)")
-  run.add_argument("--config", default=pathlib.Path("configs", "mini.py"), metavar="FILE",
-                   help="sizes and steps (default configs/mini.py); --config.FIELD=VALUE sets one")
+  actions.add_parser("report", run=_report, help="tables, plots and traces of a run")
   run.add_argument("--until", choices=STEPS, metavar="STEP",
                    help=f"stop after one of {', '.join(STEPS)}")
 

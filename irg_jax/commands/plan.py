@@ -9,38 +9,14 @@ import sys
 from irg_jax import chips
 from irg_jax.commands import flags
 
-_PLAN = """\
-Compiles the programs of training and generation for a TPU slice, without a TPU, and prints memory,
-FLOPs, collectives and a roofline estimate of the time of each on one chip. Takes minutes and some
-gigabytes for a large model. Needs libtpu: pip install 'irg_jax[tpu]'.
-
-examples:
-  irg plan --topology v5p:4x4x4 --config configs/irgl.py
-  irg plan --topology v5e:16x16 --config configs/irgl.py --programs train --mesh fsdp=64,sequence=4
-  irg plan --topology v5e:2x4 --config configs/irgl.py --programs generate --batch 8 --cache 16384
-  irg plan --topology v5e:2x4 --config configs/tiny.py --programs think,denoise --size 128
-  irg plan --topology v6e:8x8 --config configs/irgl.py --config.data.rows=128
-"""
-
-_PLAN_END = """\
-topologies are CHIP:SIDExSIDE with chips v4, v5e, v5p, v6e. programs are "train" (the step of
---stage), "generate" (all steps of generation), or one of append_text, append_image, think, denoise,
-decode_pixels, encode_pixels.
-
-exit status:
-  0  everything fits, with --headroom to spare
-  1  something does not fit; the report says by how much and what to try
-  2  an error: a flag, the configuration, libtpu is missing
-"""
-
 _STEPS = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
 _OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "denoise"}
 
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
-  add = verbs.add_parser("plan", run=_run, description=_PLAN, epilog=_PLAN_END,
-                         help="memory and time on a TPU slice, without a TPU").add_argument
+  add = verbs.add_parser(
+      "plan", run=_run, help="memory and time on a TPU slice, without a TPU").add_argument
   add("--topology", required=True, metavar="CHIP:AxB", help="the slice, such as v5p:4x4x4")
   add("--config", type=pathlib.Path, required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")

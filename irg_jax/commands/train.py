@@ -12,18 +12,6 @@ from irg_jax.commands import flags
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = verbs.add_parser("train", run=_run, help="train in two stages on IRGL data")
-  add = parser.add_argument
-  add("--config", required=True, metavar="FILE[:PRESET]",
-      help="the recipe, like configs/irgl.py; --config.FIELD=VALUE changes a field, and "
-           "docs/settings.md lists them")
-  add("--out", metavar="DIR",
-      help="folder of the run, new or to continue (default out/train-PRESET, with the file's "
-           "default preset if none is named: out/train-paper for configs/irgl.py)")
-  add("--data", metavar="DIR", help="same as --config.data.path=DIR")
-  add("--checkpoint", metavar="DIR",
-      help="weights to start from, same as --config.checkpoint=DIR")
-  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
-      help="devices by axis, such as data=2,fsdp=4; same as --config.mesh.AXIS=N")
   # argparse parses a default that is a string, and names the flag if it is no number.
   add = parser.add_argument_group("several hosts, one process on each").add_argument
   add("--distributed", action="store_true",
