@@ -17,6 +17,7 @@ from irg_jax.model.layers import GroupNorm
 
 GROUPS, NORM_EPS = 32, 1e-6
 group_norm = functools.partial(GroupNorm, GROUPS, NORM_EPS)
+conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
 QUERY_CHUNK = 1024  # of the middle attention: 64 MiB of scores, not 1 GiB, at 1024 pixels a side
 
 
@@ -34,18 +35,18 @@ class Vae(nn.Module):
   param_dtype: str = "float32"
 
   def setup(self):
-    _check_config(self.config)
-    self.encoder = Encoder(self.config, self.dtype, self.param_dtype)
-    self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
+    for mult in self.config.ch_mult:
+      if self.config.ch * mult % GROUPS:
+        raise ValueError(f"VAE width ch {self.config.ch} * ch_mult {mult} is not a multiple of "
+                         f"{GROUPS}, the number of its norm groups")
+    self.encoder, self.decoder = (
+        part(self.config, self.dtype, self.param_dtype) for part in (Encoder, Decoder))
 
   def encode(self, pixels_BYXC):
-    """Moments of the posterior of pixels, float [B, height, width, 3] in [-1, 1].
+    """Moments (mean, logvar) of pixels' posterior for `sample_latents`, unscaled, float32.
 
-    Returns:
-      (mean, logvar), unscaled, float32 [B, Y, X, z]; see `sample_latents`.
-
-    Raises:
-      ValueError: not [B, Y, X, 3], or sides that are no multiples of `config.downsample`.
+    Float [B, height, width, 3] in [-1, 1] -> [B, Y, X, z] each. ValueError: another shape, or
+    sides that are no multiples of `config.downsample`.
     """
     stride = self.config.downsample
     if pixels_BYXC.ndim != 4 or pixels_BYXC.shape[-1] != 3:
@@ -56,10 +57,9 @@ class Vae(nn.Module):
     return tuple(jnp.split(self.encoder(pixels_BYXC), 2, axis=-1))
 
   def decode(self, latents_BYXC):
-    """Pixels of scaled latents, float32 [B, height, width, 3], not clipped.
+    """Pixels of scaled latents [B, Y, X, z], float32 [B, height, width, 3], not clipped.
 
-    Raises:
-      ValueError: not [B, Y, X, z].
+    ValueError: another shape.
     """
     z = self.config.z_channels
     if latents_BYXC.ndim != 4 or latents_BYXC.shape[-1] != z:
@@ -111,89 +111,81 @@ class Decoder(nn.Module):
     return conv3x3(3, name="conv_out", **dtypes)(x_BYXC).astype(jnp.float32)
 
 
-class Stage(nn.Module):
-  """Residual blocks at one resolution, then half or twice the resolution.
+class Typed(nn.Module, kw_only=True):
+  """A part of the encoder and decoder: hands its dtypes on as `**self.dtypes`."""
 
-  Attributes:
-    resample: "downsample", "upsample", or "" for a stage that keeps its resolution.
-  """
+  dtype: str
+  param_dtype: str
+
+  @property
+  def dtypes(self):
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class Stage(Typed):
+  """Residual blocks at one resolution, then half or twice the resolution."""
 
   features: int
   blocks: int
-  resample: str
-  dtype: str
-  param_dtype: str
+  resample: str  # "downsample", "upsample", or "" for a stage that keeps its resolution
 
   @nn.compact
   def __call__(self, x_BYXC):
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     for j in range(self.blocks):
-      x_BYXC = ResBlock(self.features, name=f"block_{j}", **dtypes)(x_BYXC)
+      x_BYXC = ResBlock(self.features, name=f"block_{j}", **self.dtypes)(x_BYXC)
     if self.resample == "upsample":
-      x_BYXC = UpsampleConv(self.features, name="upsample", **dtypes)(x_BYXC)
+      x_BYXC = UpsampleConv(self.features, name="upsample", **self.dtypes)(x_BYXC)
     if self.resample == "downsample":
       x_BYXC = nn.Conv(self.features, (3, 3), strides=2, padding=((0, 1), (0, 1)),
-                       name="downsample", **dtypes)(x_BYXC)
+                       name="downsample", **self.dtypes)(x_BYXC)
     return x_BYXC
 
 
-class Middle(nn.Module):
+class Middle(Typed):
   """Residual block, attention over all positions, residual block, at the lowest resolution."""
-
-  dtype: str
-  param_dtype: str
 
   @nn.compact
   def __call__(self, x_BYXC):
-    features, dtypes = x_BYXC.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    features, dtypes = x_BYXC.shape[-1], self.dtypes
     x_BYXC = ResBlock(features, name="block_1", **dtypes)(x_BYXC)
     x_BYXC = Attention(name="attn_1", **dtypes)(x_BYXC)
     return ResBlock(features, name="block_2", **dtypes)(x_BYXC)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Typed):
   """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 shortcut where the width changes."""
 
   features: int
-  dtype: str
-  param_dtype: str
 
   @nn.compact
   def __call__(self, x_BYXC):
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     h_BYXC = nn.swish(group_norm(self.param_dtype, name="norm1")(x_BYXC))
-    h_BYXC = conv3x3(self.features, name="conv1", **dtypes)(h_BYXC)
+    h_BYXC = conv3x3(self.features, name="conv1", **self.dtypes)(h_BYXC)
     h_BYXC = nn.swish(group_norm(self.param_dtype, name="norm2")(h_BYXC))
-    h_BYXC = conv3x3(self.features, name="conv2", **dtypes)(h_BYXC)
+    h_BYXC = conv3x3(self.features, name="conv2", **self.dtypes)(h_BYXC)
     if x_BYXC.shape[-1] != self.features:
-      x_BYXC = PointConv(self.features, name="shortcut", **dtypes)(x_BYXC)
+      x_BYXC = PointConv(self.features, name="shortcut", **self.dtypes)(x_BYXC)
     return x_BYXC + h_BYXC
 
 
-class Attention(nn.Module):
+class Attention(Typed):
   """x + single-head attention over all positions of the image."""
-
-  dtype: str
-  param_dtype: str
 
   @nn.compact
   def __call__(self, x_BYXC):
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     _, Y, X, C = x_BYXC.shape
     h_BYXC = group_norm(self.param_dtype, name="norm")(x_BYXC)
-    q_BPC, k_BPC, v_BPC = (rearrange(PointConv(C, name=name, **dtypes)(h_BYXC),
+    q_BPC, k_BPC, v_BPC = (rearrange(PointConv(C, name=name, **self.dtypes)(h_BYXC),
                                      "b y x c -> b (y x) c") for name in "qkv")
     h_BPC = attend_positions(q_BPC, k_BPC, v_BPC)
     h_BYXC = rearrange(h_BPC, "b (y x) c -> b y x c", y=Y, x=X)
-    return x_BYXC + PointConv(C, name="out", **dtypes)(h_BYXC)
+    return x_BYXC + PointConv(C, name="out", **self.dtypes)(h_BYXC)
 
 
-class PointConv(nn.Module):
+class PointConv(Typed):
   """A 1x1 convolution, written as a matrix product (faster on a CPU)."""
 
   features: int
-  dtype: str
-  param_dtype: str
 
   @nn.compact
   def __call__(self, x_BYXC):
@@ -203,12 +195,10 @@ class PointConv(nn.Module):
     return x_BYXC.astype(self.dtype) @ kernel[0, 0].astype(self.dtype) + bias.astype(self.dtype)
 
 
-class UpsampleConv(nn.Module):
+class UpsampleConv(Typed):
   """Nearest-neighbour doubling followed by a 3x3 convolution."""
 
   features: int
-  dtype: str
-  param_dtype: str
 
   @nn.compact
   def __call__(self, x_BYXC):
@@ -220,13 +210,10 @@ class UpsampleConv(nn.Module):
 
 @jax.custom_vjp
 def upsample_conv(x_BYXC, kernel):
-  """Doubles [B, Y, X, C] and convolves with [3, 3, C, F], in 4/9 of the operations.
+  """Doubles [B, Y, X, C] and convolves with [3, 3, C, F]: [B, 2Y, 2X, F] in x's dtype.
 
-  An output pixel of either parity sees only 2x2 input pixels. So a 2x2 convolution with summed
-  taps and four times the features computes all four parities.
-
-  Returns:
-    [B, 2Y, 2X, F] in x's dtype.
+  In 4/9 of the operations: an output pixel of either parity sees only 2x2 input pixels, so a 2x2
+  convolution with summed taps and four times the features computes all four parities.
   """
   _, Y, X, _ = x_BYXC.shape
   y_BYXF = _conv(x_BYXC, parity_kernel(kernel.astype(jnp.float32)), ((1, 1), (1, 1)))
@@ -257,11 +244,7 @@ def parity_kernel(kernel):
   Along an axis with taps (a, b, c), even outputs see (before, here) with taps (a, b + c), odd
   outputs (here, after) with taps (a + b, c).
 
-  Args:
-    kernel: [3, 3, in, out].
-
-  Returns:
-    [2, 2, in, 4 * out], output features ordered (row parity, column parity, out).
+  [3, 3, in, out] -> [2, 2, in, 4 * out], features ordered (row parity, column parity, out).
   """
   def split(k, axis):
     a, b, c = jnp.split(k, 3, axis)
@@ -271,10 +254,9 @@ def parity_kernel(kernel):
 
 
 def attend_positions(q_BPC, k_BPC, v_BPC, chunk: int = QUERY_CHUNK):
-  """softmax(q k^T / sqrt(C)) v with float32 softmax, `chunk` queries at a time.
+  """softmax(q k^T / sqrt(C)) v, [B, P, C] in v's dtype, with float32 softmax.
 
-  Returns:
-    [B, P, C] in v's dtype. At most B * chunk * P scores exist at once.
+  It takes `chunk` queries at a time: at most B * chunk * P scores exist at once.
   """
   def one_query(q_BC):
     logits_BP = jnp.einsum("bc,bpc->bp", q_BC, k_BPC, preferred_element_type=jnp.float32)
@@ -287,11 +269,9 @@ def attend_positions(q_BPC, k_BPC, v_BPC, chunk: int = QUERY_CHUNK):
 
 
 def sample_latents(config: VaeConfig, mean_BYXC, logvar_BYXC, noise_BYXC=None):
-  """Scaled latents of a posterior: `scale * (mean + std * noise - shift)`.
+  """Scaled latents of a posterior from `Vae.encode`: `scale * (mean + std * noise - shift)`.
 
-  Args:
-    mean_BYXC, logvar_BYXC: from `Vae.encode`.
-    noise_BYXC: standard normal; None takes the mean.
+  Without `noise_BYXC`, standard normal, it takes the mean.
   """
   if noise_BYXC is not None:
     mean_BYXC = mean_BYXC + jnp.exp(0.5 * logvar_BYXC) * noise_BYXC
@@ -301,8 +281,7 @@ def sample_latents(config: VaeConfig, mean_BYXC, logvar_BYXC, noise_BYXC=None):
 def patchify_latents(latents_BYXC, patch: int):
   """Latents [B, Y, X, z] -> tokens [B, Y/p * X/p, p * p * z], flattened (row, column, channel).
 
-  Raises:
-    ValueError: a side that is no multiple of `patch`.
+  ValueError: a side that is no multiple of `patch`.
   """
   _, Y, X, _ = latents_BYXC.shape
   if Y % patch or X % patch:
@@ -312,11 +291,7 @@ def patchify_latents(latents_BYXC, patch: int):
 
 
 def unpatchify_latents(tokens_BPC, h: int, w: int, patch: int):
-  """The inverse of `patchify_latents`; h and w count latents, not tokens.
-
-  Raises:
-    ValueError: the tokens do not make an h x w image.
-  """
+  """The inverse of `patchify_latents`; h and w count latents. ValueError: tokens do not fit."""
   _, P, C = tokens_BPC.shape
   if h % patch or w % patch or P * patch * patch != h * w or C % (patch * patch):
     raise ValueError(
@@ -335,15 +310,3 @@ def encode_levels(model: ModelConfig, params, levels_BYXC):
 def to_uint8(pixels):
   """[-1, 1] to 0..255, clipped, then truncated like the reference (docs/spec.md, section 8)."""
   return ((jnp.clip(pixels, -1.0, 1.0) * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
-
-
-def conv3x3(features: int, **kwargs):
-  """A 3x3 convolution that keeps the resolution."""
-  return nn.Conv(features, (3, 3), padding=1, **kwargs)
-
-
-def _check_config(config: VaeConfig):
-  for mult in config.ch_mult:
-    if config.ch * mult % GROUPS:
-      raise ValueError(f"VAE width ch {config.ch} * ch_mult {mult} is not a multiple of {GROUPS}, "
-                       "the number of its norm groups")
