@@ -38,28 +38,17 @@ _CACHE_MULTIPLE = 512  # so that blocks of keys (`blockwise.key_size`) divide th
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """Cache and views of B rows.
+  """Cache and views of B rows."""
 
-  Attributes:
-    k, v: [L, B, K, S, H], rotated keys and values in the compute dtype.
-    length: int32 [B], slots in use.
-    visible: bool [B, W, S], slots that each view sees.
-    position: int32 [B, W], rotary position of each view's next token.
-  """
-
-  k: jax.Array
-  v: jax.Array
-  length: jax.Array
-  visible: jax.Array
-  position: jax.Array
+  k: jax.Array  # [L, B, K, S, H], rotated, in the compute dtype
+  v: jax.Array  # likewise, not rotated
+  length: jax.Array  # int32 [B], slots in use
+  visible: jax.Array  # bool [B, W, S], slots that each view sees
+  position: jax.Array  # int32 [B, W], rotary position of each view's next token
 
 
 def rung(length: int, name: str = "a text") -> int:
-  """The padded length of an appended text; errors call it `name`.
-
-  Raises:
-    ValueError: longer than the top of the ladder.
-  """
+  """The padded length of an appended text; ValueError calls one that is too long `name`."""
   for step in LADDER:
     if length <= step:
       return step
@@ -100,11 +89,7 @@ def fork(ctx: Context, source: int, target: int) -> Context:
 
 
 def cached(ctx: Context, views) -> KeyValues:
-  """The cache as source of keys and values for R = B * W query rows, the views of a row together.
-
-  Args:
-    views: static sequence of W views.
-  """
+  """Keys and values for R = B * W query rows: the W static `views` of a row lie together."""
   return KeyValues(ctx.k, ctx.v, seen_before(
       rearrange(ctx.visible[:, jnp.array(views)], "b w s -> (b w) s")))
 
@@ -131,11 +116,9 @@ def write(ctx: Context, kv) -> Context:
 
 
 def claim(ctx: Context, count_B, views, advance) -> Context:
-  """Takes the next slots of each row into use and makes them visible to `views`.
+  """Takes the next int32 `count_B` slots of each row into use and makes them visible to `views`.
 
-  Args:
-    count_B: int32, number of slots.
-    advance: int32 [B] or scalar, added to the positions of `views`.
+  `advance`, int32 [B] or scalar, is added to the positions of `views`.
   """
   slot_S, views = jnp.arange(ctx.visible.shape[-1]), jnp.array(views)
   length_B = ctx.length + count_B
@@ -158,12 +141,10 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, image=None,
                understand=False) -> tuple[int, int]:
   """Slots of the cache for each row, and the number of earlier rounds that fit into it.
 
-  Both follow from the settings and the system prompt alone, not from the texts of a row or its
-  neighbours, so neither shapes nor results depend on those.
+  Both follow from the `settings.Settings` and the length of the system prompt, not from the texts
+  of a row or its neighbours, so neither shapes nor results depend on those.
 
   Args:
-    settings: `settings.Settings`.
-    system_tokens: length of the system prompt.
     image: (height, width) of the input images, None without.
     understand: text output only, see `irg.answer`.
 

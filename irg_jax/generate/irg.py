@@ -34,36 +34,22 @@ _REPORTS = 25  # of a phase to a listener; a run without one is not interrupted
 
 @dataclasses.dataclass(frozen=True)
 class Thought:
-  """A text that the model wrote.
-
-  Attributes:
-    text: as decoded.
-    ids: tokenised again, as appended to the context.
-    hit_limit: it did not end by itself.
-    cut: tokens dropped because the text, tokenised again, exceeded the limit.
-  """
+  """A text that the model wrote."""
 
   text: str = ""
-  ids: tuple[int, ...] = ()
-  hit_limit: bool = False
-  cut: int = 0
+  ids: tuple[int, ...] = ()  # the text tokenised again, as appended to the context
+  hit_limit: bool = False  # it did not end by itself
+  cut: int = 0  # tokens dropped because the text, tokenised again, exceeded the limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """The result of one round of one prompt.
+  """The result of one round of one prompt."""
 
-  Attributes:
-    thought: empty without thinking.
-    latents: float32 [P, latent_dim], clean latent tokens.
-    image: uint8 [height, width, 3], decoded from them.
-    seconds: wall time of the whole batch by phase: think, draw (denoise), decode, encode.
-  """
-
-  thought: Thought
-  latents: np.ndarray
-  image: np.ndarray
-  seconds: dict[str, float]
+  thought: Thought  # empty without thinking
+  latents: np.ndarray  # float32 [P, latent_dim], clean latent tokens
+  image: np.ndarray  # uint8 [height, width, 3], decoded from them
+  seconds: dict[str, float]  # of the whole batch by phase: think, draw (denoise), decode, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +60,21 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A batch of B rows with everything that stays constant while it runs; made by `prepare`.
-
-  Attributes:
-    system_ids, prompt_ids: token ids without `<|im_start|>` and `<|im_end|>`.
-    images: None, or uint8 [B, Y, X, 3], the input images.
-    noise: function (kind, round, shape) -> standard normal float32 of that shape, with kind
-      "noise" (of `denoise`) or "posterior" (of the VAE).
-    on_progress: None, or function (kind, round, step, total), called on the host.
-    understand: text is the only output, see `answer`.
-  """
+  """A batch of B rows with everything that stays constant while it runs; made by `prepare`."""
 
   model: UnifiedTransformer
   params: dict
   tokenizer: object
   settings: Settings
   seeds: list[int]
-  system_ids: list[int]
+  system_ids: list[int]  # without `<|im_start|>` and `<|im_end|>`, as `prompt_ids`
   prompt_ids: list[list[int]]
-  images: np.ndarray | None = None
+  images: np.ndarray | None = None  # input images, uint8 [B, Y, X, 3]
+  # (kind, round, shape) -> standard normal float32 of that shape, with kind "noise" (of `denoise`)
+  # or "posterior" (of the VAE)
   noise: Callable | None = None
-  on_progress: Callable | None = None
-  understand: bool = False
+  on_progress: Callable | None = None  # (kind, round, step, total), called on the host
+  understand: bool = False  # text is the only output, see `answer`
 
   @property
   def cache(self) -> tuple[int, int]:
@@ -172,10 +151,7 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
            on_progress=None) -> list[Thought]:
   """Text output only: chat, or with `images` a question about each image (read by the ViT alone).
 
-  Arguments as in `generate`; `settings.think_limit` limits the answer.
-
-  Raises:
-    ValueError: as `generate`.
+  Arguments and errors as in `generate`; `settings.think_limit` limits the answer.
   """
   config_lib.check(settings)
   job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
@@ -186,11 +162,7 @@ def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 
 def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt="", images=None,
             noise=None, on_progress=None, understand=False) -> Job:
-  """Checks and encodes the inputs of `generate` or `answer`; arguments as there.
-
-  Raises:
-    ValueError: prompts, seeds or images that cannot work.
-  """
+  """Checks and encodes the inputs of `generate` or `answer`; arguments and errors as there."""
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
   if not all(0 <= seed < 2**32 for seed in seeds):
@@ -277,11 +249,9 @@ def denoise(job: Job, ctx: Context, number: int):
 
 
 def encode(job: Job, images, number: int, vae=True) -> dict:
-  """Keyword arguments of `steps.append_image` for 8-bit images [B, Y, X, 3].
+  """Keyword arguments of `steps.append_image` for 8-bit images [B, Y, X, 3] of round `number`.
 
-  Args:
-    number: round, for the noise of the VAE's posterior.
-    vae: whether to append the VAE split too, not the ViT split alone.
+  Without `vae`, the ViT split alone is appended.
   """
   config, s = job.model.config, job.settings
   images = np.stack([s.vae_transform(image) for image in images])

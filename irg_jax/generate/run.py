@@ -37,9 +37,8 @@ class Inputs:
 def run_generate(inputs: Inputs) -> None:
   """Generates the images of every prompt, and writes each trace as soon as it is complete.
 
-  Raises:
-    ValueError, OSError: with a message for the user. What can be checked before the weights are
-      read is checked then, before anything is written.
+  ValueError and OSError have a message for the user. What can be checked before the weights are
+  read is checked then, before anything is written.
   """
   count, folders = len(inputs.prompts), _trace_folders(inputs)
   for folder in folders:
@@ -70,9 +69,8 @@ def run_generate(inputs: Inputs) -> None:
 def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, dict]:
   """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
-  Args:
-    dtype: of parameters and arithmetic, or None for the checkpoint's own.
-    progress: `progress.Progress` or another function of a phase.
+  `dtype` is that of parameters and arithmetic, None for the checkpoint's own; `progress` is a
+  `progress.Progress` or another function of a phase.
   """
   progress("read")
   dtype = dtype or read_defaults(checkpoint).dtype

@@ -101,23 +101,14 @@ def append_image(model, params, ctx: Context, latents_BPC, patches_BPC, *, laten
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-  """A text of at most T tokens that is being written, beside the Context.
+  """A text of at most T tokens that is being written, beside the Context."""
 
-  Attributes:
-    step: int32 scalar, tokens decoded so far.
-    token: int32 [B], the last one.
-    ids: int32 [B, T], 0 from the end of the text on.
-    count: int32 [B], tokens of text.
-    ended: bool [B], whether the row has produced `<|im_end|>`.
-    kv: keys and values of the decoded tokens, [L, B, K, T, H] each.
-  """
-
-  step: jax.Array
-  token: jax.Array
-  ids: jax.Array
-  count: jax.Array
-  ended: jax.Array
-  kv: tuple[jax.Array, jax.Array]
+  step: jax.Array  # int32 scalar, tokens decoded so far
+  token: jax.Array  # int32 [B], the last one
+  ids: jax.Array  # int32 [B, T], 0 from the end of the text on
+  count: jax.Array  # int32 [B], tokens of text
+  ended: jax.Array  # bool [B], whether the row has produced `<|im_end|>`
+  kv: tuple[jax.Array, jax.Array]  # of the decoded tokens, [L, B, K, T, H] each
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "size", "special"))
@@ -181,12 +172,7 @@ def seeded_noise(seeds):
 
 
 def next_token(logits_BV, keys_B, sampling: Sampling):
-  """Samples one token for each row, int32 [B], independently of the other rows.
-
-  Args:
-    logits_BV: float32.
-    keys_B: PRNG keys.
-  """
+  """Samples a token from float32 logits for each row, int32 [B], independently of other rows."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
   logits_BV = logits_BV / sampling.temperature
@@ -276,9 +262,7 @@ def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialT
 def decode_pixels(config: ModelConfig, params, latents_BPC, grid):
   """Latent tokens [B, P, latent_dim] -> 8-bit images, uint8 [B, height, width, 3].
 
-  Args:
-    params: the VAE's parameters.
-    grid: static (rows, columns) of latent tokens.
+  `params` are the VAE's; `grid` is static, (rows, columns) of latent tokens.
   """
   z_BYXC = unpatchify_latents(latents_BPC, *(g * config.latent_patch_size for g in grid),
                               config.latent_patch_size)
@@ -290,10 +274,8 @@ def decode_pixels(config: ModelConfig, params, latents_BPC, grid):
 def encode_pixels(config: ModelConfig, params, pixels_BYXC, noise_BYXC=None):
   """Pixels [B, height, width, 3] in [-1, 1] -> clean latent tokens, float32 [B, P, latent_dim].
 
-  Args:
-    params: the VAE's parameters.
-    noise_BYXC: standard normal, [B, Y, X, z_channels] at the latents' resolution, to sample the
-      posterior; None takes its mean.
+  `params` are the VAE's. `noise_BYXC`, standard normal, [B, Y, X, z_channels] at the latents'
+  resolution, samples the posterior; None takes its mean.
   """
   pixels_BYXC = constrain(pixels_BYXC, "batch", None, None, None)
   moments = Vae(config.vae, config.dtype).apply({"params": params}, pixels_BYXC, method="encode")

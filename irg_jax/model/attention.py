@@ -35,12 +35,10 @@ def visible_pairs(tokens: Tokens):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-  """Keys and values with the keys' metadata.
+  """Keys and values, [B, K, S, H], with the keys' metadata, [R, S]; keys are rotated.
 
-  Attributes:
-    k, v: [B, K, S, H]; keys are rotated.
-    tokens: Tokens of the keys, [R, S] where R is a multiple of B: R // B consecutive query rows
-      (guidance views) share one row of keys and differ in which of them they see.
+  R is a multiple of B: R // B consecutive query rows (guidance views) share one row of keys and
+  differ in which of them they see.
   """
 
   k: jax.Array

@@ -50,14 +50,10 @@ def _group_mean(x_BYXC, groups):
 
 
 def rope_table(position_T, head_dim: int, theta: float):
-  """Cosines and sines of the rotary embedding, for `apply_rope`.
+  """(cos, sin) of the rotary embedding for `apply_rope`, float32 [..., T, head_dim].
 
-  Args:
-    position_T: int [..., T]; may repeat (all tokens of an image share one position).
-    head_dim: even.
-
-  Returns:
-    (cos, sin), float32 [..., T, head_dim]; the first half of sin is negated.
+  The first half of sin is negated. Positions, int [..., T], may repeat (all tokens of an image
+  share one); head_dim is even.
   """
   frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle_TH = position_T[..., None].astype(jnp.float32) * frequency_H
@@ -84,14 +80,8 @@ def timestep_features(t, dim: int = 256, max_period: float = 10000.0):
 def sincos_2d(cell, grid_size: int, width: int):
   """Fixed 2-D position embedding of the cell `row * grid_size + column` (docs/spec.md, section 2).
 
-  The first half of the width encodes the column, the second half the row; each half is sines,
-  then cosines. Computed from the cell number, so there is no table to store or shard.
-
-  Args:
-    cell: int [...].
-
-  Returns:
-    float32 [..., width].
+  Int [...] -> float32 [..., width]. The first half of the width encodes the column, the second
+  half the row; each half is sines, then cosines. Without a table there is none to store or shard.
   """
   frequency_D = 10000.0 ** (-jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
   column_D = (cell % grid_size)[..., None] * frequency_D
@@ -109,8 +99,7 @@ def scan_layers(layer_cls, length: int, remat: str, in_axes, **kwargs):
     in_axes: for each of `args`, 0 (one slice a layer) or `nn.broadcast`.
     **kwargs: fields of the layer.
 
-  Raises:
-    ValueError: unknown remat.
+  ValueError: unknown remat.
   """
   unroll = cpu.unroll(length)
   if remat != "none":
