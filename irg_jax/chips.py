@@ -43,17 +43,12 @@ def peak_tflops(device_kind: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips.
-
-  Attributes:
-    devices: JAX devices to compile for, one per chip; None if only the figures are needed.
-    places: coordinates of each chip in the slice by device id.
-  """
+  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips."""
 
   chip: Chip
   sides: tuple[int, ...]
-  devices: tuple | None = None
-  places: dict[int, tuple[int, ...]] | None = None
+  devices: tuple | None = None  # of JAX to compile for, one per chip; None: only the figures
+  places: dict[int, tuple[int, ...]] | None = None  # of each chip in the slice by device id
 
   @property
   def name(self) -> str:
@@ -76,13 +71,8 @@ class Slice:
 
 
 def parse_slice(text: str) -> Slice:
-  """Parses a topology such as "v5p:4x4x4" into a Slice without devices.
-
-  Raises:
-    ValueError: wrong syntax, unknown chip or wrong number of sides.
-  """
-  found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)
-  if not found:
+  """Parses a topology such as "v5p:4x4x4" into a Slice without devices; ValueError if wrong."""
+  if not (found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)):
     raise ValueError(f"topology {text!r}: write CHIP:SIDExSIDE, like v5p:4x4x4 or v5e:2x4")
   chip, sides = CHIPS.get(found[1]), tuple(map(int, found[2].split("x")))
   if chip is None:

@@ -21,10 +21,7 @@ class Progress:
 
   `kind` is a key of `LABELS` or the label itself. `round` counts from 0. `step` of `total` steps
   are done; total 0 is an unknown length. Step 0 announces a phase; the first one of a kind also
-  compiles its program, and the display says so.
-
-  Attributes:
-    prefix: put before every label, for example "prompt 3 of 10: "; may be changed.
+  compiles its program, and the display says so. `prefix` ("prompt 3 of 10: ") may be changed.
   """
 
   def __init__(self, stream=None, prefix: str = ""):
@@ -43,18 +40,15 @@ class Progress:
     label = self.prefix + LABELS.get(kind, kind).format(n=round + 1)
     if label != self._label:
       compiles = step == 0 and kind not in self._kinds and kind != "read"
-      self._begin(label + " (the first time compiles)" if compiles else label)
-      self._label = label
+      text = label + " (the first time compiles)" if compiles else label
+      if self._bar.disable:
+        print(text, file=self._stream, flush=True)
+      if self._task is not None:
+        self._bar.remove_task(self._task)
+      self._task, self._label = self._bar.add_task(text, total=None), label
       self._kinds.add(kind)
     self._bar.update(self._task, completed=step, total=total or None,
                      description=label if step else None)
-
-  def _begin(self, text):
-    if self._bar.disable:
-      print(text, file=self._stream, flush=True)
-    if self._task is not None:
-      self._bar.remove_task(self._task)
-    self._task = self._bar.add_task(text, total=None)
 
 
 def terminal_bar(stream, width: int = 40) -> progress.Progress:

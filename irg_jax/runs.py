@@ -14,14 +14,9 @@ _UNSET = object()
 
 
 def check_folder(path, kind: str) -> None:
-  """Checks that the folder of a record is a run's, empty, or not there. Hidden files may be.
+  """Raises ValueError if the folder of the record at `path` holds files, but not the record.
 
-  Args:
-    path: of the record.
-    kind: of the run, for the message: "a training run".
-
-  Raises:
-    ValueError: names a file that something else has left in the folder.
+  Hidden files may be there. `kind` is for the message: "a training run".
   """
   path = pathlib.Path(path)
   others = sorted(p.name for p in path.parent.glob("[!.]*"))
@@ -57,11 +52,7 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
 
 
 def read(path, groups=()) -> dict:
-  """Reads a record that has the given groups, each a JSON object.
-
-  Raises:
-    ValueError: the file is missing, not a JSON object, or lacks a group; names it.
-  """
+  """Reads a record; ValueError if it is missing, damaged, or lacks a group (a JSON object)."""
   try:
     record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if not isinstance(record, dict):

@@ -51,13 +51,12 @@ class Tokenizer:
     `control` turns the names of special tokens into these tokens: not for text that a user or a
     model wrote.
     """
-    if not control or not self.special_names:
+    if not control:
       return self._encode_plain(text)
     longest_first = sorted(self.special_names, key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-    ids = ([self.special_names[piece]] if piece in self.special_names else
-           self._encode_plain(piece) for piece in pieces)
-    return [i for some in ids for i in some]
+    return [i for piece in pieces for i in (
+        [self.special_names[piece]] if piece in self.special_names else self._encode_plain(piece))]
 
   def decode(self, ids, *, control: bool = False) -> str:
     """Decodes ids, integers [length], to text; bytes that are not UTF-8 become U+FFFD.
@@ -87,11 +86,9 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   With the second pair, added tokens come from `tokenizer_config.json` and `added_tokens.json`; if
   neither names any, a vocabulary of Qwen2.5's size gets the added tokens of Qwen2.5.
 
-  Every id must be below `vocab_size`, the rows of the model's embedding.
-
   Raises:
-    ValueError: files missing or broken, a control token missing, an id out of range, or a
-      vocabulary that lacks a byte. Names the file and the token.
+    ValueError: files missing or broken, a control token missing, an id that is not below
+      `vocab_size`, the rows of the model's embedding, or a vocabulary that lacks a byte.
   """
   spec, path = _read_spec(pathlib.Path(folder))
   model = spec.get("model")

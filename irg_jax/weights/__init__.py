@@ -34,10 +34,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     part: "transformer" or "vae" reads only that one; empty: both.
 
   Returns:
-    (ModelConfig, {"transformer": ..., "vae": ...}).
-
-  Raises:
-    CheckpointError: names the file and key, and the fault.
+    (ModelConfig, {"transformer": ..., "vae": ...}). CheckpointError names the file and key.
   """
   mark = _mark(pathlib.Path(folder))
   read, load = _READERS[mark]
@@ -64,15 +61,12 @@ def read_config(folder) -> ModelConfig:
 def convert(source, destination, to: str = "orbax", dtype=None) -> None:
   """Copies a checkpoint, tokenizer included, into the layout `to`.
 
-  Everything is read and checked before anything is written.
+  Everything is read and checked before anything is written. Raises CheckpointError for a source
+  that cannot be used, FileExistsError for a destination that is not empty.
 
   Args:
     to: "orbax" or "published".
     dtype: of the parameters written; None: each one's own, bit for bit.
-
-  Raises:
-    CheckpointError: the source cannot be used.
-    FileExistsError: the destination is not empty.
   """
   save = {"orbax": orbax.save, "published": published.save}
   if to not in save:

@@ -86,10 +86,10 @@ class _Fields:
     for name, field in table.items():
       default = getattr(defaults, field)
       if isinstance(default, float):
-        values[field] = self.content.get(name, default)
-        if type(values[field]) not in (int, float) or not math.isfinite(values[field]):
+        value = self.content.get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
           self.fail(name, "expected a number")
-        values[field] = float(values[field])
+        values[field] = float(value)
       else:
         values[field] = self.count(name, None if required else default)
     return values
@@ -98,11 +98,8 @@ class _Fields:
 def read_config(folder, dtype: str = "float32") -> ModelConfig:
   """Reads the configuration of a published checkpoint folder; `dtype` as in `ModelConfig`.
 
-  `ae_config.json` is needed only where the autoencoder is not FLUX.1's own.
-
-  Raises:
-    CheckpointError: a file that is missing or not understood, a field that the model does not
-      implement, or sizes that contradict each other.
+  `ae_config.json` is needed only where the autoencoder is not FLUX.1's own. CheckpointError names
+  a file that is missing, a field that the model does not implement, or sizes that contradict.
   """
   folder = pathlib.Path(folder)
   llm, vit, vae = _read_llm(folder), _read_vit(folder), _read_vae(folder)

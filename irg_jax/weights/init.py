@@ -24,10 +24,7 @@ def random_params(config: ModelConfig, key) -> dict:
   Kernels are normal with variance 1 / fan-in; those that add to the residual stream are divided
   by the square root of their number. Embeddings are normal with variance 1, so that the token
   outweighs what untrained layers add to it. Norm scales are one, biases zero. Sampled on the
-  host, so nothing is compiled.
-
-  Args:
-    key: `jax.random.key`.
+  host, so nothing is compiled. `key` is of `jax.random.key`.
   """
   seed = np.asarray(jax.random.key_data(key)).tolist()
   dtype = np.dtype(config.param_dtype)
@@ -38,9 +35,8 @@ def random_params(config: ModelConfig, key) -> dict:
 def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
   """Writes random parameters in the published layout with a byte-level tokenizer.
 
-  Raises:
-    CheckpointError: a vocabulary too small for the tokenizer.
-    FileExistsError: a `folder` that is not empty.
+  Raises CheckpointError for a vocabulary too small for the tokenizer, FileExistsError for a
+  folder that is not empty.
   """
   if config.llm.vocab_size < BYTE_TOKENS:
     raise CheckpointError(f"llm.vocab_size is {config.llm.vocab_size}; the byte-level tokenizer "
@@ -57,8 +53,7 @@ def _sample(row, seed, dtype):
     return np.full(row.shape, name == "scale", dtype)
   # The seed depends on the path, not on the order of the table.
   rng = np.random.default_rng([*seed, zlib.crc32(row.path.encode())])
-  fan_in = math.prod(row.layer_shape[:-1])
-  std = 1.0 if name == "embedding" else fan_in**-0.5
+  std = 1.0 if name == "embedding" else math.prod(row.layer_shape[:-1])**-0.5
   if _RESIDUAL.search(row.path):
     std *= (2 * row.layers)**-0.5
   return (rng.standard_normal(row.shape, np.float32) * np.float32(std)).astype(dtype)

@@ -46,12 +46,8 @@ def read_config(folder) -> ModelConfig:
 def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   """Writes parameters in their own dtypes; the folder appears when it is complete.
 
-  Args:
-    source: a checkpoint folder whose tokenizer files are copied.
-
-  Raises:
-    CheckpointError: parameters that do not fit `config`.
-    FileExistsError: a folder that is not empty.
+  Tokenizer files of the checkpoint folder `source` are copied. Raises CheckpointError if
+  parameters do not fit `config`, FileExistsError for a folder that is not empty.
   """
   names.check_params(params, config)
   with atomic_folder(folder) as partial:
@@ -63,11 +59,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
          part: str = "") -> dict:
-  """Reads parameters; arguments and result as of `published.load`.
-
-  Raises:
-    CheckpointError: parameters that do not fit the config, are damaged or not finite.
-  """
+  """Reads parameters; arguments, result and errors as of `published.load`."""
   folder = pathlib.Path(folder).absolute()
   config = config or read_config(folder)
   path = folder / PARAMS
@@ -78,9 +70,8 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   except Exception as e:  # as in `restore`
     raise CheckpointError(f"{path}: not an Orbax checkpoint ({_first_line(e)})") from e
   names.check_params(stored, config, str(path))
-  wanted = names.flatten(_place(stored, shardings, dtype))
-  return names.unflatten(restore(path, {name: x for name, x in wanted.items()
-                                        if name.startswith(part)}))
+  wanted = names.flatten(_place(stored, shardings, dtype)).items()
+  return names.unflatten(restore(path, {name: x for name, x in wanted if name.startswith(part)}))
 
 
 def read_run_config(folder) -> ModelConfig:
@@ -107,8 +98,7 @@ def load_average(folder, config: ModelConfig | None = None, *, shardings=None, d
 def restore(path, wanted: dict) -> dict:
   """Restores some arrays of a folder, {path: ShapeDtypeStruct with sharding} -> {path: array}.
 
-  Raises:
-    CheckpointError: arrays that are missing, damaged or not finite.
+  Raises CheckpointError for arrays that are missing, damaged or not finite.
   """
   leaves = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

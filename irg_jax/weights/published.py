@@ -29,7 +29,7 @@ ALIGNMENT = 64  # bytes; JAX takes over a host buffer at a multiple of it withou
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
          part: str = "") -> dict:
-  """Reads the parameters of a published checkpoint folder straight into their shards.
+  """Reads {"transformer": ..., "vae": ...} of a published folder straight into their shards.
 
   Every key and shape is checked before any tensor is read. The position tables are checked
   against the computed ones and left out.
@@ -39,9 +39,6 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
     shardings: tree of `jax.sharding.Sharding` as of `names.abstract_params`; a process reads only
       what its devices hold. None: everything on the default device.
     dtype, part: as of `weights.load_checkpoint`.
-
-  Returns:
-    {"transformer": ..., "vae": ...} of arrays.
 
   Raises:
     CheckpointError: a file or key that is missing, surplus, there twice, of another shape,
@@ -91,9 +88,8 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     pending["ema"].append(
         _pending_table(key, grid, config.llm.hidden_size, dtype or layer.dtype))
   if jax.process_index() > 0:
-    for stem in ("ema", "ae"):
-      for tensor in in_order(pending[stem]):
-        tensor.make()
+    for tensor in in_order(pending["ema"]) + in_order(pending["ae"]):
+      tensor.make()
     return
   with atomic_folder(folder) as partial:
     write_configs(partial, config, source)
@@ -178,8 +174,8 @@ def _pending(row, leaf, dtype) -> list[Pending]:
   if dtype not in DTYPES.values():
     raise CheckpointError(f"{row.path}: cannot write dtype {dtype}; choose one of "
                           f"{', '.join(map(str, DTYPES.values()))}")
-  make = lambda layer: _to_host(row, leaf, layer, dtype)
-  return [Pending(key, dtype, row.published_shape, functools.partial(make, layer))
+  return [Pending(key, dtype, row.published_shape,
+                  functools.partial(_to_host, row, leaf, layer, dtype))
           for layer, key in enumerate(row.keys)]
 
 

@@ -7,7 +7,6 @@ Writing: the library's writer needs a whole file in memory, so the format is wri
 of the header (8 bytes), header (JSON), bytes of the tensors.
 """
 
-import collections
 import collections.abc
 import dataclasses
 import json
@@ -49,12 +48,8 @@ class Tensor:
   def read_into(self, out: np.ndarray, index: tuple | None = None) -> None:
     """out[...] = tensor[index], cast to out's dtype; reads only the pages that it needs.
 
-    Args:
-      out: any writable array or view of the shape that `index` selects.
-      index: a slice of step 1 for each axis; None: everything.
-
-    Raises:
-      CheckpointError: a number is not finite, or not in out's dtype.
+    `index` is a slice of step 1 for each axis, None: everything; `out` any writable view of the
+    shape that it selects. Raises CheckpointError for a number that is not finite in out's dtype.
     """
     first, *rest = index or (slice(None),) * len(self.shape)
     start, stop, _ = first.indices(self.shape[0])
@@ -94,13 +89,10 @@ def read_json(path: pathlib.Path, object_pairs_hook=None):
 def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
   """Finds the tensors of `stem`.safetensors, or of the shards that an index names.
 
-  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json.
-
-  Raises:
-    CheckpointError: see `read_header`; or index and shards disagree.
+  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json. Raises
+  CheckpointError as `read_header` does, and if index and shards disagree.
   """
-  single = folder / f"{stem}.safetensors"
-  index = folder / f"{stem}.safetensors.index.json"
+  single, index = (folder / f"{stem}.safetensors{end}" for end in ("", ".index.json"))
   if single.is_file():
     if index.is_file():
       raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
@@ -115,9 +107,7 @@ def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   """Reads the header of one file: its tensors by key, in the order of the file.
 
-  Raises:
-    CheckpointError: no such file, not safetensors, truncated, a key twice, a dtype that is
-      not a float.
+  Raises CheckpointError: no such file, not safetensors, truncated, a key twice, not a float.
   """
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file")
@@ -157,9 +147,7 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
                   max_shard_bytes: int | None = None) -> None:
   """Writes `stem`.safetensors, or shards and their index if it would be too large.
 
-  Args:
-    max_shard_bytes: upper bound on the tensor bytes of a file (a larger tensor gets a file of
-      its own); None: one file.
+  A file has at most `max_shard_bytes` of tensors, or one larger tensor; None: one file.
   """
   tensors, weight_map = in_order(tensors), {}
   shards = in_groups(tensors, lambda t: t.size, max_shard_bytes or math.inf)
@@ -179,8 +167,7 @@ def in_groups(items, size, limit) -> list[list]:
   groups, total = [[]], 0
   for item in items:
     if groups[-1] and total + size(item) > limit:
-      groups.append([])
-      total = 0
+      groups, total = [*groups, []], 0
     groups[-1].append(item)
     total += size(item)
   return groups
