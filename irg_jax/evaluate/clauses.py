@@ -165,12 +165,9 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
 def records(images, classes, detect, classify, cache_path, names: str):
   """Yields one record of detections per image, in order; ValueError after 20 failures in a row.
 
-  Args:
-    images: iterable of (path, filename, metadata): the file, and what its record shall hold.
-    classes: the class names to detect.
-    detect, classify: see the top of this file; `classify` may be None where no colours are asked.
-    cache_path: keeps the finished records, by the images' content and by `names`, those of the
-      two functions.
+  `images` are (path, filename, metadata): the file, and what its record shall hold. `classify` may
+  be None where no colours are asked. The file `cache_path` keeps the finished records, by the
+  images' content and by `names`, those of the two functions.
   """
   failures = 0
   with records_lib.Cache(cache_path) as cache:
@@ -187,9 +184,8 @@ def records(images, classes, detect, classify, cache_path, names: str):
 def clip_classifier(encode_image, encode_text):
   """A `classify` function from the two halves of a CLIP model, by the official recipe.
 
-  Args:
-    encode_image: RGB `PIL.Image` -> [D], its own preprocessing included.
-    encode_text: list of N texts -> [N, D].
+  `encode_image` maps an RGB `PIL.Image` to [D], its own preprocessing included; `encode_text` maps
+  a list of N texts to [N, D].
   """
   weights = {}
 

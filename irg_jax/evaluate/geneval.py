@@ -11,7 +11,6 @@ open_clip, weights "openai", for which `clauses.clip_classifier` has the rest. S
 are not comparable with published ones.
 """
 
-import collections
 import contextlib
 import itertools
 import json
@@ -95,10 +94,9 @@ class GenEval(clauses.ClauseBenchmark):
     else:
       detect = score.load_function(options.detector, "--detector")
       classify = options.classifier and score.load_function(options.classifier, "--classifier")
-      places = ((item, self.image_path(item, image, number))
-                for item, number, image in score.images_there(folder))
       found = ((record["filename"], record) for record in clauses.records(
-          ((folder.out / path, str(path), item.extra) for item, path in places),
+          ((folder.path(item, i, n), str(self.image_path(item, i, n)), item.extra)
+           for item, n, i in score.images_there(folder)),
           class_names(options.object_names or FILES / "object_names.txt"), detect, classify,
           folder.out / DETECTIONS_CACHE, f"{options.detector} {options.classifier}"))
     total = sum(item.images for item in folder.items) * len(folder.rounds)
@@ -140,16 +138,15 @@ def score_detections(folder, found, options: clauses.Options, extra: dict,
       _add_image(rounds, by_id, record, where, options, default_round, write)
   expected = sum(item.images for item in folder.items)
   values = {n: r.summary.value() | {"unscored": r.unscored.summary()} for n, r in rounds.items()}
-  missing = {n: expected - sum(map(int.bit_count, r.seen.values())) for n, r in rounds.items()}
+  missing = {n: expected - len(r.seen) for n, r in rounds.items()}
   return score.finish(folder, values, missing, extra)
 
 
 class _Round:
-  """A round's summary, images without a verdict, and which images came: a bit each."""
+  """A round's summary, images without a verdict, and (item id, image) of those that came."""
 
   def __init__(self):
-    self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()
-    self.seen = collections.Counter()  # by item id
+    self.summary, self.unscored, self.seen = clauses.TaskSummary(TASKS), base.Unscored(), set()
 
 
 def _add_image(rounds, by_id, record, where, options, default_round, write):
@@ -165,9 +162,9 @@ def _add_image(rounds, by_id, record, where, options, default_round, write):
   item, image = (by_id.get(match[2]), int(match[3])) if match else (None, 0)
   if item is None or image >= item.images:
     return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
-  if target.seen[item.id] >> image & 1:
+  if (item.id, image) in target.seen:
     return target.unscored.add(name, "came twice")
-  target.seen[item.id] |= 1 << image
+  target.seen.add((item.id, image))
   try:
     faults = _faults_of(record, item, options)
   except clauses.Unscorable as e:

@@ -41,8 +41,7 @@ class Unparsable(ValueError):
 def parse(text: str, questions: int) -> list[str]:
   """One "yes" or "no" a question: the lines that begin with such a word, in order.
 
-  Raises:
-    Unparsable: there are more or fewer such lines than questions. The item is asked again.
+  Raises Unparsable where they are more or fewer than the questions; the item is then asked again.
   """
   found = [_ANSWER.match(line.strip()) for line in text.strip().splitlines() if line.strip()]
   answers = [m[1].lower() for m in found if m]
@@ -98,10 +97,7 @@ def mean(values) -> float | None:
 
 
 class Scorer:
-  """Adds up a round's answers, a yes or no to each question; see `score`.
-
-  `references` maps (type, line) to (questions, right answers).
-  """
+  """Adds up a round's answers; see `score`, and `read_questions` for `references`."""
 
   mean = staticmethod(mean)  # of the accuracies of types
 
