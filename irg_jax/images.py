@@ -150,8 +150,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
 def _to_rgb(image):
   if image.mode.startswith("I"):  # 16-bit grey, or 32-bit holding it: Pillow would clip it
-    levels = np.clip(np.asarray(image), 0, 2**16 - 1) >> 8
-    image = Image.fromarray(levels.astype(np.uint8))
+    image = Image.fromarray((np.clip(image, 0, 2**16 - 1) >> 8).astype(np.uint8))
   if not image.has_transparency_data:
     return image.convert("RGB")
   image = image.convert("RGBA")

@@ -29,15 +29,14 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
                renamed=None) -> None:
   """Checks settings against the recorded ones of the run that they would continue.
 
+  ValueError names each field that differs, both values, and how to continue the run.
+
   Args:
     recorded, now: JSON values by name; groups are dicts, fields are named "group.name".
     where: names the run in the message: "--out FOLDER".
     flag: prefix of "field=value" in the message, "--config."; None: no flag sets a field.
     free: fields and groups that may change from one start to the next, or that are gone.
     renamed: {name in older versions: present name} of fields and groups.
-
-  Raises:
-    ValueError: names each field that differs, both values, and how to continue the run.
   """
   before, after = dict(_fields(recorded, renamed=renamed or {})), dict(_fields(now))
   changed = [field for field in sorted(before.keys() | after.keys())

@@ -87,9 +87,8 @@ def partition_spec(shape, axes, mesh) -> PartitionSpec:
 def constrain(x, *axes):
   """Constrains the sharding of `x` by its logical axes; a no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
+  return x if mesh.empty else jax.lax.with_sharding_constraint(
+      x, partition_spec(x.shape, axes, mesh))
 
 
 def lookup(table_VD, ids_BT):

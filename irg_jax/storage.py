@@ -133,9 +133,8 @@ def check_output_folder(path) -> None:
   """
   path = pathlib.Path(path)
   try:
-    existing = path.absolute()
-    while not (existing.exists() or existing.is_symlink()):
-      existing = existing.parent
+    existing = next(p for p in (path.absolute(), *path.absolute().parents)
+                    if p.exists() or p.is_symlink())
     if not existing.is_dir():
       raise ValueError(f"cannot write into {path}: {existing} is not a folder")
     # Permissions mislead (root, read-only mounts), so a folder is made and removed.

@@ -131,9 +131,8 @@ def _place(shapes, shardings, dtype):
 
 def _is_finite(x) -> bool:
   """Checks on the host if the numbers are there, which saves a compilation for every shape."""
-  shards = x.addressable_shards
-  if all(s.device.platform == "cpu" for s in shards):
-    return all(all_finite(np.asarray(s.data)) for s in shards if s.replica_id == 0)
+  if all(device.platform == "cpu" for device in x.sharding.addressable_devices):
+    return all(all_finite(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0)
   return bool(jnp.isfinite(x).all())
 
 

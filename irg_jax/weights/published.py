@@ -80,13 +80,13 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     FileExistsError: a folder that is not empty.
   """
   leaves = names.check_params(params, config)
-  pending = {stem: [] for stem in ("ema", "ae")}
+  pending, width = {"ema": [], "ae": []}, config.llm.hidden_size
   for row in names.rows(config):
     pending[row.file] += _pending(row, leaves[row.path], dtype)
   for key, grid in table_grids(config).items():
-    layer = leaves[f"transformer/{_TABLE_LAYERS[key]}/kernel"]
-    pending["ema"].append(
-        _pending_table(key, grid, config.llm.hidden_size, dtype or layer.dtype))
+    to = np.dtype(dtype or leaves[f"transformer/{_TABLE_LAYERS[key]}/kernel"].dtype)
+    make = lambda grid=grid, to=to: sincos_table(width, grid).astype(to)
+    pending["ema"].append(Pending(key, to, (grid * grid, width), make))
   if jax.process_index() > 0:
     for tensor in in_order(pending["ema"]) + in_order(pending["ae"]):
       tensor.make()
@@ -177,11 +177,6 @@ def _pending(row, leaf, dtype) -> list[Pending]:
   return [Pending(key, dtype, row.published_shape,
                   functools.partial(_to_host, row, leaf, layer, dtype))
           for layer, key in enumerate(row.keys)]
-
-
-def _pending_table(key, grid, width, dtype) -> Pending:
-  make = lambda: sincos_table(width, grid).astype(dtype)
-  return Pending(key, np.dtype(dtype), (grid * grid, width), make)
 
 
 def _to_host(row, leaf, layer, dtype):
