@@ -11,6 +11,7 @@ open_clip, weights "openai", for which `clauses.clip_classifier` has the rest. S
 are not comparable with published ones.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -138,15 +139,16 @@ def score_detections(folder, found, options: clauses.Options, extra: dict,
       _add_image(rounds, by_id, record, where, options, default_round, write)
   expected = sum(item.images for item in folder.items)
   values = {n: r.summary.value() | {"unscored": r.unscored.summary()} for n, r in rounds.items()}
-  missing = {n: expected - len(r.seen) for n, r in rounds.items()}
+  missing = {n: expected - sum(map(int.bit_count, r.seen.values())) for n, r in rounds.items()}
   return score.finish(folder, values, missing, extra)
 
 
 class _Round:
-  """A round's summary, images without a verdict, and (item id, image) of those that came."""
+  """A round's summary, images without a verdict, and which images came: a bit each."""
 
   def __init__(self):
-    self.summary, self.unscored, self.seen = clauses.TaskSummary(TASKS), base.Unscored(), set()
+    self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()
+    self.seen = collections.Counter()  # by item id
 
 
 def _add_image(rounds, by_id, record, where, options, default_round, write):
@@ -162,9 +164,9 @@ def _add_image(rounds, by_id, record, where, options, default_round, write):
   item, image = (by_id.get(match[2]), int(match[3])) if match else (None, 0)
   if item is None or image >= item.images:
     return target.unscored.add(where, "not JSON" if record is None else "no such picture", name)
-  if (item.id, image) in target.seen:
+  if target.seen[item.id] >> image & 1:
     return target.unscored.add(name, "came twice")
-  target.seen.add((item.id, image))
+  target.seen[item.id] |= 1 << image
   try:
     faults = _faults_of(record, item, options)
   except clauses.Unscorable as e:
