@@ -53,16 +53,8 @@ def benchmarks() -> dict:
 
 def _fill_generate(parser):
   _fill(parser, "generate", _generate)
-  add = parser.add_argument
-  add("--checkpoint", required=True, metavar="DIR",
-      help="weights, in the published layout or Orbax; a generate.json there has the defaults")
-  add("--tasks", nargs="+", metavar="TASK",
-      help=f"only these: {', '.join(b.tasks_help for b in benchmarks().values())}")
-  add("--limit", type=flags.count, metavar="N", help="only the first N prompts (of --tasks)")
-  add("--subset", action="store_true",
-      help="the prompts need not be as many as published; the scores then compare with nothing")
-  add("--batch-size", type=flags.count, default=1, metavar="N",
-      help="images side by side (default 1)")
+  tasks = ", ".join(b.tasks_help for b in benchmarks().values())
+  parser.add_table(_TEXTS["generate"]["flags"], tasks=tasks)
   flags.add_hosts(parser)
   flags.add_generation(parser, think_limit=_THINK_LIMIT)
 
@@ -82,10 +74,7 @@ def _fill_report(parser):
   parser.description = _TEXTS["report"]["description"].format(
       folders=" ".join(f"out/{b.name}" for b in benchmarks().values() if b.published))
   parser.set_defaults(run=lambda args, _: _report(args))
-  parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="OUT",
-                      help="folders that irg eval score has been through")
-  parser.add_argument("--to", default=pathlib.Path("report"), metavar="DIR",
-                      help="folder of the report (default report)")
+  parser.add_table(_TEXTS["report"]["flags"])
 
 
 def _fill(parser, step, run):
@@ -152,8 +141,7 @@ def _add_judge(add):
 
 
 def _generate(args, overrides):
-  if not args.checkpoint.is_dir():
-    raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
+  flags.folder("--checkpoint", args.checkpoint)
   flags.check_hosts(args)
   benchmark = benchmarks()[args.benchmark]
   items = benchmark.read(args.prompts)

@@ -10,7 +10,7 @@ import tomllib
 
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
-_PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH")
+_PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
 # Short flags of settings of generation: (name, type, help).
 _SHORT = (
     ("rounds", int, "rounds, one image each (2)"),
@@ -41,12 +41,16 @@ class Parser(argparse.ArgumentParser):
     table = texts.pop("flags", {})
     super().__init__(prog=prog, allow_abbrev=False, **texts,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    self.add_table(table)
+    if run is not None:
+      self.set_defaults(run=run)
+
+  def add_table(self, table, **values):
+    """Adds the flags of a TOML file; `values` are for the braces in their help."""
     for name, options in table.items():
       kind = {"type": _TYPES[options["type"]]} if "type" in options else {}
       lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
-      self.add_argument(name, **options | lists | kind)
-    if run is not None:
-      self.set_defaults(run=run)
+      self.add_argument(name, **options | lists | kind | {"help": options["help"].format(**values)})
 
   def add_argument(self, *names, **kwargs):
     if kwargs.get("metavar") in _PATHS:

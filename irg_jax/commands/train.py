@@ -33,14 +33,10 @@ def _run(args, overrides):
   with distributed.fail_together("irg train"):
     file, preset, overrides = config.locate(args.config, overrides)
     read = settings.load(f"{file}:{preset}" if preset else file, [*_fields(args), *overrides])
-    out = args.out or pathlib.Path("out", f"train-{preset or _default_preset(file)}")
-    return run.run_train(read, out)
-
-
-def _default_preset(file):
-  """Default of the argument of a file's `get_config`; without an argument, the file's name."""
-  arguments = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
-  return next((argument.default for argument in arguments), file.stem)
+    if not (args.out or preset):
+      made = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
+      preset = next((argument.default for argument in made), file.stem)
+    return run.run_train(read, args.out or pathlib.Path("out", f"train-{preset}"))
 
 
 def _fields(args) -> list[str]:

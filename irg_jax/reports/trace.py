@@ -58,11 +58,15 @@ def write_trace(folder, trace: dict) -> dict:
   folder = pathlib.Path(folder).absolute()
   pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
   names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
+  rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
+  record = {key: value for key, value in trace.items() if key != "source"} | {"rounds": rounds}
+  plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
   with atomic_files(folder) as partial:
     for name, png in zip(names, pngs):
       if png:
         (partial / name).write_bytes(png)
-    write_text(partial / "trace.json", _record(trace, names))
+    write_text(partial / "trace.json",
+               json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n")
     write_text(partial / "trace.html", _page(trace, pngs))
   for path in folder.glob("round*.png"):  # of an earlier trace with more rounds
     if _OWN_FILES.fullmatch(path.name) and path.name not in names:
@@ -87,15 +91,6 @@ def _png(image):
   file = io.BytesIO()
   Image.fromarray(np.asarray(image, np.uint8)).save(file, "png")
   return file.getvalue()
-
-
-def _record(trace, names):
-  """The trace as JSON, with file names for images."""
-  rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
-  record = trace | {"rounds": rounds}
-  record.pop("source", None)
-  plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
-  return json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
 def _page(trace, pngs):
