@@ -28,17 +28,13 @@ RULES = {
 
 # The first match wins; a parameter without a match is an error.
 PARAMETER_AXES = (
-    (r"decoder/layers/\w+/[qkv]/kernel", ("layers", "width", "heads")),
+    (r"(decoder/layers/\w+|vit/layers)/[qkv]/kernel", ("layers", "width", "heads")),
     (r"decoder/layers/\w+/[qkv]/bias", ("layers", "heads")),
-    (r"decoder/layers/\w+/o/kernel", ("layers", "heads", "width")),
-    (r"decoder/layers/\w+/(gate|up)/kernel", ("layers", "width", "mlp")),
-    (r"decoder/layers/\w+/down/kernel", ("layers", "mlp", "width")),
+    (r"(decoder/layers/\w+|vit/layers)/o/kernel", ("layers", "heads", "width")),
+    (r"(decoder/layers/\w+/(gate|up)|vit/layers/fc1)/kernel", ("layers", "width", "mlp")),
+    (r"(decoder/layers/\w+/down|vit/layers/fc2)/kernel", ("layers", "mlp", "width")),
     (r"embed/embedding", ("vocab", "width")),
     (r"heads/text/kernel", ("width", "vocab")),
-    (r"vit/layers/[qkv]/kernel", ("layers", "width", "heads")),
-    (r"vit/layers/o/kernel", ("layers", "heads", "width")),
-    (r"vit/layers/fc1/kernel", ("layers", "width", "mlp")),
-    (r"vit/layers/fc2/kernel", ("layers", "mlp", "width")),
     (r"(connector|time_embed)/fc\d/kernel", ("width", None)),
     (r"(latent_embed|heads/\w+|vit/patch_embed)/kernel", ("width", None)),
     (r"vit/position_embed/embedding", (None, "width")),

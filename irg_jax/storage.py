@@ -13,8 +13,6 @@ import shutil
 import tempfile
 import uuid
 
-_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")
-
 
 def partial_name() -> str:
   """A new temporary name such as `.0123abcd.partial`."""
@@ -23,7 +21,7 @@ def partial_name() -> str:
 
 def is_partial(name: str) -> bool:
   """Whether `partial_name` makes such names."""
-  return _PARTIAL.fullmatch(name) is not None
+  return re.fullmatch(r"\.[0-9a-f]{8}\.partial", name) is not None
 
 
 def remove_partials(folder) -> None:

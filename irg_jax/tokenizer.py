@@ -32,17 +32,11 @@ _QWEN2 = json.loads(pathlib.Path(__file__).with_name("files").joinpath(
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Byte-level BPE with control tokens; made by `load_tokenizer`.
-
-  Attributes:
-    special: ids of the four control tokens.
-    special_names: ids of all special tokens by name, the control tokens included.
-    size: largest id of a token, plus one.
-  """
+  """Byte-level BPE with control tokens; made by `load_tokenizer`."""
 
   special: config.SpecialTokens
-  special_names: dict[str, int]
-  size: int
+  special_names: dict[str, int]  # ids of all special tokens, the control tokens included
+  size: int  # largest id of a token, plus one
   _backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
 
   def encode(self, text: str, *, control: bool = False) -> list[int]:
@@ -120,8 +114,7 @@ def write_byte_tokenizer(folder) -> None:
   For checkpoints of random weights: it encodes any text and needs no download.
   """
   vocab = {c: i for i, c in enumerate(_BYTES)}
-  names = enumerate(CONTROL_NAMES.values(), len(vocab))
-  added = [added_token(name, i, True) for i, name in names]
+  added = [added_token(name, i, True) for i, name in enumerate(CONTROL_NAMES.values(), len(vocab))]
   text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
   (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 

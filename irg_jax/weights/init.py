@@ -28,8 +28,8 @@ def random_params(config: ModelConfig, key) -> dict:
   """
   seed = np.asarray(jax.random.key_data(key)).tolist()
   dtype = np.dtype(config.param_dtype)
-  leaves = {r.path: jax.numpy.asarray(_sample(r, seed, dtype)) for r in names.rows(config)}
-  return names.unflatten(leaves)
+  return names.unflatten({
+      r.path: jax.numpy.asarray(_sample(r, seed, dtype)) for r in names.rows(config)})
 
 
 def write_random_checkpoint(folder, config: ModelConfig, seed: int) -> None:
