@@ -89,43 +89,25 @@ class DataSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """B rows of packed samples; dimensions as in `irg_jax.tokens`.
+  """B rows of packed samples; dimensions as in `irg_jax.tokens`."""
 
-  Attributes:
-    tokens, position: Tokens and int32 rotary positions of [und | gen], [B, U + G]; the `sample`
-      of a token is the column of its sample in `sample_mode`.
-    text_ids, vit_index: int32 [B, U], the token's id, or the patch whose ViT embedding it is;
-      `vit_index` is -1 for ids.
-    text_place, text_target: int32 [B, E], index in the und buffer of a token whose next one is
-      predicted, and that next token; 0 on padding.
-    text_weight: float32 [B, E], weight of the prediction in the mean; 0 on padding.
-    text_sample: int32 [B, E], as `tokens.sample`; PADDING on padding.
-    latents: float32 [B, G, latent_dim], clean latents.
-    latent_position: int32 [B, G], `row * max_latent_size + column`.
-    latent_image: int32 [B, G], number of the image in the row (one timestep each).
-    latent_weight: float32 [B, G], 1 on noised tokens (targets), else 0.
-    vit_patches, vit_position, vit_image: see `model.vit.Vit`, [B, P, ...].
-    sample_mode, sample_index: int32 [B, I], mode id and record number of each sample; -1 on
-      padding.
-  """
-
-  tokens: Tokens
-  position: jax.Array
-  text_ids: jax.Array
-  vit_index: jax.Array
-  text_place: jax.Array
-  text_target: jax.Array
-  text_weight: jax.Array
-  text_sample: jax.Array
-  latents: jax.Array
-  latent_position: jax.Array
-  latent_image: jax.Array
-  latent_weight: jax.Array
-  vit_patches: jax.Array
+  tokens: Tokens  # [B, U + G], of [und | gen]; `sample` is the sample's column in `sample_mode`
+  position: jax.Array  # int32 [B, U + G], rotary
+  text_ids: jax.Array  # int32 [B, U]
+  vit_index: jax.Array  # int32 [B, U], patch whose ViT embedding the token is; -1: it is an id
+  text_place: jax.Array  # int32 [B, E], index in und of the token that predicts; 0 on padding
+  text_target: jax.Array  # int32 [B, E], the next token, which it predicts; 0 on padding
+  text_weight: jax.Array  # float32 [B, E], weight of the prediction in the mean; 0 on padding
+  text_sample: jax.Array  # int32 [B, E], as `tokens.sample`; PADDING on padding
+  latents: jax.Array  # float32 [B, G, latent_dim], clean
+  latent_position: jax.Array  # int32 [B, G], `row * max_latent_size + column`
+  latent_image: jax.Array  # int32 [B, G], number of the image in the row (one timestep each)
+  latent_weight: jax.Array  # float32 [B, G], 1 on noised tokens (targets), else 0
+  vit_patches: jax.Array  # [B, P, ...], as the next two: see `model.vit.Vit`
   vit_position: jax.Array
   vit_image: jax.Array
-  sample_mode: jax.Array
-  sample_index: jax.Array
+  sample_mode: jax.Array  # int32 [B, I], mode id of each sample; -1 on padding
+  sample_index: jax.Array  # int32 [B, I], record number of each sample; -1 on padding
 
 
 def pack_row(samples, sizes: BufferSizes) -> Batch:

@@ -17,26 +17,16 @@ from irg_jax.storage import write_text
 KINDS = ("text", "latent", "ViT", "total")
 
 _LISTED = 1000  # unusable rows of a mode on the page
-_LATENT_PIXELS = 16
-_VIT_PIXELS = 14
-_BINS = 40  # of the histogram
-_THUMBNAIL = 384  # pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModeReport:
-  """Content of a mode.
-
-  Attributes:
-    metadata: as of `parquet.Tally`.
-    lengths: tokens of each usable sample by kind (`KINDS`), int64 [samples].
-    samples: a few records from all over the mode.
-  """
+  """Content of a mode."""
 
   mode: str
-  metadata: dict
-  lengths: dict[str, np.ndarray]
-  samples: list[Record]
+  metadata: dict  # as of `parquet.Tally`
+  lengths: dict[str, np.ndarray]  # tokens of each usable sample by kind (`KINDS`), int64 [samples]
+  samples: list[Record]  # a few from all over the mode
 
   @property
   def rejected(self) -> int:
@@ -71,8 +61,8 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
     with Image.open(io.BytesIO(part.data)) as image:
       size = image.size  # from the file's header; EXIF may swap the sides, which changes no count
     for kind, times, transform, pixels in (
-        ("latent", part.need_loss + part.need_vae, images.VAE_TRANSFORM, _LATENT_PIXELS),
-        ("ViT", part.need_vit, images.VIT_TRAIN_TRANSFORM, _VIT_PIXELS)):
+        ("latent", part.need_loss + part.need_vae, images.VAE_TRANSFORM, 16),
+        ("ViT", part.need_vit, images.VIT_TRAIN_TRANSFORM, 14)):
       width, height = transform.size(*size)
       lengths[kind] += times * (width * height // pixels**2)
       lengths["text"] += times * 2  # start and end of an image are text tokens
@@ -134,7 +124,7 @@ def _section(report):
   offenders, lengths, histogram, rows = report.metadata["offenders"], report.lengths, None, []
   if len(total := lengths["total"]):
     rows = [(kind, *np.percentile(x, (0, 50, 95, 100)), x.sum()) for kind, x in lengths.items()]
-    histogram = np.histogram(total, bins=_BINS, range=(0, max(int(total.max()), 1)))
+    histogram = np.histogram(total, bins=40, range=(0, max(int(total.max()), 1)))
   return {"name": report.mode, "lengths": rows, "histogram": histogram, "offenders": offenders,
           "complete": report.rejected == len(offenders),
           "samples": [{"row": record.index, "parts": [_part(part) for part in record.parts]}
@@ -149,7 +139,7 @@ def _part(part):
     return {"text": part.text, "marks": marks}
   image = Image.fromarray(images.decode_image(part.data, "a sample's image"))
   width, height = image.size
-  image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+  image.thumbnail((384, 384))
   buffer = io.BytesIO()
   image.save(buffer, "JPEG", quality=88)
   return {"jpeg": buffer.getvalue(), "width": width, "height": height, "marks": marks}

@@ -27,22 +27,16 @@ class TextSplit:
 class ImageSplit:
   """An image in up to three roles, each of which becomes a split of its own.
 
-  Attributes:
-    latents: float [Y, X, latent_dim], clean latent tokens; None if only the ViT sees the image.
-    vit_patches: [Y, X, patch * patch * 3], 8-bit levels as uint8, or float pixels in [-1, 1];
-      None if the ViT does not see the image.
-    need_loss: the image is a target (noised split).
-    need_vae, need_vit: the image is a condition (clean VAE split, ViT split).
-    pixels: uint8 [H, W, 3] of an image that is not encoded yet; `latents` are then the standard
-      normal noise of its posterior, see `latents.Encoder`.
+  `pixels` are those of an image that is not encoded yet; `latents` are then the standard normal
+  noise of its posterior, see `latents.Encoder`.
   """
 
-  latents: np.ndarray | None
-  vit_patches: np.ndarray | None
-  need_loss: bool = False
-  need_vae: bool = False
-  need_vit: bool = False
-  pixels: np.ndarray | None = None
+  latents: np.ndarray | None  # float [Y, X, latent_dim], clean; None: only the ViT sees the image
+  vit_patches: np.ndarray | None  # [Y, X, patch * patch * 3], uint8 levels or float in [-1, 1]
+  need_loss: bool = False  # the image is a target (noised split)
+  need_vae: bool = False  # it is a condition (clean VAE split)
+  need_vit: bool = False  # it is a condition (ViT split)
+  pixels: np.ndarray | None = None  # uint8 [H, W, 3]
 
 
 @dataclasses.dataclass(frozen=True)
