@@ -60,14 +60,17 @@ class Encoder:
       most = max(_GROUP_PIXELS // (height * width), 1) * self._devices
       for start in range(0, len(members), most):
         some = members[start:start + most]
-        count = self._devices  # then twice that, and so on
-        while count < len(some):
-          count *= 2
-        filled = [images[i] for i in some + some[-1:] * (count - len(some))]
-        levels = jax.device_put(np.stack(filled), self._rows)
-        for i, one in zip(some, np.asarray(self._encode(self._model, self._params, levels))):
+        for i, one in zip(some, self._group([images[i] for i in some])):
           found[i] = one
     return found
+
+  def _group(self, images):
+    count = self._devices  # then twice that, and so on
+    while count < len(images):
+      count *= 2
+    filled = images + images[-1:] * (count - len(images))
+    levels = jax.device_put(np.stack(filled), self._rows)
+    return np.asarray(self._encode(self._model, self._params, levels))[:len(images)]
 
   def __call__(self, batch, images):
     """Returns a `data.batch.Batch` of numpy arrays with the noise of posteriors made latents.
