@@ -77,10 +77,7 @@ def check_absent(folder) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-  """Yields a temporary folder to write to; renames it to `folder` on success, else removes it.
-
-  Raises FileExistsError as `check_absent` does.
-  """
+  """`atomic_file` for a folder; makes its parents. FileExistsError as of `check_absent`."""
   check_absent(folder)
   folder = pathlib.Path(folder).absolute()
   with scratch_folder(folder.parent) as scratch:

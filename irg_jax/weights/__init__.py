@@ -54,8 +54,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
 
 def read_config(folder) -> ModelConfig:
   """Reads the model's sizes, and no weights, from a folder in any layout; CheckpointError."""
-  read, _ = _READERS[_mark(pathlib.Path(folder))]
-  return read(folder)
+  return _READERS[_mark(pathlib.Path(folder))][0](folder)
 
 
 def convert(source, destination, to: str = "orbax", dtype=None) -> None:

@@ -50,11 +50,10 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   parameters do not fit `config`, FileExistsError for a folder that is not empty.
   """
   names.check_params(params, config)
-  with atomic_folder(folder) as partial:
+  with atomic_folder(folder) as partial, ocp.StandardCheckpointer() as checkpointer:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / PARAMS, params)
+    checkpointer.save(partial / PARAMS, params)
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,

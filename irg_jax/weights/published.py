@@ -75,9 +75,8 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     source: a checkpoint folder whose tokenizer files and further config fields are kept.
     max_shard_bytes: splits `ema.safetensors` into files of at most so many bytes of tensors.
 
-  Raises:
-    CheckpointError: parameters that do not fit `config`, are not finite, or do not fit `dtype`.
-    FileExistsError: a folder that is not empty.
+  Raises CheckpointError for parameters that are not finite or do not fit `config` or `dtype`,
+  FileExistsError for a folder that is not empty.
   """
   leaves = names.check_params(params, config)
   pending, width = {"ema": [], "ae": []}, config.llm.hidden_size
