@@ -211,14 +211,12 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
     float32 [B, P, latent_dim]; clean latent tokens if `stop` is M - 1.
   """
   at = functools.partial(velocities, model, params, ctx, grid=grid, special=special)
+  plain = lambda x_BPC, t: at(x_BPC, t, views=(FULL,))["full"]
 
   def guided(x_BPC, t):
     v = at(x_BPC, t, views=views)
     return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
                       guidance.renorm_min)
-
-  def plain(x_BPC, t):
-    return at(x_BPC, t, views=(FULL,))["full"]
 
   def velocity(x_BPC, t):
     if len(views) == 1:

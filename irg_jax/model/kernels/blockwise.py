@@ -219,11 +219,6 @@ def product(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def equal_size(length: int, most: int) -> int:
-  """The size, at most `most`, of equal blocks that pad a length least."""
-  return -(-length // -(-length // most))
-
-
 def key_size(length: int, most: int) -> int:
   """The size, at most `most`, of blocks of keys that overlap least, in whole TPU lanes (128)."""
   if length <= most:
@@ -231,20 +226,17 @@ def key_size(length: int, most: int) -> int:
   return min(range(most, most // 2, -math.gcd(most, 128)), key=lambda size: -length % size)
 
 
-def pad_to_multiple(x, size: int, axis: int):
-  """Pads the end of an axis to a multiple of `size`: floats with 0, integers with -1.
-
-  The integers are the mask's metadata; -1 is `tokens.PADDING`.
-  """
-  widths = [(0, -x.shape[axis] % size if i == axis else 0) for i in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
-
-
 def cut(tree, most: int):
-  """Cuts rows [B, T, ...] into equal blocks [Z, B, T / Z, ...]; the last one is padded."""
+  """Cuts rows [B, T, ...] into equal blocks [Z, B, T / Z, ...] that pad the last one least.
+
+  Floats are padded with 0, integers (the mask's metadata) with -1, `tokens.PADDING`.
+  """
   def one(x):
-    size = equal_size(x.shape[1], most)
-    return rearrange(pad_to_multiple(x, size, 1), "b (z t) ... -> z b t ...", t=size)
+    T = x.shape[1]
+    size = -(-T // -(-T // most))
+    widths = [(0, -T % size if axis == 1 else 0) for axis in range(x.ndim)]
+    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    return rearrange(jnp.pad(x, widths, constant_values=fill), "b (z t) ... -> z b t ...", t=size)
 
   return jax.tree.map(one, tree)
 
