@@ -47,8 +47,7 @@ def check(path, modes=MODES, *, count_text=None, samples: int = 3, workers: int 
     ValueError: a mode is missing, or a file is damaged.
   """
   count_text = count_text or (lambda text: len(text.encode("utf-8")))
-  return [_check_mode(*_open(path, mode, workers, progress), mode, count_text, samples)
-          for mode in modes]
+  return [_check_mode(path, mode, count_text, samples, workers, progress) for mode in modes]
 
 
 def sample_lengths(record: Record, count_text) -> dict[str, int]:
@@ -82,7 +81,14 @@ def write_page(out, path, reports: list[ModeReport], unit: str) -> None:
       overview=[_counts(report) for report in reports], modes=map(_section, reports)))
 
 
-def _check_mode(records, metadata, mode, count_text, samples):
+def _check_mode(path, mode, count_text, samples, workers, progress):
+  if sources.mode_folder(path, mode).parent.is_dir():
+    source = sources.open_source(path, mode)
+    records, metadata = _read_all(source, progress), source.metadata
+  else:
+    tally = parquet.Tally(path, mode, 1.0, listed=_LISTED)
+    good = parquet.read_good(tally, workers=workers, progress=progress)
+    records, metadata = (record for _, record in good), tally.metadata  # complete at the end
   lengths, kept, step = collections.defaultdict(list), [], 1
   for number, record in enumerate(records):
     for kind, length in sample_lengths(record, count_text).items():
@@ -94,16 +100,6 @@ def _check_mode(records, metadata, mode, count_text, samples):
   lengths = {kind: np.array(lengths[kind], np.int64) for kind in KINDS}
   shown = np.linspace(0, len(kept) - 1, min(samples, len(kept))).round().astype(int)
   return ModeReport(mode, metadata, lengths, [kept[i] for i in shown])
-
-
-def _open(path, mode, workers, progress):
-  """An iterator of the usable records, and metadata that is complete at its end."""
-  if sources.mode_folder(path, mode).parent.is_dir():
-    source = sources.open_source(path, mode)
-    return _read_all(source, progress), source.metadata
-  tally = parquet.Tally(path, mode, 1.0, listed=_LISTED)
-  good = parquet.read_good(tally, workers=workers, progress=progress)
-  return (record for _, record in good), tally.metadata
 
 
 def _read_all(source, progress):
