@@ -1,4 +1,4 @@
-"""Recipe of IRG training on IRGL-300K: two stages, six modes (spec sections 3 to 6).
+"""Recipe of IRG training on IRGL-300K: two stages, six modes (docs/spec.md, sections 3 to 6).
 
   irg train --config configs/irgl.py --data irgl --checkpoint weights/bagel-7b
   irg train --config configs/irgl.py:tiny

@@ -39,7 +39,7 @@ def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), w
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlmConfig:
-  """Decoder: Qwen2.5 with two experts in each layer (spec section 2)."""
+  """Decoder: Qwen2.5 with two experts in each layer (docs/spec.md, section 2)."""
 
   vocab_size: int = setting(152064, "rows of the token embedding", low=1)
   hidden_size: int = setting(3584, "width", low=1)
@@ -57,7 +57,7 @@ class LlmConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
-  """SigLIP NaViT vision transformer (spec section 2)."""
+  """SigLIP NaViT vision transformer (docs/spec.md, section 2)."""
 
   hidden_size: int = setting(1152, "width", low=1)
   mlp_size: int = setting(4304, "width inside the MLP", low=1)

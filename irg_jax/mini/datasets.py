@@ -32,7 +32,7 @@ def base_rows(count: int, rng):
 
 
 def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better, rng):
-  """The rows of one trajectory of the base model, in the six modes (spec section 5).
+  """The rows of one trajectory of the base model, in the six modes (docs/spec.md, section 5).
 
   Args:
     plan, first: the base model's thought and image, uint8 [64, 64, 3]. A share `LATER_ROUNDS` of

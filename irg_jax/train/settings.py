@@ -1,4 +1,4 @@
-"""Settings of `irg train`: the recipe of IRG on IRGL-300K (spec sections 3 to 6).
+"""Settings of `irg train`: the recipe of IRG on IRGL-300K (docs/spec.md, sections 3 to 6).
 
 The defaults are the recipe of the paper. `configs/irgl.py` names its presets.
 """
