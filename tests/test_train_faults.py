@@ -135,12 +135,12 @@ def check_reports(reports):
 UNREADABLE = """
 import sys
 from irg_jax import commands
-from irg_jax.data import sources
+from irg_jax.data import parquet
 
 def fail(source, i):
   raise ValueError(f"record {i} cannot be read")
 
-sources.PublishedSource.__getitem__ = fail
+parquet.PublishedSource.__getitem__ = fail
 sys.exit(commands.main(sys.argv[1:]))
 """
 
