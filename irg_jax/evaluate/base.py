@@ -33,7 +33,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Official:
-  """How a benchmark's own scripts ask their judge: the model in words, and decoding settings."""
+  """Judge of a benchmark's own scripts: the model in words, and decoding settings."""
 
   judge: str
   temperature: float

@@ -154,7 +154,7 @@ def answers(items, rounds, ask, questions_of):
 
 
 def failure(answer, fault=None) -> str | None:
-  """Why there is no answer, as "reason: detail"; None where there is one.
+  """Reason for a missing answer, as "reason: detail"; None where there is one.
 
   `fault` is that of a `Question`: an answer that cannot be parsed is none.
   """

@@ -42,7 +42,7 @@ def parse(text: str) -> dict[str, float]:
 
 
 def fault(text: str) -> str | None:
-  """Which scores the judge's text lacks; None: it has all."""
+  """Fault of a judge's text: the scores that it lacks; None: it has all."""
   missing = [f for f in FIELDS if f not in parse(text)]
   return f"no score for {' and '.join(missing)}" if missing else None
 

@@ -63,7 +63,7 @@ class Guidance:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is sampled."""
+  """Sampling of the next token."""
 
   temperature: float = 0.3
   top_k: int = 0

@@ -211,7 +211,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def notes(report: dict) -> list[str]:
-  """What to know about the figures."""
+  """Caveats of the figures."""
   others = [arm["title"] for arm in report["arms"].values() if arm["measured"] != HERE]
   missing = [f"{row['name']}: {row['missing']}" for row in _rows(report) if row["missing"]]
   return pages.render("mini_notes.txt", report=report, elsewhere=ELSEWHERE, others=others,

@@ -163,7 +163,7 @@ def _details(e):
 
 
 def _excess(e, slice_, headroom) -> str:
-  """How much memory a program lacks, and what to try."""
+  """Message about the memory that a program lacks, and what to try."""
   name, chip = e.program.name, slice_.chip
   hint = _HINTS["train" if name.startswith("train") else "generate"]
   missing = (headroom - e.headroom(slice_)) * chip.hbm_gib

@@ -93,7 +93,7 @@ def fail_together(program: str):
 
 
 def _message(error) -> str:
-  """What users read; prints the traceback of errors that are not meant for them."""
+  """The message for users; prints the traceback of errors that are not meant for them."""
   if isinstance(error, KeyboardInterrupt):
     return "interrupted"
   if isinstance(error, (ValueError, OSError)) and os.environ.get("IRG_DEBUG") != "1":

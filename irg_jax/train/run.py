@@ -49,7 +49,7 @@ FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What all stages of a run share."""
+  """State shared by all stages of a run."""
 
   settings: TrainSettings
   out: pathlib.Path  # folder of the run

@@ -68,7 +68,7 @@ class StageSettings:
   loss_off: LossOff = LossOff()
 
   def switches(self, step: int) -> Switches:
-    """What is trained in the update after `step` updates of the stage."""
+    """The parts and losses trained in the update after `step` updates of the stage."""
     begun = lambda group: tuple(name for name, since in dataclasses.asdict(group).items()
                                 if 0 <= since <= step)
     off = begun(self.loss_off)

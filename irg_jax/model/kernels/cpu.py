@@ -19,7 +19,7 @@ def on_lone_cpu() -> bool:
 
 
 def unroll(length: int) -> int:
-  """How many layers of a stack to unroll: all on a CPU, where `pinned` then applies."""
+  """Number of layers of a stack to unroll: all on a CPU, where `pinned` then applies."""
   return max(1, length) if on_lone_cpu() else 1
 
 
