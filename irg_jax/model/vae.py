@@ -121,6 +121,11 @@ class Typed(nn.Module, kw_only=True):
   def dtypes(self):
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
+  def kernel_and_bias(self, *shape):
+    """Parameters of a convolution, with a kernel of the given shape [Y, X, in, out]."""
+    return (self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype),
+            self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype))
+
 
 class Stage(Typed):
   """Residual blocks at one resolution, then half or twice the resolution."""
@@ -189,9 +194,7 @@ class PointConv(Typed):
 
   @nn.compact
   def __call__(self, x_BYXC):
-    shape = (1, 1, x_BYXC.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    kernel, bias = self.kernel_and_bias(1, 1, x_BYXC.shape[-1], self.features)
     return x_BYXC.astype(self.dtype) @ kernel[0, 0].astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -202,9 +205,7 @@ class UpsampleConv(Typed):
 
   @nn.compact
   def __call__(self, x_BYXC):
-    shape = (3, 3, x_BYXC.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    kernel, bias = self.kernel_and_bias(3, 3, x_BYXC.shape[-1], self.features)
     return upsample_conv(x_BYXC.astype(self.dtype), kernel) + bias.astype(self.dtype)
 
 
