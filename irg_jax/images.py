@@ -125,6 +125,13 @@ def read_image(path) -> np.ndarray:
   return decode_image(data, str(path))
 
 
+def encode_image(image, format: str = "PNG", **options) -> bytes:
+  """An RGB image, uint8 [H, W, 3] or Pillow's, as a file; `options` as of Pillow's `save`."""
+  file = io.BytesIO()
+  Image.fromarray(np.asarray(image, np.uint8)).save(file, format, **options)
+  return file.getvalue()
+
+
 def decode_image(data: bytes, name: str) -> np.ndarray:
   """Decodes an image to RGB, uint8 [H, W, 3].
 

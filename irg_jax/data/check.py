@@ -136,6 +136,5 @@ def _part(part):
   image = Image.fromarray(images.decode_image(part.data, "a sample's image"))
   width, height = image.size
   image.thumbnail((384, 384))
-  buffer = io.BytesIO()
-  image.save(buffer, "JPEG", quality=88)
-  return {"jpeg": buffer.getvalue(), "width": width, "height": height, "marks": marks}
+  return {"jpeg": images.encode_image(image, "JPEG", quality=88), "width": width,
+          "height": height, "marks": marks}

@@ -4,13 +4,13 @@ Every mode has `ROWS` usable rows and one row that is unusable, for another reas
 It is enough to run every command on a laptop, and too small to learn anything from.
 """
 
-import io
 import json
 
 from PIL import Image, ImageDraw
 
 from irg_jax.data import parquet
 from irg_jax.data.records import MODES, assistant, image_part, text_part, user
+from irg_jax.images import encode_image
 from irg_jax.storage import atomic_folder
 
 NAME = "sample"  # the value of data.path that stands for this set
@@ -89,9 +89,7 @@ def _paint(scene):
       draw.polygon({"square": [(left, top), (right, top), (right, bottom), (left, bottom)],
                     "triangle": [(x, top), (right, bottom), (left, bottom)],
                     "diamond": [(x, top), (right, y), (x, bottom), (left, y)]}[shape], color)
-  file = io.BytesIO()
-  image.save(file, "PNG")
-  return file.getvalue()
+  return encode_image(image)
 
 
 def _with_part(row, number, **changes):

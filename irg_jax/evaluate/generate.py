@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -34,6 +33,7 @@ from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings
+from irg_jax.images import encode_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 
@@ -83,9 +83,7 @@ class OutFolder:
 
   def write_image(self, relative: pathlib.PurePath, image: np.ndarray) -> None:
     """Writes an RGB image in the format of its name."""
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, **_FORMATS[relative.suffix])
-    self.write(relative, data.getvalue())
+    self.write(relative, encode_image(image, **_FORMATS[relative.suffix]))
 
   def exists(self, relative) -> bool:
     return (self.out / relative).is_file()

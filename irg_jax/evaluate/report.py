@@ -228,18 +228,9 @@ def _settings(run):
   """{setting: value} of a run, flat, the judge's included."""
   record = run.scores.get("run") or {}
   settings = {k: v for k, v in record.get("settings", {}).items() if k != "benchmark"}
-  return dict(_flat({"prompts": run.scores["prompts"], **settings, **record.get("notes", {}),
-                     "judge": run.scores.get("judge") or {},
-                     "protocol": run.scores.get("protocol") or {}}))
-
-
-def _flat(values: dict, prefix: str = ""):
-  """(dotted name, value) of every leaf that is not None."""
-  for name, value in values.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{name}.")
-    elif value is not None:
-      yield prefix + str(name), value
+  return dict(pages.flat({"prompts": run.scores["prompts"], **settings, **record.get("notes", {}),
+                          "judge": run.scores.get("judge") or {},
+                          "protocol": run.scores.get("protocol") or {}}))
 
 
 def _notes(runs):

@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import pathlib
 
 import numpy as np
 import tokenizers
-from PIL import Image
 from tokenizers import models, pre_tokenizers, trainers
 
 from irg_jax import storage
 from irg_jax.data.records import MODES, assistant, image_part, text_part
+from irg_jax.images import encode_image
 from irg_jax.mini import thoughts, verifier, world
 from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
@@ -268,6 +267,4 @@ def _user(text):
 
 
 def _image(pixels, **flags):
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, format="PNG")
-  return image_part(file.getvalue(), **flags)
+  return image_part(encode_image(pixels), **flags)

@@ -31,6 +31,15 @@ def table(head, rows, numbers: bool = False, padded: bool = False) -> str:
   return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def flat(values: dict, prefix: str = ""):
+  """Yields (dotted name, value) of every leaf of nested dicts that is not None."""
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from flat(value, f"{prefix}{name}.")
+    elif value is not None:
+      yield prefix + str(name), value
+
+
 def short(text: str, length: int = 80) -> str:
   """The text on one line, cut to `length` characters."""
   text = " ".join(str(text).split())

@@ -13,15 +13,12 @@ A trace is a plain dict:
 Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an existing one, each file.
 """
 
-import io
 import itertools
 import json
 import pathlib
 import re
 
-import numpy as np
-from PIL import Image
-
+from irg_jax.images import encode_image
 from irg_jax.reports import pages
 from irg_jax.storage import atomic_files, check_output_folder, is_partial, write_text
 
@@ -86,11 +83,7 @@ def write_index(folder, entries: list[dict]) -> None:
 
 
 def _png(image):
-  if image is None:
-    return None
-  file = io.BytesIO()
-  Image.fromarray(np.asarray(image, np.uint8)).save(file, "png")
-  return file.getvalue()
+  return None if image is None else encode_image(image)
 
 
 def _page(trace, pngs):
@@ -107,13 +100,4 @@ def _page(trace, pngs):
       last=max((number for number, png in enumerate(pngs, 1) if png), default=None),
       seconds=sum(sum(took.values()) for took in seconds),
       timings=(["", *phases, "thought, tokens"], timings),
-      tables=[(title, list(_flat(values or {}))) for title, values in tables.items()])
-
-
-def _flat(values, prefix=""):
-  """(dotted name, value) of every leaf that is not None."""
-  for name, value in values.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{name}.")
-    elif value is not None:
-      yield prefix + str(name), value
+      tables=[(title, list(pages.flat(values or {}))) for title, values in tables.items()])
