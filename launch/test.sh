@@ -8,4 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 irg_install test
 cd "$IRG_ROOT"
 # A file of tests stays in one process, where what it compiles is used again.
-exec "$IRG_VENV/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec "$IRG_VENV/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -104,6 +104,18 @@ def checkpoint(reference):
   return _checkpoint(reference)
 
 
+# Files that take longest, first: else one process ends long after the others (launch/test.sh keeps
+# this order).
+LONGEST = ("test_mini_checkpoint", "test_train_faults", "test_generate", "test_mini_texts",
+           "test_optimized", "test_mini_run", "test_step", "test_train_run", "test_plan",
+           "test_before", "test_packing", "test_cli_run")
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def relative_error(got, want) -> float:
   """Norm of the difference over the norm of `want`."""
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

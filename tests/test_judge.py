@@ -2,6 +2,7 @@
 
 import collections
 import random
+import threading
 import time
 
 from judge_server import FAULTS, JudgeServer, cached, prompt_of
@@ -61,12 +62,16 @@ def test_every_request_gets_its_own_answer_in_order_and_with_all_that_was_asked(
 
 
 def test_no_more_requests_are_taken_or_under_way_than_the_settings_say(tmp_path, image):
-  taken = []
+  taken, both = [], threading.Barrier(2, timeout=30)
   def stream():
     for request in requests(image, 200):
       taken.append(request.key)
       yield request
-  with JudgeServer(echo, seconds=0.001) as server:
+  def answer(body):
+    if len(server.bodies) <= 2:
+      both.wait()  # the first two requests are under way at once, however slow the machine is
+    return echo(body)
+  with JudgeServer(answer) as server:
     with Judge(settings(server, concurrency=2), tmp_path / "cache.sqlite") as judge:
       for i, _ in enumerate(judge.ask(stream())):
         assert len(taken) - i <= 2 * 8 + 1

@@ -56,7 +56,9 @@ def test_trainings_have_the_sizes_of_the_run(tmp_path, tiny, monkeypatch, train)
   assert trained == [tiny.model] and tiny.model.llm.hidden_size == 48
 
 
-def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny):
+def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny, monkeypatch):
+  texts = run.sample_texts(tiny, 1000)  # as many as the tokenizer of this test needs
+  monkeypatch.setattr(run, "sample_texts", lambda settings: texts)
   for name in "abc":
     (tmp_path / name).mkdir()
   run.make_start(tiny, tmp_path / "a")

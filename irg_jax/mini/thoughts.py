@@ -202,8 +202,9 @@ def _complete(include, kept, seen, rng, lure):
   A wrong thing is best replaced where it stands, so its cell is `lure` times as likely.
   """
   fixed = [t for group in kept for t in group]
+  taken = {t.cell for t in fixed}
   free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
-  free = [c for c in free if c not in {t.cell for t in fixed}]
+  free = [c for c in free if c not in taken]
   wrong = {t.cell for t in seen.things if t not in fixed} | set(seen.unclear)
   weights = np.array([lure if c in wrong else 1.0 for c in free])
   missing = [i for i, clause in enumerate(include) for _ in range(clause["count"] - len(kept[i]))]

@@ -33,16 +33,16 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
     parameters of `Vae`, see `normalise`.
   """
   painted = paint_both(images, np.random.default_rng(seed))
-  optimizer, path = _optimizer(steps, learning_rate), pathlib.Path(path)
+  path, schedule = pathlib.Path(path), (steps, learning_rate)
   params = _init(config, jax.random.key(seed))
-  state = (0, params, optimizer.init(params))
+  state = (0, params, _optimizer(*schedule).init(params))
   if path.exists():
     state = flax.serialization.from_bytes(state, path.read_bytes())
   start, *state = state
   for i in range(start, steps):
     rows = np.random.default_rng([seed, i]).integers(0, images, batch)
     key = jax.random.fold_in(jax.random.key(seed + 1), i)
-    state = _step(*state, to_pixels(painted[rows]), key, config, optimizer.update)
+    state = _step(*state, to_pixels(painted[rows]), key, config, schedule)
     if progress:
       progress("training the autoencoder", 0, i + 1, steps)
     if (i + 1) % save_every == 0 or i + 1 == steps:
@@ -153,7 +153,7 @@ def _optimizer(steps, learning_rate):
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(4, 5))
-def _step(params, opt_state, pixels, key, config, update):
+def _step(params, opt_state, pixels, key, config, schedule):
   gradients = jax.grad(loss_fn)(params, config, pixels, key)
-  updates, opt_state = update(gradients, opt_state, params)
+  updates, opt_state = _optimizer(*schedule).update(gradients, opt_state, params)
   return optax.apply_updates(params, updates), opt_state

@@ -68,7 +68,7 @@ class Thing:
   @property
   def cell(self) -> tuple[int, int]:
     """(row, column) of its middle."""
-    return tuple(int(np.clip(v // CELL, 0, GRID - 1)) for v in (self.y, self.x))
+    return tuple(min(max(int(v // CELL), 0), GRID - 1) for v in (self.y, self.x))
 
 
 @dataclasses.dataclass(frozen=True)
