@@ -1,8 +1,7 @@
 """Attention over any number of key-value sources: `attend`, the only entry point of the model.
 
-Every implementation calls `tokens.allowed` on the tokens that it holds, so the mask of a whole
-row is never needed. Another implementation, such as a Pallas kernel, is one more branch of
-`attend`.
+The dense and blockwise forms call `tokens.allowed` on the tokens that they hold, the kernels take
+the same rule as integers (`kernels.visible`). So the mask of a whole row is never needed.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
+from irg_jax.model.kernels import fused
 from irg_jax.model.kernels.blockwise import (
     MASKED, MAX_INIT, blockwise, cut, grouped, join, product, softmax_state, ungrouped)
 from irg_jax.model.kernels.cpu import pinned
@@ -47,7 +47,7 @@ class KeyValues:
 
 
 def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
-           query_chunk: int | None = None, key_chunk: int | None = None):
+           query_chunk: int | None = None, key_chunk: int | None = None, prepared=None):
   """Softmax attention over the keys of all sources together, with grouped-query heads.
 
   Args:
@@ -56,9 +56,10 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
     sources: list of KeyValues: the queries' own first, then caches.
     implementation: "dense" computes all scores at once (the test oracle, and fastest for short
       rows). "chunked" needs memory linear in the length and skips blocks of keys that no query
-      of a block sees. "auto" is dense if there are few scores and no cache, of which most may
-      be hidden. The chunked form is differentiable for a single source with B = R.
+      of a block sees. "kernel" is the Pallas kernel of the platform. "auto" is `choose`'s. All
+      but "dense" are differentiable for a single source with B = R.
     query_chunk, key_chunk: largest blocks of the chunked form; None takes those of `chunks`.
+    prepared: of `fused.prepare`, for the kernel; None makes it here, once a call.
 
   Returns:
     [R, T, N, H] in q's dtype; zeros for queries that see nothing. Logits, softmax and
@@ -71,13 +72,18 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   most_queries, most_keys = chunks(T, platform())
   query_chunk, key_chunk = query_chunk or most_queries, key_chunk or most_keys
   if implementation == "auto":
-    short = T * sum(s.k.shape[2] for s in sources) <= _DENSE_SCORES
-    implementation = "dense" if short and len(sources) == 1 else "chunked"
+    implementation = choose(T, [s.k.shape[2] for s in sources])
   if implementation == "dense":
     return _attend_dense(q_RTNH, query, sources)
+  if implementation == "kernel":
+    if prepared is None:
+      heads = q_RTNH.shape[2] // sources[0].k.shape[1]
+      prepared = fused.prepare(query, [s.tokens for s in sources], [len(s.k) for s in sources],
+                               heads, q_RTNH.shape[3])
+    return fused.attend(q_RTNH, [(s.k, s.v) for s in sources], prepared)
   if implementation != "chunked":
-    raise ValueError(f"unknown attention implementation {implementation!r}: not auto, dense or "
-                     "chunked")
+    raise ValueError(f"unknown attention implementation {implementation!r}: not auto, dense, "
+                     "chunked or kernel")
   own, *caches = sources
   if not caches and len(own.k) == len(q_RTNH):
     return blockwise(allowed, query_chunk, key_chunk, q_RTNH, own.k, own.v, query, own.tokens)
@@ -85,6 +91,17 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   if T <= query_chunk:
     return block((q_RTNH, query))
   return join(lax.map(block, cut((q_RTNH, query), query_chunk)), T)
+
+
+def choose(queries: int, keys: list[int]) -> str:
+  """The implementation "auto" for rows of so many queries, and of keys in each source.
+
+  Dense if there are few scores and no cache, of which most may be hidden. A kernel on a TPU or
+  GPU, unless a row has few queries: decoding is bound by reading the cache.
+  """
+  if queries * sum(keys) <= _DENSE_SCORES and len(keys) == 1:
+    return "dense"
+  return "kernel" if platform() in ("tpu", "gpu") and queries >= 16 else "chunked"
 
 
 def chunks(queries: int, on: str) -> tuple[int, int]:

@@ -1,0 +1,113 @@
+"""Attention by the platform's fused kernel: the mask prepared once a step, the mesh, the merge.
+
+`prepare` turns the tokens' metadata into what a kernel takes; it depends on no layer. `attend` runs
+the kernel for each source of keys, on each device of a mesh: heads split over `tensor`, queries
+over `sequence`, rows over the rest. It merges the sources by their log-sum-exp.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from irg_jax.model.kernels import gpu, tpu, visible
+from irg_jax.sharding import partition_spec, platform
+from irg_jax.tokens import Tokens
+
+
+def kernel():
+  """The module of the kernel for the platform; a CPU interprets the one for TPUs."""
+  return gpu if platform() == "gpu" else tpu
+
+
+def prepare(query: Tokens, keys: list[Tokens], rows: list[int], group: int,
+            head_dim: int) -> list[visible.Prepared]:
+  """The mask of each source of keys in the form that the kernel takes.
+
+  Args:
+    query: [R, T].
+    keys: of each source, [R, S].
+    rows: B of each source, see `attention.KeyValues`.
+    group: query heads that share a key-value head.
+    head_dim: H.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  query_R3T, prepared = visible.query_words(query), []
+  for tokens, B in zip(keys, rows):
+    words = [rearrange(x, "(b w) i t -> b w i t", b=B)
+             for x in (query_R3T, visible.key_words(tokens))]
+    if mesh.size <= 1:
+      prepared.append(_prepare(group, head_dim, *words))
+      continue
+    specs = [partition_spec(x.shape, ("batch", None, None, length), mesh)
+             for x, length in zip(words, ("length", None))]
+    listed = PartitionSpec((*(specs[0][0] or ()), *(specs[0][3] or ())))
+    one = functools.partial(_prepare, group, head_dim)
+    out = jax.eval_shape(one, *words)
+    prepared.append(jax.shard_map(
+        one, in_specs=tuple(specs), out_specs=visible.Prepared(
+            *specs, listed, listed, out.query_size, out.key_size, head_dim))(*words))
+  return prepared
+
+
+def _prepare(group, head_dim, query_BW3T, key_BW2S):
+  sizes = kernel().block_sizes(query_BW3T.shape[-1], key_BW2S.shape[-1],
+                               group * query_BW3T.shape[1])
+  return visible.prepare(query_BW3T, key_BW2S, *sizes, head_dim)
+
+
+def attend(q_RTNH, kvs, prepared):
+  """Attention over all sources (k, v), each [B, K, S, H], as prepared; see `attention.attend`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return _attend(q_RTNH, kvs, prepared)
+  q = partition_spec(q_RTNH.shape, ("batch", "length", "heads", None), mesh)
+  kv = partition_spec(kvs[0][0].shape, ("batch", "heads", None, None), mesh)
+  if kv[1] != q[2]:  # query heads that share a key-value head stay together
+    q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
+  length_axes = q[1] or ()  # mesh axes that split queries but not keys
+  listed = PartitionSpec((*(q[0] or ()), *length_axes))
+  words = PartitionSpec(q[0], None, None, q[1]), PartitionSpec(q[0])
+  specs = [visible.Prepared(*words, listed, listed, p.query_size, p.key_size, p.head_dim)
+           for p in prepared]
+
+  def local(q_RTNH, kvs, prepared):
+    # Keys are replicated over `length_axes`: the transpose of this cast sums their gradients.
+    if length_axes:
+      kvs = jax.tree.map(lambda x: lax.pcast(x, length_axes, to="varying"), kvs)
+    return _attend(q_RTNH, kvs, prepared)
+
+  return jax.shard_map(local, in_specs=(q, kv, specs), out_specs=q)(q_RTNH, kvs, prepared)
+
+
+def _attend(q_RTNH, kvs, prepared):
+  T, H = q_RTNH.shape[1], q_RTNH.shape[3]
+  width = kernel().head_size(H)
+  parts = []
+  for (k_BKSH, v_BKSH), mask in zip(kvs, prepared):
+    B, K = k_BKSH.shape[:2]
+    q_BWKJTH = rearrange(q_RTNH, "(b w) t (k j) h -> b w k j t h", b=B, k=K)
+    k_BKSH, v_BKSH = (_padded(x, mask.key_words.shape[-1], width) for x in (k_BKSH, v_BKSH))
+    out, lse = kernel().attention(_padded(q_BWKJTH, mask.query_words.shape[-1], width),
+                                  k_BKSH, v_BKSH, mask)
+    parts.append([rearrange(out, "b w k j t h -> (b w) k j t h"),
+                  rearrange(lse, "b w k j t -> (b w) k j t 1")])
+  # Padding of the queries differs, as sizes of blocks may.
+  parts = [(out[..., :T, :H], lse[..., :T, :]) for out, lse in parts]
+  out_RKJTH, lse_RKJT1 = parts[0]
+  for other_RKJTH, other_RKJT1 in parts[1:]:
+    # A query that sees nothing in a source has the lowest log-sum-exp there, and output 0.
+    share_RKJT1 = jax.nn.sigmoid(lse_RKJT1 - other_RKJT1)
+    out_RKJTH = (share_RKJT1 * out_RKJTH.astype(jnp.float32)
+                 + (1 - share_RKJT1) * other_RKJTH.astype(jnp.float32))
+    lse_RKJT1 = jnp.logaddexp(lse_RKJT1, other_RKJT1)
+  return rearrange(out_RKJTH.astype(q_RTNH.dtype), "r k j t h -> r t (k j) h")
+
+
+def _padded(x_TH, length, width):
+  """x [..., T, H] with zeros up to whole blocks and the kernel's width."""
+  T, H = x_TH.shape[-2:]
+  return jnp.pad(x_TH, [(0, 0)] * (x_TH.ndim - 2) + [(0, length - T), (0, width - H)])
