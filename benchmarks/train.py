@@ -11,6 +11,7 @@ the rate of the step's own products as a share of it.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import time
 
@@ -47,7 +48,7 @@ def main():
   config = config_lib.read_model(ROOT / "configs" / "bench.py")
   settings = settings_lib.load(f"{ROOT}/configs/irgl.py:tiny", ["data.path=none"])
   batch = make_batch(config, LAYOUTS[args.rows])
-  model = UnifiedTransformer(config, args.attention)
+  model = UnifiedTransformer(dataclasses.replace(config, attention=args.attention))
   optimizer = make_optimizer(settings.optimizer, settings.stage2)
   state = init_state(random_params(config, jax.random.key(0))["transformer"], optimizer)
   mesh = sharding.make_mesh({"data": 1}, devices=jax.devices()[:1])

@@ -98,7 +98,10 @@ class ModelConfig:
   latent_patch_size: int = setting(2, "latents along the side of a latent token", low=1)
   dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
   param_dtype: str = setting("float32", "dtype of new parameters", choices=DTYPES)
-  remat: str = setting("none", "recomputed in backward: none, full or a jax.checkpoint_policies")
+  attention: str = setting("auto", "form of attention, auto by platform and length of the row",
+                           choices=("auto", "dense", "chunked", "kernel"))
+  remat: str = setting("none", "recomputed in backward: none, full, "
+                       "attention (all but its outputs) or a jax.checkpoint_policies")
 
   @property
   def latent_dim(self) -> int:

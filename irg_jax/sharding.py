@@ -61,6 +61,27 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None):
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def generation_mesh(shape: dict[str, int] | None, llm, devices=None):
+  """`make_mesh` for generation: without a shape, weights stay where they are.
+
+  As many devices as the heads allow are on `tensor`, so that no weight moves; the others split the
+  rows. `llm` is the decoder's `config.LlmConfig`.
+  """
+  count = len(jax.devices() if devices is None else devices)
+  fits = lambda n: count % n == 0 and llm.num_heads % n == 0 and (
+      llm.num_kv_heads % n == 0 or n % llm.num_kv_heads == 0)
+  tensor = next(n for n in range(count, 0, -1) if fits(n))
+  return make_mesh(shape or {"data": count // tensor, "tensor": tensor}, devices)
+
+
+def kv_copies(llm) -> int:
+  """Copies of each key-value head, so that they divide by a `tensor` axis with more devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  tensor = 1 if mesh.empty else mesh.shape["tensor"]
+  fits = tensor % llm.num_kv_heads == 0 and llm.num_heads % tensor == 0
+  return max(1, tensor // llm.num_kv_heads) if fits else 1
+
+
 def partition_spec(shape, axes, mesh) -> PartitionSpec:
   """The PartitionSpec of an array with the given logical axes (names or None).
 

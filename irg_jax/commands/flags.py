@@ -109,7 +109,7 @@ def add_generation(parser, think_limit: int = 1000) -> None:
   add("--system-prompt-file", metavar="FILE",
       help="replaces the system prompt; an empty file means none")
   add("--mesh", type=mesh, metavar="AXIS=N,...",
-      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: all on fsdp)")
+      help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: tensor first, then data)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
   add = parser.add_argument_group("short flags of settings").add_argument
   for name, kind, text in _SHORT:

@@ -24,7 +24,7 @@ def add(verbs) -> None:
       help="what to compile (default train,generate)")
   add("--stage", choices=("stage1", "stage2"), default="stage2", help="of training (stage2)")
   add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
-      help="devices by axis (default: the configuration's; for generation all on fsdp)")
+      help="devices by axis (default: the configuration's; for generation tensor first)")
   add("--batch", type=flags.count, metavar="N", help="prompts side by side (default: one a chip)")
   add("--cache", type=flags.count, default=16384, metavar="N", help="slots a row (16384)")
   add("--size", type=flags.count, default=1024, metavar="S", help="pixels of a side (1024)")
@@ -64,7 +64,7 @@ def _programs(args, overrides, slice_) -> list:
   if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
     # Generation has no backward pass to recompute anything for.
     model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
-    mesh = sharding.make_mesh(args.mesh, slice_.devices)
+    mesh = sharding.generation_mesh(args.mesh, model.llm, slice_.devices)
     settings = Settings(height=args.size, width=args.size)
     settings.validate(model)
     made = programs.generation_programs(

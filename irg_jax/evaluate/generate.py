@@ -97,7 +97,7 @@ def generate_images(request: Request) -> Result:
   _check_prompts(request, tokenizer)
   plan_cache(config, request.settings, len(tokenizer.encode(request.system_prompt)))
   storage.check_output_folder(request.out)
-  mesh = sharding.make_mesh(request.mesh)
+  mesh = sharding.generation_mesh(request.mesh, config.llm)
   process = f"{request.process_id}-of-{request.num_processes}"
   share = request.selected[request.process_id::request.num_processes]
   rows = [(item, image) for item in share for image in range(item.images)]

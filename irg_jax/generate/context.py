@@ -23,7 +23,7 @@ from einops import rearrange
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues
-from irg_jax.sharding import constrain
+from irg_jax.sharding import constrain, kv_copies
 from irg_jax.tokens import CAUSAL, PADDING, Tokens
 
 FULL, NO_TEXT, NO_IMAGE = VIEWS = range(3)
@@ -70,7 +70,8 @@ def new_kv(config: ModelConfig, batch: int, size: int) -> tuple[jax.Array, jax.A
   """Keys and values of `size` empty slots, [L, B, K, size, H] each."""
   llm = config.llm
   zeros_LBKSH = constrain(jnp.zeros(
-      (llm.num_layers, batch, llm.num_kv_heads, size, llm.head_dim), config.dtype), *_KV_AXES)
+      (llm.num_layers, batch, llm.num_kv_heads * kv_copies(llm), size, llm.head_dim),
+      config.dtype), *_KV_AXES)
   return zeros_LBKSH, zeros_LBKSH
 
 

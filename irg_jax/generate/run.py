@@ -30,7 +30,7 @@ class Inputs:
   system_prompt: str  # read before every prompt; may be empty
   seed: int
   batch_size: int  # prompts generated side by side
-  mesh: dict[str, int] | None  # sizes by axis name; None: all devices on one axis
+  mesh: dict[str, int] | None  # sizes by axis name; None: `sharding.generation_mesh`
   dtype: str | None  # of the activations; None: the checkpoint's own
 
 
@@ -48,7 +48,7 @@ def run_generate(inputs: Inputs) -> None:
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
   image = None if inputs.image is None else read_image(inputs.image)
   _check_lengths(inputs, config, tokenizer, image)
-  mesh, entries = sharding.make_mesh(inputs.mesh), []
+  mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress)
     for rows in batches(count, inputs.batch_size):

@@ -164,7 +164,8 @@ def make_trajectories(settings: Settings, out: pathlib.Path) -> None:
 def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> None:
   """Thoughts and first images of training prompts, `out`/NNNNNN.npz for each batch."""
   out.mkdir(exist_ok=True)
-  rng, size, mesh = _rng(settings, "trajectories"), settings.sample_batch, sharding.make_mesh(None)
+  rng, size = _rng(settings, "trajectories"), settings.sample_batch
+  mesh = sharding.generation_mesh(None, settings.model.llm)
   records = [world.training_record(rng) for _ in range(settings.trajectories)]
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = generate_run.load_model(checkpoint, mesh, None, progress)

@@ -93,6 +93,14 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   return join(lax.map(block, cut((q_RTNH, query), query_chunk)), T)
 
 
+def prepare(query: Tokens, keys: list[Tokens], rows: list[int], group: int, head_dim: int,
+            implementation: str = "auto"):
+  """`fused.prepare` if `attend` will take the kernel, else None: once a step, not once a layer."""
+  if implementation == "auto":
+    implementation = choose(query.sample.shape[1], [tokens.sample.shape[1] for tokens in keys])
+  return fused.prepare(query, keys, rows, group, head_dim) if implementation == "kernel" else None
+
+
 def choose(queries: int, keys: list[int]) -> str:
   """The implementation "auto" for rows of so many queries, and of keys in each source.
 

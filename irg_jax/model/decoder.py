@@ -8,12 +8,12 @@ token metadata alone.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.attention import KeyValues, attend
+from irg_jax.model.attention import KeyValues, attend, prepare
 from irg_jax.model.layers import apply_rope, dense, rms_norm, rope_table, scan_layers
-from irg_jax.sharding import constrain
+from irg_jax.sharding import constrain, kv_copies
 from irg_jax.tokens import Tokens
 
 EXPERTS = ("und", "gen")  # the order of the buffers in the concatenation
@@ -55,10 +55,9 @@ class Layer(nn.Module):
   """One layer: both experts, joint attention, both experts."""
 
   config: ModelConfig
-  attention: str
 
   @nn.compact
-  def __call__(self, buffers, cached, tokens: Tokens, rope, cached_tokens):
+  def __call__(self, buffers, cached, tokens: Tokens, rope, cached_tokens, prepared):
     """See `Decoder`. `cached` is this layer's (k, v) of every cache, in order."""
     slices = _slices(buffers)
     experts = {name: Expert(self.config, name=name) for name in slices}
@@ -66,10 +65,12 @@ class Layer(nn.Module):
            for name, place in slices.items()]
     q_RTNH, *kv = (jnp.concatenate(parts, axis=1) for parts in zip(*qkv))
     q_RTNH = constrain(q_RTNH, "batch", "length", "heads", None)
-    k_RKTH, v_RKTH = (rearrange(x, "r t k h -> r k t h") for x in kv)
+    copies = kv_copies(self.config.llm)
+    k_RKTH, v_RKTH = (repeat(x, "r t k h -> r (k c) t h", c=copies) for x in kv)
     sources = [KeyValues(k_RKTH, v_RKTH, tokens)]
     sources += [KeyValues(*kv, keys) for kv, keys in zip(cached, cached_tokens)]
-    attended_RTNH = attend(q_RTNH, tokens, sources, implementation=self.attention)
+    attended_RTNH = attend(q_RTNH, tokens, sources, implementation=self.config.attention,
+                           prepared=prepared)
     buffers = {name: experts[name].finish(buffers[name], attended_RTNH[:, place])
                for name, place in slices.items()}
     return buffers, (k_RKTH, v_RKTH)
@@ -79,7 +80,6 @@ class Decoder(nn.Module):
   """All layers and the final norms."""
 
   config: ModelConfig
-  attention: str = "auto"
 
   @nn.compact
   def __call__(self, buffers, tokens: Tokens, position_RT, caches=()):
@@ -94,17 +94,20 @@ class Decoder(nn.Module):
         B and R); read, never written.
 
     Returns:
-      (buffers after the final norms, (k, v) of these tokens, each [L, R, K, T, H]).
+      (buffers after the final norms, (k, v) of these tokens, each [L, R, K, T, H], K times
+      `sharding.kv_copies`).
     """
     c, llm = self.config, self.config.llm
     rope = rope_table(position_RT, llm.head_dim, llm.rope_theta)
     cached, cached_tokens = [(s.k, s.v) for s in caches], [s.tokens for s in caches]
+    rows = [len(tokens.sample), *(s.k.shape[1] for s in caches)]
+    group = llm.num_heads // (llm.num_kv_heads * kv_copies(llm))
+    prepared = prepare(tokens, [tokens, *cached_tokens], rows, group, llm.head_dim, c.attention)
     buffers = {name: constrain(x_RTD.astype(c.dtype), "batch", "length", "embed")
                for name, x_RTD in buffers.items()}
     layers = scan_layers(Layer, llm.num_layers, c.remat,
-                         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                         config=c, attention=self.attention)
-    buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens)
+                         in_axes=(0, *[nn.broadcast] * 4), config=c)
+    buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens, prepared)
     norms = {name: rms_norm(c, f"{name}_norm") for name in buffers}
     return {name: norms[name](x_RTD) for name, x_RTD in buffers.items()}, kv
 

@@ -7,6 +7,7 @@ from einops import reduce, repeat
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.kernels import cpu
+from irg_jax.model.kernels.blockwise import ATTENTION_OUTPUTS
 
 
 def dense(config: ModelConfig, features: int, bias: bool = True, name: str | None = None):
@@ -103,9 +104,11 @@ def scan_layers(layer_cls, length: int, remat: str, in_axes, **kwargs):
   """
   unroll = cpu.unroll(length)
   if remat != "none":
-    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat, None)
+    policies = {"full": None,
+                "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_OUTPUTS)}
+    policy = policies.get(remat, getattr(jax.checkpoint_policies, remat, None))
     if policy is None and remat != "full":
-      raise ValueError(f'unknown remat {remat!r}: not "none", "full" or a name in '
+      raise ValueError(f'unknown remat {remat!r}: not "none", "full", "attention" or a name in '
                        "jax.checkpoint_policies")
     # A loop already keeps XLA from merging the recomputation with the forward pass.
     layer_cls = nn.remat(layer_cls, prevent_cse=unroll > 1, policy=policy)

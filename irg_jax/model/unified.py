@@ -43,13 +43,10 @@ class TwoLayer(nn.Module):
 class UnifiedTransformer(nn.Module):
   """Embeddings, decoder and heads; use through `init` and `apply(..., method=...)`.
 
-  Attributes:
-    config: sizes and dtypes.
-    attention: implementation of attention, see `attention.attend`.
+  `config` holds sizes, dtypes and the implementation of attention.
   """
 
   config: ModelConfig
-  attention: str = "auto"
 
   def setup(self):
     c = self.config
@@ -57,9 +54,9 @@ class UnifiedTransformer(nn.Module):
     self.embed = nn.Embed(c.llm.vocab_size, width, dtype=c.dtype, param_dtype=c.param_dtype)
     self.latent_embed = dense(c, width)
     self.time_embed = TwoLayer(width, "silu", c)
-    self.vit = Vit(c, self.attention)
+    self.vit = Vit(c)
     self.connector = TwoLayer(width, "gelu", c)
-    self.decoder = Decoder(c, self.attention)
+    self.decoder = Decoder(c)
     self.heads = Heads(c)
 
   def embed_text(self, ids_BT):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from irg_jax.config import ModelConfig
-from irg_jax.model.attention import KeyValues, attend
+from irg_jax.model.attention import KeyValues, attend, prepare
 from irg_jax.model.layers import dense, scan_layers
 from irg_jax.sharding import constrain, lookup
 from irg_jax.tokens import FULL, Tokens
@@ -15,17 +15,16 @@ class VitLayer(nn.Module):
   """Pre-norm layer: attention within each image, then an MLP."""
 
   config: ModelConfig
-  attention: str
 
   @nn.compact
-  def __call__(self, x_RPD, tokens: Tokens):
+  def __call__(self, x_RPD, tokens: Tokens, prepared):
     c, vit = self.config, self.config.vit
     h_RPD = layer_norm(c, "norm1")(x_RPD)
     q_RPNH, k_RPNH, v_RPNH = (
         constrain(rearrange(dense(c, vit.hidden_size, name=name)(h_RPD), "r p (n h) -> r p n h",
                             n=vit.num_heads), "batch", "length", "heads", None) for name in "qkv")
     keys = KeyValues(*(rearrange(x, "r p n h -> r n p h") for x in (k_RPNH, v_RPNH)), tokens)
-    attended_RPNH = attend(q_RPNH, tokens, [keys], implementation=self.attention)
+    attended_RPNH = attend(q_RPNH, tokens, [keys], implementation=c.attention, prepared=prepared)
     x_RPD += dense(c, vit.hidden_size, name="o")(rearrange(attended_RPNH, "r p n h -> r p (n h)"))
 
     h_RPF = dense(c, vit.mlp_size, name="fc1")(layer_norm(c, "norm2")(x_RPD))
@@ -38,7 +37,6 @@ class Vit(nn.Module):
   """Vision transformer without the published last layer, with the published post-norm."""
 
   config: ModelConfig
-  attention: str = "auto"
 
   @nn.compact
   def __call__(self, patches_RPC, position_RP, image_RP):
@@ -58,9 +56,10 @@ class Vit(nn.Module):
     place = nn.Embed(c.vit.grid_size**2, c.vit.hidden_size, param_dtype=c.param_dtype,
                      name="position_embed")
     x_RPD += lookup(place.embedding, position_RP).astype(c.dtype)
-    layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,),
-                         config=c, attention=self.attention)
-    x_RPD, _ = layers(constrain(x_RPD, "batch", "length", "embed"), patch_tokens(image_RP))
+    tokens, head_dim = patch_tokens(image_RP), c.vit.hidden_size // c.vit.num_heads
+    prepared = prepare(tokens, [tokens], [len(image_RP)], 1, head_dim, c.attention)
+    layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,) * 2, config=c)
+    x_RPD, _ = layers(constrain(x_RPD, "batch", "length", "embed"), tokens, prepared)
     return layer_norm(c, "post_norm")(x_RPD)
 
 

@@ -44,6 +44,7 @@ PROFILED_STEPS = 3  # of each stage, in a profiler trace
 # say how far to train.
 FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
         "log_every", "profile_at", "data.path", "data.workers", "data.max_rejected", "model.remat",
+        "model.attention",
         *(f"{stage}.steps" for stage in STAGES), *GONE)
 
 

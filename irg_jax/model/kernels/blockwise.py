@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from irg_jax.sharding import partition_spec
 
+# Output and log-sum-exp of every form by name: what rematerialisation keeps ("attention").
+ATTENTION_OUTPUTS = ("attention_out", "attention_lse")
 MASKED = -1e30
 MAX_INIT = -1e29  # above MASKED, so that exp(MASKED - max) is 0 even if a query sees nothing
 
@@ -107,8 +110,13 @@ def _forward(mask, query_chunk, key_chunk, q_BTNH, k_BKSH, v_BKSH, query, keys):
     return out_BTNH, highest_BKJT + jnp.log(seen_BKJT)
 
   out_ZBTNH, lse_ZBKJT = lax.map(block, cut((q_BTNH, query), query_chunk))
-  out_BTNH = join(out_ZBTNH, q_BTNH.shape[1])
+  out_BTNH, lse_ZBKJT = named(join(out_ZBTNH, q_BTNH.shape[1]), lse_ZBKJT)
   return out_BTNH, (q_BTNH, k_BKSH, v_BKSH, query, keys, out_BTNH, lse_ZBKJT)
+
+
+def named(*outputs):
+  """Output and log-sum-exp under the names of `ATTENTION_OUTPUTS`."""
+  return tuple(map(checkpoint_name, outputs, ATTENTION_OUTPUTS))
 
 
 def _backward(mask, query_chunk, key_chunk, residuals, d_out_BTNH):

@@ -44,7 +44,7 @@ def prepare(query: Tokens, keys: list[Tokens], rows: list[int], group: int,
       continue
     specs = [partition_spec(x.shape, ("batch", None, None, length), mesh)
              for x, length in zip(words, ("length", None))]
-    listed = PartitionSpec((*(specs[0][0] or ()), *(specs[0][3] or ())))
+    listed = PartitionSpec(_axes(specs[0][0]) + _axes(specs[0][3]))
     one = functools.partial(_prepare, group, head_dim)
     out = jax.eval_shape(one, *words)
     prepared.append(jax.shard_map(
@@ -68,8 +68,8 @@ def attend(q_RTNH, kvs, prepared):
   kv = partition_spec(kvs[0][0].shape, ("batch", "heads", None, None), mesh)
   if kv[1] != q[2]:  # query heads that share a key-value head stay together
     q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
-  length_axes = q[1] or ()  # mesh axes that split queries but not keys
-  listed = PartitionSpec((*(q[0] or ()), *length_axes))
+  length_axes = _axes(q[1])  # mesh axes that split queries but not keys
+  listed = PartitionSpec(_axes(q[0]) + length_axes)
   words = PartitionSpec(q[0], None, None, q[1]), PartitionSpec(q[0])
   specs = [visible.Prepared(*words, listed, listed, p.query_size, p.key_size, p.head_dim)
            for p in prepared]
@@ -81,6 +81,11 @@ def attend(q_RTNH, kvs, prepared):
     return _attend(q_RTNH, kvs, prepared)
 
   return jax.shard_map(local, in_specs=(q, kv, specs), out_specs=q)(q_RTNH, kvs, prepared)
+
+
+def _axes(entry) -> tuple[str, ...]:
+  """The mesh axes of one entry of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _attend(q_RTNH, kvs, prepared):

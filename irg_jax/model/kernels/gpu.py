@@ -13,11 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT
+from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, named
 from irg_jax.model.kernels.visible import sees
 from irg_jax.sharding import platform
 
@@ -40,11 +39,11 @@ def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
 
 
 def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
-  out, lse = _call(_forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
-                   [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH)],
-                   [("q", q_BWKJTH), ("rows", rows)])
-  out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+  rows = jax.eval_shape(lambda q: q[..., 0].astype(jnp.float32), q_BWKJTH)
+  out, lse = named(*_call(
+      _forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
+      [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH)],
+      [("q", q_BWKJTH), ("rows", rows)]))
   return (out, lse), (q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse)
 
 
@@ -96,7 +95,7 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):
       in_specs=[pl.BlockSpec(x.shape, lambda *_: (0,)) for x in lists]
       + [specs[kind] for kind, _ in inputs],
       out_specs=[specs[kind] for kind, _ in outputs],
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
+      out_shape=[jax.eval_shape(lambda x: x, x) for _, x in outputs],  # varying over devices as x
       compiler_params=triton.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2),
       interpret=platform() != "gpu", name=kernel.__name__.strip("_"),
   )(*lists, *(x for _, x in inputs))

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, key_size
+from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, key_size, named
 from irg_jax.model.kernels.visible import FIRST, LAST, WHOLE, sees
 from irg_jax.sharding import platform
 
@@ -57,15 +56,14 @@ def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
 
 
 def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
+  rows = jax.eval_shape(lambda q: q[..., 0].astype(jnp.float32), q_BWKJTH)
   W, J, H = q_BWKJTH.shape[1], q_BWKJTH.shape[3], q_BWKJTH.shape[5]
   state = lambda width: pltpu.VMEM((W * J, prepared.query_size, width), jnp.float32)
-  out, lse = _call(
+  out, lse = named(*_call(
       _forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
       [("q_columns", prepared.query_words), ("k_lanes", prepared.key_words), ("q", q_BWKJTH),
        ("kv", k_BKSH), ("kv", v_BKSH)],
-      [("q", q_BWKJTH), ("rows", rows)], [state(_LANES), state(_LANES), state(H)])
-  out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+      [("q", q_BWKJTH), ("rows", rows)], [state(_LANES), state(_LANES), state(H)]))
   return (out, lse), (q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse)
 
 
@@ -124,7 +122,7 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs, scratch):
           num_scalar_prefetch=3, grid=(K, blocks.start[-1]),
           in_specs=[spec(kind) for kind, _ in inputs],
           out_specs=[spec(kind) for kind, _ in outputs], scratch_shapes=scratch),
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
+      out_shape=[jax.eval_shape(lambda x: x, x) for _, x in outputs],  # varying over devices as x
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM),
       interpret=platform() != "tpu", name=kernel.__name__.strip("_"),
