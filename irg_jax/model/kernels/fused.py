@@ -5,12 +5,11 @@ the kernel for each source of keys, on each device of a mesh: heads split over `
 over `sequence`, rows over the rest. It merges the sources by their log-sum-exp.
 """
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from irg_jax.model.kernels import gpu, tpu, visible
@@ -39,24 +38,19 @@ def prepare(query: Tokens, keys: list[Tokens], rows: list[int], group: int,
   for tokens, B in zip(keys, rows):
     words = [rearrange(x, "(b w) i t -> b w i t", b=B)
              for x in (query_R3T, visible.key_words(tokens))]
-    if mesh.size <= 1:
-      prepared.append(_prepare(group, head_dim, *words))
-      continue
     specs = [partition_spec(x.shape, ("batch", None, None, length), mesh)
-             for x, length in zip(words, ("length", None))]
-    listed = PartitionSpec(_axes(specs[0][0]) + _axes(specs[0][3]))
-    one = functools.partial(_prepare, group, head_dim)
-    out = jax.eval_shape(one, *words)
-    prepared.append(jax.shard_map(
-        one, in_specs=tuple(specs), out_specs=visible.Prepared(
-            *specs, listed, listed, out.query_size, out.key_size, head_dim))(*words))
+             for x, length in zip(words, ("length", None))] if mesh.size > 1 else [()] * 2
+    split = _axes(specs[0][3]) if mesh.size > 1 else ()
+    _, W, _, T = words[0].shape
+    sizes = kernel().block_sizes(T // math.prod(mesh.shape[axis] for axis in split),
+                                 words[1].shape[-1], group * W)
+    one = lambda q, k, sizes=sizes: visible.prepare(q, k, *sizes, head_dim)
+    if mesh.size > 1:
+      listed = PartitionSpec(_axes(specs[0][0]) + split)
+      one = jax.shard_map(one, in_specs=tuple(specs), out_specs=visible.Prepared(
+          *specs, listed, listed, *sizes, head_dim))
+    prepared.append(one(*words))
   return prepared
-
-
-def _prepare(group, head_dim, query_BW3T, key_BW2S):
-  sizes = kernel().block_sizes(query_BW3T.shape[-1], key_BW2S.shape[-1],
-                               group * query_BW3T.shape[1])
-  return visible.prepare(query_BW3T, key_BW2S, *sizes, head_dim)
 
 
 def attend(q_RTNH, kvs, prepared):
@@ -68,19 +62,15 @@ def attend(q_RTNH, kvs, prepared):
   kv = partition_spec(kvs[0][0].shape, ("batch", "heads", None, None), mesh)
   if kv[1] != q[2]:  # query heads that share a key-value head stay together
     q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
-  length_axes = _axes(q[1])  # mesh axes that split queries but not keys
-  listed = PartitionSpec(_axes(q[0]) + length_axes)
+  listed = PartitionSpec(_axes(q[0]) + _axes(q[1]))
   words = PartitionSpec(q[0], None, None, q[1]), PartitionSpec(q[0])
   specs = [visible.Prepared(*words, listed, listed, p.query_size, p.key_size, p.head_dim)
            for p in prepared]
 
-  def local(q_RTNH, kvs, prepared):
-    # Keys are replicated over `length_axes`: the transpose of this cast sums their gradients.
-    if length_axes:
-      kvs = jax.tree.map(lambda x: lax.pcast(x, length_axes, to="varying"), kvs)
-    return _attend(q_RTNH, kvs, prepared)
-
-  return jax.shard_map(local, in_specs=(q, kv, specs), out_specs=q)(q_RTNH, kvs, prepared)
+  # Interpreted kernels know no varying types. Without the check, the transpose sums the gradients
+  # of keys over all axes that split only queries.
+  return jax.shard_map(_attend, in_specs=(q, kv, specs), out_specs=q, check_vma=False)(
+      q_RTNH, kvs, prepared)
 
 
 def _axes(entry) -> tuple[str, ...]:

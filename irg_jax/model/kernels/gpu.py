@@ -39,7 +39,7 @@ def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
 
 
 def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  rows = jax.eval_shape(lambda q: q[..., 0].astype(jnp.float32), q_BWKJTH)
+  rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
   out, lse = named(*_call(
       _forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
       [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH)],
@@ -95,7 +95,7 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):
       in_specs=[pl.BlockSpec(x.shape, lambda *_: (0,)) for x in lists]
       + [specs[kind] for kind, _ in inputs],
       out_specs=[specs[kind] for kind, _ in outputs],
-      out_shape=[jax.eval_shape(lambda x: x, x) for _, x in outputs],  # varying over devices as x
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
       compiler_params=triton.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2),
       interpret=platform() != "gpu", name=kernel.__name__.strip("_"),
   )(*lists, *(x for _, x in inputs))

@@ -56,7 +56,7 @@ def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
 
 
 def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  rows = jax.eval_shape(lambda q: q[..., 0].astype(jnp.float32), q_BWKJTH)
+  rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
   W, J, H = q_BWKJTH.shape[1], q_BWKJTH.shape[3], q_BWKJTH.shape[5]
   state = lambda width: pltpu.VMEM((W * J, prepared.query_size, width), jnp.float32)
   out, lse = named(*_call(
@@ -122,7 +122,7 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs, scratch):
           num_scalar_prefetch=3, grid=(K, blocks.start[-1]),
           in_specs=[spec(kind) for kind, _ in inputs],
           out_specs=[spec(kind) for kind, _ in outputs], scratch_shapes=scratch),
-      out_shape=[jax.eval_shape(lambda x: x, x) for _, x in outputs],  # varying over devices as x
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM),
       interpret=platform() != "tpu", name=kernel.__name__.strip("_"),
