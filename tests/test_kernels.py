@@ -1,6 +1,5 @@
 """Pallas kernels of attention, interpreted: the dense form decides."""
 
-import dataclasses
 import functools
 import json
 
@@ -14,7 +13,6 @@ from test_attention import random_row
 from test_samples import DATA, MODEL
 
 from irg_jax import sharding
-from irg_jax.config import SpecialTokens
 from irg_jax.data import sample_set
 from irg_jax.data.batch import BufferSizes, pack_row
 from irg_jax.data.records import MODES, parse_conversation
@@ -25,7 +23,7 @@ from irg_jax.model.attention import KeyValues, attend
 from irg_jax.model.kernels import fused, gpu, tpu, visible
 from irg_jax.model.vit import patch_tokens
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
-from irg_jax.tokens import CAUSAL, FULL, NOISE, PADDING, Tokens, allowed
+from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens, allowed
 
 SIZES = BufferSizes(und=850, gen=50, vit=70, text=420, samples=4)
 KERNELS = pytest.mark.parametrize("kernel", [tpu, gpu], ids=["tpu", "gpu"])
@@ -122,7 +120,8 @@ def test_blocks_are_those_in_which_something_is_visible(packed):
   some = rearrange(mask, "b (t i) (s j) -> b t s (i j)", i=128, j=256)
   for blocks, turned in ((prepared.by_query, False), (prepared.by_key, True)):
     count = int(blocks.start[-1])
-    outer, inner, flags = (np.asarray(x)[:count] for x in (blocks.outer, blocks.inner, blocks.flags))
+    outer, inner, flags = (
+        np.asarray(x)[:count] for x in (blocks.outer, blocks.inner, blocks.flags))
     visited = np.zeros((3, S, T) if turned else (3, T, S), bool)
     row, block = np.divmod(outer, visited.shape[1])
     visited[row, block, inner] = True
@@ -179,7 +178,7 @@ def test_bfloat16_is_within_its_rounding(kernel, some, monkeypatch):
 @KERNELS
 @pytest.mark.parametrize("seen", ["some", "none"])
 def test_three_views_of_one_cache(kernel, seen, monkeypatch):
-  """The tokens of a noised image with their own keys and a cache, of which views see other parts."""
+  """Tokens of a noised image, with their own keys and a cache of which views see other parts."""
   monkeypatch.setattr(fused, "kernel", lambda: kernel)
   monkeypatch.setattr(kernel, "block_sizes", lambda *_: (128, 128))
   B, W, T, S = 2, 3, 70, 300

@@ -155,8 +155,8 @@ def _generate(args, overrides):
   asked = generate.Request(
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
       checkpoint=args.checkpoint, settings=settings, system_prompt=system_prompt,
-      batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, process_id=args.process_id,
-      num_processes=args.num_processes)
+      batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
+      process_id=args.process_id, num_processes=args.num_processes)
   result = generate.generate_images(asked)
   for name in result.failed[:20]:
     print(f"no image (its latents are not finite): {name}", file=sys.stderr)

@@ -103,7 +103,7 @@ _TYPES = {kind.__name__: kind for kind in (int, float, count, mesh, share)}  # i
 
 
 def add_generation(parser, think_limit: int = 1000) -> None:
-  """Adds the flags of `read_settings`, --mesh and --dtype; `think_limit` is only shown."""
+  """Adds the flags of `read_settings` and those of the model; `think_limit` is only shown."""
   add = parser.add_argument
   add("--config", metavar="FILE", help="settings, like configs/generate.py")
   add("--system-prompt-file", metavar="FILE",
@@ -111,6 +111,8 @@ def add_generation(parser, think_limit: int = 1000) -> None:
   add("--mesh", type=mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: tensor first, then data)")
   add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
+  add("--attention", choices=("auto", "dense", "chunked", "kernel"), default="auto",
+      help="form of attention (default: by platform and length)")
   add = parser.add_argument_group("short flags of settings").add_argument
   for name, kind, text in _SHORT:
     add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X",

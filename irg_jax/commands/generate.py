@@ -43,7 +43,7 @@ def make_inputs(args, overrides):
       checkpoint=checkpoint, prompts=prompts, image=args.image,
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,
-      mesh=args.mesh, dtype=args.dtype)
+      mesh=args.mesh, dtype=args.dtype, attention=args.attention)
 
 
 def _read_prompts(arguments, path) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class Request:
   batch_size: int  # images generated side by side
   mesh: dict[str, int] | None = None  # sizes by axis name; None: all devices on one axis
   dtype: str | None = None  # of the activations
+  attention: str = "auto"  # see `ModelConfig.attention`
   process_id: int = 0  # this process takes every num_processes-th prompt
   num_processes: int = 1
 
@@ -109,7 +110,8 @@ def generate_images(request: Request) -> Result:
     before = done()
     if before < len(rows):
       with Progress() as progress, jax.set_mesh(mesh):
-        model, params = generate_run.load_model(request.checkpoint, mesh, request.dtype, progress)
+        model, params = generate_run.load_model(request.checkpoint, mesh, request.dtype, progress,
+                                                request.attention)
         _generate_batches(request, folder, model, params, tokenizer, rows, progress)
     for item in share:
       _paste(request, folder, item)

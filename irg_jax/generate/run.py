@@ -32,6 +32,7 @@ class Inputs:
   batch_size: int  # prompts generated side by side
   mesh: dict[str, int] | None  # sizes by axis name; None: `sharding.generation_mesh`
   dtype: str | None  # of the activations; None: the checkpoint's own
+  attention: str = "auto"  # see `ModelConfig.attention`
 
 
 def run_generate(inputs: Inputs) -> None:
@@ -50,7 +51,8 @@ def run_generate(inputs: Inputs) -> None:
   _check_lengths(inputs, config, tokenizer, image)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   with Progress() as progress, jax.set_mesh(mesh):
-    model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress)
+    model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress,
+                               inputs.attention)
     for rows in batches(count, inputs.batch_size):
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"
@@ -66,7 +68,8 @@ def run_generate(inputs: Inputs) -> None:
   print(f"open {page} to read thoughts and images side by side")
 
 
-def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, dict]:
+def load_model(checkpoint, mesh, dtype, progress,
+               attention: str = "auto") -> tuple[UnifiedTransformer, dict]:
   """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
   `dtype` is that of parameters and arithmetic, None for the checkpoint's own; `progress` is a
@@ -80,7 +83,7 @@ def load_model(checkpoint, mesh, dtype, progress) -> tuple[UnifiedTransformer, d
   if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
     stored = params["transformer"]["embed"]["embedding"].dtype.name
     config = dataclasses.replace(config, dtype=stored)
-  return UnifiedTransformer(config), params
+  return UnifiedTransformer(dataclasses.replace(config, attention=attention)), params
 
 
 def batches(count: int, size: int) -> list[range]:

@@ -115,12 +115,13 @@ def choose(queries: int, keys: list[int]) -> str:
 def chunks(queries: int, on: str) -> tuple[int, int]:
   """Largest blocks of queries and of keys for rows of `queries` on a platform.
 
-  A TPU keeps the scores of a block in on-chip memory, so few queries leave room for more keys.
+  A TPU keeps the scores of a block in on-chip memory, so few queries leave room for more keys; not
+  for a whole cache, of which decoding reads only the blocks in use.
   On a CPU, smaller blocks fit its caches and skip more of a long row.
   """
   if on == "cpu":
     return 288 if queries <= 288 else 256, 288
-  return 1024, 512 * max(1, 16 // max(1, queries))
+  return 1024, 512 * max(1, 10 // max(1, queries))
 
 
 def _attend_dense(q_RTNH, query, sources):

@@ -35,7 +35,7 @@ def head_size(head_dim: int) -> int:
 
 
 def block_sizes(queries: int, keys: int, stacked: int) -> tuple[int, int]:
-  """Sizes of blocks of queries, of which `stacked` heads and views lie in one block, and of keys."""
+  """Sizes of blocks of queries and of keys; a block holds `stacked` heads and views of a query."""
   whole = lambda length: -(-length // _LANES) * _LANES
   rows = max(1, min(8, _ROWS // (_LANES * stacked))) * _LANES
   return key_size(whole(queries), rows), key_size(whole(keys), 1024)
