@@ -48,6 +48,7 @@ def main():
   config = config_lib.read_model(ROOT / "configs" / "bench.py")
   settings = settings_lib.load(f"{ROOT}/configs/irgl.py:tiny", ["data.path=none"])
   batch = make_batch(config, LAYOUTS[args.rows])
+  assert (batch.tokens.sample >= 0).sum() == TOKENS
   model = UnifiedTransformer(dataclasses.replace(config, attention=args.attention))
   optimizer = make_optimizer(settings.optimizer, settings.stage2)
   state = init_state(random_params(config, jax.random.key(0))["transformer"], optimizer)
@@ -69,16 +70,20 @@ def main():
   report(config, batch, seconds, rates)
 
 
-def make_batch(config, layout):
-  """The four samples, the first two improving_full, packed into rows; padding only at the end."""
+def make_batch(config, layout, latents: int = 16, patches: int = 18):
+  """The four samples, the first two improving_full, packed into rows; padding only at the end.
+
+  Images have `latents` latent tokens and `patches` ViT patches along each side.
+  """
   vocab = config.llm.vocab_size
   special = SpecialTokens(text_start=vocab - 4, text_end=vocab - 3, image_start=vocab - 2,
                           image_end=vocab - 1)
   rng = np.random.default_rng(0)
   text = lambda n, **kw: TextSplit(rng.integers(0, vocab - 4, n).tolist(), **kw)
   def image(**roles):
-    vit = rng.uniform(-1, 1, (18, 18, config.vit.patch_size**2 * 3)).astype(np.float32)
-    return ImageSplit(rng.standard_normal((16, 16, config.latent_dim), np.float32), vit, **roles)
+    vit = rng.uniform(-1, 1, (patches, patches, config.vit.patch_size**2 * 3)).astype(np.float32)
+    return ImageSplit(rng.standard_normal((latents, latents, config.latent_dim), np.float32), vit,
+                      **roles)
   target = lambda: image(need_loss=True)
   improving = lambda: [text(60), text(150), image(need_vae=True, need_vit=True),
                        text(200, need_loss=True), target()]
@@ -89,7 +94,6 @@ def make_batch(config, layout):
   longest = lambda name: max(sum(len(samples[i][name]) for i in row) for row in layout)
   sizes = BufferSizes(**{buffer: longest(name) for buffer, name in LENGTH_FEATURES.items()})
   batch = stack_rows([pack_row([samples[i] for i in row], sizes) for row in layout])
-  assert (batch.tokens.sample >= 0).sum() == TOKENS
   return jax.tree.map(jnp.asarray, batch)
 
 
