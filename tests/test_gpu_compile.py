@@ -15,7 +15,7 @@ ROW, VIT, SMALL = (36608, 28, 4, 128), (8192, 16, 16, 72), (1024, 4, 2, 64)
 @pytest.fixture(scope="module", autouse=True)
 def plugin():
   pytest.importorskip("jax_plugins.xla_cuda12", reason="compiling for a GPU needs JAX's plugin for "
-                      "CUDA: pip install 'irg_jax[cuda_plan]'")
+                      "CUDA: pip install 'irg_jax[cuda]'")
 
 
 def compiled(kind, shape, dtype, backward, mesh=None, rows=1):

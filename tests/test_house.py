@@ -126,8 +126,9 @@ def test_imports_stand_at_the_top_of_a_module_but_in_commands():
 def test_the_package_stays_small():
   count, total = len(files()), sum(map(lines, files()))
   print(f"\n{count} files, {total} lines")
-  assert count <= 95
-  assert total <= 15_500
+  # 95 files and 15,500 lines, and what came since: kernels for TPUs and GPUs, plans for GPUs.
+  assert count <= 95 + 5
+  assert total <= 15_500 + 1_000
 
 
 def test_no_file_is_long():

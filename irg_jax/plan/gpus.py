@@ -30,5 +30,5 @@ def devices(kind: str, count: int) -> tuple:
         target_config=(_FILES / f"{kind}.txtpb").read_text())
   except NotImplementedError as e:
     raise ValueError("compiling for a GPU needs JAX's plugin for CUDA, which is not installed: "
-                     "pip install 'irg_jax[cuda_plan]' (no GPU is needed)") from e
+                     "pip install 'irg_jax[cuda]' (no GPU is needed)") from e
   return tuple(node.devices)

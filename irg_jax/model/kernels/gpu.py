@@ -3,8 +3,7 @@
 As in `tpu`, the forward pass, d_q, and d_k with d_v are kernels of their own. Each program takes
 one block of queries of one head, or a part of it (for d_k and d_v: one block of keys), and loops
 over the blocks that it may see (`visible.Blocks`). The mask comes from the tokens' words. Blocks
-that are visible as a whole skip it: this branch inside the loop costs no registers, and keys and
-values are still copied ahead of their use.
+that are visible as a whole skip it.
 
 Arrays are q [B, W, K, J, T, H] and k, v [B, K, S, H]; letters as in `tokens`. Products take the
 dtype of q; sums are float32. Triton counts elements with 32 bits, so that q on one device has fewer
