@@ -68,10 +68,14 @@ def generation_mesh(shape: dict[str, int] | None, llm, devices=None):
   rows. `llm` is the decoder's `config.LlmConfig`.
   """
   count = len(jax.devices() if devices is None else devices)
-  fits = lambda n: count % n == 0 and llm.num_heads % n == 0 and (
-      llm.num_kv_heads % n == 0 or n % llm.num_kv_heads == 0)
-  tensor = next(n for n in range(count, 0, -1) if fits(n))
+  tensor = next(n for n in range(count, 0, -1) if count % n == 0 and splits_heads(llm, n))
   return make_mesh(shape or {"data": count // tensor, "tensor": tensor}, devices)
+
+
+def splits_heads(llm, tensor: int) -> bool:
+  """Whether the heads divide by a `tensor` axis, key-value heads repeated if need be."""
+  return llm.num_heads % tensor == 0 and (
+      llm.num_kv_heads % tensor == 0 or tensor % llm.num_kv_heads == 0)
 
 
 def kv_copies(llm) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -23,8 +24,12 @@ def add(verbs) -> None:
   add("--programs", type=_names, default=("train", "generate"), metavar="NAME,...",
       help="what to compile (default train,generate)")
   add("--stage", choices=("stage1", "stage2"), default="stage2", help="of training (stage2)")
-  add("--mesh", type=flags.mesh, metavar="AXIS=N,...",
-      help="devices by axis (default: the configuration's; for generation tensor first)")
+  add("--mesh", type=_mesh, metavar="AXIS=N,...|auto",
+      help="devices by axis (default: the configuration's; for generation tensor first); auto: "
+      "compiles for the most promising meshes and reports the best that fits")
+  add("--visible", type=flags.share, metavar="X",
+      help="share of pairs of blocks of attention that are visible to a kernel, in training of a "
+      "row, in generation of the cache (default: measured for data like IRGL-300K)")
   add("--batch", type=flags.count, metavar="N", help="prompts side by side (default: one a chip)")
   add("--cache", type=flags.count, default=16384, metavar="N", help="slots a row (16384)")
   add("--size", type=flags.count, default=1024, metavar="S", help="pixels of a side (1024)")
@@ -34,43 +39,73 @@ def add(verbs) -> None:
 def _run(args, overrides) -> int:
   chips.prepare_to_compile()  # before JAX is imported
   from irg_jax import plan
+  from irg_jax.plan import meshes
   from irg_jax.progress import Progress
-  slice_, estimates = plan.open_slice(args.topology), []
-  programs = _programs(args, overrides, slice_)
+  slice_, estimates, notes = plan.open_slice(args.topology), [], []
   with Progress() as progress:
-    for program in programs:
-      progress(f"compiling {program.name} for {slice_.name}")
-      estimates.append(plan.estimate(program, slice_))
-  print(plan.report(estimates, slice_, args.headroom))
+    def compiled(make, shape):
+      found = []
+      for program in make(shape):
+        progress(f"compiling {program.name} for {slice_.name}")
+        found.append(plan.estimate(program, slice_))
+      return found
+
+    for candidates, make in _kinds(args, overrides, slice_):
+      if args.mesh != "auto":
+        estimates += compiled(make, args.mesh)
+        continue
+      found, tried = meshes.best(candidates(), functools.partial(compiled, make), slice_,
+                                 args.headroom)
+      estimates += found
+      notes += [_tried(*one) for one in tried]
+  print("\n\n".join([plan.report(estimates, slice_, args.headroom), *notes]))
   return int(any(e.headroom(slice_) < args.headroom for e in estimates))
 
 
-def _programs(args, overrides, slice_) -> list:
-  """The programs that are wanted."""
+def _tried(shape, seconds) -> str:
+  mesh = ",".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "fsdp=1"
+  return f"tried --mesh {mesh}: " + ("does not fit" if seconds is None
+                                     else f"at least {seconds:.3g} s for all of its programs")
+
+
+def _kinds(args, overrides, slice_) -> list:
+  """Training and generation if wanted: (function () -> meshes to try, (shape) -> programs)."""
   from irg_jax import config, sharding
   from irg_jax.generate.settings import Settings
-  from irg_jax.plan import programs
+  from irg_jax.plan import meshes, programs
   from irg_jax.train import settings as train_settings
-  found = []
+  kinds = []
   if "train" in args.programs:
     loaded = config.load(args.config, overrides)
     if "stage2" not in loaded:
       raise ValueError(f"--config {args.config}: says nothing about training; give one like "
                        "configs/irgl.py, or --programs generate")
     path = [] if loaded.data.path else ["data.path=-"]  # a plan reads no data
-    settings = train_settings.load(args.config, [*path, *overrides])
-    mesh = sharding.make_mesh(args.mesh or settings.mesh.shape(slice_.chips), slice_.devices)
-    found.append(programs.train_program(settings, args.stage, mesh))
+    training = train_settings.load(args.config, [*path, *overrides])
+
+    def train(shape):
+      mesh = sharding.make_mesh(shape or training.mesh.shape(slice_.chips), slice_.devices)
+      return [programs.train_program(training, args.stage, mesh, args.visible)]
+
+    kinds.append((lambda: meshes.training_meshes(training, args.stage, slice_), train))
   if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
     # Generation has no backward pass to recompute anything for.
     model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
-    mesh = sharding.generation_mesh(args.mesh, model.llm, slice_.devices)
-    settings = Settings(height=args.size, width=args.size)
+    settings, rows = Settings(height=args.size, width=args.size), args.batch or slice_.chips
     settings.validate(model)
-    made = programs.generation_programs(
-        model, settings, args.batch or slice_.chips, args.cache, mesh)
-    found += [program for program in made if program.name in names]
-  return found
+
+    def generate(shape):
+      mesh = sharding.generation_mesh(shape, model.llm, slice_.devices)
+      made = programs.generation_programs(model, settings, rows, args.cache, mesh, args.visible)
+      return [program for program in made if program.name in names]
+
+    kinds.append((lambda: meshes.generation_meshes(model.llm, rows, slice_), generate))
+  return kinds
+
+
+def _mesh(text: str):
+  """Parses --mesh."""
+  return text if text == "auto" else flags.mesh(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

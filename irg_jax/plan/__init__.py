@@ -9,8 +9,8 @@ from jax.experimental import topologies
 
 from irg_jax import chips
 from irg_jax.chips import GIB, Slice
-from irg_jax.plan.cost import count_flops, count_traffic
-from irg_jax.plan.programs import Program
+from irg_jax.plan.cost import count_traffic, count_work
+from irg_jax.plan.programs import Case, Program
 from irg_jax.reports.pages import table
 
 try:
@@ -35,22 +35,25 @@ class Estimate:
     peak: bytes of memory: arguments and temporaries, or the compiler's own peak if that is more.
     arguments: bytes of inputs and outputs; a donated input and its output count once.
     temporaries: bytes of everything else, with the program's code.
-    flops: FLOPs of matrix products and convolutions.
-    needed_flops: share of `Program.needed_flops`, or None.
-    unbounded: loops without a static bound, which count as one turn.
+    case: of the program's cases, that of the figures below.
+    work: FLOPs and bytes of kernels, see `cost.count_work`.
     traffic: bytes moved, see `cost.count_traffic`.
     seconds: lower bounds of the time by resource: "compute", "HBM", "ICI".
+    utilisation: share of the peak if the program takes its largest bound and only needed FLOPs
+      count; None if the case has no formula.
+    others: the same for the other cases of the program.
   """
 
   program: Program
   peak: float
   arguments: float = 0.0
   temporaries: float = 0.0
-  flops: float = 0.0
-  needed_flops: float | None = None
-  unbounded: int = 0
+  case: Case = Case()
+  work: Counter = dataclasses.field(default_factory=Counter)
   traffic: Counter = dataclasses.field(default_factory=Counter)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  utilisation: float | None = None
+  others: tuple["Estimate", ...] = ()
 
   def headroom(self, slice_: Slice) -> float:
     """Share of the chip's memory that stays free; negative if the program does not fit."""
@@ -102,13 +105,25 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
                - memory.alias_size_in_bytes)
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   peak = max(arguments + temporaries, memory.peak_memory_in_bytes)
-  (flops, unbounded), traffic = count_flops(traced.jaxpr), count_traffic(compiled.as_text())
-  flops, needed = (x and x / slice_.chips for x in (flops, program.needed_flops))
-  devices = list(program.mesh.devices.flat)
-  seconds = {"compute": flops / (chip.tflops * 1e12), "HBM": traffic["hbm"] / (chip.hbm_gbs * 1e9),
+  whole = Estimate(program, peak, arguments, temporaries)
+  traffic = count_traffic(compiled.as_text())
+  first, *others = (_of_case(whole, case, traced.jaxpr, traffic, slice_) for case in program.cases)
+  return dataclasses.replace(first, others=tuple(others))
+
+
+def _of_case(e, case, jaxpr, traffic, slice_) -> Estimate:
+  """The estimate with the times of one case."""
+  work, chip = count_work(jaxpr, case.share), slice_.chip
+  work = Counter({key: n if key == "unbounded" else n / slice_.chips for key, n in work.items()})
+  devices, peak = list(e.program.mesh.devices.flat), chip.tflops * 1e12
+  kernels = sum(n for key, n in work.items() if key[0] == "hbm")
+  seconds = {"compute": work["flops"] / peak,
+             "HBM": (traffic["hbm"] + kernels) / (chip.hbm_gbs * 1e9),
              "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
                         for key, size in traffic.items() if key[0] == "sent")}
-  return Estimate(program, peak, arguments, temporaries, flops, needed, unbounded, traffic, seconds)
+  used = case.needed_flops and case.needed_flops / slice_.chips / peak / max(seconds.values())
+  return dataclasses.replace(e, case=case, work=work, traffic=traffic, seconds=seconds,
+                             utilisation=used)
 
 
 def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
@@ -118,13 +133,14 @@ def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
   """
   chip = slice_.chip
   head = ["program", "arguments", "temporaries", f"peak of {chip.hbm_gib:g} GiB", "free", "FLOPs",
-          "needed", "compute", "HBM", "ICI", "at least"]
+          "needed", "compute", "HBM", "ICI", "at least", "utilisation"]
   return "\n\n".join([
       f"{slice_.name}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
       f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
-      table(head, [_row(e, slice_) for e in estimates], numbers=True, padded=True),
+      table(head, [_row(x, slice_) for e in estimates for x in (e, *e.others)], numbers=True, padded=True),
       "Memory in GiB, FLOPs and seconds for one chip. FLOPs: matrix products of the program, loops "
-      "counted\nas often as they run; needed: the share of them that the mathematics asks for.",
+      "counted\nas often as they run; needed: the share of them that the mathematics asks for; "
+      "utilisation: needed\nFLOPs at the peak over the largest of compute, HBM and ICI.",
       *("\n".join(_details(e)) for e in estimates),
       *(_excess(e, slice_, headroom) for e in estimates if e.headroom(slice_) < headroom)])
 
@@ -132,11 +148,13 @@ def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
 def _row(e, slice_):
   name, peak, free = e.program.name, f"{e.peak / GIB:.2f}", f"{e.headroom(slice_):.0%}"
   if not e.seconds:
-    return [name, "?", "?", peak, free, *["?"] * 6]
-  needed = "" if e.needed_flops is None else f"{e.needed_flops / max(e.flops, 1):.0%}"
-  return [name, f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free,
-          f"{e.flops:.3g}", needed, *(f"{x:.3g}" for x in e.seconds.values()),
-          f"{max(e.seconds.values()):.3g} s"]
+    return [name, "?", "?", peak, free, *["?"] * 7]
+  flops, share = e.work["flops"], lambda x: "" if x is None else f"{x:.0%}"
+  memory = [f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free]
+  needed = e.case.needed_flops and e.case.needed_flops / max(flops, 1) / slice_.chips
+  return [name if not e.case.label else f"{name}, {e.case.label}", *memory, f"{flops:.3g}",
+          share(needed), *(f"{x:.3g}" for x in e.seconds.values()),
+          f"{max(e.seconds.values()):.3g} s", share(e.utilisation)]
 
 
 def _details(e):
@@ -149,6 +167,10 @@ def _details(e):
   bound = max(e.seconds, key=e.seconds.get)
   yield (f"  bound by {bound}: {e.seconds[bound]:.3g} s if everything overlaps, "
          f"{sum(e.seconds.values()):.3g} s if nothing does")
+  if e.program.attention:
+    yield f"  attention: {', '.join(e.program.attention)}"
+  for x in (e, *e.others):
+    yield from _kernels(x)
   sent, calls = Counter(), Counter()
   for (kind, group), size in ((key[1:], n) for key, n in e.traffic.items() if key[0] == "sent"):
     sent[kind, len(group)] += size
@@ -158,8 +180,16 @@ def _details(e):
            f"{size / 1e9:>10.3f} GB sent")
   if not sent:
     yield "  no collectives"
-  if e.unbounded:
-    yield f"  loops of unknown length ({e.unbounded}) are counted as one turn each"
+  if e.work["unbounded"]:
+    yield f"  loops of unknown length ({e.work['unbounded']}) are counted as one turn each"
+
+
+def _kernels(e):
+  """Lines about the kernels of a program in one case."""
+  label = e.case.label and f", {e.case.label}"
+  for name in (key[1] for key in e.work if key[0] == "calls"):
+    yield (f"  {name:<18} {e.work['calls', name]:>8.0f} times {e.work['flops', name]:>10.3g} FLOPs "
+           f"{e.work['hbm', name] / 1e9:>10.3f} GB moved{label}")
 
 
 def _excess(e, slice_, headroom) -> str:

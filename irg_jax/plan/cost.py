@@ -7,6 +7,9 @@ counts in full, a loop without a static bound once, and of a conditional the mos
 FLOPs are those of matrix products and convolutions, recomputation in the backward pass included. A
 jaxpr is the program before partitioning, so chips are taken to share the work evenly.
 
+A compiled text does not show what a Pallas kernel does, so its bytes, too, come from the jaxpr: its
+grid and its blocks (`_kernel`). Of the pairs of blocks, the visible share counts.
+
 A compiled text is the program of one chip after partitioning and fusion. HBM bytes are the operands
 and results of each operation outside a fusion, without arrays that stay on the chip; an array that
 is only sliced, or updated in place, counts as the slice. ICI bytes are what a chip sends in a ring.
@@ -25,19 +28,94 @@ from jax.extend import core
 
 def count_flops(jaxpr) -> tuple[float, int]:
   """(FLOPs of all chips together, number of loops without a static bound) of a jaxpr."""
-  total, unbounded = 0.0, 0
+  work = count_work(jaxpr)
+  return work["flops"], work["unbounded"]
+
+
+def count_work(jaxpr, visible=lambda keys: 1.0) -> Counter:
+  """Work of all chips together in a jaxpr, with that of each Pallas kernel by its name.
+
+  Args:
+    visible: function (keys of a row) -> share of its pairs of blocks that a kernel visits.
+
+  Returns:
+    Counter of "flops", those of kernels included; "unbounded": number of loops without a static
+    bound; ("calls", kernel), ("flops", kernel) and ("hbm", kernel): bytes read and written.
+  """
+  total = Counter(flops=0.0, unbounded=0)
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name = eqn.primitive.name
-    inner = [count_flops(part) for part in core.jaxprs_in_params(eqn.params)]
+    if name == "pallas_call":
+      total.update(_kernel(eqn, visible))
+      continue
+    inner = [count_work(part, visible) for part in core.jaxprs_in_params(eqn.params)]
     if name == "cond":
-      inner = [max(inner)]
+      inner = [max(inner, key=lambda work: work["flops"])]
     turns = _TURNS[name](eqn.params) if name in _TURNS else 1
-    unbounded += sum(number for _, number in inner) + (turns is None)
-    total += (1 if turns is None else turns) * sum(flops for flops, _ in inner)
+    total["unbounded"] += turns is None
+    for work in inner:
+      total.update({key: n if key == "unbounded" else n * (1 if turns is None else turns)
+                    for key, n in work.items()})
     if name in _PRODUCTS:
       shapes = [x.aval.shape for x in (*eqn.invars, *eqn.outvars)]
-      total += 2.0 * _PRODUCTS[name](*shapes, eqn.params["dimension_numbers"])
-  return total, unbounded
+      total["flops"] += 2.0 * _PRODUCTS[name](*shapes, eqn.params["dimension_numbers"])
+  return total
+
+
+def _kernel(eqn, visible) -> Counter:
+  """Work of an attention kernel, see `model.kernels.tpu` and `model.kernels.gpu`.
+
+  Its first operands list pairs of an outer block and an inner one; after these come the words of
+  queries and keys, q and k. For TPUs the grid is (heads, pairs), for GPUs (outer blocks, heads,
+  rows) with a loop over the inner blocks. What is found by the outer block moves once for each of
+  these, the rest once for each visible pair.
+  """
+  params, grid = eqn.params, eqn.params["grid_mapping"]
+  operands = [x.aval for x in eqn.invars[grid.num_dynamic_grid_bounds:]]
+  tpu = grid.num_index_operands > 0
+  lists = operands[:grid.num_index_operands or 2]
+  share = visible(operands[len(lists) + 3].shape[2])
+  heads = grid.grid[0 if tpu else 1]
+  programs = heads * lists[0].size if tpu else math.prod(grid.grid)
+  outer = math.prod(_blocks(grid.block_mappings[-1])) if tpu else programs
+  moved = sum(_block_bytes(x) * (programs * share if _by_inner(x, tpu) else outer)
+              for x in grid.block_mappings)
+  # One conditional holds the products of whole blocks, another those of blocks with a mask.
+  inner = [count_work(part)["flops"] for e in params["jaxpr"].eqns
+           for part in core.jaxprs_in_params(e.params)]
+  flops = max(inner, default=0.0) * heads * lists[-1].size * share
+  name = params["name"]
+  return Counter({"flops": flops, ("calls", name): 1, ("flops", name): flops, ("hbm", name): moved})
+
+
+def _lengths(mapping) -> list[int | None]:
+  """Lengths of a block by dimension; None for one that the kernel does not see."""
+  return [n if isinstance(n, int) else getattr(n, "block_size", None) for n in mapping.block_shape]
+
+
+def _blocks(mapping) -> list[int]:
+  """Numbers of blocks of an array by dimension."""
+  return [-(-n // (size or 1)) for n, size in zip(mapping.array_aval.shape, _lengths(mapping))]
+
+
+def _block_bytes(mapping) -> int:
+  """Bytes of a block, the last dimension padded to whole lanes."""
+  *lead, last = (n or 1 for n in _lengths(mapping))
+  return math.prod(lead) * (-(-last // 128) * 128) * mapping.array_aval.dtype.itemsize
+
+
+def _by_inner(mapping, tpu: bool) -> bool:
+  """Whether a block changes with the inner one.
+
+  The arguments of the map are (head, step, outer, inner, ...) for TPUs, the outer block first for
+  GPUs.
+  """
+  jaxpr = mapping.index_map_jaxpr.jaxpr
+  needed = {x for x in jaxpr.outvars if isinstance(x, core.Var)}
+  for eqn in reversed(jaxpr.eqns):
+    if needed.intersection(eqn.outvars):
+      needed.update(x for x in eqn.invars if isinstance(x, core.Var))
+  return jaxpr.invars[3] in needed if tpu else jaxpr.invars[0] not in needed
 
 
 def _while_turns(params) -> int | None:
@@ -133,6 +211,9 @@ def _parse(line, ops, computations) -> _Op:
            [ops[name] for name in _NAME.findall(line["args"])],
            [computations[name] for name in _NAME.findall(" ".join(called))])
   if kind != line["opcode"]:
+    if operands := re.match(r"\(\((.*?)\), ", line["shape"]):  # these stand before the result
+      count = len(_ARRAY.findall(operands[1]))
+      sizes, hbm = sizes[count:count + 1], hbm[count:count + 1]
     del hbm[1:]  # operands and state of an asynchronous operation
   for operand in dict.fromkeys(op.operands):
     operand.users.append(op)

@@ -16,12 +16,40 @@ from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.generate import steps
 from irg_jax.generate.context import FULL, NO_IMAGE, guidance_views, new_context, rung
 from irg_jax.generate.settings import Settings
+from irg_jax.model.attention import choose
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.settings import Switches, TrainSettings
 from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
 from irg_jax.weights.names import abstract_params
 
 _SPECIAL = SpecialTokens()
+# Share of the pairs of blocks in a row of `configs/irgl.py` that the TPU kernel visits, measured on
+# rows of the shape of IRGL-300K (python benchmarks/data.py): in the ViT; in the decoder by the parts
+# of a row on `sequence`, that of the busiest part, for which the others wait.
+VISIBLE = {"stage1": ({}, 0), "stage2": ({}, 0)}
+# Mean tokens of such conversations, with the two ends of a text.
+_SYSTEM, _PROMPT, _THOUGHT = 92, 112, 802
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What the data of a program may be.
+
+  Attributes:
+    label: for people; empty if there is one case.
+    visible: share of the pairs of blocks that a kernel visits, by the keys of a row from which on
+      it holds; rows with fewer keys are visible in whole.
+    needed_flops: FLOPs of matrix products and attention by formula, over all chips, without
+      recomputation; None if there is no formula.
+  """
+
+  label: str = ""
+  visible: dict[int, float] = dataclasses.field(default_factory=dict)
+  needed_flops: float | None = None
+
+  def share(self, keys: int) -> float:
+    """Share of pairs of blocks for rows of so many keys."""
+    return self.visible.get(max((n for n in self.visible if n <= keys), default=None), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +61,24 @@ class Program:
     unit: the work of one run, for people.
     mesh: the mesh to compile for; set it while calling `trace`.
     trace: function () -> `jax.stages.Traced`.
-    needed_flops: FLOPs of matrix products and attention by formula, over all chips, without
-      recomputation; None if there is no formula.
+    cases: what the data may be; the first one is the most that the program can have to do.
+    attention: form of attention of each part, for people.
   """
 
   name: str
   unit: str
   mesh: jax.sharding.Mesh
   trace: Callable
-  needed_flops: float | None = None
+  cases: tuple[Case, ...] = (Case(),)
+  attention: tuple[str, ...] = ()
 
 
-def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
-  """One update of a stage, with the state and batch shapes of `irg train`."""
+def train_program(settings: TrainSettings, stage: str, mesh, visible: float | None = None) -> Program:
+  """One update of a stage, with the state and batch shapes of `irg train`.
+
+  `visible` is the share of pairs of blocks of the decoder that the kernel visits; None takes the
+  one that was measured.
+  """
   s, data, model = getattr(settings, stage), settings.data, settings.model
   optimizer = make_optimizer(settings.optimizer, s)
   state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer),
@@ -55,28 +88,64 @@ def train_program(settings: TrainSettings, stage: str, mesh) -> Program:
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), row)
   step = make_train_step(UnifiedTransformer(model), optimizer, settings, mesh, state, batch)
   key, count = jax.eval_shape(lambda: jax.random.key(0)), math.prod(lead)
+  tokens = s.sizes.und + s.sizes.gen
+  parts = {"decoder": (tokens, [tokens]), "ViT": (s.sizes.vit, [s.sizes.vit])}
+  case = _row_case(settings, stage, mesh, visible, _forms(model, mesh, parts))
   return Program(
-      f"train {stage}", f"an update of {count} rows of {s.sizes.und + s.sizes.gen} tokens", mesh,
-      functools.partial(step.trace, Switches(), state, batch, key),
-      count * row_flops(model, s.sizes))
+      f"train {stage}", f"an update of {count} rows of {tokens} tokens", mesh,
+      functools.partial(step.trace, Switches(), state, batch, key), (case,),
+      tuple(f"{part} {form}" for part, form in _forms(model, mesh, parts).items()))
+
+
+def _row_case(settings, stage, mesh, visible, forms) -> Case:
+  """Rows of which each sample sees itself; without a kernel, attention counts whole rows."""
+  sizes, (by_parts, vit) = getattr(settings, stage).sizes, VISIBLE[stage]
+  parts = mesh.shape["sequence"]
+  busiest = by_parts[max(n for n in by_parts if n <= parts)]
+  mean = by_parts[1]
+  if visible is not None:
+    busiest, mean = visible * busiest / mean, visible
+  if forms["decoder"] != "kernel":
+    busiest = mean = 1.0
+  vit = vit if forms["ViT"] == "kernel" else 1.0
+  rows = settings.data.rows * settings.data.accumulate
+  needed = row_flops(settings.model, sizes, {"pairs": mean, "vit_pairs": vit})
+  return Case("", {sizes.vit: vit, sizes.und + sizes.gen: min(busiest, 1.0)}, rows * needed)
+
+
+def _forms(config, mesh, parts) -> dict[str, str]:
+  """Form of attention of each part, given (queries, keys of each source), and why no kernel."""
+  with jax.set_mesh(mesh):
+    found = {name: choose(*lengths) for name, lengths in parts.items()}
+    on = sharding.platform()
+  if config.attention != "auto":
+    return {name: config.attention if config.attention == "kernel" else
+            f"{config.attention} (as set)" for name in parts}
+  why = {"kernel": lambda queries: "", "dense": lambda queries: " (a short row)",
+         "chunked": lambda queries: f" ({queries} queries a row: bound by reading the cache)"
+         if queries < 16 else f" (no kernel on {on})"}
+  return {name: form + why[form](parts[name][0]) for name, form in found.items()}
 
 
 def generation_programs(config: ModelConfig, settings: Settings, rows: int, cache: int,
-                        mesh) -> list[Program]:
+                        mesh, visible: float | None = None) -> list[Program]:
   """The steps of `irg generate`, at their most expensive.
 
   Texts have the longest length that the settings allow, the cache is full, and guidance is that of
-  the later rounds. Weights and cache have `config.dtype`.
+  the later rounds. Weights and cache have `config.dtype`. A second case is the cache of a second
+  round with texts of mean length.
 
   Args:
     rows: prompts generated together.
     cache: slots per row.
+    visible: share of the cache that is in use in the second case; None: by the texts and the image.
   """
   s, model, vit_patch = settings, UnifiedTransformer(config), config.vit.patch_size
   grid = s.height // config.pixel_stride, s.width // config.pixel_stride
   width, height = s.vae_transform.size(s.width, s.height)
   vit_grid = tuple(side // vit_patch for side in s.vit_transform.size(width, height)[::-1])
   latents, patches, thought = math.prod(grid), math.prod(vit_grid), s.think_limit - 1
+  image = latents + patches + 4
   views, text, down = guidance_views(s.later), rung(s.think_limit + 1), config.vae.downsample
 
   def array(*shape, dtype=jnp.float32):
@@ -86,14 +155,23 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
     placed = NamedSharding(mesh, sharding.partition_spec(shape, axes, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-  def made(unit, step, *args, flops=None, **static):
-    return Program(step.__name__, unit, mesh, functools.partial(step.trace, *args, **static), flops)
+  used = _SYSTEM + _PROMPT + 3 * _THOUGHT + latents + patches + 4  # a thought after an image twice
+  used = min(1.0, used / cache) if visible is None else visible
 
-  def needed(und, gen=0, vit=0, text=0):
-    """FLOPs of a decoder pass over tokens that attend to each other and to the full cache."""
-    pairs = 1 + cache / (und + gen)
+  def made(unit, step, *args, parts=None, flops=None, **static):
+    forms = _forms(config, mesh, parts or {})
+    cases = [Case("", {}, flops and flops(1.0))]
+    if forms.get("decoder") == "kernel" and used < 1:
+      cases.append(Case(f"{used:.0%} of the cache", {cache: used}, flops(used)))
+    return Program(step.__name__, unit, mesh, functools.partial(step.trace, *args, **static),
+                   tuple(cases), tuple(f"{part} {form}" for part, form in forms.items()))
+
+  def needed(und, gen=0, vit=0, text=0, times=1):
+    """Function (share of the cache) -> FLOPs of passes over tokens that attend to each other."""
     sizes = BufferSizes(und=und, gen=gen, vit=vit, text=text, samples=1)
-    return rows * row_flops(config, sizes, {"pairs": pairs}) / 3  # a third is the forward pass
+    pairs = lambda share: 1 + share * cache / (und + gen)
+    return lambda share: times * rows * row_flops(  # a third is the forward pass
+        config, sizes, {"pairs": pairs(share)}) / 3
 
   params = abstract_params(config, jnp.dtype(config.dtype))
   params = jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
@@ -108,16 +186,19 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   return [
       made(f"a text of {text} tokens a row", steps.append_text, *on_context,
            array(rows, text, dtype=jnp.int32), array(rows, dtype=jnp.int32), (FULL, NO_IMAGE),
-           flops=needed(und=text)),
+           parts={"decoder": (text, [text, cache])}, flops=needed(und=text)),
       made("an image a row, VAE and ViT", steps.append_image, *on_context, noise,
            array(rows, patches, vit_patch**2 * 3), latent_grid=grid, vit_grid=vit_grid,
-           special=_SPECIAL, flops=needed(und=patches + 4, gen=latents, vit=patches)),
+           special=_SPECIAL, flops=needed(und=patches + 4, gen=latents, vit=patches),
+           parts={"decoder": (image, [image, cache]), "ViT": (patches, [patches])}),
       made(f"a thought of {thought} tokens a row", steps.think, *on_context, draft, keys, scalar,
-           sampling=s.sampling, special=_SPECIAL, flops=thought * needed(und=1, text=1)),
+           sampling=s.sampling, special=_SPECIAL, flops=needed(und=1, text=1, times=thought),
+           parts={"decoder": (1, [1, cache, thought])}),
       made(f"{s.steps - 1} updates under {len(views)} views, an image a row", steps.denoise,
            *on_context, noise, flow.schedule(s.steps, s.timestep_shift), s.later, scalar, scalar,
            grid=grid, special=_SPECIAL, views=views,
-           flops=(s.steps - 1) * len(views) * needed(und=2, gen=latents)),
+           flops=needed(und=2, gen=latents, times=(s.steps - 1) * len(views)),
+           parts={"decoder": (latents + 2, [latents + 2, cache])}),
       made("an image a row", steps.decode_pixels, config, params["vae"], noise, grid),
       made("an image a row", steps.encode_pixels, config, params["vae"],
            array(rows, height, width, 3),
