@@ -15,6 +15,7 @@ pixels, the mixtures and buffers of `configs/irgl.py`.
 
 import argparse
 import dataclasses
+import functools
 import io
 import itertools
 import pathlib
@@ -26,6 +27,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -35,10 +37,9 @@ from irg_jax.data import pipeline
 from irg_jax.data.batch import LENGTH_FEATURES
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
 from irg_jax.data.pipeline import exceeded_limit
-from irg_jax.model import attention
-from irg_jax.model.kernels import blockwise
+from irg_jax.model.kernels import tpu, visible
+from irg_jax.model.vit import patch_tokens
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
-from irg_jax.tokens import allowed
 from irg_jax.train import settings as settings_lib
 from irg_jax.train.step import row_flops
 
@@ -107,13 +108,40 @@ def packing_use(settings, stage, blocks: int, seed: int = 0):
   return row_flops(settings.model, stage.sizes, used) / full, used
 
 
+def visited_blocks(model, rows, parts=(1, 2, 4, 8)) -> tuple[dict[int, float], float]:
+  """Share of the pairs of blocks of packed rows that the TPU kernel visits.
+
+  Returns:
+    (share in the decoder by the parts of a row on as many devices, that of the busiest part; share
+    in the ViT), means over the rows.
+  """
+  group, mean = model.llm.num_heads // model.llm.num_kv_heads, lambda values: float(np.mean(values))
+  words = [mask_words(row.tokens) for row in rows]
+  images = [mask_words(patch_tokens(row.vit_image)) for row in rows]
+  return ({n: mean([blocks_read(*x, group, n) for x in words]) for n in parts},
+          mean([blocks_read(*x, 1) for x in images]))
+
+
 @jax.jit
-def blocks_read(tokens):
-  """Share of the blocks of scores of rows [B, T] on a TPU in which anything is visible."""
-  queries, keys = attention.chunks(tokens.sample.shape[1], "tpu")
-  blocks = lambda query: blockwise.mask_in_blocks(allowed(query, tokens), keys)
-  read = lambda query: jnp.mean(jnp.any(blocks(query), (0, 1, 3)))
-  return jnp.mean(jax.lax.map(read, blockwise.cut(tokens, queries)))
+def mask_words(tokens):
+  return visible.query_words(tokens), visible.key_words(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def blocks_read(query_13T, key_12S, group: int, parts: int = 1):
+  """Share of the pairs of blocks of a row that the TPU kernel visits in the busiest part.
+
+  Args:
+    group: query heads that share a key-value head.
+    parts: devices that share the queries.
+  """
+  sizes = tpu.block_sizes(query_13T.shape[-1] // parts, key_12S.shape[-1], group)
+
+  def share(query_3T):
+    pairs = visible.prepare(query_3T[None, None], key_12S[None], *sizes, head_dim=0).by_query
+    return pairs.start[-1] / len(pairs.outer)
+
+  return jnp.max(jax.lax.map(share, rearrange(query_13T, "1 i (p t) -> p i t", p=parts)))
 
 
 def sample_lengths(mode, settings, rng) -> dict[str, int]:
@@ -204,15 +232,18 @@ def rate(settings, stage, used, moments, args):
   print(f"  {'with' if moments else 'without'} moments: {per_core:.1f} samples and "
         f"{seen / seconds:.1f} images a second of a core ({samples} samples, "
         f"{seen} images, {seconds:.1f} s of processor, {wall:.1f} s)")
-  read = float(np.mean([blocks_read(row.tokens) for row in rows]))
-  # The ViT's blocks count as read: they are few.
-  step = row_flops(settings.model, stage.sizes, used | {"pairs": read}) / (PEAK * UTILISATION)
+  read, vit = visited_blocks(settings.model, rows, (1, 2, 4, 8) if moments else (1,))
+  step = row_flops(settings.model, stage.sizes, used | {"pairs": read[1], "vit_pairs": vit}) / (
+      PEAK * UTILISATION)
   eaten = samples / len(rows) / step
   cores = HOST_CORES / HOST_CHIPS
-  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads {read:.2f} "
+  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads {read[1]:.2f} "
         f"of the blocks of scores) / ({PEAK:.3g} x {UTILISATION}) = {step:.2f} s, so {eaten:.2f} "
         f"samples a second: {eaten / per_core:.2f} cores of the {cores:.0f} that it has; the "
         f"pipeline on these is {per_core * cores / eaten:.0f} times as fast")
+  if moments:
+    print("    pairs of blocks that the kernel visits, in the busiest part of a row in so many "
+          f"parts: {', '.join(f'{n}: {x:.3f}' for n, x in read.items())}; in the ViT: {vit:.3f}")
 
 
 if __name__ == "__main__":

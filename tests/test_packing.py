@@ -10,7 +10,7 @@ import pytest
 
 from irg_jax import sharding
 from irg_jax.data.batch import BufferSizes
-from irg_jax.model import attention
+from irg_jax.model.kernels import tpu
 from irg_jax.plan import cost, programs
 from irg_jax.train.step import row_units, unit_flops
 from irg_jax.tokens import Tokens, allowed
@@ -77,12 +77,16 @@ def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
   assert needed * 0.99 < made < needed * 1.05
 
 
-def test_attention_reads_less_than_a_third_of_the_blocks_of_a_row(benchmark):
-  """The loop over blocks is as long as the row (see above); the data end it early."""
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_the_plan_counts_the_blocks_that_the_kernel_visits_in_such_rows(benchmark, name):
   settings = benchmark["load_settings"]()
-  for stage in settings.stages.values():
-    row = next(benchmark["open_rows"](settings, stage, moments=True, bins=1))
-    assert 0.1 < float(benchmark["blocks_read"](row.tokens)) < 0.33
+  rows = [next(benchmark["open_rows"](settings, settings.stages[name], moments=True, bins=1))]
+  by_parts, vit = benchmark["visited_blocks"](settings.model, rows, (1, 4))
+  planned, planned_vit = programs.VISIBLE[name]
+  assert by_parts[1] <= by_parts[4]
+  # One row is not the mean of many.
+  assert by_parts[1] == pytest.approx(planned[1], abs=0.12)
+  assert vit == pytest.approx(planned_vit, abs=0.12)
 
 
 def test_blocks_read_are_those_in_which_anything_is_visible(benchmark):
@@ -90,6 +94,8 @@ def test_blocks_read_are_those_in_which_anything_is_visible(benchmark):
   index = np.arange(2048)[None]
   zeros = np.zeros_like(index)
   tokens = Tokens(sample=sample, index=index, split=zeros, kind=zeros)
-  queries, keys = attention.chunks(2048, "tpu")
-  blocks = np.asarray(allowed(tokens, tokens)).reshape(-1, queries, 2048 // keys, keys)
-  assert float(benchmark["blocks_read"](tokens)) == blocks.any((1, 3)).mean()
+  queries, keys = tpu.block_sizes(1024, 2048, 7)
+  blocks = np.asarray(allowed(tokens, tokens)).reshape(2, 1024 // queries, queries, -1, keys)
+  by_part = blocks.any((2, 4)).mean((1, 2))
+  read = benchmark["blocks_read"](*benchmark["mask_words"](tokens), 7, 2)
+  assert float(read) == pytest.approx(by_part.max())

@@ -1,5 +1,6 @@
 """`irg plan`: counting compiled programs, the arithmetic of slices, the report."""
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -19,7 +20,8 @@ from irg_jax import chips, commands, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
 from irg_jax.generate.settings import Settings
-from irg_jax.plan import cost, programs
+from irg_jax.model.kernels import gpu, tpu, visible
+from irg_jax.plan import cost, meshes, programs
 from irg_jax.train import settings as train_settings
 
 
@@ -298,8 +300,10 @@ def test_an_estimate_says_memory_work_and_traffic_of_one_chip():
   cache = 2 * 2 * 2 * 512 * 16 * 4  # k and v, layers, rows of a chip, slots, one head, float32
   assert found.arguments > cache
   assert found.peak >= found.arguments + found.temporaries
-  assert found.needed_flops <= found.flops < 2 * found.needed_flops
-  assert found.seconds["compute"] == found.flops / 197e12
+  needed = program.cases[0].needed_flops / 8
+  assert needed <= found.work["flops"] < 2 * needed
+  assert found.seconds["compute"] == found.work["flops"] / 197e12
+  assert found.utilisation == pytest.approx(needed / 197e12 / max(found.seconds.values()))
   assert {key[1] for key in found.traffic if key[0] == "sent"} >= {"all-gather"}
   assert found.seconds["ICI"] > 0
 
@@ -322,10 +326,12 @@ def test_the_train_step_is_planned_with_the_batch_that_training_has():
 def test_what_does_not_fit_is_said_with_a_hint():
   program = tiny_generation()["append_text"]
   slice_ = cpu_slice()
-  e = plan.Estimate(program, 15 * chips.GIB, 1 * chips.GIB, 14 * chips.GIB, 1e12, 5e11,
-                    seconds={"compute": 2.0, "HBM": 1.0, "ICI": 0.5})
+  e = plan.Estimate(program, 15 * chips.GIB, 1 * chips.GIB, 14 * chips.GIB,
+                    programs.Case("a case", {}, 4e12), collections.Counter(flops=1e12),
+                    seconds={"compute": 2.0, "HBM": 1.0, "ICI": 0.5}, utilisation=0.41)
   fits = plan.report([e], slice_, headroom=0.05)
   assert "DOES NOT FIT" not in fits and "bound by compute: 2 s" in fits and "50%" in fits
+  assert "append_text, a case" in fits and "41%" in fits
   tight = plan.report([e], slice_, headroom=0.1)
   assert "needs 15.00 GiB of the 16 GiB" in tight and "0.60 GiB too many" in tight
   assert "--cache" in tight
@@ -347,6 +353,121 @@ def test_a_program_that_does_not_compile_for_another_reason_is_an_error():
   program = dataclasses.replace(tiny_generation()["think"], trace=broken)
   with pytest.raises(ValueError, match="think does not compile: INTERNAL"):
     plan.estimate(program, cpu_slice())
+
+
+def kernel_jaxpr(module, sizes, gradient=True):
+  """A kernel's passes over rows [B 2, W 3, K 2, J 4, T 256, H 128], 512 keys."""
+  def loss(q, k, v, queries, keys):
+    return jnp.sum(module.attention(q, k, v, visible.prepare(queries, keys, *sizes, 128))[0])
+
+  shape = lambda *lengths, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(lengths, dtype)
+  q, kv = shape(2, 3, 2, 4, 256, 128), shape(2, 2, 512, 128)
+  words = shape(2, 3, 3, 256, dtype=jnp.int32), shape(2, 3, 2, 512, dtype=jnp.int32)
+  function = jax.grad(loss, (0, 1, 2)) if gradient else loss
+  return jax.make_jaxpr(function)(q, kv, kv, *words)
+
+
+@pytest.mark.parametrize("module, sizes", [(tpu, (128, 256)), (gpu, (128, 64))])
+def test_kernels_count_the_products_of_the_visible_blocks(module, sizes):
+  product = 2 * (2 * 3 * 8 * 256 * 512 * 128)  # one product of all scores
+  found = cost.count_work(kernel_jaxpr(module, sizes))
+  assert [found["flops", name] / product for name in (
+      "forward_kernel", "d_q_kernel", "d_kv_kernel")] == [2, 3, 4]
+  assert found["flops"] == 9 * product
+  half = cost.count_work(kernel_jaxpr(module, sizes), {512: 0.5}.__getitem__)
+  assert half["flops"] == 4.5 * product
+  assert half["calls", "d_q_kernel"] == 1
+
+
+def test_a_kernel_moves_what_belongs_to_queries_once_and_keys_for_every_visible_pair():
+  lane = 4 * 128  # bytes; what is narrower is padded to lanes
+  q, lse = 2 * 3 * 8 * 256 * 128 * 2, 2 * 3 * 8 * 256 * 4
+  query_words = 2 * (2 * 3 * 256) * lane  # for each of two heads
+  # Of four pairs of blocks in a row, two are visible: for each of two rows and two heads.
+  pair = 2 * (256 * 128 * 2) + 3 * 2 * 256 * 4
+  moved = cost.count_work(kernel_jaxpr(tpu, (128, 256), gradient=False), lambda keys: 0.5)
+  assert moved["hbm", "forward_kernel"] == 2 * q + lse + query_words + 2 * 2 * 2 * pair
+
+
+def test_kernels_on_a_mesh_count_for_all_devices():
+  """Rows on the axis `data`, heads on `tensor`; the ViT and the cache have shares of their own."""
+  settings = train_settings.load(f"{ROOT}/configs/irgl.py:tiny", [
+      "data.path=-", "data.rows=8", "model.attention=kernel"])
+  count = lambda shape, devices: cost.count_work(programs.train_program(
+      settings, "stage2", sharding.make_mesh(shape, devices)).trace().jaxpr)
+  with jax.set_mesh(mesh := sharding.make_mesh({"data": 4, "tensor": 2}, jax.devices())):
+    split = cost.count_work(programs.train_program(settings, "stage2", mesh).trace().jaxpr)
+  one = count({"data": 1}, jax.devices()[:1])
+  assert split["flops", "d_kv_kernel"] == one["flops", "d_kv_kernel"]
+  assert split["calls", "d_kv_kernel"] == 8 * one["calls", "d_kv_kernel"]
+
+
+def test_a_share_holds_for_rows_of_at_least_its_length():
+  case = programs.Case("", {100: 0.5, 200: 0.25})
+  assert [case.share(keys) for keys in (99, 100, 128, 200, 256)] == [1, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("visible", [None, 0.5])
+def test_rows_of_training_count_at_the_share_that_a_kernel_visits(visible):
+  def case(*overrides):
+    settings = train_settings.load(f"{ROOT}/configs/irgl.py:tiny", [
+        "data.path=-", "data.rows=8", *overrides])
+    mesh = sharding.make_mesh({"fsdp": 4, "sequence": 2}, jax.devices())
+    program = programs.train_program(settings, "stage2", mesh, visible)
+    return program.attention, program.cases[0]
+
+  forms, kernel = case("model.attention=kernel")
+  assert forms == ("decoder kernel", "ViT kernel")
+  measured, vit = programs.VISIBLE["stage2"]
+  busiest = measured[2] if visible is None else visible * measured[2] / measured[1]
+  assert kernel.visible == {896: pytest.approx(busiest), 128: vit}
+  forms, without = case()
+  assert forms == ("decoder chunked (no kernel on cpu)", "ViT dense (a short row)")
+  assert without.visible == {896: 1.0, 128: 1.0}
+  assert kernel.needed_flops < without.needed_flops
+
+
+def test_generation_has_a_case_for_the_cache_that_is_in_use():
+  config = config_lib.read_model(ROOT / "configs" / "tiny.py", ["attention=kernel"])
+  mesh = sharding.make_mesh({"data": 8}, jax.devices())
+  settings = Settings(height=64, width=64, think_limit=20, steps=4)
+  made = {p.name: p for p in programs.generation_programs(config, settings, 8, 4096, mesh, 0.25)}
+  full, used = made["denoise"].cases
+  assert (full.visible, used.visible, used.label) == ({}, {4096: 0.25}, "25% of the cache")
+  assert used.needed_flops < full.needed_flops
+
+
+def estimated(program, seconds, peak=1.0):
+  return [plan.Estimate(program, peak * chips.GIB, seconds={"compute": seconds})]
+
+
+def test_the_best_mesh_is_the_fastest_that_fits():
+  program, slice_ = tiny_generation()["think"], cpu_slice()
+  made = {1: estimated(program, 1.0, peak=15), 2: estimated(program, 5.0),
+          4: estimated(program, 4.0), 8: estimated(program, 3.0)}
+  shapes = [{"tensor": n} for n in made]
+  found, tried = meshes.best(shapes, lambda shape: made[shape["tensor"]], slice_, 0.1)
+  assert found is made[2] and tried == [({"tensor": 1}, None), ({"tensor": 2}, 5.0)]
+  found, _ = meshes.best(shapes[1:], lambda shape: made[shape["tensor"]], slice_, 0.1)
+  assert found is made[4]
+  none, tried = meshes.best(shapes[:1], lambda shape: made[shape["tensor"]], slice_, 0.1)
+  assert none is made[1] and tried == [({"tensor": 1}, None)]
+  with pytest.raises(ValueError, match="no mesh of v5e:2x4 suits"):
+    meshes.best([], made.get, slice_, 0.1)
+
+
+@pytest.mark.parametrize("name, first", [
+    ("v5p:4x4x4", {"data": 4, "fsdp": 16, "sequence": 1}),
+    ("v5e:16x16", {"data": 1, "fsdp": 64, "sequence": 4})])
+def test_rows_are_split_only_if_they_are_few_and_weights_only_as_memory_asks(name, first):
+  settings = train_settings.load(f"{ROOT}/configs/irgl.py", ["data.path=-"])
+  assert next(meshes.training_meshes(settings, "stage2", chips.parse_slice(name))) == first
+
+
+def test_generation_tries_tensor_first():
+  llm = config_lib.read_model(ROOT / "configs" / "irgl.py").llm
+  assert list(meshes.generation_meshes(llm, 8, chips.parse_slice("v5e:2x4"))) == [
+      {"data": 2, "tensor": 4}, {"data": 4, "tensor": 2}, {"data": 8, "tensor": 1}]
 
 
 @pytest.mark.parametrize("hbm_gib, status", [(16, 0), (1e-4, 1)])

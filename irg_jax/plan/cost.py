@@ -22,6 +22,7 @@ from collections import Counter
 
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # --- FLOPs of a jaxpr
 
@@ -42,13 +43,19 @@ def count_work(jaxpr, visible=lambda keys: 1.0) -> Counter:
     Counter of "flops", those of kernels included; "unbounded": number of loops without a static
     bound; ("calls", kernel), ("flops", kernel) and ("hbm", kernel): bytes read and written.
   """
+  # What is recomputed for nothing stays in the jaxpr, but not in the compiled program.
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], visible)
+
+
+def _count(jaxpr, visible) -> Counter:
   total = Counter(flops=0.0, unbounded=0)
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name = eqn.primitive.name
     if name == "pallas_call":
       total.update(_kernel(eqn, visible))
       continue
-    inner = [count_work(part, visible) for part in core.jaxprs_in_params(eqn.params)]
+    inner = [_count(part, visible) for part in core.jaxprs_in_params(eqn.params)]
     if name == "cond":
       inner = [max(inner, key=lambda work: work["flops"])]
     turns = _TURNS[name](eqn.params) if name in _TURNS else 1
@@ -81,7 +88,7 @@ def _kernel(eqn, visible) -> Counter:
   moved = sum(_block_bytes(x) * (programs * share if _by_inner(x, tpu) else outer)
               for x in grid.block_mappings)
   # One conditional holds the products of whole blocks, another those of blocks with a mask.
-  inner = [count_work(part)["flops"] for e in params["jaxpr"].eqns
+  inner = [_count(part, visible)["flops"] for e in params["jaxpr"].eqns
            for part in core.jaxprs_in_params(e.params)]
   flops = max(inner, default=0.0) * heads * lists[-1].size * share
   name = params["name"]
