@@ -49,11 +49,13 @@ def count_work(jaxpr, visible=lambda keys: 1.0) -> Counter:
 
 
 def _count(jaxpr, visible) -> Counter:
-  total = Counter(flops=0.0, unbounded=0)
-  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+  jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), Counter(flops=0.0, unbounded=0)
+  used = {x for x in jaxpr.outvars if isinstance(x, core.Var)}.union(*(
+      [x for x in eqn.invars if isinstance(x, core.Var)] for eqn in jaxpr.eqns))
+  for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if name == "pallas_call":
-      total.update(_kernel(eqn, visible))
+    if name == "pallas_call":  # JAX keeps a kernel that nobody needs, XLA does not
+      total.update(_kernel(eqn, visible) if used.intersection(eqn.outvars) else {})
       continue
     inner = [_count(part, visible) for part in core.jaxprs_in_params(eqn.params)]
     if name == "cond":
