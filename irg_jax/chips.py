@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Specification of one TPU chip."""
+  """Specification of one TPU chip or GPU."""
 
   name: str
   hbm_gib: float  # memory that a program can use, in GiB
@@ -22,6 +22,7 @@ class Chip:
   link_gbs: float  # bandwidth of one link to a neighbour, one way, in 1e9 bytes/s
   ring: int  # the shortest side of a slice whose links wrap around
   dims: int  # dimensions of the torus
+  gpu: bool = False  # GPUs of one node, all on one switch: a single side without a ring
 
 
 CHIPS = {chip.name: chip for chip in (
@@ -29,6 +30,8 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v5e", 16, 197, 819, 50, 16, 2),
     Chip("v5p", 95, 459, 2765, 100, 4, 3),
     Chip("v6e", 32, 918, 1640, 112, 16, 2),
+    Chip("a100", 79, 312, 2039, 300, 9, 1, gpu=True),
+    Chip("h100", 79, 989, 3352, 450, 9, 1, gpu=True),
 )}
 
 # Peak of dense bfloat16 products in TFLOP/s by a part of `device_kind`; the first match counts.
@@ -43,7 +46,7 @@ def peak_tflops(device_kind: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips."""
+  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips, or a node of GPUs."""
 
   chip: Chip
   sides: tuple[int, ...]
@@ -73,18 +76,21 @@ class Slice:
 def parse_slice(text: str) -> Slice:
   """Parses a topology such as "v5p:4x4x4" into a Slice without devices; ValueError if wrong."""
   if not (found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)):
-    raise ValueError(f"topology {text!r}: write CHIP:SIDExSIDE, like v5p:4x4x4 or v5e:2x4")
+    raise ValueError(f"topology {text!r}: write CHIP:SIDExSIDE, like v5p:4x4x4, v5e:2x4 or h100:8")
   chip, sides = CHIPS.get(found[1]), tuple(map(int, found[2].split("x")))
   if chip is None:
     raise ValueError(f"topology {text!r}: unknown chip {found[1]!r}; known: {', '.join(CHIPS)}")
   if len(sides) != chip.dims:
+    example = "8" if chip.gpu else "x".join(["4"] * chip.dims)
     raise ValueError(f"topology {text!r}: a {chip.name} slice has {chip.dims} sides, like "
-                     f"{chip.name}:{'x'.join(['4'] * chip.dims)}")
+                     f"{chip.name}:{example}")
+  if chip.gpu and sides[0] > 8:
+    raise ValueError(f"topology {text!r}: a node has at most 8 GPUs")
   return Slice(chip, sides)
 
 
 def prepare_to_compile() -> None:
-  """Sets the environment to compile with libtpu without a TPU; call it before JAX is imported."""
+  """Sets the environment to compile without the device; call it before JAX is imported."""
   os.environ |= {
       "JAX_PLATFORMS": "cpu",
       "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for the cloud's metadata server

@@ -1,4 +1,4 @@
-"""`irg plan`: memory and time of the compiled programs on a TPU slice, without a TPU."""
+"""`irg plan`: memory and time of the compiled programs on a TPU slice or GPUs, without them."""
 
 import argparse
 import dataclasses
@@ -17,8 +17,9 @@ _OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "den
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   add = verbs.add_parser(
-      "plan", run=_run, help="memory and time on a TPU slice, without a TPU").add_argument
-  add("--topology", required=True, metavar="CHIP:AxB", help="the slice, such as v5p:4x4x4")
+      "plan", run=_run, help="memory and time on TPUs or GPUs, without them").add_argument
+  add("--topology", required=True, metavar="CHIP:AxB",
+      help="the slice or node, such as v5p:4x4x4 or h100:8")
   add("--config", type=pathlib.Path, required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")
   add("--programs", type=_names, default=("train", "generate"), metavar="NAME,...",

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for a TPU slice: memory, roofline estimate of the time, text report."""
+"""Ahead-of-time compilation for a TPU slice or GPUs: memory, roofline estimate of the time, text report."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ from jax.experimental import topologies
 
 from irg_jax import chips
 from irg_jax.chips import GIB, Slice
+from irg_jax.plan import gpus
 from irg_jax.plan.cost import count_traffic, count_work
 from irg_jax.plan.programs import Case, Program
 from irg_jax.reports.pages import table
@@ -18,6 +19,8 @@ try:
 except ImportError:
   libtpu = None
 
+# Products through Triton take minutes to compile and are not tuned without a GPU anyway.
+_OPTIONS = {False: {}, True: {"xla_gpu_enable_triton_gemm": False}}
 _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
@@ -61,14 +64,18 @@ class Estimate:
 
 
 def open_slice(text: str) -> Slice:
-  """A slice such as "v5p:4x4x4" with libtpu's devices to compile for.
+  """A slice such as "v5p:4x4x4", or a node such as "h100:8", with devices to compile for.
 
   Call `chips.prepare_to_compile` before JAX is imported.
 
   Raises:
-    ValueError: as `chips.parse_slice`; libtpu is not installed or does not know the slice.
+    ValueError: as `chips.parse_slice`; the compiler is not installed or does not know the slice.
   """
   parsed = chips.parse_slice(text)
+  if parsed.chip.gpu:
+    devices = gpus.devices(parsed.chip.name, parsed.chips)
+    return dataclasses.replace(parsed, devices=devices,
+                               places={d.id: (i,) for i, d in enumerate(devices)})
   if libtpu is None:
     raise ValueError("compiling for a TPU needs libtpu, which is not installed: "
                      "pip install 'irg_jax[tpu]' (no TPU is needed)")
@@ -92,7 +99,7 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
   try:
     with jax.set_mesh(program.mesh):
       traced = program.trace()
-      compiled = traced.lower().compile()
+      compiled = traced.lower().compile(compiler_options=_OPTIONS[slice_.chip.gpu])
   except jax.errors.JaxRuntimeError as e:
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of |"
                      r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(e))
@@ -137,10 +144,13 @@ def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
   return "\n\n".join([
       f"{slice_.name}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
       f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
-      table(head, [_row(x, slice_) for e in estimates for x in (e, *e.others)], numbers=True, padded=True),
+      table(head, [_row(x, slice_) for e in estimates for x in (e, *e.others)], numbers=True,
+            padded=True),
       "Memory in GiB, FLOPs and seconds for one chip. FLOPs: matrix products of the program, loops "
       "counted\nas often as they run; needed: the share of them that the mathematics asks for; "
       "utilisation: needed\nFLOPs at the peak over the largest of compute, HBM and ICI.",
+      *(["Compiled without a GPU, so nothing is tuned: trust memory and programs, not seconds."]
+        if chip.gpu else []),
       *("\n".join(_details(e)) for e in estimates),
       *(_excess(e, slice_, headroom) for e in estimates if e.headroom(slice_) < headroom)])
 
