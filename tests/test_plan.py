@@ -428,7 +428,7 @@ def test_rows_of_training_count_at_the_share_that_a_kernel_visits(visible):
 
 
 def test_generation_has_a_case_for_the_cache_that_is_in_use():
-  config = config_lib.read_model(ROOT / "configs" / "tiny.py", ["attention=kernel"])
+  config = config_lib.read_model(ROOT / "configs" / "tiny.py", ["model.attention=kernel"])
   mesh = sharding.make_mesh({"data": 8}, jax.devices())
   settings = Settings(height=64, width=64, think_limit=20, steps=4)
   made = {p.name: p for p in programs.generation_programs(config, settings, 8, 4096, mesh, 0.25)}
@@ -457,7 +457,7 @@ def test_the_best_mesh_is_the_fastest_that_fits():
 
 
 @pytest.mark.parametrize("name, first", [
-    ("v5p:4x4x4", {"data": 4, "fsdp": 16, "sequence": 1}),
+    ("v5p:4x4x4", {"data": 8, "fsdp": 8, "sequence": 1}),
     ("v5e:16x16", {"data": 1, "fsdp": 64, "sequence": 4})])
 def test_rows_are_split_only_if_they_are_few_and_weights_only_as_memory_asks(name, first):
   settings = train_settings.load(f"{ROOT}/configs/irgl.py", ["data.path=-"])
@@ -485,7 +485,7 @@ def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
 @pytest.mark.parametrize("argv, message", [
     (["--programs", "train"], "says nothing about training"),
     (["--programs", "denoise", "--size", "100"], "not a positive multiple of 16"),
-    (["--programs", "denoise", "--mesh", "fsdp=3"], "needs 3 devices, but there are 8"),
+    (["--programs", "denoise", "--size", "64", "--mesh", "fsdp=3"], "needs 3 devices, but there are 8"),
 ])
 def test_a_plan_that_cannot_be_made_is_an_error(monkeypatch, capsys, argv, message):
   monkeypatch.setattr(plan, "open_slice", lambda text: cpu_slice())

@@ -123,7 +123,7 @@ def _forms(config, mesh, parts) -> dict[str, str]:
     return {name: config.attention if config.attention == "kernel" else
             f"{config.attention} (as set)" for name in parts}
   why = {"kernel": lambda queries: "", "dense": lambda queries: " (a short row)",
-         "chunked": lambda queries: f" ({queries} queries a row: bound by reading the cache)"
+         "chunked": lambda queries: " (few queries a row: bound by reading the cache)"
          if queries < 16 else f" (no kernel on {on})"}
   return {name: form + why[form](parts[name][0]) for name, form in found.items()}
 
