@@ -237,9 +237,9 @@ def rate(settings, stage, used, moments, args):
       PEAK * UTILISATION)
   eaten = samples / len(rows) / step
   cores = HOST_CORES / HOST_CHIPS
-  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads {read[1]:.2f} "
-        f"of the blocks of scores) / ({PEAK:.3g} x {UTILISATION}) = {step:.2f} s, so {eaten:.2f} "
-        f"samples a second: {eaten / per_core:.2f} cores of the {cores:.0f} that it has; the "
+  print(f"    a v5p chip: {step * PEAK * UTILISATION:.3g} FLOPs a row (attention reads "
+        f"{read[1]:.2f} of the blocks of scores) / ({PEAK:.3g} x {UTILISATION}) = {step:.2f} s, so "
+        f"{eaten:.2f} samples a second: {eaten / per_core:.2f} cores of the {cores:.0f} that it has; the "
         f"pipeline on these is {per_core * cores / eaten:.0f} times as fast")
   if moments:
     print("    pairs of blocks that the kernel visits, in the busiest part of a row in so many "

@@ -222,8 +222,8 @@ def _parse(line, ops, computations) -> _Op:
   if kind != line["opcode"]:
     if operands := re.match(r"\(\((.*?)\), ", line["shape"]):  # these stand before the result
       count = len(_ARRAY.findall(operands[1]))
-      sizes, hbm = sizes[count:count + 1], hbm[count:count + 1]
-    del hbm[1:]  # operands and state of an asynchronous operation
+      op.sizes, op.hbm = sizes[count:count + 1], hbm[count:count + 1]
+    del op.hbm[1:]  # operands and state of an asynchronous operation
   for operand in dict.fromkeys(op.operands):
     operand.users.append(op)
   return op

@@ -23,9 +23,9 @@ from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_
 from irg_jax.weights.names import abstract_params
 
 _SPECIAL = SpecialTokens()
-# Share of the pairs of blocks in a row of `configs/irgl.py` that the TPU kernel visits, measured on
-# rows of the shape of IRGL-300K (python benchmarks/data.py): in the ViT; in the decoder by the parts
-# of a row on `sequence`, that of the busiest part, for which the others wait.
+# Share of the pairs of blocks in a row of `configs/irgl.py` that the TPU kernel visits, the mean of
+# 12 rows of the shape of IRGL-300K (python benchmarks/data.py): in the decoder by the parts of a row
+# on `sequence`, that of the busiest part, for which the others wait; in the ViT.
 VISIBLE = {"stage1": ({1: 0.227, 2: 0.240, 4: 0.305, 8: 0.420}, 0.374),
            "stage2": ({1: 0.237, 2: 0.280, 4: 0.318, 8: 0.385}, 0.545)}
 # Mean tokens of such conversations, with the two ends of a text.
@@ -74,7 +74,8 @@ class Program:
   attention: tuple[str, ...] = ()
 
 
-def train_program(settings: TrainSettings, stage: str, mesh, visible: float | None = None) -> Program:
+def train_program(settings: TrainSettings, stage: str, mesh,
+                  visible: float | None = None) -> Program:
   """One update of a stage, with the state and batch shapes of `irg train`.
 
   `visible` is the share of pairs of blocks of the decoder that the kernel visits; None takes the
