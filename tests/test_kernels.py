@@ -133,6 +133,7 @@ def test_blocks_are_those_in_which_something_is_visible(packed):
     places = (row[whole], inner[whole], block[whole]) if turned else (
         row[whole], block[whole], inner[whole])
     assert whole.any() and some[places].all()
+    assert (flags[whole] & visible.SEEN > 0).all()
     assert (np.diff(outer) >= 0).all()
     assert ((flags & visible.FIRST > 0) == np.diff(outer, prepend=-1).astype(bool)).all()
     assert ((flags & visible.LAST > 0) == np.diff(outer, append=-1).astype(bool)).all()

@@ -16,6 +16,7 @@ from conftest import ROOT
 from irg_jax import chips, commands, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
+from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT
 from irg_jax.generate.settings import Settings
 from irg_jax.plan import cost, meshes, programs
 from irg_jax.train import settings as train_settings
@@ -140,8 +141,10 @@ def test_kernels_on_a_mesh_count_for_all_devices():
 
 
 def test_a_share_holds_for_rows_of_at_least_its_length():
-  case = programs.Case("", {100: 0.5, 200: 0.25})
-  assert [case.share(keys) for keys in (99, 100, 128, 200, 256)] == [1, 0.5, 0.5, 0.25, 0.25]
+  half, quarter = (0.5, 0.5), (0.25, 0.2)
+  case = programs.Case("", {100: half, 200: quarter})
+  assert [case.share(keys) for keys in (99, 100, 128, 200, 256)] == [
+      (1, 1), half, half, quarter, quarter]
 
 
 @pytest.mark.parametrize("visible", [None, 0.5])
@@ -157,10 +160,10 @@ def test_rows_of_training_count_at_the_share_that_a_kernel_visits(visible):
   assert forms == ("decoder kernel", "ViT kernel")
   measured, vit = programs.VISIBLE["stage2"]
   busiest = measured[2] if visible is None else visible * measured[2] / measured[1]
-  assert kernel.visible == {896: pytest.approx(busiest), 128: vit}
+  assert kernel.visible == {896: pytest.approx([busiest] * 2), 128: (vit, vit)}
   forms, without = case()
   assert forms == ("decoder chunked (no kernel on cpu)", "ViT dense (a short row)")
-  assert without.visible == {896: 1.0, 128: 1.0}
+  assert without.visible == {896: (1.0, 1.0), 128: (1.0, 1.0)}
   assert kernel.needed_flops < without.needed_flops
 
 
@@ -170,8 +173,17 @@ def test_generation_has_a_case_for_the_cache_that_is_in_use():
   settings = Settings(height=64, width=64, think_limit=20, steps=4)
   made = {p.name: p for p in programs.generation_programs(config, settings, 8, 4096, mesh, 0.25)}
   full, used = made["denoise"].cases
-  assert (full.visible, used.visible, used.label) == ({}, {4096: 0.25}, "25% of the cache")
+  assert (full.visible, used.visible, used.label) == (
+      {}, {4096: (0.25, 0.25)}, "25% of the cache")
   assert used.needed_flops < full.needed_flops
+
+
+def test_views_see_their_own_parts_of_a_cache():
+  """Blocks of 1024 slots: texts in one, an image over the ten from there on, a thought twice."""
+  views = FULL, NO_TEXT, NO_IMAGE
+  assert programs._second_round(9002, 16384, views) == (12 / 16, (11 + 10 + 3) / 3 / 16)
+  assert programs._second_round(9002, 16384, (FULL,)) == (11 / 16, 11 / 16)
+  assert programs._second_round(9002, 1024, (FULL,)) == (1, 1)
 
 
 def estimated(program, seconds, peak=1.0):

@@ -260,8 +260,9 @@ def test_kernels_count_the_products_of_the_visible_blocks(module, sizes):
   assert [found["flops", name] / product for name in (
       "forward_kernel", "d_q_kernel", "d_kv_kernel")] == [2, 3, 4]
   assert found["flops"] == 9 * product
-  half = cost.count_work(kernel_jaxpr(module, sizes), {512: 0.5}.__getitem__)
-  assert half["flops"] == 4.5 * product
+  half = cost.count_work(kernel_jaxpr(module, sizes), {512: (0.5, 0.25)}.__getitem__)
+  # The kernel for TPUs skips the views that see nothing of a block that another one sees.
+  assert half["flops"] == (4.5 if module is gpu else 2.25) * product
   assert half["calls", "d_q_kernel"] == 1
 
 
@@ -271,7 +272,7 @@ def test_a_kernel_moves_what_belongs_to_queries_once_and_keys_for_every_visible_
   query_words = 2 * (2 * 3 * 256) * lane  # for each of two heads
   # Of four pairs of blocks in a row, two are visible: for each of two rows and two heads.
   pair = 2 * (256 * 128 * 2) + 3 * 2 * 256 * 4
-  moved = cost.count_work(kernel_jaxpr(tpu, (128, 256), gradient=False), lambda keys: 0.5)
+  moved = cost.count_work(kernel_jaxpr(tpu, (128, 256), gradient=False), lambda keys: (0.5, 0.3))
   assert moved["hbm", "forward_kernel"] == 2 * q + lse + query_words + 2 * 2 * 2 * pair
 
 

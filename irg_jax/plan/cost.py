@@ -33,11 +33,12 @@ def count_flops(jaxpr) -> tuple[float, int]:
   return work["flops"], work["unbounded"]
 
 
-def count_work(jaxpr, visible=lambda keys: 1.0) -> Counter:
+def count_work(jaxpr, visible=lambda keys: (1.0, 1.0)) -> Counter:
   """Work of all chips together in a jaxpr, with that of each Pallas kernel by its name.
 
   Args:
-    visible: function (keys of a row) -> share of its pairs of blocks that a kernel visits.
+    visible: function (keys of a row) -> (share of its pairs of blocks that a kernel visits, share
+      of them that one of several views sees, on average).
 
   Returns:
     Counter of "flops", those of kernels included; "unbounded": number of loops without a static
@@ -83,16 +84,18 @@ def _kernel(eqn, visible) -> Counter:
   operands = [x.aval for x in eqn.invars[grid.num_dynamic_grid_bounds:]]
   tpu = grid.num_index_operands > 0
   lists = operands[:grid.num_index_operands or 2]
-  share = visible(operands[len(lists) + 3].shape[2])
+  q, k = operands[len(lists) + 2:][:2]
+  share, seen = visible(k.shape[2])
   heads = grid.grid[0 if tpu else 1]
   programs = heads * lists[0].size if tpu else math.prod(grid.grid)
   outer = math.prod(_blocks(grid.block_mappings[-1])) if tpu else programs
   moved = sum(_block_bytes(x) * (programs * share if _by_inner(x, tpu) else outer)
               for x in grid.block_mappings)
-  # One conditional holds the products of whole blocks, another those of blocks with a mask.
+  # One conditional of each view holds the products of whole blocks, another those with a mask.
   inner = [_count(part, visible)["flops"] for e in params["jaxpr"].eqns
            for part in core.jaxprs_in_params(e.params)]
-  flops = max(inner, default=0.0) * heads * lists[-1].size * share
+  flops = sum(inner) / (2 if tpu else 1) * heads * lists[-1].size * (
+      seen if q.shape[1] > 1 and tpu else share)
   name = params["name"]
   return Counter({"flops": flops, ("calls", name): 1, ("flops", name): flops, ("hbm", name): moved})
 

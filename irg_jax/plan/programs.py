@@ -14,9 +14,10 @@ from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.data.batch import BufferSizes, pack_row
 from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.generate import steps
-from irg_jax.generate.context import FULL, NO_IMAGE, guidance_views, new_context, rung
+from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, guidance_views, new_context, rung
 from irg_jax.generate.settings import Settings
 from irg_jax.model.attention import choose
+from irg_jax.model.kernels import tpu
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.settings import Switches, TrainSettings
 from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
@@ -38,19 +39,20 @@ class Case:
 
   Attributes:
     label: for people; empty if there is one case.
-    visible: share of the pairs of blocks that a kernel visits, by the keys of a row from which on
-      it holds; rows with fewer keys are visible in whole.
+    visible: (share of the pairs of blocks that a kernel visits, share of them that a view sees),
+      by the keys of a row from which on they hold; rows with fewer keys are visible in whole.
     needed_flops: FLOPs of matrix products and attention by formula, over all chips, without
       recomputation; None if there is no formula.
   """
 
   label: str = ""
-  visible: dict[int, float] = dataclasses.field(default_factory=dict)
+  visible: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
   needed_flops: float | None = None
 
-  def share(self, keys: int) -> float:
-    """Share of pairs of blocks for rows of so many keys."""
-    return self.visible.get(max((n for n in self.visible if n <= keys), default=None), 1.0)
+  def share(self, keys: int) -> tuple[float, float]:
+    """`visible` for rows of so many keys."""
+    known = [n for n in self.visible if n <= keys]
+    return self.visible[max(known)] if known else (1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,8 @@ def _row_case(settings, stage, mesh, visible, forms) -> Case:
   vit = vit if forms["ViT"] == "kernel" else 1.0
   rows = settings.data.rows * settings.data.accumulate
   needed = row_flops(settings.model, sizes, {"pairs": mean, "vit_pairs": vit})
-  return Case("", {sizes.vit: vit, sizes.und + sizes.gen: min(busiest, 1.0)}, rows * needed)
+  busiest = min(busiest, 1.0)
+  return Case("", {sizes.vit: (vit, vit), sizes.und + sizes.gen: (busiest, busiest)}, rows * needed)
 
 
 def _forms(config, mesh, parts) -> dict[str, str]:
@@ -140,7 +143,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   Args:
     rows: prompts generated together.
     cache: slots per row.
-    visible: share of the cache that is in use in the second case; None: by the texts and the image.
+    visible: share of the cache that is visible in the second case; None: by texts and image.
   """
   s, model, vit_patch = settings, UnifiedTransformer(config), config.vit.patch_size
   grid = s.height // config.pixel_stride, s.width // config.pixel_stride
@@ -157,14 +160,13 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
     placed = NamedSharding(mesh, sharding.partition_spec(shape, axes, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-  used = _SYSTEM + _PROMPT + 3 * _THOUGHT + latents + patches + 4  # a thought after an image twice
-  used = min(1.0, used / cache) if visible is None else visible
 
-  def made(unit, step, *args, parts=None, flops=None, **static):
+  def made(unit, step, *args, parts=None, flops=None, seen_by=(FULL,), **static):
     forms = _forms(config, mesh, parts or {})
     cases = [Case("", {}, flops and flops(1.0))]
-    if forms.get("decoder") == "kernel" and used < 1:
-      cases.append(Case(f"{used:.0%} of the cache", {cache: used}, flops(used)))
+    visited, seen = _second_round(image, cache, seen_by) if visible is None else [visible] * 2
+    if forms.get("decoder") == "kernel" and seen < 1:
+      cases.append(Case(f"{seen:.0%} of the cache", {cache: (visited, seen)}, flops(seen)))
     return Program(step.__name__, unit, mesh, functools.partial(step.trace, *args, **static),
                    tuple(cases), tuple(f"{part} {form}" for part, form in forms.items()))
 
@@ -198,10 +200,27 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
            parts={"decoder": (1, [1, cache, thought])}),
       made(f"{s.steps - 1} updates under {len(views)} views, an image a row", steps.denoise,
            *on_context, noise, flow.schedule(s.steps, s.timestep_shift), s.later, scalar, scalar,
-           grid=grid, special=_SPECIAL, views=views,
+           grid=grid, special=_SPECIAL, views=views, seen_by=views,
            flops=needed(und=2, gen=latents, times=(s.steps - 1) * len(views)),
            parts={"decoder": (latents + 2, [latents + 2, cache])}),
       made("an image a row", steps.decode_pixels, config, params["vae"], noise, grid),
       made("an image a row", steps.encode_pixels, config, params["vae"],
            array(rows, height, width, 3),
            array(rows, height // down, width // down, config.vae.z_channels))]
+
+
+def _second_round(image: int, cache: int, views) -> tuple[float, float]:
+  """Shares of the blocks of a cache: seen by any of the views, and seen by one on average.
+
+  The cache holds system prompt, prompt, thought, an image of so many tokens, the thought about it,
+  and that thought again for the view without images.
+  """
+  text = _SYSTEM + _PROMPT + _THOUGHT
+  after = text + image + _THOUGHT
+  spans = {FULL: [(0, after)], NO_TEXT: [(text, text + image)],
+           NO_IMAGE: [(0, text), (after, after + _THOUGHT)]}
+  size = tpu.block_sizes(1, cache, 1)[1]
+  count = -(-cache // size)
+  seen = [{block for start, end in spans[view]
+           for block in range(start // size, min(-(-end // size), count))} for view in views]
+  return len(set().union(*seen)) / count, sum(map(len, seen)) / count / len(views)

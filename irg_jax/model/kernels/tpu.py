@@ -2,9 +2,9 @@
 
 The forward pass, d_q, and d_k with d_v are three kernels. Each walks a list of pairs of blocks
 (`visible.Blocks`) that scalar prefetch hands to it, so a hidden pair costs not even a grid step.
-Within a pair, the mask comes from the tokens' words (`visible`); a pair that is visible in whole
-skips it. A block of queries holds all heads and all guidance views that share its keys, so keys are
-read once for all of them.
+Within a pair, the mask comes from the tokens' words (`visible`). A block of queries holds all heads
+and all guidance views that share its keys, so keys are read once for all of them. A view that sees
+nothing of a pair skips it; one that sees all of it skips the mask.
 
 Arrays are q [B, W, K, J, T, H] and k, v [B, K, S, H]; letters as in `tokens`. Products take the
 dtype of q; sums are float32. On other platforms than a TPU the kernels are interpreted.
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, key_size, named
-from irg_jax.model.kernels.visible import FIRST, LAST, WHOLE, sees
+from irg_jax.model.kernels.visible import FIRST, LAST, SEEN, WHOLE, sees
 from irg_jax.sharding import platform
 
 _LANES = 128
@@ -212,18 +212,22 @@ def _d_kv_kernel(outer, inner, flags, q_words, k_words, q, k, v, d_out, lse, pro
 
 
 def _for_each_head(flag, step, q, mask):
-  """`step(number, its queries, visible)` for every view and head; no mask in WHOLE blocks."""
-  @pl.when(flag & WHOLE != 0)
-  def _():
-    for n, (w, j) in enumerate(_heads(q)):
-      step(n, q[w, j], None)
+  """`step(number, its queries, visible)` for each head of the views that see something.
 
-  @pl.when(flag & WHOLE == 0)
-  def _():
-    for w in range(q.shape[0]):
-      visible = mask(w)
-      for j in range(q.shape[1]):
-        step(w * q.shape[1] + j, q[w, j], visible)
+  No mask for a view that sees the whole block.
+  """
+  W, J = q.shape[:2]
+  for w in range(W):
+    bits = flag >> 2 * w
+    heads = functools.partial(_for_heads, step, q, w, J)
+    pl.when(bits & WHOLE != 0)(functools.partial(heads, lambda w: None))
+    pl.when(bits & (SEEN | WHOLE) == SEEN)(functools.partial(heads, mask))
+
+
+def _for_heads(step, q, w, J, mask):
+  visible = mask(w)
+  for j in range(J):
+    step(w * J + j, q[w, j], visible)
 
 
 def _heads(q):

@@ -62,7 +62,8 @@ class Blocks:
   Attributes:
     start: int32 [O + 1], the entry at which each outer block begins, and the number of entries.
     outer, inner: int32 [Z], numbers of blocks; `outer` counts through all rows.
-    flags: int32 [Z], bits FIRST and LAST of its outer block, and WHOLE: no mask is needed.
+    flags: int32 [Z], bits FIRST and LAST of its outer block; for view w the bits SEEN << 2 w, that
+      it may see something, and WHOLE << 2 w, that it sees everything and needs no mask.
   """
 
   start: jax.Array
@@ -71,7 +72,7 @@ class Blocks:
   flags: jax.Array
 
 
-FIRST, LAST, WHOLE = 1, 2, 4
+FIRST, LAST, SEEN, WHOLE = 1, 2, 4, 8
 
 
 @jax.tree_util.register_dataclass
@@ -128,13 +129,15 @@ def visible_blocks(query_BW3T, key_BW2S, query_size: int, key_size: int):
   own = (q(low, split) == k(high, noise)) & (q(high, split) == k(low, noise))
   whole_BWQK = some_BWQK & (q(high, lo) <= k(low, rank)) & (k(high, rank) <= q(low, reach)) & (
       (k(high, noise) <= 0) | own)
-  some_BQK, whole_BQK = jnp.any(some_BWQK, 1), jnp.all(whole_BWQK, 1)
+  some_BQK = jnp.any(some_BWQK, 1)
+  bits_BQK = sum((SEEN * some_BWQK[:, w] + WHOLE * whole_BWQK[:, w]) << 2 * w
+                 for w in range(some_BWQK.shape[1]))
   turned = lambda x: rearrange(x, "b q k -> b k q")
-  return _listed(some_BQK, whole_BQK), _listed(turned(some_BQK), turned(whole_BQK))
+  return _listed(some_BQK, bits_BQK), _listed(turned(some_BQK), turned(bits_BQK))
 
 
-def _listed(some_BOI, whole_BOI) -> Blocks:
-  """The pairs [row, outer block, inner block] that are set, in order."""
+def _listed(some_BOI, bits_BOI) -> Blocks:
+  """The pairs [row, outer block, inner block] that are set, in order, with the bits of the views."""
   B, O, I = some_BOI.shape
   none_BO1 = ~jnp.any(some_BOI, -1, keepdims=True)
   some_BOI |= none_BO1 & (jnp.arange(I) == 0)
@@ -146,7 +149,7 @@ def _listed(some_BOI, whole_BOI) -> Blocks:
   inner_BOI = jnp.broadcast_to(jnp.arange(I), some_BOI.shape)
   within_BOI = jnp.cumsum(some_BOI, -1)
   flags_BOI = (FIRST * (within_BOI == 1) + LAST * (within_BOI == within_BOI[..., -1:])
-               + WHOLE * whole_BOI)
+               + bits_BOI)
   start = jnp.concatenate([jnp.zeros(1, jnp.int32), place.reshape(B * O, I)[:, -1] + 1])
   return Blocks(start, *(pick(x.astype(jnp.int32)) for x in (
       outer_BOI, inner_BOI, flags_BOI)))
