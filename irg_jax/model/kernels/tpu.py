@@ -24,7 +24,7 @@ from irg_jax.model.kernels.visible import FIRST, LAST, SEEN, WHOLE, sees
 from irg_jax.sharding import platform
 
 _LANES = 128
-_ROWS = 2048  # queries of all heads and views in a block, about
+_ROWS, _KEYS = 21 * _LANES, 11 * _LANES  # at most, in a block: queries of all heads and views, keys
 _VMEM = 48 * 2**20  # bytes of on-chip memory that a kernel may use
 _PRODUCT = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -37,8 +37,8 @@ def head_size(head_dim: int) -> int:
 def block_sizes(queries: int, keys: int, stacked: int) -> tuple[int, int]:
   """Sizes of blocks of queries and of keys; a block holds `stacked` heads and views of a query."""
   whole = lambda length: -(-length // _LANES) * _LANES
-  rows = max(1, min(8, _ROWS // (_LANES * stacked))) * _LANES
-  return key_size(whole(queries), rows), key_size(whole(keys), 1024)
+  most = max(1, min(8, _ROWS // (_LANES * stacked))) * _LANES
+  return key_size(whole(queries), most), key_size(whole(keys), _KEYS)
 
 
 @jax.custom_vjp
