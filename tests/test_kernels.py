@@ -187,7 +187,7 @@ def test_three_views_of_one_cache(kernel, seen, monkeypatch):
   query = Tokens(zeros, zeros + np.arange(T, dtype=np.int32), zeros, zeros + NOISE)
   shown = np.random.default_rng(0).random((B * W, S)) < 0.5
   shown[:, 128:256] = False
-  shown[1] = False
+  shown[0], shown[1] = True, False
   q, own_k, own_v = qkv(B * W, T, 4, 2, 64)
   _, k, v = qkv(B, T, 4, 2, 64, S=S)
   sources = [KeyValues(own_k, own_v, query), KeyValues(k, v, seen_before(shown & (seen == "some")))]

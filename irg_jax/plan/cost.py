@@ -83,7 +83,7 @@ def _kernel(eqn, visible) -> Counter:
   params, grid = eqn.params, eqn.params["grid_mapping"]
   operands = [x.aval for x in eqn.invars[grid.num_dynamic_grid_bounds:]]
   tpu = grid.num_index_operands > 0
-  lists = operands[:grid.num_index_operands or 2]
+  lists = operands[:grid.num_index_operands or 3]
   q, k = operands[len(lists) + 2:][:2]
   share, seen = visible(k.shape[2])
   heads = grid.grid[0 if tpu else 1]
@@ -94,7 +94,9 @@ def _kernel(eqn, visible) -> Counter:
   # One conditional of each view holds the products of whole blocks, another those with a mask.
   inner = [_count(part, visible)["flops"] for e in params["jaxpr"].eqns
            for part in core.jaxprs_in_params(e.params)]
-  flops = sum(inner) / (2 if tpu else 1) * heads * lists[-1].size * (
+  # A program for GPUs takes a part of an outer block, and skips no view.
+  parts = 1 if tpu else grid.grid[0] * grid.grid[2] // (lists[0].size - 1)
+  flops = sum(inner) / (2 if tpu else 1) * heads * parts * lists[-1].size * (
       seen if q.shape[1] > 1 and tpu else share)
   name = params["name"]
   return Counter({"flops": flops, ("calls", name): 1, ("flops", name): flops, ("hbm", name): moved})

@@ -108,7 +108,7 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):
   inputs = [("q_words", prepared.query_words), ("k_words", prepared.key_words), *inputs]
   return pl.pallas_call(
       functools.partial(kernel, scale=prepared.head_dim ** -0.5, sizes=(t, s),
-                        parts=t // part), grid=grid,
+                        parts=t // part, heads=K * J), grid=grid,
       in_specs=[pl.BlockSpec(x.shape, lambda *_: (0,)) for x in lists]
       + [specs[kind] for kind, _ in inputs],
       out_specs=[specs[kind] for kind, _ in outputs],
@@ -118,16 +118,17 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):
   )(*lists, *(x for _, x in inputs))
 
 
-def _forward_kernel(start, inner, flags, q_words, k_words, q, k, v, out, lse, *, scale, sizes,
+def _forward_kernel(start, inner, flags, q_words, k_words, q, k, v, out, lse, *, heads, scale, sizes,
                     parts):
   q_TH, (lo, reach, split) = q[...], (q_words[i] for i in range(3))
+  view = lax.div(pl.program_id(1), heads)
 
   def step(i, state):
     highest_T, total_T, weighted_TH = state
     place = pl.ds(inner[i] * sizes[1], sizes[1])
     visible = lambda: sees(lo[:, None], reach[:, None], split[:, None],
                            k_words[0, place][None], k_words[1, place][None])
-    logits_TS = _masked(_times(q_TH, k[place].T) * scale, flags[i], visible)
+    logits_TS = _masked(_times(q_TH, k[place].T) * scale, flags[i], view, visible)
     new_T = jnp.maximum(highest_T, jnp.max(logits_TS, -1))
     weights_TS = jnp.exp(logits_TS - new_T[:, None])
     decay_T = jnp.exp(highest_T - new_T)
@@ -141,16 +142,17 @@ def _forward_kernel(start, inner, flags, q_words, k_words, q, k, v, out, lse, *,
   lse[...] = highest_T + jnp.log(seen_T)
 
 
-def _d_q_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, product, d_q, *, scale,
-                sizes, parts):
+def _d_q_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, product, d_q, *, heads,
+                scale, sizes, parts):
   q_TH, d_out_TH, (lo, reach, split) = q[...], d_out[...], (q_words[i] for i in range(3))
   lse_T1, product_T1 = lse[...][:, None], product[...][:, None]
+  view = lax.div(pl.program_id(1), heads)
 
   def step(i, total_TH):
     place = pl.ds(inner[i] * sizes[1], sizes[1])
     visible = lambda: sees(lo[:, None], reach[:, None], split[:, None],
                            k_words[0, place][None], k_words[1, place][None])
-    logits_TS = _masked(_times(q_TH, k[place].T) * scale, flags[i], visible)
+    logits_TS = _masked(_times(q_TH, k[place].T) * scale, flags[i], view, visible)
     d_logits_TS = jnp.exp(logits_TS - lse_T1) * (_times(d_out_TH, v[place].T) - product_T1)
     return total_TH + _times(d_logits_TS.astype(k.dtype), k[place])
 
@@ -159,7 +161,7 @@ def _d_q_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, prod
 
 
 def _d_kv_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, product, d_k, d_v, *,
-                 scale, sizes, parts):
+                 heads, scale, sizes, parts):
   """Scores are transposed, [S, T]."""
   k_SH, v_SH = k[...], v[...]
   W, J = q.shape[:2]
@@ -174,7 +176,7 @@ def _d_kv_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, pro
       visible = lambda: sees(*(q_words[w, word, place][None] for word in range(3)),
                              *(k_words[w, word, :][:, None] for word in range(2)))
       q_TH, d_out_TH = q[w, j, place], d_out[w, j, place]
-      logits_ST = _masked(_times(k_SH, q_TH.T) * scale, flags[i], visible)
+      logits_ST = _masked(_times(k_SH, q_TH.T) * scale, flags[i], w, visible)
       weights_ST = jnp.exp(logits_ST - lse[w, j, place][None])
       d_logits_ST = weights_ST * (_times(v_SH, d_out_TH.T) - product[w, j, place][None])
       return (total_k_SH + _times(d_logits_ST.astype(q.dtype), q_TH),
@@ -188,9 +190,10 @@ def _d_kv_kernel(start, inner, flags, q_words, k_words, q, k, v, d_out, lse, pro
   d_v[...] = total_v_SH.astype(d_v.dtype)
 
 
-def _masked(logits, flag, visible):
-  """The logits, MASKED where `visible()` says so unless the flag says WHOLE."""
-  return lax.cond(flag & WHOLE > 0, lambda: logits, lambda: jnp.where(visible(), logits, MASKED))
+def _masked(logits, flag, view, visible):
+  """The logits, MASKED where `visible()` says so unless the view sees the WHOLE block."""
+  return lax.cond((flag >> 2 * view) & WHOLE > 0, lambda: logits,
+                  lambda: jnp.where(visible(), logits, MASKED))
 
 
 def _span(start, parts):
