@@ -21,6 +21,7 @@ except ImportError:
 
 # Products through Triton take minutes to compile and are not tuned without a GPU anyway.
 _OPTIONS = {False: {}, True: {"xla_gpu_enable_triton_gemm": False}}
+_RESOURCES = ("compute", "HBM", "ICI")
 _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
@@ -128,6 +129,8 @@ def _of_case(e, case, jaxpr, traffic, slice_) -> Estimate:
              "HBM": (traffic["hbm"] + kernels) / (chip.hbm_gbs * 1e9),
              "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
                         for key, size in traffic.items() if key[0] == "sent")}
+  if chip.gpu:  # its text shows neither the turns of loops nor what a kernel reads from its cache
+    return dataclasses.replace(e, case=case, work=work, seconds={"compute": seconds["compute"]})
   used = case.needed_flops and case.needed_flops / slice_.chips / peak / max(seconds.values())
   return dataclasses.replace(e, case=case, work=work, traffic=traffic, seconds=seconds,
                              utilisation=used)
@@ -163,7 +166,7 @@ def _row(e, slice_):
   memory = [f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free]
   needed = e.case.needed_flops and e.case.needed_flops / max(flops, 1) / slice_.chips
   return [name if not e.case.label else f"{name}, {e.case.label}", *memory, f"{flops:.3g}",
-          share(needed), *(f"{x:.3g}" for x in e.seconds.values()),
+          share(needed), *(f"{e.seconds[x]:.3g}" if x in e.seconds else "" for x in _RESOURCES),
           f"{max(e.seconds.values()):.3g} s", share(e.utilisation)]
 
 
@@ -175,8 +178,9 @@ def _details(e):
     yield "  not compiled to the end: it does not fit"
     return
   bound = max(e.seconds, key=e.seconds.get)
-  yield (f"  bound by {bound}: {e.seconds[bound]:.3g} s if everything overlaps, "
-         f"{sum(e.seconds.values()):.3g} s if nothing does")
+  if len(e.seconds) > 1:
+    yield (f"  bound by {bound}: {e.seconds[bound]:.3g} s if everything overlaps, "
+           f"{sum(e.seconds.values()):.3g} s if nothing does")
   if e.program.attention:
     yield f"  attention: {', '.join(e.program.attention)}"
   for x in (e, *e.others):
@@ -188,7 +192,7 @@ def _details(e):
   for (kind, count), size in sent.most_common():
     yield (f"  {kind:<18} among {count:>3} chips {calls[kind, count]:>8} times "
            f"{size / 1e9:>10.3f} GB sent")
-  if not sent:
+  if not sent and len(e.seconds) > 1:
     yield "  no collectives"
   if e.work["unbounded"]:
     yield f"  loops of unknown length ({e.work['unbounded']}) are counted as one turn each"
