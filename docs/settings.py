@@ -29,7 +29,7 @@ defaults, and `irg eval generate` allows thoughts of 4096 tokens.
 ## Training
 
 Of `irg train`; the defaults are the recipe of the paper. The fields of `model` are listed below;
-training has `model.dtype=bfloat16` and `model.remat=full`.
+training has `model.dtype=bfloat16` and `model.remat=attention`.
 
 {train}
 

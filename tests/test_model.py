@@ -167,7 +167,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradients():
   loss, gradients = loss_and_gradients("none", "vit")(random_params())
   assert all(np.any(x) for path, x in names.flatten(gradients["vit"]).items()
              if not path.endswith("k/bias"))  # shifts all logits of a query alike
-  for remat in ("full", "dots_saveable"):
+  for remat in ("full", "attention", "dots_saveable"):
     other_loss, other = loss_and_gradients(remat, "vit")(random_params())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
