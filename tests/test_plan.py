@@ -178,6 +178,16 @@ def test_generation_has_a_case_for_the_cache_that_is_in_use():
   assert used.needed_flops < full.needed_flops
 
 
+def test_heads_of_the_cache_are_repeated_for_a_mesh_with_more_devices():
+  config = config_lib.read_model(ROOT / "configs" / "tiny.py", ["model.attention=kernel"])
+  mesh = sharding.make_mesh({"data": 2, "tensor": 4}, jax.devices())
+  settings = Settings(height=64, width=64, think_limit=20, steps=4)
+  made = {p.name: p for p in programs.generation_programs(config, settings, 8, 1024, mesh)}
+  with jax.set_mesh(mesh):
+    context = made["append_text"].trace().args_info[0][1]
+  assert context.k.shape[2] == 4 > config.llm.num_kv_heads
+
+
 def test_views_see_their_own_parts_of_a_cache():
   """Blocks of 1024 slots: texts in one, an image over the ten from there on, a thought twice."""
   views = FULL, NO_TEXT, NO_IMAGE

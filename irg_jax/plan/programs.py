@@ -180,10 +180,10 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   params = abstract_params(config, jnp.dtype(config.dtype))
   params = jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
                         params, sharding.parameter_shardings(params, mesh))
-  context, draft = jax.tree.map(
-      lambda x: array(*x.shape, dtype=x.dtype),
-      jax.eval_shape(lambda: (new_context(config, rows, cache),
-                              steps.new_draft(config, rows, thought, _SPECIAL))))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it says how often heads are repeated
+    shapes = jax.eval_shape(lambda: (new_context(config, rows, cache),
+                                     steps.new_draft(config, rows, thought, _SPECIAL)))
+  context, draft = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), shapes)
   on_context, scalar = (model, params["transformer"], context), array(dtype=jnp.int32)
   noise = array(rows, latents, config.latent_dim)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
