@@ -10,6 +10,11 @@ IRG_VENV=${IRG_VENV:-$IRG_ROOT/.venv}
 # /sys/kernel/mm/transparent_hugepage/enabled): page faults are a large part of a small step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# The tests bring libtpu, to compile for TPUs. On a machine without an accelerator, JAX would look
+# for a TPU and complain.
+[[ -e /dev/accel0 || -e /dev/vfio || -e /dev/nvidiactl || -e /dev/kfd ]] ||
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
 irg_fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1
