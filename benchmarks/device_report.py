@@ -50,7 +50,7 @@ class Run:
     return "skipped" not in row
 
   def once(self, name: str, make):
-    """What `make()` returned the first time."""
+    """The value that `make()` returned the first time."""
     if name not in self._kept:
       self._progress(f"{self._part}: {name}")
       self._kept[name] = jax.block_until_ready(make())

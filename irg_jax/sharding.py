@@ -82,8 +82,7 @@ def kv_copies(llm) -> int:
   """Copies of each key-value head, so that they divide by a `tensor` axis with more devices."""
   mesh = jax.sharding.get_abstract_mesh()
   tensor = 1 if mesh.empty else mesh.shape["tensor"]
-  fits = tensor % llm.num_kv_heads == 0 and llm.num_heads % tensor == 0
-  return max(1, tensor // llm.num_kv_heads) if fits else 1
+  return max(1, tensor // llm.num_kv_heads) if splits_heads(llm, tensor) else 1
 
 
 def partition_spec(shape, axes, mesh) -> PartitionSpec:

@@ -1,4 +1,4 @@
-"""What a program costs: FLOPs of a jaxpr, bytes of a compiled text, attention kernels."""
+"""Cost of a program: FLOPs of a jaxpr, bytes of a compiled text, attention kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import sharding
-from irg_jax.model.kernels import gpu, tpu, visible
+from irg_jax.model.kernels import fused, gpu, tpu, visible
 from irg_jax.model.kernels.blockwise import ATTENTION_OUTPUTS
 from irg_jax.plan import cost
 
@@ -240,7 +240,7 @@ def test_a_text_that_is_no_program_is_refused():
 def kernel_jaxpr(module, sizes, gradient=True, keep=None):
   """A kernel's passes over rows [B 2, W 3, K 2, J 4, T 256, H 128], 512 keys."""
   def loss(q, k, v, queries, keys):
-    attend = lambda *x: jnp.sum(module.attention(
+    attend = lambda *x: jnp.sum(fused.attention(module, 
         *x, visible.prepare(queries, keys, *sizes, 128))[0].astype(jnp.float32) ** 2)
     if keep is not None:
       attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*keep))

@@ -108,7 +108,7 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
       raise ValueError(f"{program.name} does not compile: {str(e).strip()[:2000]}") from e
     number, unit = filter(None, used.groups())
     return Estimate(program, float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
-  memory, chip = compiled.memory_analysis(), slice_.chip
+  memory = compiled.memory_analysis()
   arguments = (memory.argument_size_in_bytes + memory.output_size_in_bytes
                - memory.alias_size_in_bytes)
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -35,7 +35,7 @@ _SYSTEM, _PROMPT, _THOUGHT = 92, 112, 802
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What the data of a program may be.
+  """A case of the data that a program may get.
 
   Attributes:
     label: for people; empty if there is one case.

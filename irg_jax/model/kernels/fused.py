@@ -5,6 +5,7 @@ the kernel for each source of keys, on each device of a mesh: heads split over `
 over `sequence`, rows over the rest. It merges the sources by their log-sum-exp.
 """
 
+import functools
 import math
 
 import jax
@@ -13,6 +14,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from irg_jax.model.kernels import gpu, tpu, visible
+from irg_jax.model.kernels.blockwise import named
 from irg_jax.sharding import partition_spec, platform
 from irg_jax.tokens import Tokens
 
@@ -20,6 +22,36 @@ from irg_jax.tokens import Tokens
 def kernel():
   """The module of the kernel for the platform; a CPU interprets the one for TPUs."""
   return gpu if platform() == "gpu" else tpu
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(kernel, q_BWKJTH, k_BKSH, v_BKSH, prepared):
+  """Softmax attention by a kernel, differentiable in q, k and v.
+
+  Args:
+    kernel: the module, `tpu` or `gpu`.
+    prepared: `visible.Prepared`; T and S are multiples of its block sizes, H is as the kernel's
+      `head_size` gives it.
+
+  Returns:
+    (output [B, W, K, J, T, H] in q's dtype, zeros for queries that see nothing; log-sum-exp
+    float32 [B, W, K, J, T], not differentiable).
+  """
+  return _forward(kernel, q_BWKJTH, k_BKSH, v_BKSH, prepared)[0]
+
+
+def _forward(kernel, *inputs):
+  out, lse = named(*kernel.forward(*inputs))
+  return (out, lse), (*inputs, out, lse)
+
+
+def _backward(kernel, residuals, gradients):
+  *inputs, out, lse = residuals
+  inner = jnp.sum(gradients[0].astype(jnp.float32) * out.astype(jnp.float32), -1)
+  return *kernel.backward(*inputs, gradients[0], lse, inner), None
+
+
+attention.defvjp(_forward, _backward)
 
 
 def prepare(query: Tokens, keys: list[Tokens], rows: list[int], group: int,
@@ -86,8 +118,8 @@ def _attend(q_RTNH, kvs, prepared):
     B, K = k_BKSH.shape[:2]
     q_BWKJTH = rearrange(q_RTNH, "(b w) t (k j) h -> b w k j t h", b=B, k=K)
     k_BKSH, v_BKSH = (_padded(x, mask.key_words.shape[-1], width) for x in (k_BKSH, v_BKSH))
-    out, lse = kernel().attention(_padded(q_BWKJTH, mask.query_words.shape[-1], width),
-                                  k_BKSH, v_BKSH, mask)
+    q_BWKJTH = _padded(q_BWKJTH, mask.query_words.shape[-1], width)
+    out, lse = attention(kernel(), q_BWKJTH, k_BKSH, v_BKSH, mask)
     parts.append([rearrange(out, "b w k j t h -> (b w) k j t h"),
                   rearrange(lse, "b w k j t -> (b w) k j t 1")])
   # Padding of the queries differs, as sizes of blocks may.

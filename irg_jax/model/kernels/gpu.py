@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, named
+from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT
 from irg_jax.model.kernels.visible import WHOLE, sees
 from irg_jax.sharding import platform
 
@@ -46,35 +46,23 @@ def _tuning(kernel, dtype) -> tuple[int, int]:
   return {_forward_kernel: (128, 8), _d_q_kernel: (64, 4), _d_kv_kernel: (64, 8)}[kernel]
 
 
-@jax.custom_vjp
-def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  """See `tpu.attention`; H is as `head_size` gives it."""
-  return _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared)[0]
-
-
-def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
+def forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
+  """See `tpu.forward`; H is as `head_size` gives it."""
   rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
-  out, lse = named(*_call(
-      _forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
-      [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH)],
-      [("q", q_BWKJTH), ("rows", rows)]))
-  return (out, lse), (q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse)
+  return _call(_forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
+               [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH)],
+               [("q", q_BWKJTH), ("rows", rows)])
 
 
-def _backward(residuals, gradients):
-  q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse = residuals
-  d_out = gradients[0]
-  inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+def backward(q_BWKJTH, k_BKSH, v_BKSH, prepared, d_out, lse, inner):
+  """See `tpu.backward`."""
   inputs = [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH), ("q", d_out), ("rows", lse),
             ("rows", inner)]
   d_q, = _call(_d_q_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH, inputs,
                [("q", q_BWKJTH)])
   d_k, d_v = _call(_d_kv_kernel, prepared, prepared.by_key, q_BWKJTH, k_BKSH, inputs,
                    [("kv", k_BKSH), ("kv", v_BKSH)])
-  return d_q, d_k, d_v, None
-
-
-attention.defvjp(_forward, _backward)
+  return d_q, d_k, d_v
 
 
 def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):

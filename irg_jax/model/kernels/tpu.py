@@ -14,12 +14,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, key_size, named
+from irg_jax.model.kernels.blockwise import MASKED, MAX_INIT, key_size
 from irg_jax.model.kernels.visible import FIRST, LAST, SEEN, WHOLE, sees
 from irg_jax.sharding import platform
 
@@ -43,52 +42,37 @@ def block_sizes(queries: int, keys: int, stacked: int) -> tuple[int, int]:
   return key_size(whole(queries), rows * _LANES), key_size(whole(keys), most * _LANES)
 
 
-@jax.custom_vjp
-def attention(q_BWKJTH, k_BKSH, v_BKSH, prepared):
-  """Softmax attention, differentiable in q, k and v.
-
-  Args:
-    prepared: `visible.Prepared`; T and S are multiples of its block sizes, H of 128.
-
-  Returns:
-    (output [B, W, K, J, T, H] in q's dtype, zeros for queries that see nothing; log-sum-exp
-    float32 [B, W, K, J, T], not differentiable).
-  """
-  return _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared)[0]
-
-
-def _forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
+def forward(q_BWKJTH, k_BKSH, v_BKSH, prepared):
+  """Output in q's dtype and log-sum-exp, see `fused.attention`; H is a multiple of 128."""
   rows = jax.ShapeDtypeStruct(q_BWKJTH.shape[:-1], jnp.float32)
-  W, J, H = q_BWKJTH.shape[1], q_BWKJTH.shape[3], q_BWKJTH.shape[5]
-  state = lambda width: pltpu.VMEM((W * J, prepared.query_size, width), jnp.float32)
-  out, lse = named(*_call(
+  return _call(
       _forward_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
       [("q_columns", prepared.query_words), ("k_lanes", prepared.key_words), ("q", q_BWKJTH),
        ("kv", k_BKSH), ("kv", v_BKSH)],
-      [("q", q_BWKJTH), ("rows", rows)], [state(_LANES), state(_LANES), state(H)]))
-  return (out, lse), (q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse)
+      [("q", q_BWKJTH), ("rows", rows)], _states(q_BWKJTH, prepared))
 
 
-def _backward(residuals, gradients):
-  q_BWKJTH, k_BKSH, v_BKSH, prepared, out, lse = residuals
-  d_out = gradients[0]
-  inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+def backward(q_BWKJTH, k_BKSH, v_BKSH, prepared, d_out, lse, inner):
+  """Gradients of q, k and v, see `fused.attention`; `inner` is the sum over H of d_out * out."""
   inputs = [("q", q_BWKJTH), ("kv", k_BKSH), ("kv", v_BKSH), ("q", d_out), ("rows", lse),
             ("rows", inner)]
-  W, J, H = q_BWKJTH.shape[1], q_BWKJTH.shape[3], q_BWKJTH.shape[5]
-  state = lambda width: pltpu.VMEM((W * J, prepared.query_size, width), jnp.float32)
   d_q, = _call(
       _d_q_kernel, prepared, prepared.by_query, q_BWKJTH, k_BKSH,
       [("q_columns", prepared.query_words), ("k_lanes", prepared.key_words), *inputs],
-      [("q", q_BWKJTH)], [state(_LANES), state(_LANES), state(H)])
+      [("q", q_BWKJTH)], _states(q_BWKJTH, prepared))
   d_k, d_v = _call(
       _d_kv_kernel, prepared, prepared.by_key, q_BWKJTH, k_BKSH,
       [("q_lanes", prepared.query_words), ("k_columns", prepared.key_words), *inputs],
-      [("kv", k_BKSH), ("kv", v_BKSH)], [pltpu.VMEM((prepared.key_size, H), jnp.float32)] * 2)
-  return d_q, d_k, d_v, None
+      [("kv", k_BKSH), ("kv", v_BKSH)],
+      [pltpu.VMEM((prepared.key_size, q_BWKJTH.shape[-1]), jnp.float32)] * 2)
+  return d_q, d_k, d_v
 
 
-attention.defvjp(_forward, _backward)
+def _states(q_BWKJTH, prepared):
+  """On-chip memory of a block of queries: two numbers of each, along lanes, and a vector."""
+  _, W, _, J, _, H = q_BWKJTH.shape
+  return [pltpu.VMEM((W * J, prepared.query_size, width), jnp.float32)
+          for width in (_LANES, _LANES, H)]
 
 
 def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs, scratch):
