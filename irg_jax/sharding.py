@@ -104,6 +104,16 @@ def partition_spec(shape, axes, mesh) -> PartitionSpec:
   return PartitionSpec(*spec)
 
 
+def attention_specs(q_BTNH, k_BKSH, mesh) -> tuple[PartitionSpec, PartitionSpec]:
+  """PartitionSpecs of queries and keys for attention; only queries are split along the length."""
+  q = partition_spec(q_BTNH.shape, ("batch", "length", "heads", None), mesh)
+  kv = partition_spec(k_BKSH.shape, ("batch", "heads", None, None), mesh)
+  if kv[1] == q[2]:
+    return q, kv
+  # Query heads that share a key-value head stay together.
+  return PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
+
+
 def constrain(x, *axes):
   """Constrains the sharding of `x` by its logical axes; a no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -114,7 +114,9 @@ def estimate(program: Program, slice_: Slice) -> Estimate:
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   peak = max(arguments + temporaries, memory.peak_memory_in_bytes)
   whole = Estimate(program, peak, arguments, temporaries)
-  traffic = count_traffic(compiled.as_text())
+  # The text of a program for GPUs shows neither the turns of loops nor what a kernel reads from
+  # its cache.
+  traffic = Counter() if slice_.chip.gpu else count_traffic(compiled.as_text())
   first, *others = (_of_case(whole, case, traced.jaxpr, traffic, slice_) for case in program.cases)
   return dataclasses.replace(first, others=tuple(others))
 
@@ -129,7 +131,7 @@ def _of_case(e, case, jaxpr, traffic, slice_) -> Estimate:
              "HBM": (traffic["hbm"] + kernels) / (chip.hbm_gbs * 1e9),
              "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
                         for key, size in traffic.items() if key[0] == "sent")}
-  if chip.gpu:  # its text shows neither the turns of loops nor what a kernel reads from its cache
+  if chip.gpu:
     return dataclasses.replace(e, case=case, work=work, seconds={"compute": seconds["compute"]})
   used = case.needed_flops and case.needed_flops / slice_.chips / peak / max(seconds.values())
   return dataclasses.replace(e, case=case, work=work, traffic=traffic, seconds=seconds,

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from irg_jax.sharding import partition_spec
+from irg_jax.sharding import attention_specs, partition_spec
 
 # Output and log-sum-exp of every form by name: what rematerialisation keeps ("attention").
 ATTENTION_OUTPUTS = ("attention_out", "attention_lse")
@@ -47,10 +46,7 @@ def blockwise(mask, query_chunk: int, key_chunk: int, q_BTNH, k_BKSH, v_BKSH, qu
   if mesh.size <= 1:
     return attend(q_BTNH, k_BKSH, v_BKSH, query, keys)
   spec = lambda x, *axes: partition_spec(x.shape, axes, mesh)
-  kv = spec(k_BKSH, "batch", "heads", None, None)
-  q = spec(q_BTNH, "batch", "length", "heads", None)
-  if kv[1] != q[2]:  # query heads that share a key-value head stay together
-    q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
+  q, kv = attention_specs(q_BTNH, k_BKSH, mesh)
   length_axes = q[1] or ()  # mesh axes that split queries but not keys
 
   def local(q, k, v, query, keys):

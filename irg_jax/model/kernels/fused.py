@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from irg_jax.model.kernels import gpu, tpu, visible
 from irg_jax.model.kernels.blockwise import named
-from irg_jax.sharding import partition_spec, platform
+from irg_jax.sharding import attention_specs, partition_spec, platform
 from irg_jax.tokens import Tokens
 
 
@@ -90,10 +90,7 @@ def attend(q_RTNH, kvs, prepared):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return _attend(q_RTNH, kvs, prepared)
-  q = partition_spec(q_RTNH.shape, ("batch", "length", "heads", None), mesh)
-  kv = partition_spec(kvs[0][0].shape, ("batch", "heads", None, None), mesh)
-  if kv[1] != q[2]:  # query heads that share a key-value head stay together
-    q, kv = PartitionSpec(*q[:2], None, None), PartitionSpec(kv[0], None, None, None)
+  q, kv = attention_specs(q_RTNH, kvs[0][0], mesh)
   listed = PartitionSpec(_axes(q[0]) + _axes(q[1]))
   words = PartitionSpec(q[0], None, None, q[1]), PartitionSpec(q[0])
   specs = [visible.Prepared(*words, listed, listed, p.query_size, p.key_size, p.head_dim)
