@@ -19,6 +19,12 @@ def schedule(steps: int, shift: float) -> np.ndarray:
   return shift_time(np.linspace(1, 0, steps, dtype=np.float32), np.float32(shift))
 
 
+def guided(times_M, interval) -> np.ndarray:
+  """Whether the step from each time but the last has guidance: low < t <= high, bool [M - 1]."""
+  low, high = np.float32(interval)
+  return (low < times_M[:-1]) & (times_M[:-1] <= high)
+
+
 def interpolate(latents_PC, noise_PC, t):
   """x_t between image and noise; t broadcasts against [..., P, latent_dim]."""
   return (1 - t) * latents_PC + t * noise_PC

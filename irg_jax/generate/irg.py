@@ -14,6 +14,7 @@ result does not depend on its neighbours.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 
@@ -238,13 +239,20 @@ def denoise(job: Job, ctx: Context, number: int):
   s, total = job.settings, job.settings.steps - 1
   guidance = s.first if number == 0 and job.images is None else s.later
   views = guidance_views(guidance)
+  times = flow.schedule(s.steps, s.timestep_shift)
+  guided = flow.guided(times, guidance.interval) & (len(views) > 1)
   shape = (len(job.seeds), job.grid[0] * job.grid[1], job.model.config.latent_dim)
   x_BPC = job.noise("noise", number, shape)
-  for start, stop in _parts(job, "draw", number, total):
-    x_BPC = jax.block_until_ready(steps.denoise(
-        job.model, job.params["transformer"], ctx, x_BPC, flow.schedule(s.steps, s.timestep_shift),
-        guidance if len(views) > 1 else None, start, stop, grid=job.grid,
-        special=job.tokenizer.special, views=views))
+  for part in _parts(job, "draw", number, total):
+    # Steps with and without guidance are loops of their own. A branch within one loop would cost a
+    # copy of all weights in every step on a CPU; all rounds share the loop without guidance.
+    for with_guidance, run in itertools.groupby(range(*part), guided.__getitem__):
+      start, stop = (run := list(run))[0], run[-1] + 1
+      x_BPC = steps.denoise(
+          job.model, job.params["transformer"], ctx, x_BPC, times,
+          guidance if with_guidance else None, start, stop, grid=job.grid,
+          special=job.tokenizer.special, views=views if with_guidance else (FULL,))
+    jax.block_until_ready(x_BPC)
   return x_BPC
 
 

@@ -201,8 +201,7 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
   Args:
     x_BPC: float32 [B, P, latent_dim], noise if `start` is 0.
     times_M: float32, see `flow.schedule`; a whole image takes the steps from 0 to M - 1.
-    guidance: scales, interval and renorm; None if there is only one view, so that all rounds
-      without guidance share one program.
+    guidance: scales and renorm, for more than one view; its interval is the caller's business.
     start, stop: int32 scalars.
     grid: static (rows, columns) of the P latent tokens.
     views: static, see `context.guidance_views`.
@@ -211,18 +210,13 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
     float32 [B, P, latent_dim]; clean latent tokens if `stop` is M - 1.
   """
   at = functools.partial(velocities, model, params, ctx, grid=grid, special=special)
-  plain = lambda x_BPC, t: at(x_BPC, t, views=(FULL,))["full"]
-
-  def guided(x_BPC, t):
-    v = at(x_BPC, t, views=views)
-    return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
-                      guidance.renorm_min)
 
   def velocity(x_BPC, t):
+    v = at(x_BPC, t, views=views)
     if len(views) == 1:
-      return plain(x_BPC, t)
-    low, high = guidance.interval
-    return lax.cond((low < t) & (t <= high), guided, plain, x_BPC, t)
+      return v["full"]
+    return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
+                      guidance.renorm_min)
 
   def step(state):
     i, x_BPC = state
