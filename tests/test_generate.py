@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 
 import jax
@@ -48,8 +49,8 @@ def params():
 
 
 def generate(prompts=PROMPTS, seeds=SEEDS, settings=SETTINGS, system=SYSTEM, special=SPECIAL,
-             weights=None, **kwargs):
-  return irg.generate(MODEL, weights or params(), IdTokenizer(special), prompts, seeds=seeds,
+             weights=None, model=MODEL, **kwargs):
+  return irg.generate(model, weights or params(), IdTokenizer(special), prompts, seeds=seeds,
                       settings=settings, system_prompt=system, **kwargs)
 
 
@@ -110,6 +111,18 @@ def test_eight_devices_give_what_one_gives_and_hold_their_part():
   assert ctx.k.addressable_shards[0].data.shape == (layers, B // 4, heads // 2, slots, dim)
   assert ctx.visible.addressable_shards[0].data.shape[0] == B // 4
   assert latents.addressable_shards[0].data.shape[0] == B // 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [{}, {"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_kernels_draw_what_the_other_forms_draw_on_every_mesh(shape):
+  """`tensor` of 4 is more than the two heads of keys and values."""
+  model = UnifiedTransformer(dataclasses.replace(CONFIG, attention="kernel"))
+  mesh = sharding.make_mesh(shape or {"data": 1}, jax.devices()[:math.prod(shape.values())])
+  with jax.set_mesh(mesh):
+    weights = jax.device_put(params(), sharding.parameter_shardings(params(), mesh))
+    for got, want in zip(generate(weights=weights, model=model), batch_of_four()):
+      assert_same(got, want)
 
 
 def test_an_empty_guidance_context_works_in_a_batch():

@@ -134,11 +134,12 @@ def split(rows):
   return jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), rows)
 
 
-def train_the_real_model(mesh, steps=20):
+def train_the_real_model(mesh, steps=20, attention="auto"):
   """(last state, losses)."""
   state = state_on(mesh, random_params(CONFIG, jax.random.key(0))["transformer"])
   rows = jax.device_put(batch(), step_lib.batch_shardings(batch(), mesh))
-  step = compiled(UnifiedTransformer(CONFIG), mesh, state, rows, Switches())
+  model = UnifiedTransformer(dataclasses.replace(CONFIG, attention=attention))
+  step = compiled(model, mesh, state, rows, Switches())
   losses = []
   for _ in range(steps):
     state, metrics = step(state, rows, KEY)
@@ -174,6 +175,18 @@ def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, c
       return pieces != {x.shape}
     split_kernels += sum(jax.tree.leaves(jax.tree.map_with_path(check, tree, declared)))
   assert split_kernels > 4 * 20
+
+
+@pytest.mark.parametrize("shape", [
+    {"data": 2, "sequence": 2, "tensor": 2},
+    *(pytest.param(shape, marks=pytest.mark.long) for shape in (
+        {"data": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2},
+        {"tensor": 8}))], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
+def test_kernels_give_the_same_losses_on_every_mesh(shape):
+  size = np.prod(list(shape.values()))
+  _, got = train_the_real_model(sharding.make_mesh(shape, jax.devices()[:size]), steps=4,
+                                attention="kernel")
+  np.testing.assert_allclose(got, losses_on_one_device()[:4], rtol=1e-5)
 
 
 def test_a_step_donates_its_state_and_counts():

@@ -122,6 +122,21 @@ def test_two_processes_continue_the_run_of_one_and_each_reads_its_own_records(
     np.testing.assert_allclose(flatten(written)[name], x, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
+def test_two_processes_with_kernels_make_the_losses_of_one_without(whole, data, cache, tmp_path):
+  out = tmp_path / "out"
+  flags = train_runs.flags(data, out, {"data": 2, "fsdp": 2, "tensor": 2}, run_stages="stage1",
+                           model__attention="kernel")
+  for worker in train_runs.two_processes(flags, cache):
+    text, _ = worker.communicate(timeout=500)
+    assert worker.returncode == 0, text
+  got, uncut = train_runs.steps(out), train_runs.steps(whole)
+  assert got.keys() == uncut.keys()
+  for place, line in uncut.items():
+    assert got[place]["samples"] == line["samples"]
+    np.testing.assert_allclose(got[place]["loss"], line["loss"], rtol=1e-5)
+
+
 def check_reports(reports):
   """Checks the reports of the two processes, see train_worker.py."""
   for process, report in enumerate(reports):
