@@ -153,30 +153,9 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   image = latents + patches + 4
   views, text, down = guidance_views(s.later), rung(s.think_limit + 1), config.vae.downsample
 
-  def array(*shape, dtype=jnp.float32):
-    """An array of rows, or of a cache [layers, rows, kv heads, slots, head dim]."""
-    axes = ("batch", None, None, None)[:len(shape)]
-    axes = ("layers", "batch", "heads", None, None) if len(shape) == 5 else axes
-    placed = NamedSharding(mesh, sharding.partition_spec(shape, axes, mesh))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-
-  def made(unit, step, *args, parts=None, flops=None, seen_by=(FULL,), **static):
-    forms = _forms(config, mesh, parts or {})
-    cases = [Case("", {}, flops and flops(1.0))]
-    visited, seen = _second_round(image, cache, seen_by) if visible is None else [visible] * 2
-    if forms.get("decoder") == "kernel" and seen < 1:
-      cases.append(Case(f"{seen:.0%} of the cache", {cache: (visited, seen)}, flops(seen)))
-    return Program(step.__name__, unit, mesh, functools.partial(step.trace, *args, **static),
-                   tuple(cases), tuple(f"{part} {form}" for part, form in forms.items()))
-
-  def needed(und, gen=0, vit=0, text=0, times=1):
-    """Function (share of the cache) -> FLOPs of passes over tokens that attend to each other."""
-    sizes = BufferSizes(und=und, gen=gen, vit=vit, text=text, samples=1)
-    pairs = lambda share: 1 + share * cache / (und + gen)
-    return lambda share: times * rows * row_flops(  # a third is the forward pass
-        config, sizes, {"pairs": pairs(share)}) / 3
-
+  array = functools.partial(_array, mesh)
+  made = functools.partial(_program, config, mesh, cache, image, visible)
+  needed = functools.partial(_needed, config, rows, cache)
   params = abstract_params(config, jnp.dtype(config.dtype))
   params = jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
                         params, sharding.parameter_shardings(params, mesh))
@@ -207,6 +186,34 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
       made("an image a row", steps.encode_pixels, config, params["vae"],
            array(rows, height, width, 3),
            array(rows, height // down, width // down, config.vae.z_channels))]
+
+
+def _array(mesh, *shape, dtype=jnp.float32):
+  """An array of rows, or of a cache [layers, rows, kv heads, slots, head dim]."""
+  axes = ("batch", None, None, None)[:len(shape)]
+  axes = ("layers", "batch", "heads", None, None) if len(shape) == 5 else axes
+  placed = NamedSharding(mesh, sharding.partition_spec(shape, axes, mesh))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+
+def _program(config, mesh, cache, image, visible, unit, step, *args, parts=None, flops=None,
+             seen_by=(FULL,), **static) -> Program:
+  """A step of generation; `flops` is of `_needed`, `parts` the lengths that `_forms` takes."""
+  forms = _forms(config, mesh, parts or {})
+  cases = [Case("", {}, flops and flops(1.0))]
+  visited, seen = _second_round(image, cache, seen_by) if visible is None else [visible] * 2
+  if forms.get("decoder") == "kernel" and seen < 1:
+    cases.append(Case(f"{seen:.0%} of the cache", {cache: (visited, seen)}, flops(seen)))
+  return Program(step.__name__, unit, mesh, functools.partial(step.trace, *args, **static),
+                 tuple(cases), tuple(f"{part} {form}" for part, form in forms.items()))
+
+
+def _needed(config, rows, cache, und, gen=0, vit=0, text=0, times=1):
+  """Function (share of the cache) -> FLOPs of passes over tokens that attend to each other."""
+  sizes = BufferSizes(und=und, gen=gen, vit=vit, text=text, samples=1)
+  pairs = lambda share: 1 + share * cache / (und + gen)
+  return lambda share: times * rows * row_flops(  # a third is the forward pass
+      config, sizes, {"pairs": pairs(share)}) / 3
 
 
 def _second_round(image: int, cache: int, views) -> tuple[float, float]:
