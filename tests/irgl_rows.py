@@ -95,7 +95,7 @@ BAD = {
 
 
 def as_row(value):
-  """What stands in the parquet file."""
+  """The row as it stands in the parquet file."""
   return value if value is None or isinstance(value, (str, bytes)) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""What is asked about which image, and how its answers come back by prompt."""
+"""Questions to a judge: which ones for which image, and their answers by prompt."""
 
 import base64
 import io

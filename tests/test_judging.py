@@ -61,7 +61,7 @@ def make_run(out, benchmark):
 
 
 def answer(body):
-  """What a judge says of any question: decided by the question alone."""
+  """The answer to any question, decided by the question alone."""
   text = prompt_of(body)
   number = int((re.search(r"<(\d+)>", text) or [0, "0"])[1])
   if "Consistency" in text:

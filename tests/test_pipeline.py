@@ -110,7 +110,7 @@ def samples(batches):
 
 
 def per_sample(batch, text_values=None, latent_values=None):
-  """What packing must not change: arrays of the tokens of every sample, by (mode, index).
+  """Token arrays of every sample that packing must not change, by (mode, index).
 
   Args:
     text_values, latent_values: further arrays [B, L] and [B, G] to cut up, such as losses.

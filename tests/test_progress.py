@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Progress bars of a run, as a person sees them."""
 
 import io
 

@@ -78,7 +78,7 @@ def make_training():
 
 
 def answer(body):
-  """What the judge says: something that every benchmark can parse."""
+  """The answer of the judge, in a form that every benchmark can parse."""
   text = prompt_of(body)
   if "Consistency" in text:
     return "Consistency: 2\nRealism: 1\nAesthetic Quality: 0"
