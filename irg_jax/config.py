@@ -21,18 +21,22 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from irg_jax.storage import local_path
+
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = dataclasses.MISSING  # the default of a setting without one
 
 
-def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), was: str = ""):
+def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), was: str = "",
+            path: bool = False):
   """Declares a setting as a dataclass field; `doc` is one line for the tables of settings.
 
   Args:
     low, high, above: bounds, the last exclusive, of each item of a tuple and value of a dict.
     was: older name, accepted with a note for one version.
+    path: the value is a path, see `storage.local_path`.
   """
-  metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was)
+  metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was, path=path)
   how = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
   return dataclasses.field(**how, metadata=metadata)
 
@@ -166,6 +170,10 @@ def check(settings, prefix: str = ""):
     for key, item in value.items() if isinstance(value, dict) else [("", value)]:
       if fault := _fault(item, **field.metadata):
         raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {item!r}, {fault}")
+    try:
+      field.metadata.get("path") and local_path(value)
+    except ValueError as e:
+      raise ValueError(f"config field {name!r} is {e}") from e
   for name, fault in getattr(settings, "faults", tuple)():
     raise ValueError(f"config field {prefix + name!r} {fault}")
   return settings

@@ -3,13 +3,18 @@
 import dataclasses
 import io
 import math
-import pathlib
+import struct
+import zlib
 
 import einops
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from irg_jax import storage
 from irg_jax.config import REQUIRED, setting
+
+# Formats that are opened. Pillow knows more: some start other programs (EPS), some only guess.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 # The published transform also limits the area, before the long side. This changes only images
 # more stretched than about 7 to 1, and those only by the rounding in between.
@@ -119,7 +124,7 @@ def position_ids(rows: int, columns: int, grid: int) -> np.ndarray:
 def read_image(path) -> np.ndarray:
   """Reads an image file, see `decode_image`; errors name the file."""
   try:
-    data = pathlib.Path(path).read_bytes()
+    data = storage.read_file(path)
   except OSError as e:
     raise ValueError(f"{path}: cannot read the image: {e.strerror or e}") from e
   return decode_image(data, str(path))
@@ -132,35 +137,92 @@ def encode_image(image, format: str = "PNG", **options) -> bytes:
   return file.getvalue()
 
 
+def open_image(data: bytes) -> Image.Image:
+  """Pillow's image of a file's content, in one of `FORMATS`; not decoded yet."""
+  return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def load_whole(image: Image.Image, data: bytes) -> None:
+  """Decodes an image of `open_image`; ValueError if rows are missing, which Pillow leaves black."""
+  width, height = image.size
+  strips = [tile.extents for tile in image.tile] if image.format == "TIFF" else []
+  image.load()
+  last = image.crop((0, height - 1, width, height))
+  if (strips and sum((x - left) * (y - top) for left, top, x, y in strips) < width * height
+      or image.format == "PNG" and (image.info.get("interlace") or not np.asarray(last).any())
+      and _png_lacks_rows(data)):
+    raise ValueError(f"truncated: fewer than its {height} rows are there")
+
+
 def decode_image(data: bytes, name: str) -> np.ndarray:
   """Decodes an image to RGB, uint8 [H, W, 3].
 
-  EXIF orientation is applied, transparency becomes white, 16-bit grey is reduced to 8 bits, and
-  only the first frame of an animation is used.
+  EXIF orientation is applied, transparency becomes white, and only the first frame of an animation
+  is used. 16-bit grey is reduced to 8 bits, and floating-point grey from 0 to 1 spread over them.
 
   Args:
-    data: content of the file, in any format that Pillow reads.
-    name: of the image in errors, ValueError: not an image, truncated, or above 67 million pixels.
+    data: content of the file, in one of `FORMATS`.
+    name: of the image in errors, ValueError: not an image, truncated, above 67 million pixels, or
+      grey of another range, whose white is not known.
   """
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
       if image.width * image.height > _MAX_READ_PIXELS:
         raise Image.DecompressionBombError
-      return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+      load_whole(image, data)
+      return np.array(to_rgb(image))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise ValueError(f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller "
                      "first") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-    fault = "unknown format" if isinstance(e, UnidentifiedImageError) else e
+    fault = f"unknown format, none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else e
     raise ValueError(f"{name}: not an image that can be decoded: {fault}") from e
 
 
-def _to_rgb(image):
-  if image.mode.startswith("I"):  # 16-bit grey, or 32-bit holding it: Pillow would clip it
-    image = Image.fromarray((np.clip(image, 0, 2**16 - 1) >> 8).astype(np.uint8))
-  if not image.has_transparency_data:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
-  white = Image.new("RGB", image.size, (255, 255, 255))
-  white.paste(image, mask=image.getchannel("A"))
+def to_rgb(image: Image.Image) -> Image.Image:
+  """A decoded image of `open_image` as RGB, see `decode_image`; ValueError for grey of no range."""
+  turned = ImageOps.exif_transpose(image)
+  if image.mode[0] in "IF":
+    return Image.fromarray(_grey_levels(np.asarray(turned), image)).convert("RGB")
+  if not turned.has_transparency_data:
+    return turned.convert("RGB")
+  turned = turned.convert("RGBA")
+  white = Image.new("RGB", turned.size, (255, 255, 255))
+  white.paste(turned, mask=turned.getchannel("A"))
   return white
+
+
+def _grey_levels(grey, source):
+  """8-bit levels of 16-bit, 32-bit or floating-point grey; `source` is the opened image."""
+  low, high, again = grey.min(), grey.max(), "save it with 8 bits"
+  if getattr(source, "tag_v2", {}).get(262) == 0:
+    raise ValueError(f"grey of more than 8 bits whose 0 is white; {again}")
+  if source.mode == "F":
+    if not 0 <= low <= high <= 1:
+      raise ValueError(f"floating-point grey from {low:.4g} to {high:.4g}, not 0 to 1; {again}")
+    return np.rint(grey * 255).astype(np.uint8)
+  if source.mode == "I" and source.format != "PPM":  # Pillow brings those to 16 bits
+    raise ValueError(f"signed or 32-bit grey from {low} to {high}, whose white is not known; "
+                     f"{again}")
+  if 0 < high < 2**12:
+    raise ValueError(f"16-bit grey that ends at {high} of 65535, all but black; scale it, or "
+                     f"{again}")
+  return (grey >> 8).astype(np.uint8)
+
+
+def _png_lacks_rows(data):
+  """Whether the pixels of a PNG file end before its last row, counted without keeping them."""
+  width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+  bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+  left, stream, at = 0, zlib.decompressobj(), 8
+  # Interlaced, the rows of seven passes: (first column, first row, steps of both).
+  for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4),
+                       (1, 0, 2, 2), (0, 1, 1, 2)) if interlaced else ((0, 0, 1, 1),):
+    if (columns := -((x - width) // dx)) > 0:
+      left -= ((y - height) // dy) * (1 + -(-columns * bits // 8))
+  while left > 0 and at + 8 <= len(data):
+    length, name = struct.unpack(">I4s", data[at:at + 8])
+    part, at = data[at + 8:at + 8 + length] if name == b"IDAT" else b"", at + 12 + length
+    while part and left > 0:
+      left, part = left - len(stream.decompress(part, 2**20)), stream.unconsumed_tail
+  return left > 0

@@ -5,6 +5,7 @@ A reader finds the earlier content or the new one, never half of it. Temporary n
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -12,6 +13,22 @@ import re
 import shutil
 import tempfile
 import uuid
+
+
+def read_file(path) -> bytes:
+  """Content of a file; OSError for a pipe or device, which could block, or never end."""
+  path = pathlib.Path(path)
+  if path.exists() and not (path.is_file() or path.is_dir() or str(path) == os.devnull):
+    raise OSError(errno.EINVAL, "a pipe or device, not a file", str(path))
+  return path.read_bytes()
+
+
+def local_path(text) -> pathlib.Path:
+  """A path of this machine; ValueError for one with a scheme, such as gs://bucket/folder."""
+  if re.match(r"[A-Za-z][\w+.-]+:/", str(text)):
+    raise ValueError(f"{text}: a path on this machine is wanted; mount the bucket, or copy what "
+                     "is there, and give that path")
+  return pathlib.Path(text)
 
 
 def partial_name() -> str:

@@ -1,6 +1,8 @@
 """The command line: what it asks for, and what it says when something is wrong."""
 
+import argparse
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -55,6 +57,45 @@ def test_help_shows_examples(capsys, verb):
   out = capsys.readouterr().out
   assert "examples:\n  irg " in out
   assert max(map(len, out.splitlines())) <= 100
+
+
+def _flags(parser):
+  """(command, action) of every flag and argument below a parser."""
+  if fill := getattr(parser, "fill", None):
+    fill(parser)
+  for action in parser._actions:
+    if isinstance(action, argparse._SubParsersAction):
+      for inner in action.choices.values():
+        yield from _flags(inner)
+    else:
+      yield parser, action
+
+
+def test_every_flag_that_names_a_path_refuses_a_scheme():
+  words, found = {"DIR", "FILE", "PATH", "SRC", "DST", "OUT", "FOLDER"}, set()
+  for parser, action in _flags(commands.make_parser()):
+    name = (action.option_strings or [action.metavar])[-1]
+    if words & set(re.findall(r"[A-Z]+", str(action.metavar))) and name != "--template":
+      found.add(name)
+      for text in ("gs://bucket/x", "s3://b", "https://host/x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="a path on this machine is wanted"):
+          action.type(text)
+  assert {"--out", "--config", "--data", "--checkpoint", "--prompts", "SRC", "DST", "--to",
+          "--judge-cache", "--detections", "--image", "--questions"} <= found
+
+
+@pytest.mark.parametrize("field", ["data.path", "checkpoint"])
+def test_a_setting_that_is_a_path_refuses_a_scheme(capsys, tmp_path, field):
+  line = _fails(capsys, "train", "--config", ROOT / "configs" / "irgl.py:tiny",
+                f"--config.{field}=gs://bucket/x", "--out", tmp_path / "run")
+  assert f"config field '{field}' is gs://bucket/x: a path on this machine is wanted" in line
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_template_with_a_scheme_is_refused(tmp_path):
+  from irg_jax.evaluate import questions
+  with pytest.raises(ValueError, match="--template gs://b/t.json: .*a path on this machine"):
+    questions.load_template("gs://b/t.json", "x")
 
 
 def test_help_does_not_wait_for_jax():

@@ -22,6 +22,14 @@ def check_counts(items):
   evaluate.get(items[0].benchmark).check_counts(items)
 
 
+def test_a_lone_surrogate_in_a_prompt_is_named_with_file_and_id(tmp_path):
+  for number, text in enumerate(("\ud83e", "fox \udd8a", "\ude00 x")):
+    records = wise_records(range(1, 4))
+    records[number]["Prompt"] = text
+    with pytest.raises(ValueError, match=rf"w.json: the prompt of {number + 1} has a lone surrog"):
+      read("wise", write_json(tmp_path / "w.json", records))
+
+
 def tasks(item):
   return evaluate.get(item.benchmark).tasks(item)
 

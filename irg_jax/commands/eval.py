@@ -136,7 +136,7 @@ def _add_judge(add):
     default = settings[name].default
     add(f"--{name}", type=type(default), default=default, metavar="N",
         help=f"{settings[name].metadata['doc']} ({default:g})")
-  add("--judge-cache", metavar="FILE",
+  add("--judge-cache", metavar="FILE", type=flags.path,
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
 

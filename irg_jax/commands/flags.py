@@ -8,6 +8,8 @@ import pathlib
 import re
 import tomllib
 
+from irg_jax import storage
+
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
 _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
@@ -32,8 +34,8 @@ SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
 class Parser(argparse.ArgumentParser):
   """Parser of `prog`, "irg VERB", with the texts and flags of help.toml.
 
-  It calls `run(args, overrides)`. A flag whose metavar stands for a path has the type
-  pathlib.Path. Parsers of subcommands are of the same class.
+  It calls `run(args, overrides)`. A flag whose metavar stands for a path has the type `path`.
+  Parsers of subcommands are of the same class.
   """
 
   def __init__(self, *, prog, run=None, **kwargs):
@@ -54,8 +56,16 @@ class Parser(argparse.ArgumentParser):
 
   def add_argument(self, *names, **kwargs):
     if kwargs.get("metavar") in _PATHS:
-      kwargs.setdefault("type", pathlib.Path)
+      kwargs.setdefault("type", path)
     return super().add_argument(*names, **kwargs)
+
+
+def path(text: str) -> pathlib.Path:
+  """Parses a path of this machine, see `storage.local_path`."""
+  try:
+    return storage.local_path(text)
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def mesh(text: str) -> dict[str, int]:
@@ -146,13 +156,16 @@ def read_settings(args, overrides, checkpoint, default=None):
 
 
 def read_text(flag: str, path: pathlib.Path) -> str:
-  """Reads the UTF-8 text file of a flag; ValueError names the flag if that fails."""
+  """Reads the UTF-8 text file of a flag, with \\n for all ends of lines; ValueError names the flag."""
   try:
-    return path.read_text(encoding="utf-8-sig")
+    text = storage.read_file(path).decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise ValueError(f"{flag} {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
   except OSError as e:
     raise ValueError(f"{flag} {path}: cannot be read ({e.strerror})") from e
+  if "\0" in text:  # UTF-16 without a mark is valid UTF-8 with such bytes
+    raise ValueError(f"{flag} {path}: has bytes of 0, as UTF-16 has; save it as UTF-8")
+  return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def folder(flag: str, path: pathlib.Path) -> pathlib.Path:

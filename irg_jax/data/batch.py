@@ -56,7 +56,8 @@ class DataSettings:
   """From records to packed rows."""
 
   path: str = setting(
-      "", "folder of published data or of `irg data build`; \"sample\": made by `irg data sample`")
+      "", "folder of published data or of `irg data build`; \"sample\": made by `irg data sample`",
+      path=True)
   streams: int = setting(
       0, "independent streams that the data is split into; 0: one for each row", low=0)
   workers: int = setting(8, "worker processes on each host; 0: none", low=0)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 
 import numpy as np
 from PIL import Image
@@ -57,7 +56,7 @@ def sample_lengths(record: Record, count_text) -> dict[str, int]:
     if isinstance(part, TextPart):
       lengths["text"] += count_text(part.text) + 2
       continue
-    with Image.open(io.BytesIO(part.data)) as image:
+    with images.open_image(part.data) as image:
       size = image.size  # from the file's header; EXIF may swap the sides, which changes no count
     for kind, times, transform, pixels in (
         ("latent", part.need_loss + part.need_vae, images.VAE_TRANSFORM, 16),

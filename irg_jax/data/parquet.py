@@ -86,7 +86,7 @@ def summary(mode: str, metadata: dict) -> str:
 def mode_files(path, mode: str) -> list[pathlib.Path]:
   """The parquet files of a mode by name; ValueError if there are none or one is not usable."""
   folder = pathlib.Path(path) / mode
-  files = sorted(folder.glob("*.parquet"))
+  files = sorted(folder.glob("[!.]*.parquet"))  # hidden ones are not data, as macOS's ._x.parquet
   if not files:
     raise ValueError(f"{folder}: no parquet files")
   for file in files:
@@ -94,14 +94,15 @@ def mode_files(path, mode: str) -> list[pathlib.Path]:
       schema = parquet.schema_arrow
     if COLUMN not in schema.names:
       raise ValueError(f"{file}: no column {COLUMN!r}; its columns: {', '.join(schema.names)}")
-    kind = schema.field(COLUMN).type
-    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+    if not _is_text(kind := schema.field(COLUMN).type):
       raise ValueError(f"{file}: column {COLUMN!r} holds {kind}, not text")
   return files
 
 
 def open_file(path) -> pq.ParquetFile:
   """Opens a parquet file for reading in small pieces; ValueError if it cannot be read."""
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f"{path}: not a file, but a folder, pipe or device; move it away")
   try:
     # Without a buffer size, or with pre_buffer, pyarrow fetches whole row groups.
     return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
@@ -120,10 +121,30 @@ def iterate_texts(file, group: int | None = None):
     groups = None if group is None else [group]
     try:
       for batch in parquet.iter_batches(batch_size=4, row_groups=groups, columns=[COLUMN]):
-        # As bytes, so that a text that is not UTF-8 makes one row unusable and not the file.
-        yield from batch.column(0).cast(pa.large_binary()).to_pylist()
+        yield from _as_bytes(batch.column(0)).to_pylist()
     except (pa.ArrowException, OSError) as e:
       raise ValueError(f"{file}: damaged parquet file: {e}") from e
+
+
+def _is_text(kind) -> bool:
+  """Whether an Arrow type is text or bytes, be it by a dictionary or an extension such as JSON."""
+  if isinstance(kind, pa.DictionaryType):
+    return _is_text(kind.value_type)
+  if isinstance(kind, pa.BaseExtensionType):
+    return _is_text(kind.storage_type)
+  return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(),
+                  pa.large_binary(), pa.binary_view())
+
+
+def _as_bytes(column):
+  """A column of text as bytes: a text that is not UTF-8 makes one row unusable, not the file."""
+  while not pa.types.is_large_binary(column.type):
+    if isinstance(column, pa.DictionaryArray):
+      column = column.dictionary_decode()
+    else:
+      column = column.storage if isinstance(column, pa.ExtensionArray) else column.cast(
+          pa.large_binary())
+  return column
 
 
 class PublishedSource:

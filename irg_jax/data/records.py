@@ -10,6 +10,7 @@ rest would teach answers to a context that is not there.
 import base64
 import dataclasses
 import json
+import urllib.parse
 
 import numpy as np
 
@@ -166,16 +167,34 @@ def _part(part, where, decode):
     raise Rejected("bad_content", f"{where}: an image's content is {_type(content)}, "
                    "not a base64 string")
   try:
-    # Base64 may have line breaks; any other stray character is an error.
-    data = base64.b64decode("".join(content.split()), validate=True)
+    data = decode_base64(content)
   except ValueError as e:
-    raise Rejected("bad_base64", f"{where}: {e}") from e
+    raise Rejected("bad_base64", f"{where}: {e}; it begins {content[:24]!r}") from e
   try:
     if decode:
       images.decode_image(data, where)
   except ValueError as e:
     raise Rejected("bad_picture", str(e)) from e
   return ImagePart(data, **flags)
+
+
+def decode_base64(text: str) -> bytes:
+  """Bytes of base64: with line breaks or not, as a data: URI, url-safe, or without its padding.
+
+  ValueError for any other character, for padding that is not at the end or is too long, and for a
+  length that no bytes have.
+  """
+  text = "".join(text.split())
+  if text[:5].lower() == "data:":
+    head, comma, text = text.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+      raise ValueError("a data: URI, but not of base64")
+    text = urllib.parse.unquote(text)
+  digits = text.rstrip("=").replace("-", "+").replace("_", "/")
+  missing = -len(digits) % 4
+  if len(text) - len(digits) not in (0, missing):
+    raise ValueError("wrong padding")
+  return base64.b64decode(digits + "=" * missing, validate=True)
 
 
 def _flags(part, where, need_loss):

@@ -81,7 +81,7 @@ class BuiltSource:
     try:
       builder = tfds.builder_from_directory(folder)
       self._examples = builder.as_data_source(SPLIT)
-      missing = [f for f in builder.info.splits[SPLIT].filepaths if not f.exists()]
+      missing = [f for f in builder.info.splits[SPLIT].filepaths if not f.is_file()]
     except Exception as e:  # absl, tfds and array_record have no common error
       raise ValueError(f"{folder}: not a dataset of this version that can be read: {e}; build it "
                        "again with irg data build") from e

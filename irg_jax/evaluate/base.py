@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import tomllib
 
 from irg_jax.evaluate import questions
@@ -87,6 +88,10 @@ class Benchmark:
     items = self.read_items(path)
     if not items:
       raise ValueError(f"--prompts {path}: holds no prompts")
+    for item in items:
+      if broken := re.search("[\ud800-\udfff]", item.prompt):
+        raise ValueError(f"--prompts {path}: the prompt of {item.id} has a lone surrogate at "
+                         f"character {broken.start()}; write the whole character")
     return items
 
   def read_items(self, path: pathlib.Path) -> list[Item]:

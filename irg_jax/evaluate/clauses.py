@@ -25,13 +25,13 @@ or has "error": "reason: detail" in place of "detections".
 import collections
 import dataclasses
 import hashlib
-import io
 import json
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from irg_jax import images, storage
 from irg_jax.evaluate import base, questions
 from irg_jax.evaluate import records as records_lib
 from irg_jax.evaluate.records import field
@@ -249,7 +249,7 @@ def _overlap(a, b):
 def _detected(path, metadata, classes, detect, classify, cache, names):
   """The end of an image's record: "detections", or "error"."""
   try:
-    data = path.read_bytes()
+    data = storage.read_file(path)
   except OSError as e:
     return {"error": f"picture: {path}: {e.strerror or e}"}
   colored = sorted({c["class"] for c in metadata.get("include", ()) if "color" in c})
@@ -258,8 +258,9 @@ def _detected(path, metadata, classes, detect, classify, cache, names):
   if (kept := cache.get(digest)) is not None:
     return {"detections": kept["detections"]}
   try:
-    with Image.open(io.BytesIO(data)) as opened:
-      image = ImageOps.exif_transpose(opened).convert("RGB")
+    with images.open_image(data) as opened:
+      images.load_whole(opened, data)
+      image = images.to_rgb(opened)
   except questions.BROKEN as e:
     return {"error": f"picture: {path} cannot be read ({e})"}
   try:

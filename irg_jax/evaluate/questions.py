@@ -22,6 +22,7 @@ import urllib.parse
 
 from PIL import Image
 
+from irg_jax import images, storage
 from irg_jax.config import check, setting
 
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
@@ -220,12 +221,12 @@ def encode(image) -> Encoded:
   cell = isinstance(image, Cell)
   path = image.path if cell else pathlib.Path(image)
   try:
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as opened:
-      opened.load()  # a truncated file must not be judged
+    data = storage.read_file(path)
+    with images.open_image(data) as opened:
+      images.load_whole(opened, data)  # a truncated file must not be judged
       kind = opened.format
       if cell or kind not in _TYPES:
-        pixels, out, kind = opened.convert("RGB"), io.BytesIO(), "JPEG" if cell else "PNG"
+        pixels, out, kind = images.to_rgb(opened), io.BytesIO(), "JPEG" if cell else "PNG"
         (image.crop(pixels) if cell else pixels).save(out, format=kind)
         data = out.getvalue()
   except FileNotFoundError:
@@ -243,9 +244,9 @@ def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
   """
   every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
   try:
-    with Image.open(path) as opened:
-      opened = opened.convert("RGB")
-      return [cell for cell in every if cell.crop(opened).getbbox()]
+    with images.open_image(storage.read_file(path)) as opened:
+      pixels = images.to_rgb(opened)
+      return [cell for cell in every if cell.crop(pixels).getbbox()]
   except BROKEN:
     return every
 
@@ -261,7 +262,7 @@ def parse_grid(text: str) -> tuple[int, int]:
 def load_template(path, name: str, fields=()) -> Template:
   """Reads the file of a template; ValueError unless the user's text has the `fields`."""
   try:
-    template = Template(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    template = Template(**json.loads(storage.local_path(path).read_text(encoding="utf-8")))
     if not all(isinstance(text, str) for text in template):
       raise TypeError("both must be texts")
   except (OSError, ValueError, TypeError) as e:

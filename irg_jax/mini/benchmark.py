@@ -11,9 +11,8 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image
 
-from irg_jax import evaluate
+from irg_jax import evaluate, images
 from irg_jax.evaluate import base, clauses, records, score
 from irg_jax.mini import thoughts, verifier, world
 
@@ -73,8 +72,7 @@ class Verified:
   def add(self, item, path) -> dict:
     """Judges the image at `path`; returns its scores and the faults in words."""
     try:
-      with Image.open(path) as image:
-        verdict = verifier.score(np.asarray(image.convert("RGB")), item.extra)
+      verdict = verifier.score(images.read_image(path), item.extra)
     except (OSError, ValueError) as e:
       self._unscored.add(str(path), "not an image of the mini world", str(e))
       return {"scores": {}, "why": str(e), "words": None, "grid": None}

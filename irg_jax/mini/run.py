@@ -57,7 +57,7 @@ class Settings:
   vae_images: int = setting(
       6000, "distinct images to train the autoencoder on", low=1, was="vae_pictures")
   autoencoder: str = setting(
-      "", "checkpoint folder to take the autoencoder from; empty: train one")
+      "", "checkpoint folder to take the autoencoder from; empty: train one", path=True)
   base_rows: int = setting(72000, "rows to train the base model on", low=1)
   trajectories: int = setting(6000, "prompts of the trajectories for the two stages", low=1)
   first_temperature: float = setting(

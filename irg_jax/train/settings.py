@@ -113,7 +113,7 @@ class TrainSettings:
   """One run of training: both stages, or one of them."""
 
   model: ModelConfig = ModelConfig(dtype="bfloat16", param_dtype="float32", remat="attention")
-  checkpoint: str = setting("", "folder of the weights to start from")
+  checkpoint: str = setting("", "folder of the weights to start from", path=True)
   random_weights: bool = setting(False, "start from random weights if there is no checkpoint")
   data: DataSettings = DataSettings()
   stage1: StageSettings = StageSettings()
