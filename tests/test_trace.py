@@ -1,10 +1,13 @@
 """Traces on disk: complete or absent, and pages that show every word and fetch nothing."""
 
 import base64
+import html
 import html.parser
 import json
 import re
+import unicodedata
 
+import markupsafe
 import numpy as np
 import pytest
 
@@ -241,3 +244,40 @@ def test_tokens_lost_when_a_thought_is_read_back_are_shown(tmp_path):
   lossy = make_round("a long thought") | {"tokens_cut": 7}
   trace.write_trace(tmp_path / "run", make_trace(lossy))
   assert "without its last 7 tokens" in (tmp_path / "run" / "trace.html").read_text()
+
+
+# Control, direction and separator characters, which a page must show and not obey.
+UNSEEN = [chr(c) for c in range(0x3000) if chr(c) not in "\t\n" and (
+    unicodedata.category(chr(c)) in ("Cc", "Zl", "Zp")
+    or unicodedata.bidirectional(chr(c)) in ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI",
+                                             "PDI"))] + list("\u061c\u200e\u200f\ufeff")
+
+
+@pytest.mark.parametrize("place", ["prompt", "system_prompt", "note", "think", "setting"])
+def test_control_and_bidirectional_characters_are_shown_by_their_code(tmp_path, place):
+  text = " ".join(f"a{c}b" for c in UNSEEN) + " <i> מילה\n\tend"
+  fields = {"settings": {"name": text}} if place == "setting" else {place: text}
+  record = (make_trace(make_round(text)) if place == "think" else
+            make_trace(make_round(), **fields))
+  entry = trace.write_trace(tmp_path / "t", record)
+  trace.write_index(tmp_path, [entry])
+  content = (tmp_path / "t" / "trace.html").read_bytes().decode()
+  content += (tmp_path / "index.html").read_bytes().decode()
+  assert not set(UNSEEN) & set(content)
+  shown = Page((tmp_path / "t" / "trace.html").read_text(encoding="utf-8")).text
+  assert all(f"a[U+{ord(c):04X}]b" in shown for c in UNSEEN)
+  assert "<i> מילה\n\tend" in shown
+  if place != "setting":  # the record keeps the text itself
+    kept = json.loads((tmp_path / "t" / "trace.json").read_text(encoding="utf-8"))
+    assert text in (kept.get(place), kept["rounds"][0]["think"])
+
+
+def test_generated_texts_lose_no_other_character_in_a_page():
+  letters = [*"ab <>&\"'\n\tאبé狐🦊\u200d\u00ad", *UNSEEN]
+  for seed in range(200):
+    rng = np.random.default_rng(seed)
+    text = "x" + "".join(rng.choice(letters, 40)) + "x"
+    wanted = "".join(c if c not in UNSEEN else f"[U+{ord(c):04X}]" for c in text)
+    shown = html.unescape(str(pages.visible(markupsafe.escape(text))))
+    assert shown == wanted.replace("[U+000D]\n", "\r\n"), seed
+    assert pages.visible(text) == wanted.replace("[U+000D]\n", "\r\n")

@@ -10,8 +10,8 @@ import markupsafe
 def render(template: str, **values) -> str:
   """Renders templates/TEMPLATE.html; or the file TEMPLATE, if the name has a suffix.
 
-  Values are escaped in HTML, and as they are in other files. Beside jinja's filters there are
-  `short`, `data_uri` and `thought`.
+  Values are escaped in HTML, and as they are in other files, but for what `visible` changes.
+  Beside jinja's filters there are `short`, `data_uri` and `thought`.
   """
   name = template if "." in template else f"{template}.html"
   return _TEMPLATES.get_template(name).render(values)
@@ -57,7 +57,21 @@ def thought(text: str) -> markupsafe.Markup:
   return markupsafe.Markup(re.sub(r"^#{1,6} .*$", r"<b>\g<0></b>", text, flags=re.MULTILINE))
 
 
+def visible(value):
+  """A value whose control and bidirectional characters, if it is text, are shown by their code.
+
+  So no text of a page moves, hides or turns what stands around it. Tabs and ends of lines stay.
+  """
+  if not isinstance(value, str) or not _UNSEEN.search(value):
+    return value
+  return type(value)(_UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", value))
+
+
+# C0, C1, marks, embeddings, overrides and isolates of direction, separators of lines.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+                     r"\u2066-\u2069\ufeff]|\r(?!\n)")
 _TEMPLATES = jinja2.Environment(
+    finalize=visible,
     loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=jinja2.select_autoescape(["html"]),
     trim_blocks=True, lstrip_blocks=True)
 _TEMPLATES.filters |= {"short": short, "data_uri": data_uri, "thought": thought}
