@@ -183,6 +183,9 @@ def test_other_settings_do_not_mix_with_what_is_there(tmp_path, encoder, complet
       {MODE: Source()}, tmp_path, encoder, changes.pop("transform", TRANSFORM), shard_records=2,
       process_count=1 if complete else 2, **changes)
   run()
+  other = type("Turned", (Source,), {"__getitem__": lambda self, i: Source()[4 - i]})()
+  with pytest.raises(ValueError, match="started with source=.*, not "):
+    latents.encode_dataset({MODE: other}, tmp_path, encoder, TRANSFORM, shard_records=2)
   for changes, message in (
       (dict(dtype="float16"), "started with moments=float32, not float16"),
       (dict(transform=ImageTransform(12, 4, 4)), "started with vae_transform.max_size=.*, not 12")):

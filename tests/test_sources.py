@@ -247,3 +247,36 @@ def test_a_damaged_dataset_is_named(clean, tmp_path):
   shards[0].parent.joinpath("dataset_info.json").unlink()
   with pytest.raises(ValueError, match="not a dataset of this version"):
     sources.open_source(tmp_path / "out", MODE)
+
+
+def test_a_fingerprint_is_the_same_in_both_forms_and_differs_for_any_other_rows(tmp_path):
+  rows = [irgl_rows.good(i) for i in range(6)]
+  print_of = lambda name, rows: sources.fingerprint(sources.open_source(
+      write_mode(tmp_path / name, rows).parents[1], MODE, max_rejected=0.5))
+  wanted = print_of("a", rows)
+  sources.build(tmp_path / "a", tmp_path / "built", (MODE,))
+  assert sources.fingerprint(sources.open_source(tmp_path / "built", MODE)) == wanted
+  assert print_of("again", rows) == wanted
+  other = irgl_rows.good(7)
+  flag = irgl_rows.good(2)
+  flag[1]["content"][1]["need_vit"] = False
+  changed = {"order": rows[::-1], "row": [*rows[:5], other], "fewer": rows[:5],
+             "prompt": [*rows[:5], [{**rows[5][0], "content": "prompt 6"}, rows[5][1]]],
+             "flag": [*rows[:2], flag, *rows[3:]], "place": ["[{", *rows]}
+  prints = {name: print_of(name, value) for name, value in changed.items()}
+  assert wanted not in prints.values() and len(set(prints.values())) == len(prints)
+
+
+def test_a_fingerprint_reads_a_bounded_part_of_a_large_mode():
+  class Large:
+    read = []
+
+    def __len__(self):
+      return 10**7
+
+    def __getitem__(self, i):
+      self.read.append(i)
+      return Record(MODE, i, (ImagePart(bytes(4 * 2**20), True, False, False),))
+
+  assert sources.fingerprint(Large()) == sources.fingerprint(Large())
+  assert len(Large.read) <= 20

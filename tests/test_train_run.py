@@ -18,6 +18,7 @@ import train_runs
 from train_runs import cache, data
 
 from irg_jax import commands, sharding, weights
+from irg_jax.data import sources
 from irg_jax.train import checkpoints, logs
 from irg_jax.train import run as train_run
 
@@ -200,6 +201,26 @@ def test_data_of_another_size_is_refused(both, tmp_path, capsys):
   assert train(other, both[0]) == 2
   assert (f"--data {other}: the run was started with records.{train_runs.MODES[0]}="
           f"{train_runs.ROWS}, not {train_runs.ROWS + 1}") in capsys.readouterr().err
+
+
+def test_data_with_other_rows_of_the_same_number_are_refused(both, data, tmp_path, capsys):
+  rows = [train_runs.irgl_rows.good(i) for i in range(train_runs.ROWS)]
+  other = train_runs.write_data(tmp_path / "other")
+  train_runs.irgl_rows.write_mode(other, [*rows, "[{"], train_runs.MODES[1])
+  before = (both[0] / "run.json").read_bytes()
+  assert train(other, both[0]) == 2
+  assert (f"--data {other}: {train_runs.MODES[1]} holds other rows than those that the run was "
+          "started with") in capsys.readouterr().err
+  assert (both[0] / "run.json").read_bytes() == before
+
+
+def test_a_record_without_fingerprints_gets_them_with_a_note(data, capsys):
+  found = sources.open_sources(data, train_runs.MODES, max_rejected=0.1)
+  new = train_run.check_data(data, found, {})
+  assert not capsys.readouterr().err
+  assert train_run.check_data(data, found, {"records": new["records"]}) == new
+  assert "older than the check that its data stay the same" in capsys.readouterr().err
+  assert train_run.check_data(data, found, new) == new and not capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(data, tmp_path, capsys):

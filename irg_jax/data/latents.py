@@ -131,12 +131,13 @@ def _encode_mode(mode, source, out, encode, settings, shard_records, own, progre
   metadata = dict(getattr(source, "metadata", {})) | settings
   # Offenders are named by path, which may differ between hosts.
   same = {name: value for name, value in metadata.items() if name != "offenders"}
-  plan = {"records": len(source), "shard_records": shard_records} | same
+  rows = {"source": sources_lib.fingerprint(source)}  # records of older versions lack it
+  plan = {"records": len(source), "shard_records": shard_records} | rows | same
   if home.parent.exists():
-    runs.check_same(runs.read(home / _PLAN), plan, str(home.parent))
+    runs.check_same(rows | runs.read(home / _PLAN), plan, str(home.parent))
     return "there"
   runs.create(folder / _PLAN, plan)
-  runs.check_same(runs.read(folder / _PLAN), plan, str(folder.parent))
+  runs.check_same(rows | runs.read(folder / _PLAN), plan, str(folder.parent))
   starts = range(0, len(source), shard_records)
   shards = [(sources_lib.shard_path(folder, number, len(starts)),
              range(start, min(start + shard_records, len(source))))

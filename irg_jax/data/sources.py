@@ -19,6 +19,7 @@ A mode is read from either of two forms; the first one wins.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import math
@@ -72,6 +73,25 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
 def open_sources(path, modes=MODES, **options) -> dict:
   """`open_source` for each mode, by mode."""
   return {mode: open_source(path, mode, **options) for mode in modes}
+
+
+def fingerprint(source) -> str:
+  """A short text that differs for other records of a mode; the same in either form.
+
+  It is made from records in a fixed random order: from all of a small mode, and from 256 of them
+  or 32 MiB of a large one.
+  """
+  digest, left = hashlib.sha256(str(len(source)).encode()), 32 * 2**20
+  for i in np.random.default_rng(0).permutation(len(source))[:256]:
+    record = source[int(i)]
+    for part in record.parts:
+      data = part.text.encode() if isinstance(part, TextPart) else part.data
+      roles = [getattr(part, f"need_{role}", None) for role in ("loss", "vae", "vit")]
+      digest.update(f"{record.index} {roles} {len(data)} ".encode() + data)
+      left -= len(data)
+    if left < 0:
+      break
+  return digest.hexdigest()[:16]
 
 
 class BuiltSource:

@@ -1,7 +1,8 @@
 """One `irg train` from settings to exported weights, top to bottom.
 
 The folder of a run:
-  run.json                  settings, records by mode, the checkpoint that training started from
+  run.json                  settings, records by mode and their fingerprints, the checkpoint that
+                            training started from
   log.jsonl, tensorboard/   metrics of every step
   base/                     random weights, where training started without a checkpoint
   .sample/                  the sample set, where data.path is "sample"
@@ -104,16 +105,14 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
     path = data_folder(settings, out)
     sources = sources_lib.open_sources(
         path, modes, max_rejected=settings.data.max_rejected, progress=progress)
-    records = {mode: len(source) for mode, source in sources.items()}
-    runs.check_same({"records": {mode: recorded.get(mode, n) for mode, n in records.items()}},
-                    {"records": records}, f"--data {path}")
+    found = check_data(path, sources, recorded)
     base = pathlib.Path(settings.checkpoint or out / BASE)
     sync_global_devices("checked")  # no process may change the folder while another still checks it
     if jax.process_index() == 0:
       for folder in (out, *(out / stage for stage in STAGES)):
         storage.remove_partials(folder)  # of a killed process
       runs.write(out / RUN_FILE, {
-          "settings": dataclasses.asdict(settings), "records": recorded | records,
+          "settings": dataclasses.asdict(settings), **found,
           "base": settings.checkpoint and str(base.absolute())})
       if not base.exists():
         init.write_random_checkpoint(base, settings.model, settings.seed)
@@ -138,7 +137,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
   """Checks that a run can be started or continued in a folder.
 
   Returns:
-    Number of records by mode that the run was started with; {} for a new run.
+    The record of the run; {} for a new one.
 
   Raises:
     ValueError: the folder holds something else, or a run with other settings.
@@ -153,7 +152,27 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
                      f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
-  return record["records"]
+  return record
+
+
+def check_data(path, sources: dict, recorded: dict) -> dict:
+  """Checks that the data are those of the run's record, {} for a new run; ValueError names a mode.
+
+  Returns:
+    "records" and "sources" of the new record: number and `sources.fingerprint` by mode.
+  """
+  records = {mode: len(source) for mode, source in sources.items()}
+  prints = {mode: sources_lib.fingerprint(source) for mode, source in sources.items()}
+  counted, known = recorded.get("records", {}), recorded.get("sources", {})
+  runs.check_same({"records": {mode: counted.get(mode, n) for mode, n in records.items()}},
+                  {"records": records}, f"--data {path}")
+  if other := [mode for mode in prints if known.get(mode, prints[mode]) != prints[mode]]:
+    raise ValueError(f"--data {path}: {other[0]} holds other rows than those that the run was "
+                     "started with; give the run's own data, or choose another --out")
+  if counted and not known:
+    note("the run's record is older than the check that its data stay the same; from now on they "
+         "are checked")
+  return {"records": counted | records, "sources": known | prints}
 
 
 def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
