@@ -11,7 +11,6 @@ A configuration file (`configs/*.py`) is Python with a function `get_config()` t
 """
 
 import dataclasses
-import math
 import pathlib
 import runpy
 import sys
@@ -45,14 +44,14 @@ def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), w
 class LlmConfig:
   """Decoder: Qwen2.5 with two experts in each layer (docs/spec.md, section 2)."""
 
-  vocab_size: int = setting(152064, "rows of the token embedding", low=1)
-  hidden_size: int = setting(3584, "width", low=1)
-  mlp_size: int = setting(18944, "width inside the MLP", low=1)
-  num_layers: int = setting(28, "layers", low=1)
+  vocab_size: int = setting(152064, "rows of the token embedding", low=1, high=2**24)
+  hidden_size: int = setting(3584, "width", low=1, high=2**17)
+  mlp_size: int = setting(18944, "width inside the MLP", low=1, high=2**20)
+  num_layers: int = setting(28, "layers", low=1, high=1000)
   num_heads: int = setting(28, "query heads", low=1)
   num_kv_heads: int = setting(4, "key and value heads", low=1)
-  rope_theta: float = setting(1e6, "base of the rotary frequencies", above=0)
-  norm_eps: float = setting(1e-6, "epsilon of RMSNorm", low=0)
+  rope_theta: float = setting(1e6, "base of the rotary frequencies", low=1)
+  norm_eps: float = setting(1e-6, "epsilon of RMSNorm", above=0, high=1)
 
   @property
   def head_dim(self) -> int:
@@ -63,29 +62,36 @@ class LlmConfig:
 class VitConfig:
   """SigLIP NaViT vision transformer (docs/spec.md, section 2)."""
 
-  hidden_size: int = setting(1152, "width", low=1)
-  mlp_size: int = setting(4304, "width inside the MLP", low=1)
-  num_layers: int = setting(26, "layers that run, one fewer than in the published model", low=1)
+  hidden_size: int = setting(1152, "width", low=1, high=2**17)
+  mlp_size: int = setting(4304, "width inside the MLP", low=1, high=2**20)
+  num_layers: int = setting(
+      26, "layers that run, one fewer than in the published model", low=1, high=1000)
   num_heads: int = setting(16, "heads", low=1)
-  patch_size: int = setting(14, "pixels along the side of a patch", low=1)
-  grid_size: int = setting(70, "learned positions along a side", low=1)
-  norm_eps: float = setting(1e-6, "epsilon of LayerNorm", low=0)
+  patch_size: int = setting(14, "pixels along the side of a patch", low=1, high=1024)
+  grid_size: int = setting(70, "learned positions along a side", low=1, high=1024)
+  norm_eps: float = setting(1e-6, "epsilon of LayerNorm", above=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeConfig:
   """FLUX.1 autoencoder. Latents are `scale_factor * (z - shift_factor)`."""
 
-  ch: int = setting(128, "channels of the first level", low=1)
-  ch_mult: tuple[int, ...] = setting((1, 2, 4, 4), "multiple of `ch` at each level", low=1)
-  num_res_blocks: int = setting(2, "residual blocks of a level", low=1)
-  z_channels: int = setting(16, "channels of a latent", low=1)
-  scale_factor: float = setting(0.3611, "scale of the latents")
-  shift_factor: float = setting(0.1159, "shift of the latents, before the scale")
+  ch: int = setting(128, "channels of the first level", low=1, high=2**14)
+  ch_mult: tuple[int, ...] = setting(
+      (1, 2, 4, 4), "multiple of `ch` at each level", low=1, high=1024)
+  num_res_blocks: int = setting(2, "residual blocks of a level", low=1, high=100)
+  z_channels: int = setting(16, "channels of a latent", low=1, high=2**14)
+  scale_factor: float = setting(0.3611, "scale of the latents", low=1e-4, high=1e4)
+  shift_factor: float = setting(
+      0.1159, "shift of the latents, before the scale", low=-1e4, high=1e4)
 
   @property
   def downsample(self) -> int:
     return 2 ** (len(self.ch_mult) - 1)
+
+  def faults(self):
+    if not 1 <= len(self.ch_mult) <= 10:
+      yield "ch_mult", f"has {len(self.ch_mult)} levels, but must have 1 to 10"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +104,9 @@ class ModelConfig:
   llm: LlmConfig = LlmConfig()
   vit: VitConfig = VitConfig()
   vae: VaeConfig = VaeConfig()
-  max_latent_size: int = setting(64, "latent tokens along the long side (64: 1024 px)", low=1)
-  latent_patch_size: int = setting(2, "latents along the side of a latent token", low=1)
+  max_latent_size: int = setting(
+      64, "latent tokens along the long side (64: 1024 px)", low=1, high=1024)
+  latent_patch_size: int = setting(2, "latents along the side of a latent token", low=1, high=64)
   dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
   param_dtype: str = setting("float32", "dtype of new parameters", choices=DTYPES)
   attention: str = setting("auto", "form of attention, auto by platform and length of the row",
@@ -168,8 +175,8 @@ def check(settings, prefix: str = ""):
     if dataclasses.is_dataclass(value):
       check(value, name + ".")
     for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-      if fault := _fault(item, **field.metadata):
-        raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {item!r}, {fault}")
+      if fault := fault_of(item, **field.metadata):
+        raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {_shown(item)}, {fault}")
     try:
       field.metadata.get("path") and local_path(value)
     except ValueError as e:
@@ -296,7 +303,7 @@ def _updated(name, old, value, kind):
   """The new value of a setting, from that of a file or JSON object."""
   if dataclasses.is_dataclass(old) or isinstance(old, dict):
     if not hasattr(value, "items"):
-      raise ValueError(f"config field {name!r} is {value!r}, but must be a group of fields")
+      raise ValueError(f"config field {name!r} is {_shown(value)}, but must be a group of fields")
     if dataclasses.is_dataclass(old):
       return update(old, value, f"{name}.")
     if unknown := [key for key in value if key not in old]:
@@ -308,19 +315,24 @@ def _updated(name, old, value, kind):
   accepted += (int,) if float in accepted else ()
   items = value if is_tuple and isinstance(value, (list, tuple)) else [value]
   if is_tuple and items is not value or not all(type(x) in accepted for x in items):
-    raise ValueError(f"config field {name!r} is {value!r}, but must {wanted}")
+    raise ValueError(f"config field {name!r} is {_shown(value)}, but must {wanted}")
   return tuple(items) if is_tuple else value
 
 
-def _fault(value, low=None, high=None, above=None, choices=(), **_):
-  """Describes a wrong value of a setting; None if it is right."""
+def fault_of(value, low=None, high=None, above=None, choices=(), **_):
+  """Describes a wrong value of a setting, whose metadata are the arguments; None if it is right."""
   items = value if isinstance(value, tuple) else () if value is None else (value,)
   return next((fault for x in items for found, fault in (
-      (isinstance(x, float) and not math.isfinite(x), "but must be finite"),
+      (isinstance(x, float) and not abs(x) < 1e38, "but must be finite, in float32 too"),
+      (isinstance(x, int) and abs(x) > 2**32, "but must be a number of 32 bits"),
       (choices and x not in choices, f"not one of {choices}"),
       (low is not None and x < low, f"but must be at least {low}"),
       (high is not None and x > high, f"but must be at most {high}"),
       (above is not None and x <= above, f"but must be above {above}")) if found), None)
+
+
+def _shown(value):
+  return repr(value)[:80]
 
 
 def _present(cls, text):

@@ -53,9 +53,7 @@ def check_same(recorded: dict, now: dict, where: str, *, flag: str | None = None
 def read(path, groups=()) -> dict:
   """Reads a record; ValueError if it is missing, damaged, or lacks a group (a JSON object)."""
   try:
-    record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-      raise ValueError(f"a JSON {type(record).__name__}, not an object")
+    record = storage.read_json(path)
     for name in groups:
       if not isinstance(record.get(name), dict):
         raise ValueError(f"no object {name!r}")
@@ -75,17 +73,15 @@ def create(path, record: dict) -> None:
   """Writes a record unless there is one: of processes that start together, the first wins."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(storage.partial_name())
-  try:
-    storage.write_json(temporary, record)
-    os.link(temporary, path)  # unlike a rename, fails where another process was first
-  except FileExistsError:
-    pass
-  except OSError:  # a file system without hard links
-    if not path.exists():
-      os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with storage.temporary_file(path.parent) as temporary:
+    temporary.write_text(storage.json_text(record), encoding="utf-8")
+    try:
+      os.link(temporary, path)  # unlike a rename, fails where another process was first
+    except FileExistsError:
+      pass
+    except OSError:  # a file system without hard links
+      if not path.exists():
+        os.replace(temporary, path)
 
 
 def _fields(settings, prefix="", renamed=()):

@@ -1,18 +1,52 @@
-"""Atomic writes: a temporary file or folder beside the target, renamed when it is complete.
+"""Files and folders on disk: atomic writes, and JSON that others wrote.
 
-A reader finds the earlier content or the new one, never half of it. Temporary names look like
-`.0123abcd.partial`; only a process that was killed leaves one behind.
+A write goes to a temporary file or folder beside the target, renamed when it is complete, so a
+reader finds the earlier content or the new one, never half of it. Temporary names look like
+`.0123abcd.partial`. Only a killed process leaves one behind, and the next command that writes a
+folder there removes it: the temporary files of living processes are locked.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import re
 import shutil
-import tempfile
 import uuid
+
+JSON_BYTES = 2**25  # largest JSON file that is read; tokenizers have up to half of it
+_JSON_DEPTH = 64
+# Of a disk that is full, over its quota or the largest size of a file, or read-only.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Temporary names; earlier versions had the last two forms.
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial|\..+\.partial-\d+|\.irg-[a-z0-9_]{8}")
+
+
+def parse_json(text, **options):
+  """`json.loads`; a ValueError, too, for brackets that are nested too deeply."""
+  try:
+    level = [value := json.loads(text, **options)]
+  except RecursionError:
+    raise ValueError("its brackets are nested too deeply") from None
+  for _ in range(_JSON_DEPTH):
+    groups = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+    level = [x for group in groups for x in group]
+  if level:
+    raise ValueError(f"its brackets are nested more than {_JSON_DEPTH} deep")
+  return value
+
+
+def read_json(path, **options) -> dict:
+  """`parse_json` of a UTF-8 file that holds an object; OSError without one, else ValueError."""
+  path = pathlib.Path(path)
+  if path.is_file() and (size := path.stat().st_size) > JSON_BYTES:
+    raise ValueError(f"it has {size} bytes, more than the {JSON_BYTES} that are read")
+  value = parse_json(read_file(path).decode("utf-8-sig"), **options)
+  if not isinstance(value, dict):
+    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+  return value
 
 
 def read_file(path) -> bytes:
@@ -37,16 +71,67 @@ def partial_name() -> str:
 
 
 def is_partial(name: str) -> bool:
-  """Whether `partial_name` makes such names."""
-  return re.fullmatch(r"\.[0-9a-f]{8}\.partial", name) is not None
+  """Whether this or an earlier version makes such temporary names."""
+  return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partials(folder) -> None:
-  """Removes temporary files and folders directly in `folder`; no other process may write there."""
+  """Removes the temporary files and folders directly in `folder` that killed processes left."""
   for path in filter(lambda p: is_partial(p.name), pathlib.Path(folder).glob(".*")):
-    if path.is_dir():
-      shutil.rmtree(path, ignore_errors=True)
-    else:
+    with contextlib.suppress(OSError), _locked(path):
+      if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path):
+  """Holds the lock of a file or folder; OSError if another process does, or without locks."""
+  handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary(parent, make):
+  """Yields a new path in `parent` that `make` made, locked where the file system has locks."""
+  with contextlib.ExitStack() as stack:
+    while True:
+      path = pathlib.Path(parent) / partial_name()
+      make(path)
+      try:
+        stack.enter_context(_locked(path))
+      except (FileNotFoundError, BlockingIOError):
+        continue  # taken for a killed process's, before it was locked
+      except OSError:
+        pass
+      if path.exists():
+        break
+    yield path
+
+
+@contextlib.contextmanager
+def _naming(path):
+  """Names `path` in the error of a full disk."""
+  try:
+    yield
+  except OSError as e:
+    if e.errno in _FULL:
+      raise OSError(e.errno, f"{os.strerror(e.errno)}; nothing was written", str(path)) from e
+    raise
+
+
+@contextlib.contextmanager
+def temporary_file(parent):
+  """Yields the path of a temporary file in `parent`, empty, that is gone at the end."""
+  with _temporary(parent, lambda p: p.open("xb").close()) as path:
+    try:
+      yield path
+    finally:
       path.unlink(missing_ok=True)
 
 
@@ -58,12 +143,9 @@ def atomic_file(path, temporary_folder=None):
   same file system.
   """
   path = pathlib.Path(path)
-  temporary = pathlib.Path(temporary_folder or path.parent) / partial_name()
-  try:
+  with _naming(path), temporary_file(temporary_folder or path.parent) as temporary:
     yield temporary
     os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path, data: bytes, temporary_folder=None) -> None:
@@ -79,14 +161,23 @@ def write_text(path, text: str) -> None:
   write_bytes(path, text.encode("utf-8", "replace"))
 
 
+def json_text(content, **options) -> str:
+  """JSON of two spaces a level; `options` as of `json.dumps`."""
+  return json.dumps(content, **{"indent": 2} | options) + "\n"
+
+
 def write_json(path, content, **options) -> None:
-  """`write_text` of JSON, two spaces a level; `options` as of `json.dumps`."""
-  write_text(path, json.dumps(content, **{"indent": 2} | options) + "\n")
+  """`write_text` of `json_text`."""
+  write_text(path, json_text(content, **options))
 
 
 def check_absent(folder) -> None:
-  """Raises FileExistsError if there is a file, or a folder that holds something."""
+  """Raises FileExistsError if there is a file, or a folder that holds something.
+
+  What killed processes left in the folder is removed.
+  """
   folder = pathlib.Path(folder)
+  remove_partials(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"{folder}: exists and is not an empty folder; choose another or "
                           "remove it")
@@ -97,7 +188,7 @@ def atomic_folder(folder):
   """`atomic_file` for a folder; makes its parents. FileExistsError as of `check_absent`."""
   check_absent(folder)
   folder = pathlib.Path(folder).absolute()
-  with scratch_folder(folder.parent) as scratch:
+  with _naming(folder), scratch_folder(folder.parent) as scratch:
     yield scratch
     scratch.rename(folder)
 
@@ -110,7 +201,8 @@ def atomic_files(folder):
   by itself. A new folder appears at once.
   """
   folder = pathlib.Path(folder).absolute()
-  with scratch_folder(folder if folder.is_dir() else folder.parent) as scratch:
+  parent = folder if folder.is_dir() else folder.parent
+  with _naming(folder), scratch_folder(parent) as scratch:
     yield scratch
     if not folder.exists():
       scratch.rename(folder)
@@ -123,19 +215,20 @@ def atomic_files(folder):
 def scratch_folder(parent):
   """Yields a temporary folder in `parent` that is gone at the end.
 
-  `parent` is made where it does not exist, and removed again where it is still empty then.
+  `parent` is made where it does not exist, and removed again where it is still empty then. What
+  killed processes left in it is removed.
   """
   parent = pathlib.Path(parent)
   made = [p for p in (parent, *parent.parents) if not p.exists()]
-  scratch = parent / partial_name()
-  scratch.mkdir(parents=True)
-  try:
-    yield scratch
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
-    for folder in made:
-      with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
+  remove_partials(parent)
+  with _temporary(parent, lambda p: p.mkdir(parents=True)) as scratch:
+    try:
+      yield scratch
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+      for folder in made:
+        with contextlib.suppress(OSError):  # not empty
+          folder.rmdir()
 
 
 def check_output_folder(path) -> None:
@@ -149,7 +242,7 @@ def check_output_folder(path) -> None:
                     if p.exists() or p.is_symlink())
     if not existing.is_dir():
       raise ValueError(f"cannot write into {path}: {existing} is not a folder")
-    # Permissions mislead (root, read-only mounts), so a folder is made and removed.
-    tempfile.TemporaryDirectory(dir=existing, prefix=".irg-").cleanup()
+    with scratch_folder(existing):  # permissions mislead: root, read-only mounts
+      pass
   except OSError as e:
     raise ValueError(f"cannot write into {path}: {e.strerror or e}") from e

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from irg_jax import config
+from irg_jax import config, storage
 
 # Field of SpecialTokens -> name of the token.
 CONTROL_NAMES = {
@@ -29,6 +29,16 @@ _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byt
 _QWEN2 = json.loads(pathlib.Path(__file__).with_name("files").joinpath(
     "qwen2_tokenizer.json").read_text(encoding="utf-8"))
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Steps of normalizers, splitters and decoders: none makes a text grow without bounds.
+_STEPS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Sequence", "Split", "ByteLevel", "Digits"}
+# An alternative of a pattern that takes no more than the square of the text's length.
+_LINEAR = re.compile(r"(?!.*\\[gk])(?:(?:\(\?[i:=!]*)?[^()*+?{}]*\)?|"
+                     r"[^()*+?{}]*\??[^()*+?{}]*(?:[*+]|\{\d,\d\})?[^()*+?{}]*)", re.DOTALL)
+_QWEN2_PARTS = set(re.sub(r"\\[pP]\{\w+\}", "P", (
+    _QWEN2["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])).split("|"))
+_LONGEST_TEXT = 2**18  # characters; a row of 16384 tokens is shorter
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -40,7 +50,7 @@ class Tokenizer:
   _backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
 
   def encode(self, text: str, *, control: bool = False) -> list[int]:
-    """Encodes text to ids, without framing; ValueError if it holds a lone surrogate.
+    """Encodes text to ids, without framing; ValueError for a lone surrogate, or a book.
 
     `control` turns the names of special tokens into these tokens: not for text that a user or a
     model wrote.
@@ -66,6 +76,9 @@ class Tokenizer:
     return text if control or normalizer is None else normalizer.normalize_str(text)
 
   def _encode_plain(self, text):
+    if len(text) > _LONGEST_TEXT:
+      raise ValueError(f"the text has {len(text)} characters, more than the {_LONGEST_TEXT} that "
+                       "are read; shorten it")
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -88,13 +101,15 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
   model = spec.get("model")
   if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
     raise ValueError(f"{path}: not a byte-level BPE tokenizer (no model.vocab table)")
+  _check_steps([spec.get(name) or {} for name in ("normalizer", "pre_tokenizer", "decoder")], path)
   added = _with_control_tokens(spec.get("added_tokens") or [], model["vocab"], path)
   # In the vocabulary too, added tokens keep their ids even if there are gaps.
   vocab = model["vocab"] | {t["content"]: t["id"] for t in added}
   _check_ids(vocab, model["vocab"], vocab_size, path)
-  # Truncation and padding of the file are switched off: prompts must stay complete.
-  spec = spec | {"model": model | {"vocab": vocab}, "added_tokens": added, "truncation": None,
-                 "padding": None}
+  # Truncation and padding of the file are switched off, prompts must stay complete, and so are
+  # dropout and what would be put around a text.
+  spec = spec | {"model": model | {"vocab": vocab, "dropout": None}, "added_tokens": added,
+                 "truncation": None, "padding": None, "post_processor": None}
   try:
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
   except Exception as e:  # the library has no error of its own
@@ -119,12 +134,33 @@ def write_byte_tokenizer(folder) -> None:
   (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
+def _check_steps(steps, path):
+  """Checks that no step of a `tokenizer.json` could make a text grow, or never end."""
+  groups = [steps]
+  while groups:
+    group = groups.pop()
+    groups += [x for x in (group.values() if isinstance(group, dict) else group)
+               if isinstance(x, dict | list)]
+    kind, pattern = (group.get(k) for k in ("type", "Regex")) if isinstance(group, dict) else (0, 0)
+    if isinstance(kind, str) and kind not in _STEPS:
+      raise ValueError(f"{path}: has a step {kind[:80]!r}; known: {', '.join(sorted(_STEPS))}")
+    flat = re.sub(r"\\[pP]\{\w+\}", "P", pattern if isinstance(pattern, str) else "")
+    if len(flat) > 4096 or any(not (part in _QWEN2_PARTS or _LINEAR.fullmatch(part))
+                               for part in flat.split("|")):
+      raise ValueError(f"{path}: the pattern {pattern[:80]!r} could take forever on some text; "
+                       "write it as Qwen2.5's, or with one repeat in an alternative, of no group")
+
+
 def _with_control_tokens(added, vocab, path):
   """The added tokens, with the four control tokens marked special."""
   try:
     by_name = {t["content"]: added_token(t["content"], t["id"], False) | t for t in added}
+    for name, token in by_name.items():
+      if [type(token[x]) for x in ("content", "id", *_FLAGS)] != [str, int] + [bool] * len(_FLAGS):
+        raise TypeError(name)
   except (TypeError, KeyError) as e:
-    raise ValueError(f"{path}: an entry of added_tokens lacks its content or id") from e
+    raise ValueError(f"{path}: an entry of added_tokens lacks its content or id, or one of its "
+                     "fields has another type") from e
   for name in CONTROL_NAMES.values():
     if name not in by_name and name not in vocab:
       raise ValueError(f"{path}: no token {name!r}; the checkpoint's tokenizer must have "
@@ -138,8 +174,8 @@ def _check_ids(vocab, base, vocab_size, path):
   """Checks that every id is a whole number below `vocab_size` and of one token only."""
   names = {}
   for name, i in vocab.items():
-    if not isinstance(i, int) or i < 0:
-      raise ValueError(f"{path}: token {name!r} has id {i!r}, not a whole number")
+    if type(i) is not int or i < 0:
+      raise ValueError(f"{path}: token {name!r} has id {repr(i)[:80]}, not a whole number")
     if i >= vocab_size:
       raise ValueError(f"{path}: token {name!r} has id {i}, but the embedding has only "
                        f"{vocab_size} rows; tokenizer and weights do not belong together")
@@ -198,7 +234,7 @@ def _read_added_tokens(folder):
 def _read_merges(path):
   """Pairs of `merges.txt`, best first; the optional `#version` line is not one."""
   merges = []
-  for number, line in enumerate(_read(path, lambda text: text.split("\n")), 1):
+  for number, line in enumerate(_read(path, lambda p: p.read_text("utf-8").split("\n")), 1):
     line = line.rstrip("\r")
     if not line or (number == 1 and line.startswith("#version")):
       continue
@@ -208,12 +244,9 @@ def _read_merges(path):
   return merges
 
 
-def _read(path, parse=json.loads):
-  """Content of a UTF-8 file: a JSON object, or as `parse` returns it."""
+def _read(path, read=storage.read_json):
+  """Content of a file as `read` returns it."""
   try:
-    value = parse(path.read_text(encoding="utf-8"))
+    return read(path)
   except (OSError, ValueError) as e:
     raise ValueError(f"{path}: cannot be read, or is damaged: {e}") from e
-  if parse is json.loads and not isinstance(value, dict):
-    raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-  return value

@@ -175,7 +175,7 @@ def test_a_missing_shard_is_named(sharded):
 
 
 @pytest.mark.parametrize("text, named", [
-    ("{", "not readable as JSON"), ("{}", "no weight_map"), ("[]", "no weight_map"),
+    ("{", "not readable as JSON"), ("{}", "no weight_map"), ("[]", "expected a JSON object"),
     ('{"weight_map": {"a": "../ema.safetensors"}}', "expected a file name"),
     ('{"weight_map": {"a": "x", "a": "y"}}', "holds a twice")])
 def test_a_broken_index_is_named(text, named, sharded):

@@ -11,7 +11,6 @@ summary. `answers` maps (cell, name of the question) to a `questions.Answer`.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -25,7 +24,7 @@ import sys
 from irg_jax import runs
 from irg_jax.evaluate import base, questions, records
 from irg_jax.progress import counting
-from irg_jax.storage import atomic_file, write_json
+from irg_jax.storage import atomic_file, remove_partials, write_json
 
 RUN, SCORES, ITEMS = "run.json", "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
@@ -232,13 +231,8 @@ def finish(folder: ImageFolder, summaries: dict, missing: dict, extra: dict) -> 
 def new_text(path):
   """Yields a text file that appears at `path` on success; removes those of killed writers."""
   path = pathlib.Path(path)
-  for left in path.parent.glob(f".{'[0-9a-f]' * 8}.partial"):  # locked while it is written
-    with contextlib.suppress(OSError), open(left, encoding="utf-8") as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      left.unlink()
+  remove_partials(path.parent)
   with atomic_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
-    with contextlib.suppress(OSError):  # a file system without locks
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield file
 
 

@@ -72,17 +72,18 @@ def load_model(checkpoint, mesh, dtype, progress,
                attention: str = "auto") -> tuple[UnifiedTransformer, dict]:
   """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
-  `dtype` is that of parameters and arithmetic, None for the checkpoint's own; `progress` is a
-  `progress.Progress` or another function of a phase.
+  `dtype` is that of parameters and arithmetic, None for the checkpoint's own, with bfloat16
+  arithmetic for weights of 8 bits; `progress` is a `progress.Progress` or another function of a
+  phase.
   """
   progress("read")
   dtype = dtype or read_defaults(checkpoint).dtype
   config, params = weights.load_checkpoint(
       checkpoint, dtype=dtype, compute_dtype=dtype,
       shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
-  if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic
-    stored = params["transformer"]["embed"]["embedding"].dtype.name
-    config = dataclasses.replace(config, dtype=stored)
+  if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic, as are those of 8 bits
+    stored = params["transformer"]["embed"]["embedding"].dtype
+    config = dataclasses.replace(config, dtype="bfloat16" if stored.itemsize == 1 else stored.name)
   return UnifiedTransformer(dataclasses.replace(config, attention=attention)), params
 
 
@@ -121,14 +122,21 @@ def _check_lengths(inputs, config, tokenizer, image):
   settings, defaults = inputs.settings, read_defaults(inputs.checkpoint)
   limit = settings.max_prompt_tokens
   for number, prompt in enumerate(inputs.prompts, 1):
-    count = len(tokenizer.encode(prompt))
+    count = _count(tokenizer, prompt, f"prompt {number}")
     if count > limit:
       raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
     if note := defaults.about(prompt):
       print(f'note on "{prompt}": {note}', file=sys.stderr)
   size = None if image is None else settings.vae_transform.size(*image.shape[1::-1])[::-1]
-  plan_cache(config, settings, len(tokenizer.encode(inputs.system_prompt)), size)
+  plan_cache(config, settings, _count(tokenizer, inputs.system_prompt, "system prompt"), size)
+
+
+def _count(tokenizer, text, name):
+  try:
+    return len(tokenizer.encode(text))
+  except ValueError as e:
+    raise ValueError(f"{name}: {e}") from e
 
 
 def _generate(inputs, model, params, tokenizer, rows, image, progress):

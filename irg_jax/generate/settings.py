@@ -5,7 +5,6 @@ The settings' own defaults are the published two-round runs (docs/spec.md, secti
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 
@@ -16,7 +15,7 @@ from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
-from irg_jax.storage import write_json
+from irg_jax.storage import read_json, write_json
 
 NAME = "generate.json"  # beside the weights
 SHIPPED = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # comes with the package
@@ -74,10 +73,11 @@ class Sampling:
 class Settings:
   """One run of interleaved generation."""
 
-  rounds: int = setting(2, "images generated for each prompt, one a round", low=1)
-  height: int = setting(1024, "image height in pixels", low=1)
-  width: int = setting(1024, "image width in pixels", low=1)
-  steps: int = setting(50, "points of the flow schedule, so steps - 1 Euler updates", low=2)
+  rounds: int = setting(2, "images generated for each prompt, one a round", low=1, high=1000)
+  height: int = setting(1024, "image height in pixels", low=1, high=2**16)
+  width: int = setting(1024, "image width in pixels", low=1, high=2**16)
+  steps: int = setting(
+      50, "points of the flow schedule, so steps - 1 Euler updates", low=2, high=10_000)
   timestep_shift: float = setting(3.0, "warps the schedule towards noise; 1: none", above=0)
   think: bool = setting(True, "write a thought before each image")
   think_limit: int = setting(
@@ -85,17 +85,19 @@ class Settings:
       low=1, high=_LONGEST)
   temperature: float = setting(
       0.3, "sampling temperature of thoughts and answers; 0 is greedy", low=0)
-  top_k: int = setting(0, "sample from the top_k likeliest tokens; 0: all", low=0)
+  top_k: int = setting(0, "sample from the top_k likeliest tokens; 0: all", low=0, high=2**24)
   top_p: float = setting(
       1.0, "sample from the likeliest tokens that reach this probability together", above=0, high=1)
   first: Guidance = Guidance()
   later: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
   window: int | None = setting(
-      None, "earlier rounds that a round can see; not set: all that fit the cache", low=1)
+      None, "earlier rounds that a round can see; not set: all that fit the cache", low=1,
+      high=1000)
   max_prompt_tokens: int = setting(
       512, "longest prompt in tokens; decides the size of the cache", low=1, high=_LONGEST)
   cache_size: int | None = setting(
-      None, "kv cache slots of a row; not set: as many as needed; fewer shorten the window")
+      None, "kv cache slots of a row; not set: as many as needed; fewer shorten the window",
+      low=1, high=2**20)
   vae_transform: ImageTransform = VAE_TRANSFORM
   vit_transform: ImageTransform = VIT_TRANSFORM
 
@@ -126,7 +128,8 @@ class Defaults:
   settings: Settings = Settings()
   words: tuple[str, ...] = ()  # all words of its training prompts, if they are few
   note: str = ""  # says what the model knows; shown for prompts with other words
-  dtype: str | None = None  # of the arithmetic; None: that of the weights
+  dtype: str | None = setting(
+      None, "dtype of the arithmetic; not set: that of the weights", choices=config_lib.DTYPES)
 
   def about(self, prompt: str) -> str | None:
     """Names the words of a prompt that the model never saw; None if there are none."""
@@ -150,11 +153,7 @@ def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
   if not path.is_file():
     return Defaults(settings=settings)
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Defaults(settings=config_lib.build(Settings, content["settings"]),
-                    system_prompt=str(content["system_prompt"]),
-                    words=tuple(content.get("words", ())), note=content.get("note", ""),
-                    dtype=content.get("dtype"))
-  except (ValueError, TypeError, KeyError, AttributeError) as e:
-    raise ValueError(f"{path}: not settings of irg generate ({type(e).__name__}: {e}); remove the "
-                     "file to use the defaults") from e
+    return config_lib.check(config_lib.update(Defaults(settings=settings), read_json(path)))
+  except (ValueError, OSError) as e:
+    raise ValueError(f"{path}: not settings of irg generate ({e}); mend it, or remove the file to "
+                     "use the defaults") from e

@@ -16,7 +16,7 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig, check, fault_of
 from irg_jax.storage import write_json
 from irg_jax.weights.names import CheckpointError
 from irg_jax.weights.safetensors import Tensor, find_tensors, read_json
@@ -61,19 +61,18 @@ class _Fields:
 
   def __init__(self, path, fixed):
     self.path, self.content = path, read_json(path)
-    if not isinstance(self.content, dict):
-      raise CheckpointError(f"{path}: expected a JSON object")
     for name, allowed in fixed.items():
       if self.content.get(name, allowed[0]) not in allowed:
         self.fail(name, f"only {' or '.join(map(json.dumps, allowed))} is supported")
 
   def fail(self, name, why):
-    raise CheckpointError(f"{self.path}: {name} is {json.dumps(self.content.get(name))}; {why}")
+    value = json.dumps(self.content.get(name))[:80]
+    raise CheckpointError(f"{self.path}: {name} is {value}; {why}")
 
   def count(self, name, default=None) -> int:
     value = self.content.get(name, default)
-    if type(value) is not int or value < 1:
-      self.fail(name, "expected a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= 2**24:
+      self.fail(name, "expected a whole number from 1 to 2**24")
     return value
 
   def check_divides(self, name, width) -> None:
@@ -82,16 +81,18 @@ class _Fields:
 
   def values(self, table, defaults, required=False) -> dict:
     """Values by our field; `required`: only numbers that are not whole may be missing."""
-    values = {}
+    values, bounds = {}, {field.name: field.metadata for field in dataclasses.fields(defaults)}
     for name, field in table.items():
       default = getattr(defaults, field)
       if isinstance(default, float):
         value = self.content.get(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) < 1e38:  # as float32
           self.fail(name, "expected a number")
-        values[field] = float(value)
       else:
-        values[field] = self.count(name, None if required else default)
+        value = self.count(name, None if required else default)
+      if fault := fault_of(value, **bounds[field]):
+        self.fail(name, fault.removeprefix("but "))
+      values[field] = type(default)(value)
     return values
 
 
@@ -198,9 +199,12 @@ def _read_vae(folder):
     return VaeConfig()
   f, flux = _Fields(folder / "ae_config.json", _VAE_FIXED), VaeConfig()
   mult = f.content.get("ch_mult", list(flux.ch_mult))
-  if not isinstance(mult, list) or not mult or any(type(m) is not int or m < 1 for m in mult):
+  if not isinstance(mult, list) or any(type(m) is not int for m in mult):
     f.fail("ch_mult", "expected a list of whole numbers of at least 1")
-  vae = VaeConfig(ch_mult=tuple(mult), **f.values(_VAE, flux))
+  try:
+    vae = check(VaeConfig(ch_mult=tuple(mult), **f.values(_VAE, flux)))
+  except ValueError as e:
+    raise CheckpointError(f"{f.path}: {e}") from e
   if f.count("downsample", vae.downsample) != vae.downsample:
     f.fail("downsample", f"ch_mult {mult} makes {vae.downsample}")
   return vae

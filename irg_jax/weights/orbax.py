@@ -7,7 +7,6 @@ run started from.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig
-from irg_jax.storage import atomic_folder, write_json
+from irg_jax.storage import atomic_folder, read_json, write_json
 from irg_jax.weights import names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, listing
@@ -36,10 +35,10 @@ def read_config(folder) -> ModelConfig:
   """Reads the configuration that the folder was saved with; CheckpointError without one."""
   path = pathlib.Path(folder) / CONFIG
   try:
-    return config_lib.build(ModelConfig, json.loads(path.read_text(encoding="utf-8")))
+    return config_lib.build(ModelConfig, read_json(path))
   except FileNotFoundError:
     raise CheckpointError(f"{path}: no such file; is this an Orbax checkpoint of irg?") from None
-  except (OSError, ValueError, TypeError, AttributeError) as e:
+  except (OSError, ValueError) as e:
     raise CheckpointError(f"{path}: not a model configuration: {e}") from e
 
 
@@ -50,10 +49,14 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   parameters do not fit `config`, FileExistsError for a folder that is not empty.
   """
   names.check_params(params, config)
-  with atomic_folder(folder) as partial, ocp.StandardCheckpointer() as checkpointer:
+  with atomic_folder(folder) as partial:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
-    checkpointer.save(partial / PARAMS, params)
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / PARAMS, params)
+    except Exception as e:  # Orbax and TensorStore have no common error
+      raise OSError(f"{folder}: cannot be written ({_first_line(e)}); nothing was written") from e
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
@@ -75,7 +78,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
 def read_run_config(folder) -> ModelConfig:
   """Reads the model's sizes of a training run from the folder of one of its checkpoints."""
-  return config_lib.build(ModelConfig, _read_run(folder)[0]["model"])
+  return _read_run(folder)[0]
 
 
 def base_folder(folder) -> pathlib.Path:
@@ -140,11 +143,12 @@ def _first_line(error) -> str:
 
 
 def _read_run(folder):
-  """(settings as JSON, folder that the run started from)."""
+  """(configuration of the model, folder that the run started from)."""
   path = pathlib.Path(folder).absolute().parents[2] / RUN_FILE
   try:
-    run = json.loads(path.read_text(encoding="utf-8"))
-    return run["settings"], pathlib.Path(run["base"] or path.with_name(BASE))
-  except (OSError, ValueError, KeyError, TypeError) as e:
+    run = read_json(path)
+    model = config_lib.build(ModelConfig, run["settings"]["model"])
+    return model, pathlib.Path(run["base"] or path.with_name(BASE))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
     raise CheckpointError(f"{folder}: a training checkpoint is read inside its run's folder, but "
                           f"{path} cannot be read ({e})") from e

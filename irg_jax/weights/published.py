@@ -3,6 +3,7 @@
 Reading and writing go tensor by tensor, so that no second copy of the model ever exists.
 """
 
+import collections
 import functools
 import math
 import pathlib
@@ -19,7 +20,7 @@ from irg_jax.weights.configs import (
     check_table, copy_tokenizer, read_config, sincos_table, table_grids, write_configs)
 from irg_jax.weights.names import CheckpointError, Row, listing
 from irg_jax.weights.safetensors import (
-    DTYPES, Pending, Tensor, all_finite, find_tensors, in_order, write_tensors)
+    DTYPES, VIT, VIT_FILE, Pending, Tensor, all_finite, find_tensors, in_order, write_tensors)
 
 # Position table -> the layer to whose output it is added.
 _TABLE_LAYERS = {"latent_pos_embed.pos_embed": "latent_embed",
@@ -106,6 +107,11 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
     shapes |= {k: (n * n, config.llm.hidden_size) for k, n in table_grids(config).items()}
   path = next((t.path for t in tensors.values()), f"{stem}.safetensors")
   missing, surplus = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+  if stem == "ema" and not any(key.startswith(VIT) for key in tensors):
+    raise CheckpointError(
+        f"{path}: holds no ViT, as training with visual_und False saves it; link the "
+        f"ema.safetensors of the model that it was trained from as {path.parent / VIT_FILE}, of "
+        "which only the ViT is read")
   if missing or surplus:
     raise CheckpointError(
         f"{path}: not the keys of this model; missing: {listing(missing) or 'none'}; surplus: "
@@ -128,13 +134,11 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
 
 def _layer_hint(tensors, table) -> str:
   """End of a message: the file has another number of layers than the config, if it has."""
+  count = collections.Counter(re.sub(r"\.\d+\.", ".{layer}.", key, count=1) for key in tensors)
   for row in table:
-    if row.layers:
-      pattern = re.escape(row.key).replace(re.escape("{layer}"), r"(\d+)")
-      found = sum(re.fullmatch(pattern, key) is not None for key in tensors)
-      if found not in (0, row.layers):
-        return (f". {row.config_file} makes {row.layers} layers, the file has {found} of "
-                f"{row.key}; use the config of these weights")
+    if row.layers and count[row.key] not in (0, row.layers):
+      return (f". {row.config_file} makes {row.layers} layers, the file has {count[row.key]} of "
+              f"{row.key}; use the config of these weights")
   configs = " and ".join(sorted({row.config_file for row in table}))
   return f"; complete the file, or use the {configs} of these weights"
 

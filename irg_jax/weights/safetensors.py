@@ -2,21 +2,27 @@
 
 Reading: the `safetensors` library checks the header; the data goes through memory maps of this
 module, each open for one small block only, because every page that an open map has touched counts
-as memory of the process.
+as memory of the process. Names that other programs change are brought back: prefixes of wrappers
+are left out, buffers of older libraries and scales of activations are passed over, and the scale of
+an 8-bit weight is multiplied in as the weight is read.
 Writing: the library's writer needs a whole file in memory, so the format is written here: length
 of the header (8 bytes), header (JSON), bytes of the tensors.
 """
 
 import collections.abc
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+import re
+import sys
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from irg_jax import storage
 from irg_jax.storage import write_json
 from irg_jax.weights.names import CheckpointError, listing
 
@@ -33,17 +39,44 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # CPU's cache.
 CHUNK = 4 * 2**20
 ROWS = 256
+_HEADER_BYTES = 2**24  # of a file of 100,000 tensors
+# A key that every file of this stem holds: what stands before it is a prefix.
+_ANCHORS = {"ema": "vae2llm.weight", "ae": "decoder.conv_in.weight"}
+# Wrappers of PyTorch, anywhere in a key.
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_fsdp_wrapped_module|_orig_mod|_forward_module|"
+                       r"_checkpoint_wrapped_module)\.")
+# Ends of keys that hold nothing learned: tables of positions, and scales of activations.
+_IGNORED = re.compile(r".*(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)|"
+                      r"position_ids|\.input_scale|\.scale_input|scaled_fp8)", re.DOTALL)
+# Keys of the scale of X.weight, X for "{}".
+_SCALES = ("{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv")
+VIT = ("vit_model.", "connector.", "vit_pos_embed.")  # keys of the ViT
+VIT_FILE = "vit.safetensors"  # holds them where `ema` does not
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Location of a tensor in a file, `offset` in bytes; none of its data is in memory."""
+  """Location of a tensor in a file, `offset` in bytes; none of its data is in memory.
+
+  `stored` is the dtype in the file. Numbers are multiplied by `scale`, one for all or one a row.
+  """
 
   path: pathlib.Path
   key: str
-  dtype: np.dtype
+  stored: np.dtype
   shape: tuple[int, ...]
   offset: int
+  scale: "Tensor | None" = None
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype to hold the numbers: bfloat16 for 8-bit weights with a scale, and for vectors."""
+    wide = self.stored.itemsize == 1 and (self.scale or len(self.shape) == 1)
+    return np.dtype(ml_dtypes.bfloat16) if wide else self.stored
+
+  def map(self) -> np.ndarray:
+    """The numbers in the file."""
+    return np.memmap(self.path, self.stored, "r", self.offset, self.shape)
 
   def read_into(self, out: np.ndarray, index: tuple | None = None) -> None:
     """out[...] = tensor[index], cast to out's dtype; reads only the pages that it needs.
@@ -53,13 +86,17 @@ class Tensor:
     """
     first, *rest = index or (slice(None),) * len(self.shape)
     start, stop, _ = first.indices(self.shape[0])
-    row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+    row_bytes = self.stored.itemsize * int(np.prod(self.shape[1:]))
     step = max(1, min(CHUNK // row_bytes, ROWS))
+    scale = self.scale and np.broadcast_to(  # [rows, 1, ...]
+        self.scale.map().astype(np.float32).reshape((-1,) + (1,) * len(rest)),
+        (self.shape[0],) + (1,) * len(rest))
     for row in range(start, stop, step):
       block, end = out[row - start:row - start + step], min(row + step, stop)
-      stored = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-      with np.errstate(over="ignore"):  # reported below
-        block[...] = stored[(slice(row, end), *rest)]
+      stored = self.map()
+      with np.errstate(over="ignore", invalid="ignore"):  # reported below
+        found = stored[(slice(row, end), *rest)]
+        block[...] = found if scale is None else found.astype(np.float32) * scale[row:end]
       if not _finite(block):
         fault = (f"numbers too large for {out.dtype}; use bfloat16 or float32"
                  if _finite(np.array(stored[row:end])) else
@@ -74,10 +111,10 @@ def all_finite(x: np.ndarray) -> bool:
   return all(_finite(flat[i:i + step]) for i in range(0, flat.size, step))
 
 
-def read_json(path: pathlib.Path, object_pairs_hook=None):
-  """Reads a JSON file; CheckpointError if it cannot be read."""
+def read_json(path: pathlib.Path, object_pairs_hook=None) -> dict:
+  """Reads a JSON object from a file; CheckpointError if it cannot be read."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
+    return storage.read_json(path, object_pairs_hook=object_pairs_hook)
   except FileNotFoundError:
     raise CheckpointError(f"{path}: no such file") from None
   except CheckpointError:  # of `object_pairs_hook`
@@ -89,19 +126,29 @@ def read_json(path: pathlib.Path, object_pairs_hook=None):
 def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
   """Finds the tensors of `stem`.safetensors, or of the shards that an index names.
 
-  The index is `stem`.safetensors.index.json; for `ema` also model.safetensors.index.json. Raises
-  CheckpointError as `read_header` does, and if index and shards disagree.
+  The index is `stem`.safetensors.index.json; without `ema`, `model` is read. Keys are the
+  published ones, whatever the file calls them. Raises CheckpointError as `read_header` does, and if
+  index and shards disagree.
   """
-  single, index = (folder / f"{stem}.safetensors{end}" for end in ("", ".index.json"))
-  if single.is_file():
-    if index.is_file():
+  for name in (stem, *["model"] * (stem == "ema")):
+    single, index = (folder / f"{name}.safetensors{end}" for end in ("", ".index.json"))
+    if single.is_file() and index.is_file():
       raise CheckpointError(f"{folder}: has both {single.name} and {index.name}; remove the one "
                             "that is stale")
-    return read_header(single)
-  for path in (index, *[folder / "model.safetensors.index.json"] * (stem == "ema")):
-    if path.is_file():
-      return _read_shards(path)
-  raise CheckpointError(f"{single}: no such file, and no {index.name} beside it")
+    if single.is_file() or index.is_file():
+      read = read_header(single) if single.is_file() else _read_shards(index)
+      tensors = _published(read, stem)
+      break
+  else:
+    others = [p.name for end in ("safetensors", "bin", "pt") for p in folder.glob(f"*.{end}")]
+    raise CheckpointError(f"{folder / stem}.safetensors: no such file, and no {stem}.safetensors."
+                          f"index.json beside it; found {listing(others) or 'no weights'}")
+  spare = folder / VIT_FILE
+  if stem == "ema" and spare.is_file() and not any(key.startswith(VIT) for key in tensors):
+    base = _published(read_header(spare), stem)
+    tensors |= {key: tensor for key, tensor in base.items() if key.startswith(VIT)}
+    _note(f"{spare}: the ViT is read from it")
+  return tensors
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
@@ -112,20 +159,24 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file")
   try:
-    with safetensors.safe_open(path, framework="numpy"):
-      pass  # opening checks the header against itself and against the file's length
-  except (safetensors.SafetensorError, OSError) as e:
+    with open(path, "rb") as f:
+      length = int.from_bytes(f.read(8), "little")
+      if length > min(_HEADER_BYTES, path.stat().st_size):
+        raise ValueError(f"its header would have {length} bytes")
+      with safetensors.safe_open(path, framework="numpy"):
+        pass  # opening checks the header against itself and against the file's length
+      header = storage.parse_json(f.read(length), object_pairs_hook=lambda p: _unique(p, path))
+  except CheckpointError:  # of `_unique`
+    raise
+  except (safetensors.SafetensorError, OSError, ValueError) as e:
     raise CheckpointError(f"{path}: not a complete safetensors file ({e}); download or write it "
                           "again") from e
-  with open(path, "rb") as f:
-    length = int.from_bytes(f.read(8), "little")
-    header = json.loads(f.read(length), object_pairs_hook=lambda p: _unique(p, path))
   header.pop("__metadata__", None)
   for key, entry in header.items():
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in DTYPES and not _IGNORED.fullmatch(key):
       raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; expected one of "
                             f"{', '.join(DTYPES)}")
-  return {key: Tensor(path, key, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+  return {key: Tensor(path, key, DTYPES.get(entry["dtype"]), tuple(entry["shape"]),
                       8 + length + entry["data_offsets"][0]) for key, entry in header.items()}
 
 
@@ -179,6 +230,45 @@ def in_order(tensors: list[Pending]) -> list[Pending]:
   return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
 
 
+@functools.cache  # headers are read more than once
+def _note(text):
+  print(f"note: {text}", file=sys.stderr)
+
+
+def _published(tensors, stem) -> dict[str, Tensor]:
+  """The tensors by published keys: see the top of this file. Says on stderr what was changed."""
+  names = {key: _WRAPPERS.sub("", key) for key in tensors}
+  anchor, where = _ANCHORS[stem], next((t.path.parent for t in tensors.values()), "")
+  ends = [name for name in names.values() if name.endswith(f".{anchor}")]
+  if anchor not in names.values() and len(ends) == 1:
+    prefix = ends[0].removesuffix(anchor)
+    names = {key: name.removeprefix(prefix) for key, name in names.items()}
+  if changed := [key for key, name in names.items() if key != name]:
+    _note(f"{where}: prefixes of {len(changed)} keys are left out: {changed[0]} is read as "
+          f"{names[changed[0]]}")
+  if len(set(names.values())) < len(names):
+    twice = [name for name, n in collections.Counter(names.values()).items() if n > 1]
+    raise CheckpointError(f"{where}: without prefixes, {listing(twice)} is there twice; remove one")
+  if ignored := [key for key in names if _IGNORED.fullmatch(key)]:
+    _note(f"{where}: {len(ignored)} buffers that hold nothing learned are passed over: "
+          f"{listing(ignored)}")
+  found = {names[key]: t for key, t in tensors.items() if not _IGNORED.fullmatch(key)}
+  for key in [k for k, t in found.items() if k.endswith(".weight") and t.stored.itemsize == 1]:
+    for name in (form.format(key.removesuffix(".weight")) for form in _SCALES):
+      if name in found:
+        found[key] = _scaled(found[key], found.pop(name))
+  return found
+
+
+def _scaled(tensor, scale):
+  rows = tensor.shape[:1] + (1,) * (len(scale.shape) - 1)
+  if math.prod(scale.shape) != 1 and scale.shape != rows:
+    raise CheckpointError(f"{scale.path}: {scale.key} has shape {scale.shape}, a scale for each "
+                          f"block of {tensor.key}; only one for all or one a row is read: multiply "
+                          "the scales in and save the weights as bfloat16")
+  return dataclasses.replace(tensor, scale=scale)
+
+
 def _finite(x):
   if x.dtype == ml_dtypes.bfloat16:  # ml_dtypes' isfinite is slow: one number at a time
     return ((x.view(np.uint16) & 0x7F80) != 0x7F80).all()  # the exponent's bits
@@ -193,13 +283,16 @@ def _unique(pairs, path):
 
 
 def _read_shards(index):
-  content = read_json(index, lambda p: _unique(p, index))
-  weight_map = content.get("weight_map") if isinstance(content, dict) else None
+  weight_map = read_json(index, lambda p: _unique(p, index)).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise CheckpointError(f"{index}: has no weight_map from key to file")
   for key, name in weight_map.items():
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-      raise CheckpointError(f"{index}: weight_map places {key} in {name!r}; expected a file name")
+    short = str(name).removeprefix("./")
+    if not isinstance(name, str) or pathlib.PurePath(short).name != short or len(short) > 200:
+      raise CheckpointError(f"{index}: weight_map places {key} in {str(name)[:80]!r}; expected a "
+                            "file name")
+    weight_map[key] = short
+  for name in set(weight_map.values()):
     if not (index.parent / name).is_file():
       raise CheckpointError(f"{index.parent / name}: no such file, though {index.name} names it")
   tensors = {}
