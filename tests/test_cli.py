@@ -118,7 +118,7 @@ def test_defaults_are_those_of_the_settings(asked, checkpoint):
   assert inputs.settings == Settings()
   assert inputs.system_prompt == SYSTEM_PROMPT.strip()
   assert (inputs.seed, inputs.batch_size) == (0, 1)
-  assert inputs.mesh is inputs.dtype is inputs.image is None
+  assert inputs.mesh is inputs.dtype is None and inputs.images == ()
   assert inputs.out.parent == pathlib.Path("out")
 
 

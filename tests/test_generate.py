@@ -12,7 +12,9 @@ import pytest
 from irg_jax import config as config_lib
 from irg_jax import sharding
 from irg_jax.config import SpecialTokens
-from irg_jax.generate import context, irg
+from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
+from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
+from irg_jax.generate import context, irg, steps
 from irg_jax.generate.settings import Guidance, Settings
 from irg_jax.images import ImageTransform
 from irg_jax.model.unified import UnifiedTransformer
@@ -212,6 +214,56 @@ def test_editing_depends_on_image_and_instruction():
   assert np.abs(edited[0].rounds[0].latents - swapped[0].rounds[0].latents).max() > 1e-3
 
 
+def test_several_images_are_read_in_their_order_as_in_training():
+  """The velocity after two input images is that of the packed training pass, no other order's."""
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, shape, np.uint8) for shape in ((32, 48, 3), (48, 32, 3))]
+  clean = {}
+
+  def velocity(order):
+    job = irg.prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], seeds=[0], settings=ONE_ROUND,
+                      system_prompt=SYSTEM, images=[[images[i] for i in order]])
+    for i, batch in enumerate(job.images):
+      kind = "input" if i else "posterior"
+      clean[order, order[i]] = irg.encode(job, batch, i, kind=kind)
+    ctx = irg.begin(job)
+    x_BPC = job.noise("noise", 0, (1, 6, CONFIG.latent_dim))
+    return x_BPC, steps.velocities(MODEL, params()["transformer"], ctx, x_BPC, np.float32(0.6),
+                                   grid=job.grid, special=SPECIAL, views=(context.FULL,))["full"]
+
+  def packed(order, x_BPC):
+    grid = lambda x, size: np.asarray(x[0]).reshape(*size, -1)
+    shown = [clean[order, i] for i in order]
+    splits = [TextSplit(list(SYSTEM)), *(ImageSplit(
+        grid(e["latents_BPC"], e["latent_grid"]), grid(e["patches_BPC"], e["vit_grid"]),
+        need_vae=True, need_vit=True) for e in shown), TextSplit(list(PROMPTS[0])),
+              ImageSplit(grid(x_BPC, (2, 3)), None, need_loss=True)]
+    sample = sample_features(splits, CONFIG, SPECIAL)
+    sizes = BufferSizes(samples=1, **{buffer: len(sample[name]) for buffer, name in
+                                      LENGTH_FEATURES.items() if buffer != "samples"})
+    batch = stack_rows([pack_row([sample], sizes)])
+    return MODEL.apply({"params": params()["transformer"]}, batch, batch.latents,
+                       0.6 * batch.latent_weight)[1][:, -6:]
+
+  got = {}
+  for order in ((0, 1), (1, 0)):
+    x_BPC, got[order] = velocity(order)
+    np.testing.assert_allclose(got[order], packed(order, x_BPC), atol=2e-5)
+  assert np.abs(got[0, 1] - got[1, 0]).max() > 1e-3
+
+
+def test_one_image_in_a_list_is_one_image_and_several_need_room_in_the_cache():
+  image = np.full((48, 32, 3), 20, np.uint8)
+  one, listed = (generate(PROMPTS[:1], SEEDS[:1], ONE_ROUND, images=[x])[0]
+                 for x in (image, [image]))
+  assert_same(one, listed)
+  sizes = [context.plan_cache(CONFIG, ONE_ROUND, 3, [(48, 32)] * n)[0] for n in (1, 2, 3)]
+  assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+  three, = generate(PROMPTS[:1], SEEDS[:1], SETTINGS, images=[[image, image, image + 9]])
+  assert np.isfinite(three.rounds[1].latents).all()
+  assert np.abs(three.rounds[0].latents - one.rounds[0].latents).max() > 1e-3
+
+
 def test_answers_about_images_and_chat():
   tokenizer = IdTokenizer()
   ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS[:2], seeds=[0, 0],
@@ -288,6 +340,8 @@ def test_settings_that_make_no_sense_are_refused(change, message):
     (dict(seeds=[1]), "4 prompts but 1 seeds"),
     (dict(seeds=[1, 2, 3, -4]), "seeds must be from 0"),
     (dict(prompts=[(1,)], seeds=[0], images=[]), "1 prompts but 0 images"),
+    (dict(prompts=[(1,)] * 2, seeds=[0, 1], images=[[np.zeros((32, 32, 3), np.uint8)] * n
+                                                     for n in (1, 2)]), "give each prompt as many"),
     (dict(prompts=[(1,)], seeds=[0], images=[np.zeros((32, 32, 4), np.uint8)]), "must be uint8"),
 ])
 def test_requests_that_cannot_work_are_refused(arguments, message):

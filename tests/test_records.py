@@ -24,6 +24,18 @@ def test_a_conversation_becomes_its_parts_in_order():
   assert parse(json.dumps(row).encode()) == parse(row)
 
 
+def test_images_and_texts_of_a_user_stand_in_their_order():
+  shown = [image(seed=i) for i in range(3)]
+  see = lambda data: image_part(data, need_vae=True, need_vit=True)
+  row = [{"role": "user", "content": [see(shown[0]), text("put this"), see(shown[1]),
+                                      text("into that", need_loss=True), see(shown[2])]},
+         {"role": "assistant", "content": [image_part(need_loss=True)]}]
+  seen = [ImagePart(data, False, True, True) for data in shown]
+  assert parse(row).parts == (
+      seen[0], TextPart("put this", False), seen[1], TextPart("into that", True), seen[2],
+      ImagePart(image(), True, False, False))
+
+
 def test_flags_that_are_written_out_win_over_the_defaults():
   row = [{"role": "user", "content": "x", "need_loss": True},
          {"role": "assistant", "content": [text("y", need_loss=False, need_vae=False)]}]

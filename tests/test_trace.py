@@ -114,13 +114,15 @@ def test_the_page_embeds_its_images_and_fetches_nothing(tmp_path):
 
 
 def test_the_page_of_an_edit_begins_with_the_image_that_was_edited(tmp_path):
-  given = make_trace(make_round(), source=image(seed=2))
+  given = make_trace(make_round(), sources=[image(seed=2), image(seed=3)])
   trace.write_trace(tmp_path / "run", given)
   content = page(tmp_path / "run")
   assert content.text.index("Image to edit") < content.text.index("Plan")
-  data = base64.b64decode(content.named("img")[0]["src"].split(",")[1])
-  np.testing.assert_array_equal(images.decode_image(data, "source"), given["source"])
-  assert "source" not in json.loads((tmp_path / "run" / "trace.json").read_text())
+  assert "Image to edit 1" in content.text and "Image to edit 2" in content.text
+  for shown, wanted in zip(content.named("img"), given["sources"]):
+    data = base64.b64decode(shown["src"].split(",")[1])
+    np.testing.assert_array_equal(images.decode_image(data, "source"), wanted)
+  assert "sources" not in json.loads((tmp_path / "run" / "trace.json").read_text())
   assert written(tmp_path / "run") == ["round1.png", "trace.html", "trace.json"]
 
 

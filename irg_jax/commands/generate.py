@@ -30,8 +30,9 @@ def make_inputs(args, overrides):
     raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
                      "comes without the mini world's")
   checkpoint = flags.folder("--checkpoint", args.checkpoint or SHIPPED)
-  if args.image is not None and not args.image.is_file():
-    raise ValueError(f"--image {args.image}: no such file")
+  for image in args.image or ():
+    if not image.is_file():
+      raise ValueError(f"--image {image}: no such file")
   if args.batch_size < 1:
     raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
   prompts = _read_prompts(args.prompts, args.prompts_file)
@@ -41,7 +42,7 @@ def make_inputs(args, overrides):
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
   from irg_jax.generate.run import Inputs
   return Inputs(
-      checkpoint=checkpoint, prompts=prompts, image=args.image,
+      checkpoint=checkpoint, prompts=prompts, images=tuple(args.image or ()),
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,
       mesh=args.mesh, dtype=args.dtype, attention=args.attention)

@@ -1,6 +1,6 @@
 """Rows of IRGL: strict parsing of their JSON into typed parts (docs/spec.md, section 5).
 
-A row is a list of turns. The content of a user turn is a string; that of an assistant turn is a
+A row is a list of turns. The content of a user turn is a string or, as that of an assistant turn, a
 list of parts `{"type": "text" | "image", "content": ..., "need_loss", "need_vae", "need_vit"}`,
 images in base64. Defaults of missing flags: need_loss is true for the assistant's texts and false
 elsewhere, the others are false. One unusable part makes the whole row unusable: training on the
@@ -94,10 +94,12 @@ def parse_conversation(text, mode: str, index: int, *, decode: bool = True) -> R
     where = f"turn {number}"
     role, content = _turn(turn, where)
     roles.add(role)
-    if role == "user":
+    if isinstance(content, str):
       parts.append(_text_part(content, _flags(turn, where, need_loss=False), where))
-    else:
-      parts += [_part(part, f"{where}, part {i}", decode) for i, part in enumerate(content)]
+      continue
+    if role == "user" and any(_flags(turn, where, need_loss=False).values()):
+      raise Rejected("bad_flag", f"{where}: flags of a list of parts belong to its parts")
+    parts += [_part(part, f"{where}, part {i}", role, decode) for i, part in enumerate(content)]
   if "assistant" not in roles:
     raise Rejected("no_assistant", "no turn of the assistant" if roles else "there are no turns")
   if not any(part.need_loss for part in parts):
@@ -146,19 +148,18 @@ def _turn(turn, where):
   role, content = turn["role"], turn["content"]
   if role not in ("user", "assistant"):
     raise Rejected("unknown_role", f"{where}: role {role!r} is neither user nor assistant")
-  kind = str if role == "user" else list
-  if not isinstance(content, kind):
+  if not isinstance(content, (str, list) if role == "user" else list):
     raise Rejected("bad_content", f"{where}: content of the {role} is {_type(content)}, "
-                   f"not a {'string' if kind is str else 'list of parts'}")
+                   f"not a {'string or ' * (role == 'user')}list of parts")
   return role, content
 
 
-def _part(part, where, decode):
+def _part(part, where, role, decode):
   if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
     kind = part.get("type") if isinstance(part, dict) else part
     raise Rejected("unknown_part", f"{where}: type {kind!r:.80} is neither text nor image")
   content, is_text = part.get("content"), part["type"] == "text"
-  flags = _flags(part, where, need_loss=is_text)
+  flags = _flags(part, where, need_loss=is_text and role == "assistant")
   if is_text:
     return _text_part(content, flags, where)
   if not any(flags.values()):

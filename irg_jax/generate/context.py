@@ -138,7 +138,7 @@ def guidance_views(guidance) -> tuple[int, ...]:
   return (FULL, NO_TEXT, NO_IMAGE) if guidance.image_scale > 1 else (FULL, NO_TEXT)
 
 
-def plan_cache(config: ModelConfig, settings, system_tokens: int, image=None,
+def plan_cache(config: ModelConfig, settings, system_tokens: int, images=(),
                understand=False) -> tuple[int, int]:
   """Slots of the cache for each row, and the number of earlier rounds that fit into it.
 
@@ -146,7 +146,7 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, image=None,
   of a row or its neighbours, so neither shapes nor results depend on those.
 
   Args:
-    image: (height, width) of the input images, None without.
+    images: (height, width) of each input image of a row.
     understand: text output only, see `irg.answer`.
 
   Raises:
@@ -156,9 +156,9 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, image=None,
   s, thought = settings, rung(settings.think_limit + 1)
   prompt = rung(s.max_prompt_tokens + 2)
   base = rung(system_tokens + 2, "a system prompt") + prompt + thought
-  if image is not None:
-    base += _image_slots(config, s, *image, vae=not understand)
-    base += 0 if understand else prompt + thought  # appended twice: private slots of NO_IMAGE
+  base += sum(_image_slots(config, s, *size, vae=not understand) for size in images)
+  if images and not understand:
+    base += prompt + thought  # appended twice: private slots of NO_IMAGE
   earlier = 0 if understand else s.rounds - 1
   copies = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after an image
   one_round = copies * thought + _image_slots(config, s, s.height, s.width) if earlier else 0

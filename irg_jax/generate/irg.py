@@ -2,7 +2,7 @@
 
 `generate` is the story, made of phases that can be called one by one:
 
-    begin      system prompt, [input image], prompt          -> context
+    begin      system prompt, [input images], prompt         -> context
     then each round:
     think      write a thought; `read_thoughts` appends it   -> context
     denoise    noise -> latent tokens; `steps.decode_pixels` -> 8-bit image
@@ -70,9 +70,9 @@ class Job:
   seeds: list[int]
   system_ids: list[int]  # without `<|im_start|>` and `<|im_end|>`, as `prompt_ids`
   prompt_ids: list[list[int]]
-  images: np.ndarray | None = None  # input images, uint8 [B, Y, X, 3]
-  # (kind, round, shape) -> standard normal float32 of that shape, with kind "noise" (of `denoise`)
-  # or "posterior" (of the VAE)
+  images: tuple[np.ndarray, ...] = ()  # input images in their order, uint8 [B, Y, X, 3] each
+  # (kind, round, shape) -> standard normal float32 of that shape, with kind "noise" (of `denoise`),
+  # "posterior" (of the VAE) or "input" (of the VAE, for input images after the first, numbered)
   noise: Callable | None = None
   on_progress: Callable | None = None  # (kind, round, step, total), called on the host
   understand: bool = False  # text is the only output, see `answer`
@@ -80,9 +80,8 @@ class Job:
   @property
   def cache(self) -> tuple[int, int]:
     """(slots of a row, earlier rounds that fit), see `context.plan_cache`."""
-    size = None if self.images is None else self.images.shape[1:3]
-    return plan_cache(self.model.config, self.settings, len(self.system_ids), size,
-                      self.understand)
+    return plan_cache(self.model.config, self.settings, len(self.system_ids),
+                      [image.shape[1:3] for image in self.images or ()], self.understand)
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -110,7 +109,8 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     prompts: B strings.
     seeds: B integers from 0 to 2**32 - 1; a row's result depends on its own seed alone.
     system_prompt: read before every prompt; may be empty.
-    images: None, or B images to edit, uint8 [Y, X, 3] of one size. The prompts are then
+    images: None, or for each prompt an image to edit or a list of images, read in their order:
+      uint8 [Y, X, 3], equally many and of equal sizes for all prompts. The prompts are then
       instructions, and `settings.later` guides every round.
     noise: see `Job`; None derives it from the seeds.
     on_progress: see `Job`; `progress.Progress` is one. Compiled programs do not depend on it.
@@ -150,7 +150,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
            settings: Settings = Settings(), system_prompt="", images=None,
            on_progress=None) -> list[Thought]:
-  """Text output only: chat, or with `images` a question about each image (read by the ViT alone).
+  """Text output only: chat, or with `images` a question about them (read by the ViT alone).
 
   Arguments and errors as in `generate`; `settings.think_limit` limits the answer.
   """
@@ -168,9 +168,9 @@ def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
   if not all(0 <= seed < 2**32 for seed in seeds):
     raise ValueError(f"seeds must be from 0 to 2**32 - 1: {list(seeds)}")
-  if images is not None:
-    _check_images(images, prompts)
-    images = np.stack([settings.vae_transform(image) for image in images])
+  columns = () if images is None else _check_images(images, prompts)
+  images = tuple(np.stack([settings.vae_transform(image) for image in column])
+                 for column in columns)
   prompt_ids = [tokenizer.encode(p) for p in prompts]
   for number, ids in enumerate(prompt_ids):
     if len(ids) > settings.max_prompt_tokens:
@@ -182,14 +182,19 @@ def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt
 
 
 def _check_images(images, prompts):
-  if len(images) != len(prompts):
-    raise ValueError(f"{len(prompts)} prompts but {len(images)} images: give one a prompt")
-  sizes = {image.shape for image in images}
-  if any(x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 for x in images):
-    raise ValueError(f"images must be uint8 [height, width, 3], but have shapes {sizes} and "
-                     f"dtypes {sorted({image.dtype.name for image in images})}")
-  if len(sizes) > 1:
-    raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
+  """The first images of all prompts, their second ones, ..."""
+  rows = [[row] if getattr(row, "ndim", 0) == 3 else list(row) for row in images]
+  if len(rows) != len(prompts) or len(set(map(len, rows))) > 1:
+    raise ValueError(f"{len(prompts)} prompts but {len(rows)} images or lists of images "
+                     f"({sorted(set(map(len, rows)))} long): give each prompt as many")
+  for column in zip(*rows):
+    sizes = {image.shape for image in column}
+    if any(x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 for x in column):
+      raise ValueError(f"images must be uint8 [height, width, 3], but have shapes {sizes} and "
+                       f"dtypes {sorted({image.dtype.name for image in column})}")
+    if len(sizes) > 1:
+      raise ValueError(f"the images of a batch must have one size, but these have {sizes}")
+  return list(zip(*rows))
 
 
 def begin(job: Job) -> Context:
@@ -199,9 +204,11 @@ def begin(job: Job) -> Context:
   ctx = new_context(job.model.config, B, job.cache[0])
   if job.system_ids:
     ctx = _append(job, ctx, [job.system_ids] * B, VIEWS)
-  if job.images is None:
+  if not job.images:
     return _append(job, ctx, job.prompt_ids, (FULL, NO_IMAGE))
-  ctx = look(job, ctx, encode(job, job.images, 0, vae=not job.understand))
+  for i, images in enumerate(job.images):
+    kind = "input" if i else "posterior"
+    ctx = look(job, ctx, encode(job, images, i, vae=not job.understand, kind=kind))
   ctx = fork(ctx, FULL, NO_TEXT)
   ctx = _append(job, ctx, job.prompt_ids, (FULL,))
   return ctx if job.understand else _append(job, ctx, job.prompt_ids, (NO_IMAGE,))
@@ -227,7 +234,7 @@ def think(job: Job, ctx: Context, number: int) -> list[Thought]:
 def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Context:
   """Appends thoughts; after an image, a second time for the view without images."""
   texts = [thought.ids for thought in thoughts]
-  if not after_image and job.images is None:
+  if not after_image and not job.images:
     return _append(job, ctx, texts, (FULL, NO_IMAGE))
   ctx = _append(job, ctx, texts, (FULL,))
   guided = NO_IMAGE in guidance_views(job.settings.later)
@@ -237,7 +244,7 @@ def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Contex
 def denoise(job: Job, ctx: Context, number: int):
   """The clean latent tokens of round `number`, float32 [B, P, latent_dim]."""
   s, total = job.settings, job.settings.steps - 1
-  guidance = s.first if number == 0 and job.images is None else s.later
+  guidance = s.first if number == 0 and not job.images else s.later
   views = guidance_views(guidance)
   times = flow.schedule(s.steps, s.timestep_shift)
   guided = flow.guided(times, guidance.interval) & (len(views) > 1)
@@ -256,10 +263,10 @@ def denoise(job: Job, ctx: Context, number: int):
   return x_BPC
 
 
-def encode(job: Job, images, number: int, vae=True) -> dict:
+def encode(job: Job, images, number: int, vae=True, kind="posterior") -> dict:
   """Keyword arguments of `steps.append_image` for 8-bit images [B, Y, X, 3] of round `number`.
 
-  Without `vae`, the ViT split alone is appended.
+  Without `vae`, the ViT split alone is appended. `kind` is that of `Job.noise`.
   """
   config, s = job.model.config, job.settings
   images = np.stack([s.vae_transform(image) for image in images])
@@ -270,7 +277,7 @@ def encode(job: Job, images, number: int, vae=True) -> dict:
   if vae:
     shape = (B, *tokens(size, config.vae.downsample), config.vae.z_channels)
     latents_BPC = steps.encode_pixels(config, job.params["vae"], to_pixels(images),
-                                      job.noise("posterior", number, shape))
+                                      job.noise(kind, number, shape))
   patches_BPC = np.stack([patchify(image, config.vit.patch_size) for image in seen])
   return dict(latents_BPC=latents_BPC, patches_BPC=patches_BPC,
               latent_grid=tokens(size, config.pixel_stride),

@@ -24,7 +24,7 @@ class Inputs:
 
   checkpoint: pathlib.Path
   prompts: tuple[str, ...]  # one trace each; prompt number i has the seed `seed + i`
-  image: pathlib.Path | None  # image file that every prompt edits
+  images: tuple[pathlib.Path, ...]  # image files that every prompt edits, in the order to read
   out: pathlib.Path  # folder of the results; it may not exist yet
   settings: Settings
   system_prompt: str  # read before every prompt; may be empty
@@ -47,8 +47,8 @@ def run_generate(inputs: Inputs) -> None:
   config = weights.read_config(inputs.checkpoint)
   inputs.settings.validate(config)
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
-  image = None if inputs.image is None else read_image(inputs.image)
-  _check_lengths(inputs, config, tokenizer, image)
+  images = [read_image(path) for path in inputs.images]
+  _check_lengths(inputs, config, tokenizer, images)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   with Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress,
@@ -57,8 +57,8 @@ def run_generate(inputs: Inputs) -> None:
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"
         progress.prefix = f"prompt{numbers} of {count}: "
-      drawn = _generate(inputs, model, params, tokenizer, rows, image, progress)
-      entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, image))
+      drawn = _generate(inputs, model, params, tokenizer, rows, images, progress)
+      entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, images))
                   for i, t in zip(rows, drawn)]
   if count > 1:
     trace.write_index(inputs.out, entries)
@@ -117,7 +117,7 @@ def _trace_folders(inputs):
   return [inputs.out / f"{i:0{width}}" for i in range(1, count + 1)] if count > 1 else [inputs.out]
 
 
-def _check_lengths(inputs, config, tokenizer, image):
+def _check_lengths(inputs, config, tokenizer, images):
   """Checks prompts and cache before the first batch costs anything, and notes unknown words."""
   settings, defaults = inputs.settings, read_defaults(inputs.checkpoint)
   limit = settings.max_prompt_tokens
@@ -128,8 +128,8 @@ def _check_lengths(inputs, config, tokenizer, image):
                        f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
     if note := defaults.about(prompt):
       print(f'note on "{prompt}": {note}', file=sys.stderr)
-  size = None if image is None else settings.vae_transform.size(*image.shape[1::-1])[::-1]
-  plan_cache(config, settings, _count(tokenizer, inputs.system_prompt, "system prompt"), size)
+  sizes = [settings.vae_transform.size(*image.shape[1::-1])[::-1] for image in images]
+  plan_cache(config, settings, _count(tokenizer, inputs.system_prompt, "system prompt"), sizes)
 
 
 def _count(tokenizer, text, name):
@@ -139,7 +139,7 @@ def _count(tokenizer, text, name):
     raise ValueError(f"{name}: {e}") from e
 
 
-def _generate(inputs, model, params, tokenizer, rows, image, progress):
+def _generate(inputs, model, params, tokenizer, rows, images, progress):
   # A short last batch repeats its last row: another batch size would compile again, and no row's
   # result depends on its neighbours.
   size = min(inputs.batch_size, len(inputs.prompts))
@@ -148,18 +148,18 @@ def _generate(inputs, model, params, tokenizer, rows, image, progress):
       model, params, tokenizer, [inputs.prompts[i] for i in padded],
       seeds=[inputs.seed + i for i in padded], settings=inputs.settings,
       system_prompt=inputs.system_prompt,
-      images=None if image is None else [image] * size, on_progress=progress)[:len(rows)]
+      images=[images] * size if images else None, on_progress=progress)[:len(rows)]
 
 
-def _record(inputs, number, trajectory, dtype, image) -> dict:
+def _record(inputs, number, trajectory, dtype, images) -> dict:
   """The record of one prompt for `trace.write_trace`; seconds are those of its whole batch."""
   settings = dataclasses.asdict(inputs.settings) | {
       "batch_size": inputs.batch_size,
-      "image": None if inputs.image is None else str(inputs.image), "dtype": dtype,
+      "image": ", ".join(map(str, inputs.images)) or None, "dtype": dtype,
       "mesh": inputs.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   return {
       "prompt": trajectory.prompt, "system_prompt": inputs.system_prompt,
       "seed": inputs.seed + number, "checkpoint": str(inputs.checkpoint), "settings": settings,
       "versions": versions(),
-      "source": None if image is None else inputs.settings.vae_transform(image),
+      "sources": [inputs.settings.vae_transform(image) for image in images],
       "rounds": [round_record(r, inputs.settings.think, r.image) for r in trajectory.rounds]}

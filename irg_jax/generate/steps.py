@@ -159,8 +159,8 @@ def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: 
 
 
 def row_keys(seeds, number: int, purpose: str):
-  """PRNG keys [B] of the rows for "think", "noise" or "posterior" in round `number`."""
-  index, fold = ("think", "noise", "posterior").index(purpose), jax.random.fold_in
+  """PRNG keys [B] of the rows for "think", or a kind of `irg.Job.noise`, in round `number`."""
+  index, fold = ("think", "noise", "posterior", "input").index(purpose), jax.random.fold_in
   return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), index))(
       jnp.asarray(seeds, jnp.uint32))
 

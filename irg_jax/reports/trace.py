@@ -4,7 +4,7 @@ A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
    "settings": {...}, "versions": {...}, "note": str (optional),
-   "source": uint8 [H, W, 3] (optional), the image that was edited, for the page alone,
+   "sources": [uint8 [H, W, 3], ...] (optional), images that were edited, for the page alone,
    "rounds": [{"think": str, or None in a round without a thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None in a round without an image,
@@ -56,7 +56,7 @@ def write_trace(folder, trace: dict) -> dict:
   pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
   names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
   rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
-  record = {key: value for key, value in trace.items() if key != "source"} | {"rounds": rounds}
+  record = {key: value for key, value in trace.items() if key != "sources"} | {"rounds": rounds}
   plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
   with atomic_files(folder) as partial:
     for name, png in zip(names, pngs):
@@ -96,7 +96,7 @@ def _page(trace, pngs):
   run = {"checkpoint": trace.get("checkpoint"), "seed": trace.get("seed")}
   tables = {"Run": run, "Settings": trace.get("settings"), "Versions": trace.get("versions")}
   return pages.render(
-      "trace", trace=trace, rounds=rounds, source=_png(trace.get("source")),
+      "trace", trace=trace, rounds=rounds, sources=list(map(_png, trace.get("sources") or ())),
       last=max((number for number, png in enumerate(pngs, 1) if png), default=None),
       seconds=sum(sum(took.values()) for took in seconds),
       timings=(["", *phases, "thought, tokens"], timings),

@@ -61,7 +61,7 @@ def job_of(reference, checkpoint, **changes):
       model=checkpoint.model, params=checkpoint.params,
       tokenizer=IdTokenizer(checkpoint.special), settings=settings_of(reference, checkpoint),
       seeds=[0], system_ids=reference["irg/system_ids"].tolist(),
-      prompt_ids=[reference["irg/prompt_ids"].tolist()], images=None,
+      prompt_ids=[reference["irg/prompt_ids"].tolist()], images=(),
       noise=recorded_noise(reference), on_progress=None)
   return irg.Job(**(fields | changes))
 
