@@ -200,8 +200,9 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
       with contextlib.redirect_stdout(io.StringIO()):  # tfds prints there
         builder.download_and_prepare(download_config=config)
       reports[mode] = dict(builder.info.metadata)
-    (out / NAME).mkdir(exist_ok=True)
-    for mode in modes:
+    if not (out / NAME).exists():  # all modes appear at once
+      (scratch / NAME).rename(out / NAME)
+    for mode in modes if (scratch / NAME).exists() else ():
       mode_folder(scratch, mode).parent.rename(mode_folder(out, mode).parent)
   return reports
 
