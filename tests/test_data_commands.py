@@ -159,3 +159,14 @@ def test_help_waits_for_no_library():
           "try: commands.main(['data', 'build', '--help'])\n"
           "except SystemExit: assert not {'jax', 'numpy', 'pyarrow'} & set(sys.modules)")
   subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_page_shows_characters_that_would_turn_or_hide_its_text(folder, tmp_path):
+  write_mode(folder, [irgl_rows.turns(irgl_rows.text(f"a{c}b"), prompt=f"c{c}d")
+                      for c in "\u202e\x07\u2066"], MODES[0])
+  page = tmp_path / "check.html"
+  assert _run("check", folder, "--mode", MODES[0], "--out", page) == 0
+  content = page.read_text(encoding="utf-8")
+  assert not re.search("[\u202e\x07\u2066]", content)
+  for code in ("202E", "0007", "2066"):
+    assert f"a[U+{code}]b" in content and f"c[U+{code}]d" in content
