@@ -28,7 +28,9 @@ def main(argv=None) -> int:
   except (ValueError, OSError) as e:
     if os.environ.get("IRG_DEBUG") == "1":
       raise
-    print(f"irg {args.verb}: error: {e}", file=sys.stderr)
+    text = str(e)  # it may quote a file
+    text = text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+    print(f"irg {args.verb}: error: {text}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"irg {args.verb}: interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ import pathlib
 import re
 import tomllib
 
+from irg_jax import storage
 from irg_jax.evaluate import questions
 
 FILES = pathlib.Path(__file__).parent / "files"
@@ -213,10 +214,19 @@ def read_trace(out, item: Item, image: int) -> dict | None:
   "think_tokens", "hit_limit", "tokens_cut", "picture": path under `out`, or None if it
   failed, "seconds": of the whole batch by phase}]}
   """
+  path = pathlib.Path(out) / trace_path(item, image)
   try:
-    return json.loads((pathlib.Path(out) / trace_path(item, image)).read_text("utf-8"))
+    trace = storage.read_json(path)
+    kinds = {"think": str | None, "picture": str | None, "seconds": dict}
+    if not all(isinstance(entry[name], kind) for entry in trace["rounds"]
+               for name, kind in kinds.items()):
+      raise TypeError("fields of other types")
+    return trace
   except FileNotFoundError:
     return None
+  except (OSError, ValueError, TypeError, LookupError) as e:
+    raise ValueError(f"{path}: not a trace ({type(e).__name__}: {e}); remove it to generate its "
+                     "images again") from e
 
 
 class Mean:

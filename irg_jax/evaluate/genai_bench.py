@@ -13,11 +13,11 @@ the prompt. It comes from a function (--scorer), from a file of what another mod
 """
 
 import collections
-import json
 import re
 
 import numpy as np
 
+from irg_jax import storage
 from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
@@ -56,10 +56,10 @@ def prompt_id(number) -> str:
 def read_skills(path) -> dict[str, list[int]]:
   """{tag: [number of a prompt, ...]} of an official genai_skills.json."""
   try:
-    skills = json.loads(path.read_text(encoding="utf-8"))
+    skills = storage.read_json(path)
     for numbers in skills.values():
       list(map(int, numbers))
-  except (ValueError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, TypeError, OverflowError) as e:
     raise ValueError(f"{path}: must be a JSON object of lists of prompt numbers ({e})") from e
   return skills
 
@@ -109,7 +109,7 @@ class GenAIBench(base.Benchmark):
     file = records.file_in(path, "genai_image.json")
     entries = records.json_records(file)
     for entry in entries:
-      if entry.key is None or not re.fullmatch(r"\d+", entry.key):
+      if entry.key is None or not re.fullmatch("[0-9]{1,9}", entry.key):
         raise ValueError(f"{entry.where}: the records must stand under keys like \"00001\"")
       if records.field(entry, "id", str) != entry.key:
         raise ValueError(f"{entry.where}: id {entry.record['id']!r} under the key {entry.key!r}")

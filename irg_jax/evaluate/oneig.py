@@ -19,11 +19,11 @@ value; a grid with fewer than two images has an empty list of pairs.
 """
 
 import collections
-import json
 import re
 
 from rapidfuzz.distance import Levenshtein
 
+from irg_jax import storage
 from irg_jax.evaluate import base, questions, records, score
 
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
@@ -195,9 +195,12 @@ class Scorer:
 
 def read_questions(path) -> dict[str, tuple[dict, dict]]:
   """{prompt id: ({question number: text}, {question number: [parents]})} of a Q_D file."""
-  table = json.loads(path.read_text(encoding="utf-8"))
+  try:
+    table = storage.read_json(path)
+  except ValueError as e:
+    raise ValueError(f"{path}: not JSON of questions by prompt ({e})") from e
   by_number = lambda entry: {int(n): value for n, value in (
-      json.loads(entry) if isinstance(entry, str) else entry).items()}
+      storage.parse_json(entry) if isinstance(entry, str) else entry).items()}
   result = {}
   for key, entry in table.items():
     try:

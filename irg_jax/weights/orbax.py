@@ -7,8 +7,13 @@ run started from.
 """
 
 import dataclasses
+import functools
+import logging
 import math
+import os
 import pathlib
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +57,31 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   with atomic_folder(folder) as partial:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
+    quiet_failures()
     try:
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / PARAMS, params)
     except Exception as e:  # Orbax and TensorStore have no common error
-      raise OSError(f"{folder}: cannot be written ({_first_line(e)}); nothing was written") from e
+      code = re.search(r"os_error_code='(\d+)'", str(e))  # of TensorStore
+      why = os.strerror(int(code[1])) if code else _first_line(e)
+      raise OSError(f"{folder}: cannot be written ({why}); nothing was written") from e
+
+
+def quiet_failures() -> None:
+  """Keeps Orbax's threads from printing a traceback for each array that a failed save left.
+
+  The first of these errors is raised.
+  """
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+  if not hasattr(sys.excepthook, "quiet"):
+    sys.excepthook = functools.partial(_print_unless_closed, sys.excepthook)
+    sys.excepthook.quiet = True
+
+
+def _print_unless_closed(print_exception, kind, error, trace):
+  if str(error) != "Event loop is closed":
+    print_exception(kind, error, trace)
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
