@@ -11,7 +11,8 @@ import pathlib
 if os.environ.get("IRG_OPTIMIZED") != "1":
   os.environ["XLA_FLAGS"] = " ".join((
       os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true",
-      "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"))
+      "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+      "--xla_cpu_parallel_codegen_split_count=1"))
 
 import jax
 import numpy as np

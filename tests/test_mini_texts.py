@@ -163,15 +163,15 @@ def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():
 
 
 def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
-  record = {"include": [{"class": "ring", "count": 3},
-                        {"class": "star", "count": 4, "position": ["below", 0]}]}
+  record = {"include": [{"class": "ring", "count": 2},
+                        {"class": "star", "count": 3, "position": ["below", 0]}]}
   for seed in range(20):
     scene = world.sample_scene(record, np.random.default_rng(seed))
     named = thoughts.places(scene, record).split("Places: ")[1].rstrip(".").split(", ")
     words = [thing.split() for thing in named]
-    assert [shape for _, shape, _ in words] == ["star"] * 4 + ["ring"] * 3
+    assert [shape for _, shape, _ in words] == ["star"] * 3 + ["ring"] * 2
     letters = [letter for *_, letter in words]
-    assert letters == sorted(letters[:4]) + sorted(letters[4:]) and len(set(letters)) == 7
+    assert letters == sorted(letters[:3]) + sorted(letters[3:]) and len(set(letters)) == 5
     cells = thoughts.grid(scene.things)
     assert all(cells["ABCDEFGHIJKLMNOP".index(c)] == f"{a} {b}" for a, b, c in words)
 

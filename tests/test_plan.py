@@ -265,16 +265,24 @@ def test_a_missing_libtpu_is_said_with_what_installs_it(monkeypatch, capsys):
   assert "pip install 'irg_jax[tpu]'" in capsys.readouterr().err
 
 
+SMALL_ROWS = [f"--config.stage2.sizes.{name}={size}"
+              for name, size in {"und": 160, "gen": 96, "text": 96, "vit": 24}.items()]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                     reason="libtpu is not installed (pip install 'irg_jax[tpu]')")
-def test_the_tiny_model_compiles_for_a_real_slice():
+@pytest.mark.parametrize("rows, form", [
+    (SMALL_ROWS, "dense (a short row)"),
+    pytest.param([], "kernel", marks=pytest.mark.long)], ids=["short rows", "the rows of tiny"])
+def test_the_tiny_model_compiles_for_a_real_slice(rows, form):
   done = subprocess.run(
       [sys.executable, "-m", "irg_jax", "plan", "--topology", "v5e:2x4", "--config",
-       f"{ROOT}/configs/irgl.py:tiny", "--config.data.rows=8",
+       f"{ROOT}/configs/irgl.py:tiny", "--config.data.rows=8", *rows,
        "--programs", "train,append_text", "--size", "128", "--cache", "1024"],
       cwd=ROOT, capture_output=True, text=True, timeout=600,
       # libtpu stops at flags of the CPU's compiler.
       env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"})
   assert done.returncode == 0, done.stderr
-  assert "| train stage2" in done.stdout and "| append_text" in done.stdout
-  assert "all-gather" in done.stdout
+  train, append = done.stdout.split("\ntrain stage2")[1].split("\nappend_text")
+  assert f"decoder {form}" in train and "decoder kernel" in append
+  assert "all-gather" in train and "all-gather" in append
