@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gzip
 import http.server
 import json
 import socket
@@ -10,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 
 FAULTS = ("slow", "429", "429 bare", "500", "502 html", "malformed", "no choices", "empty",
           "null", "drop", "cut")
@@ -36,7 +38,8 @@ class JudgeServer:
     """
     self.answer, self.faults, self.seconds = answer, faults, seconds
     self.bodies, self.keys, self.told, self.errors = [], [], collections.Counter(), []
-    self.most = self.running = 0
+    self.most = self.running = self.sent = 0  # sent: bytes of a flood
+    self.elsewhere = ""  # where a redirect leads
     self.mutex = threading.Lock()
     handler = type("Handler", (_Handler,), {"judge": self})
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -140,11 +143,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._send(200, '{"choices": "' + "x" * (5 << 20))
     elif fault == "dribble":
       self._dribble()
+    elif fault == "error dribble":
+      self._dribble(500)
+    elif fault == "header dribble":
+      self._drip([b"HTTP/1.1 200 OK\r\n", *[b"X-A: b\r\n"] * 500])
+    elif fault.startswith("400 "):
+      self._send(400, error(fault[4:]))
+    elif fault in ("302", "307"):
+      self._send(int(fault), "", {"Location": f"{self.judge.elsewhere}/v1/chat/completions?k=1"})
+    elif fault in ("200 flood", "500 flood"):
+      self._flood(int(fault.split()[0]))
+    elif fault == "bomb":
+      zipper = zlib.compressobj(1, wbits=zlib.MAX_WBITS + 16)
+      data = b"".join(zipper.compress(b" " * (1 << 20)) for _ in range(128)) + zipper.flush()
+      self.judge.sent += len(data)
+      self._send(200, data, {"Content-Encoding": "gzip"})
+    elif fault == "gzip":
+      self._send(200, gzip.compress(json.dumps(
+          {"choices": [{"message": {"content": "zipped"}}]}).encode()),
+          {"Content-Encoding": "gzip"})
     else:
       raise ValueError(fault)
 
   def _send(self, status, text, headers=None):
-    data = text.encode()
+    data = text.encode() if isinstance(text, str) else text
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | (
         headers or {})
     self.send_response(status)
@@ -159,12 +181,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     self.connection.shutdown(socket.SHUT_RDWR)
 
-  def _dribble(self):
-    self._send(200, "", {"Content-Length": "500"})
-    for _ in range(500):
-      self.wfile.write(b" ")
+  def _dribble(self, status=200):
+    self._send(status, "", {"Content-Length": "500"})
+    self._drip([b" "] * 500)
+
+  def _drip(self, parts):
+    for part in parts:
+      self.wfile.write(part)
       self.wfile.flush()
       time.sleep(0.02)
+
+  def _flood(self, status):
+    self._send(status, "", {"Content-Length": str(500 << 20)})
+    for _ in range(500):
+      self.wfile.write(b"x" * (1 << 20))
+      self.judge.sent += 1 << 20
 
   def log_message(self, *_):
     pass

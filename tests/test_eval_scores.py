@@ -336,9 +336,11 @@ def test_an_oneig_prompt_is_scored_in_its_parts_only():
   answers = {(0, "alignment1"): said("Yes"), (0, "alignment2"): said("yes"),
              ("style", "values"): [0.25, 0.75], ("diversity", "values"): [0.5]}
   got = scorer.add(ANIME, answers)
-  assert got["scores"] == {"alignment": 0.5, "style": 0.5, "diversity": 0.5} and not got["why"]
+  assert got["scores"] == {"alignment": 1, "style": 0.5, "diversity": 0.5} and not got["why"]
+  strict = oneig.Scorer(ONEIG, strict=True).add(ANIME, answers)
+  assert strict["scores"] == {"alignment": 0.5, "style": 0.5, "diversity": 0.5}
   value = scorer.value()
-  assert value["irregular"]["by_reason"] == {"neither Yes nor No": 1}
+  assert value["irregular"]["by_reason"] == {base.IRREGULAR: 1}
   assert value["overall"] is None and value["parts"]["text"]["score"] is None
   text = scorer.add(Item("oneig", "text/000", "p", 4, {"class": "menu"}), {
       (0, "text"): said("OPEN"), ("diversity", "values"): []})

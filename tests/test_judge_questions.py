@@ -58,13 +58,16 @@ def test_each_benchmarks_request_says_what_is_to_be_judged_and_in_which_form(tmp
   assert genai.probability and "A baker" in genai.prompt
 
 
-def test_answers_are_refused_in_the_forms_that_the_official_parsers_refuse():
+def test_a_question_knows_what_is_no_answer_and_what_is_none_to_the_published_script():
   (wise,) = WISE_BENCH.questions(WISE, "1.png", 1)
   assert wise.fault("Consistency: 2\nRealism: 1\nAesthetic Quality: 0") is None
   assert wise.fault("2\n1\n0") is None
   assert wise.fault("Consistency: 2") == "no score for realism and aesthetic_quality"
+  assert wise.official("Consistency: 8/10\nRealism: 1\nAesthetic Quality: 1") is None
   (tiif,) = TIIF_BENCH.questions(TIIF, "0.png", 1, {("color+2d", 0): (["a?", "b?"], ["yes", "no"])})
-  assert tiif.fault("Yes, a\nno") is None and "for 2 questions" in tiif.fault("1. yes\n2. no")
+  assert tiif.fault("Yes, a\nno") is tiif.fault("1. yes\n2. no") is None
+  assert "for 2 questions" in tiif.official("1. yes\n2. no")
+  assert "for 2 questions" in tiif.fault("yes") and tiif.official("Yes, a\nno") is None
 
 
 def test_alignment_asks_each_question_of_each_cell_but_of_no_black_one(tmp_path):

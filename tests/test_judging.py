@@ -67,7 +67,8 @@ def answer(body):
   if "Consistency" in text:
     return f"Consistency: {number % 3}\nRealism: {number % 2}\nAesthetic Quality: 2"
   if body.get("logprobs"):
-    top = [{"token": "Yes", "logprob": float(np.log(0.1 + number / 10))}]
+    yes = 0.1 + number / 10
+    top = [{"token": t, "logprob": float(np.log(p))} for t, p in (("Yes", yes), ("No", 1 - yes))]
     return {"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}
   if "2 questions" in text:
     return "yes, it is\nno" if number % 2 else "no\nno"

@@ -136,6 +136,12 @@ def _add_judge(add):
     default = settings[name].default
     add(f"--{name}", type=type(default), default=default, metavar="N",
         help=f"{settings[name].metadata['doc']} ({default:g})")
+  add("--answer-limit", type=flags.count, metavar="N",
+      help=settings["answer_limit"].metadata["doc"])
+  add("--max-completion-tokens", action="store_true",
+      help=settings["completion_tokens"].metadata["doc"])
+  add("--no-temperature", action="store_true", help="send no temperature")
+  add("--strict-official", action="store_true", help=settings["strict"].metadata["doc"])
   add("--judge-cache", metavar="FILE", type=flags.path,
       help="where answers are kept (default OUT/judge_cache.sqlite)")
 
@@ -182,7 +188,9 @@ def _check_flags(args, parser):
   users = {name: list(by_benchmark) for name, by_benchmark in _flags().items()}
   judged = [b.name for b in benchmarks().values() if b.official]
   users |= dict.fromkeys(("--judge-url", "--judge-model", "--temperature", "--template",
-                          "--judge-cache", *(f"--{name}" for name in _COUNTS)), judged)
+                          "--judge-cache", "--answer-limit", "--max-completion-tokens",
+                          "--no-temperature", "--strict-official",
+                          *(f"--{name}" for name in _COUNTS)), judged)
   for name, names in users.items():
     attribute = name[2:].replace("-", "_")
     value = getattr(args, attribute)
@@ -201,10 +209,13 @@ def _open_judge(args, benchmark):
       raise ValueError(f"--{flag.replace('_', '-')}: say which judge to ask; the official one of "
                        f"{benchmark.name} is {benchmark.official.judge}")
   from irg_jax.evaluate import judge, questions
-  official = benchmark.official.temperature
+  warmth = benchmark.official.temperature if args.temperature is None else args.temperature
+  if args.no_temperature and args.temperature is not None:
+    raise ValueError("--no-temperature, --temperature: give one of them")
   settings = questions.JudgeSettings(
-      args.judge_url, args.judge_model, official if args.temperature is None else args.temperature,
-      **{name: getattr(args, name) for name in _COUNTS})
+      args.judge_url, args.judge_model, None if args.no_temperature else warmth,
+      answer_limit=args.answer_limit, completion_tokens=args.max_completion_tokens,
+      strict=args.strict_official, **{name: getattr(args, name) for name in _COUNTS})
   templates = questions.chosen_templates(benchmark, args.template)
   with judge.Judge(settings, args.judge_cache or args.out / judge.CACHE) as opened:
     if opened.lost:

@@ -19,6 +19,7 @@ from irg_jax.evaluate import questions
 FILES = pathlib.Path(__file__).parent / "files"
 PUBLISHED = ("BAGEL, published", "BAGEL self-CoT, published", "IRG (2 rounds), published")
 MODEL = "irg_jax"  # the model's name where an official layout has one
+IRREGULAR = "scored, but not in the official form"  # it and this project read it differently
 GIVE_UP_AFTER = 20  # failures in a row: then the judge or function is at fault, not the images
 
 
@@ -256,6 +257,11 @@ class Unscored:
     self.counts[reason] = self.counts.get(reason, 0) + 1
     if len(self.examples) < self._limit:
       self.examples.append({"item": item, "reason": reason, "detail": detail[:200]})
+
+  def add_if(self, irregular: bool, item: str, answer) -> None:
+    """Counts a scored answer, if it is not in the official form."""
+    if irregular:
+      self.add(item, IRREGULAR, answer.text)
 
   def total(self) -> int:
     return sum(self.counts.values())

@@ -145,11 +145,14 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
   for name, entries in detections.items():
     try:
       rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
       raise Unscorable("malformed box", f"{name}: {e!r}") from e
     rows = rows.reshape(len(entries), -1) if entries else np.empty((0, 5), np.float32)
     if rows.shape[1] != 5 or not np.isfinite(rows).all():
       raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
+    if (rows[:, 2:4] < rows[:, :2]).any() or (abs(rows[:, 4] - 0.5) > 0.500001).any():
+      raise Unscorable("malformed box", f"{name}: the form is [x1, y1, x2, y2] with x1 <= x2 and "
+                       "y1 <= y2, and a score from 0 to 1")
     # Ascending and reversed: of equal scores the later one comes first, as upstream.
     order = np.argsort(rows[:, 4], kind="stable")[::-1]
     kept = []

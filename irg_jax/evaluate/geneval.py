@@ -28,6 +28,10 @@ DETECTIONS_CACHE = "detections_cache.sqlite"  # the usual name
 COUNTS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
           "color_attr": 100}
 TASKS = tuple(COUNTS)
+# Names of COCO and of VOC for classes of object_names.txt.
+ALIASES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard",
+           "tvmonitor": "tv", "sofa": "couch", "motorbike": "motorcycle", "aeroplane": "airplane",
+           "diningtable": "dining table", "pottedplant": "potted plant"}
 _FILE = re.compile(r"(?:round([1-9]\d*)/)?(\d+)/samples/(\d+)\.png")
 
 
@@ -91,7 +95,8 @@ class GenEval(clauses.ClauseBenchmark):
                "detections": ", ".join(map(str, options.detections)) or None}
     protocol = {"protocol": vars(chosen) | sources}
     if options.detections:
-      found = read_detections(options.detections)
+      names = class_names(options.object_names or FILES / "object_names.txt")
+      found = read_detections(options.detections, names, aliases := collections.Counter())
     else:
       detect = score.load_function(options.detector, "--detector")
       classify = options.classifier and score.load_function(options.classifier, "--classifier")
@@ -102,7 +107,10 @@ class GenEval(clauses.ClauseBenchmark):
           folder.out / DETECTIONS_CACHE, f"{options.detector} {options.classifier}"))
     total = sum(item.images for item in folder.items) * len(folder.rounds)
     with counting("images", total) as count:
-      return score_detections(folder, count(found), chosen, protocol, options.round)
+      result = score_detections(folder, count(found), chosen, protocol, options.round)
+    for (name, ours), number in aliases.items() if options.detections else ():
+      print(f"class {name!r} taken for {ours!r}, in {number} records")
+    return result
 
 
 GENEVAL = GenEval()
@@ -117,11 +125,31 @@ def class_names(path) -> tuple[str, ...]:
   return names
 
 
-def read_detections(paths):
-  """Yields (where, record or None) of files of detections, a line at a time."""
+def read_detections(paths, names=None, aliases=None):
+  """Yields (where, record or None) of files of detections, a line at a time.
+
+  A line is a record of `clauses`, or one of the official results.jsonl, whose verdict is taken as
+  it is. With `names` the classes are checked: ALIASES are renamed and counted in `aliases`,
+  {(theirs, ours): records}; ValueError names the line of another class, or of a malformed box.
+  """
   for path in paths:
     for number, record in records.read_lines(path):
-      yield f"{path}, line {number}", record
+      where = f"{path}, line {number}"
+      if names and isinstance(found := (record or {}).get("detections"), dict):
+        ours = {n: n if n in names else ALIASES.get(n, n) for n in found}
+        if unknown := [n for n in found if ours[n] not in names]:
+          raise ValueError(f"{where}: {unknown[0]!r} is none of the {len(names)} class names, such "
+                           f"as {names[0]!r} (--object-names); write them as there")
+        if len(set(ours.values())) < len(ours):
+          raise ValueError(f"{where}: a class and its other name are both there: "
+                           f"{', '.join(n for n in found if n in ALIASES)}")
+        aliases.update((n, o) for n, o in ours.items() if n != o)
+        record["detections"] = {ours[n]: boxes for n, boxes in found.items()}
+        try:
+          clauses.kept_boxes(record["detections"], "")
+        except clauses.Unscorable as e:
+          raise ValueError(f"{where}: {e}") from e
+      yield where, record
 
 
 def score_detections(folder, found, options: clauses.Options, extra: dict,
@@ -179,12 +207,16 @@ def _add_image(rounds, by_id, record, where, options, default_round, write):
 def _faults_of(record, item, options):
   metadata = record.get("metadata", item.extra)
   if isinstance(metadata, str):
-    with contextlib.suppress(ValueError):  # a text that is not JSON is of no prompt
+    with contextlib.suppress(ValueError, RecursionError):  # a text that is not JSON is of no prompt
       metadata = json.loads(metadata)
   if metadata != item.extra:
     raise clauses.Unscorable("detected for another prompt", str(record["metadata"])[:100])
   if error := record.get("error"):
     raise clauses.Unscorable(*str(error).partition(": ")[::2])
+  if "detections" not in record and {"correct", "reason"} <= record.keys():  # of results.jsonl
+    if type(record["correct"]) is not bool:
+      raise clauses.Unscorable("not a verdict", str(record["correct"]))
+    return [] if record["correct"] else str(record["reason"]).split("\n")
   return verdict(item.extra, record.get("detections"), options)
 
 

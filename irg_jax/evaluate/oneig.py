@@ -24,6 +24,7 @@ import re
 from rapidfuzz.distance import Levenshtein
 
 from irg_jax import storage
+from irg_jax.evaluate import answers as answers_lib
 from irg_jax.evaluate import base, questions, records, score
 
 PARTS = ("alignment", "text", "reasoning", "style", "diversity")
@@ -36,11 +37,17 @@ MAX_EDIT_DISTANCE = 100  # of the English half
 _DROPPED = ("addCriterion", "No text recognized.")  # which the transcribing model adds
 _NOT_KEPT = re.compile(r"[^\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ\s]")
 _CHINESE = re.compile("[\u4e00-\u9fff]")
+_CHINESE_HALF = ("is the Chinese half, which is scored otherwise and not supported; give "
+                 "OneIG-Bench.csv")
 
 
 def says_yes(text: str) -> bool:
   """The official reading: exactly "Yes", so neither "yes" nor "Yes."."""
   return text == "Yes"
+
+
+YES = answers_lib.Form(lambda text: answers_lib.yes_no(text) == "yes", says_yes)
+WORDS = answers_lib.Form(answers_lib.spoken, lambda text: text)  # a transcription
 
 
 def alignment_cell(answers: dict[int, bool], dependency: dict[int, list[int]]) -> float:
@@ -126,10 +133,10 @@ def overall(parts: dict[str, float | None]) -> float | None:
 class Scorer:
   """Adds up a round's answers in five parts; see `score`. `references` None: no judge is asked."""
 
-  def __init__(self, references: dict | None):
-    self._references = references
+  def __init__(self, references: dict | None, strict: bool = False):
+    self._references, self._strict = references, strict
     self._parts = {name: TextSummary() if name == "text" else base.GroupMeans() for name in PARTS}
-    self.irregular = base.Unscored()  # scored, as 0, but neither Yes nor No
+    self.irregular = base.Unscored()
 
   def add(self, item, answers) -> dict:
     folder, number = item.id.split("/")
@@ -173,22 +180,23 @@ class Scorer:
     for cell in cells:
       found = {n: answers.get((cell, f"alignment{n}")) for n in asked}
       words[str(cell)] = {asked[n]: getattr(a, "text", None) for n, a in found.items()}
-      if any(map(questions.failure, found.values())):
-        values.append(None)
-        continue
-      for n, answer in found.items():
-        if answer.text not in ("Yes", "No"):
-          self.irregular.add(f"{folder}/{number} cell {cell} question {n}", "neither Yes nor No",
-                             answer.text)
-      values.append(alignment_cell({n: says_yes(a.text) for n, a in found.items()}, dependency))
+      read = {n: self._take(YES, f"{folder}/{number} cell {cell} question {n}", a)
+              for n, a in found.items()}
+      values.append(None if None in read.values() else alignment_cell(read, dependency))
     return {"alignment": self._parts["alignment"].add(folder, number, values)}
+
+  def _take(self, form, where, answer):
+    value, _, irregular = form.take(answer, self._strict)
+    self.irregular.add_if(irregular, where, answer)
+    return value
 
   def _text(self, folder, number, cells, answers, words):
     if number not in (texts := self._references["texts"]):
       return self._none("text", f"{folder}_{number}", "no text in text_content.csv")
     found = [answers.get((cell, "text")) for cell in cells]
     words |= {str(c): getattr(a, "text", None) for c, a in zip(cells, found)}
-    values = [None if questions.failure(a) else text_cell(texts[number], a.text) for a in found]
+    read = [self._take(WORDS, f"{folder}/{number} cell {c}", a) for c, a in zip(cells, found)]
+    values = [None if said is None else text_cell(texts[number], said) for said in read]
     rates = self._parts["text"].add(number, values)
     return dict(zip(("ED", "CR", "WAC"), rates)) if rates else {"text": None}
 
@@ -239,8 +247,13 @@ class OneIG(base.Benchmark):
 
   def read_items(self, path):
     columns = ("category", "id", "prompt_en", "type", "prompt_length", "class")
-    entries = records.csv_rows(records.file_in(path, "OneIG-Bench.csv"), columns)
+    file = records.file_in(path, "OneIG-Bench.csv")
+    if file.stem.upper().endswith("ZH"):
+      raise ValueError(f"--prompts {file}: {_CHINESE_HALF}")
+    entries = records.csv_rows(file, columns)
     for entry in entries:
+      if len(_CHINESE.findall(entry.record["prompt_en"])) * 2 > len(entry.record["prompt_en"]):
+        raise ValueError(f"{entry.where}: {_CHINESE_HALF}")
       if entry.record["category"] not in FOLDERS:
         raise ValueError(f"{entry.where}: unknown category {entry.record['category']!r}; the "
                          f"categories are {', '.join(FOLDERS)}")
@@ -263,11 +276,12 @@ class OneIG(base.Benchmark):
     asked = {}  # name: further arguments of `question`
     if folder in ALIGNED:
       for n, question in references["questions"][folder].get(number, ({}, {}))[0].items():
-        asked[f"alignment{n}"] = {"fields": {"question": question}, "fault": _yes_or_no_fault,
-                                  "wording": "oneig_alignment"}
+        asked[f"alignment{n}"] = {"fields": {"question": question}, "wording": "oneig_alignment",
+                                  **YES.faults()}
     elif folder == "text" and number in references["texts"]:
       limit = transcription_limit(references["texts"][number])
-      asked["text"] = {"fields": {}, "max_tokens": limit, "wording": "oneig_text"}
+      asked["text"] = {"fields": {}, "max_tokens": limit, "wording": "oneig_text",
+                       **WORDS.faults()}
     for cell in questions.cells(path, *references.get("grid", (2, 2))) if asked else ():
       for name, arguments in asked.items():
         yield self.question(item, cell, round, name, templates, **arguments)
@@ -280,8 +294,9 @@ class OneIG(base.Benchmark):
     table = score.read_measurements(measured, MEASURED) if measured else {}
     if options.judge_url:
       references = read_references(options.questions) | {"grid": grid}
+    make = lambda: Scorer(references, options.strict_official)
     return score.score_judged(
-        folder, lambda: Scorer(references), open_judge if references else None, references,
+        folder, make, open_judge if references else None, references,
         {"protocol": {"grid": options.grid, "measurements": str(measured or "none")}}, table)
 
   def categories(self, summary):
@@ -308,7 +323,3 @@ def _find(folder, name):
       return path
   raise ValueError(f"--questions {folder}: no {name} in there, nor in alignment or text below it")
 
-
-def _yes_or_no_fault(text):
-  """Looser than the score, which takes "Yes" alone for a yes: other texts give no answer."""
-  return None if re.match(r"\W*(yes|no)\b", text, re.IGNORECASE) else "neither yes nor no"

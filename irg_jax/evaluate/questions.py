@@ -14,7 +14,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import pathlib
 import re
 import typing
@@ -27,7 +26,6 @@ from irg_jax.config import check, setting
 
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
-_UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
 
 
 class Template(typing.NamedTuple):
@@ -56,6 +54,7 @@ class Question(typing.NamedTuple):
   system: str = ""  # the text of the system role; empty: none
   max_tokens: int = 2000  # of the answer
   fault: typing.Callable | None = None  # text -> why it cannot be parsed, or None
+  official: typing.Callable | None = None  # the same as the published script parses; None: `fault`
   probability: bool = False  # ask for one token, and for the probability that it is a "Yes"
 
 
@@ -103,12 +102,16 @@ class JudgeSettings:
 
   url: str = setting("", "base address, such as http://localhost:8000/v1")
   model: str = setting("", "its name at the endpoint")
-  temperature: float = setting(0.0, "of the answers", low=0, high=2)
+  temperature: float | None = setting(0.0, "of the answers; None: not sent", low=0, high=2)
   concurrency: int = setting(8, "questions at a time", low=1)
   timeout: float = setting(120.0, "seconds of one try", above=0)
   tries: int = setting(8, "of a question that fails, with growing waits or as Retry-After says",
                        low=1)
   asks: int = setting(3, "answers asked for until one can be parsed", low=1)
+  answer_limit: int | None = setting(None, "tokens of an answer (default: the official script's)",
+                                     low=1)
+  completion_tokens: bool = setting(False, "send max_completion_tokens in place of max_tokens")
+  strict: bool = setting(False, "read answers exactly as the published scripts do")
   first_wait: float = setting(1.0, "bound of the first wait, in seconds; doubles up to 60")
   longest_wait: float = setting(600.0, "seconds that Retry-After may ask for; more ends the run")
 
@@ -152,38 +155,6 @@ def answers(items, rounds, ask, questions_of):
     groups[0][2][int(cell[1:]), name] = answer
   for group in groups:
     yield group[:3]
-
-
-def failure(answer, fault=None) -> str | None:
-  """Reason for a missing answer, as "reason: detail"; None where there is one.
-
-  `fault` is that of a `Question`: an answer that cannot be parsed is none.
-  """
-  if answer is None or answer.error:
-    return "no answer" if answer is None else answer.error
-  problem = fault(answer.text) if fault else None
-  return f"unparsable: {problem}" if problem else None
-
-
-def yes_probability(choice: dict) -> float | None:
-  """Probability that the first token is a "yes", in any case and with blanks or not.
-
-  None where the endpoint does not tell it: no log-probabilities, or "yes" is not among the
-  likeliest and may still be likelier than next to nothing.
-  """
-  try:
-    listed = choice["logprobs"]["content"][0]["top_logprobs"]
-    pairs = [(entry["token"], math.exp(entry["logprob"])) for entry in listed]
-    yes = [p for token, p in pairs if token.strip().casefold() == "yes"]
-  except (LookupError, TypeError, AttributeError, OverflowError):
-    return None
-  total = math.fsum(p for _, p in pairs)
-  if not math.isfinite(total) or total > 1.01:
-    return None
-  if yes:
-    return min(1.0, math.fsum(yes))
-  least = min([1 - total, *(p for _, p in pairs)])
-  return 0.0 if pairs and least < _UNLISTED else None
 
 
 class Unusable(ValueError):
@@ -293,7 +264,8 @@ def judge_record(settings, benchmark, templates: dict) -> dict:
   """The judge's entry in scores.json: all that decides an answer."""
   every = {name: built_in for name, (built_in, _) in benchmark.templates.items()} | templates
   return {"url": settings.url, "model": settings.model, "temperature": settings.temperature,
-          "asks": settings.asks,
+          "asks": settings.asks, "answer_limit": settings.answer_limit,
+          "strict_official": settings.strict,
           "templates": {n: {"system": t.system, "user": t.user} for n, t in every.items()}}
 
 

@@ -13,6 +13,8 @@ import re
 import sqlite3
 import typing
 
+from irg_jax import storage
+
 _BETWEEN = re.compile(r"[\s,:]*")
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 _SQLITE = b"SQLite format 3\0"
@@ -50,7 +52,7 @@ def read_lines(path):
       if not line.strip():
         continue
       try:
-        value = json.loads(line)
+        value = storage.parse_json(line)
       except ValueError:
         value = None
       yield number, value if isinstance(value, dict) else None
@@ -89,7 +91,7 @@ def json_records(path) -> list[Entry]:
 
 def csv_rows(path, columns) -> list[Entry]:
   """Rows of a CSV file with a header; `where` is the line at which a row begins."""
-  rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+  rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
   entries, line = [], 1
   try:
     if missing := [c for c in columns if c not in (rows.fieldnames or ())]:
@@ -103,7 +105,8 @@ def csv_rows(path, columns) -> list[Entry]:
       entries.append(Entry(where, None, row))
       line = rows.line_num + 1
   except csv.Error as e:
-    raise ValueError(f"{path}, line {line}: not CSV: {e}") from e
+    raise ValueError(f"{path}, line {line}: not CSV: {e}; a field with quotes is written "
+                     "\"a \"\"big\"\" man\"") from e
   return entries
 
 
@@ -186,10 +189,12 @@ def _read(path):
 
 def _parse(text, where):
   try:
-    return json.loads(text)
+    return storage.parse_json(text)
   except json.JSONDecodeError as e:
     place = where if ", line " in where else f"{where}, line {e.lineno}"
     raise ValueError(f"{place}: not JSON: {e.msg} (column {e.colno})") from e
+  except ValueError as e:  # a number of thousands of digits, or deep nesting
+    raise ValueError(f"{where}: not JSON that can be read: {e}") from e
 
 
 def _object(value, where):

@@ -154,12 +154,18 @@ def table_text(report: dict) -> str:
 def round_lines(run: Scored):
   """Yields a line for each round's figures, and one for each reason without a score."""
   for number, summary in run.rounds.items():
+    irregular = summary.get("irregular") or {"total": 0}
     figures = ", ".join(f"{name} {show(value, name)}"
                         for name, value in run.benchmark.headline(summary).items())
     yield (f"round {number}: {figures} ({run.benchmark.scored(summary)} scored, "
            f"{summary['missing']} not there, {summary['unscored']['total']} without a score)")
     for reason, count in summary["unscored"]["by_reason"].items():
-      yield f"  no score: {reason}: {count}"
+      examples = (f" ({pages.short(e['item'])}: {pages.short(e['detail'], 120)})"
+                  for e in summary["unscored"]["examples"] if e["reason"] == reason and e["detail"])
+      yield f"  no score: {reason}: {count}{next(examples, '')}"
+    if irregular["total"]:
+      yield (f"  {base.IRREGULAR}: {irregular['total']}, such as "
+             f"{pages.short(irregular['examples'][0]['detail'])!r} (see --strict-official)")
 
 
 def show(value: float | None, column: str = "") -> str:
@@ -209,7 +215,7 @@ def _coverage(run):
   for number, summary in run.rounds.items():
     reasons = dict(summary["unscored"]["by_reason"])
     if irregular := summary.get("irregular", {}).get("total"):
-      reasons["scored as 0: neither Yes nor No"] = irregular
+      reasons[base.IRREGULAR] = irregular
     yield {"benchmark": run.benchmark.title, "round": number,
            "scored": run.benchmark.scored(summary), "missing": summary["missing"],
            "unscored": summary["unscored"]["total"], "reasons": reasons}
@@ -250,4 +256,4 @@ def _markdown_table(section):
 
 
 def _cell(value):
-  return "" if value is None else " ".join(str(value).split())
+  return "" if value is None else pages.shown(" ".join(str(value).split()))

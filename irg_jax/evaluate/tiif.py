@@ -15,7 +15,8 @@ import re
 
 import numpy as np
 
-from irg_jax.evaluate import base, questions, records, score
+from irg_jax.evaluate import answers as answers_lib
+from irg_jax.evaluate import base, records, score
 
 QUESTION = "answers"  # its name in the key of an answer
 _FACTS = base.facts("tiif")
@@ -34,12 +35,12 @@ COUNTS = {kind: tuple(size["prompts"]) for size in _FACTS["sizes"] for kind in s
 _ANSWER = re.compile(r"(yes|no)\b", re.IGNORECASE)
 
 
-class Unparsable(ValueError):
+class Unparsable(answers_lib.NoAnswer):
   """The judge's text does not answer each question once."""
 
 
 def parse(text: str, questions: int) -> list[str]:
-  """One "yes" or "no" a question: the lines that begin with such a word, in order.
+  """One "yes" or "no" a question, as the official script reads a text: of the lines so beginning.
 
   Raises Unparsable where they are more or fewer than the questions; the item is then asked again.
   """
@@ -50,15 +51,10 @@ def parse(text: str, questions: int) -> list[str]:
   return answers
 
 
-def fault(count: int):
-  """A function: text of an answer to `count` questions -> why it cannot be parsed, or None."""
-  def find(text):
-    try:
-      parse(text, count)
-    except Unparsable as e:
-      return str(e)
-
-  return find
+def form(count: int) -> answers_lib.Form:
+  """The form of an answer to `count` questions."""
+  return answers_lib.Form(lambda text: answers_lib.yes_nos(text, count),
+                          lambda text: parse(text, count))
 
 
 def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:
@@ -101,15 +97,17 @@ class Scorer:
 
   mean = staticmethod(mean)  # of the accuracies of types
 
-  def __init__(self, references: dict):
+  def __init__(self, references: dict, strict: bool = False):
     self.unscored, self._references = base.Unscored(), references
+    self.irregular, self._strict = base.Unscored(), strict
     self._counts, self._items = {}, 0  # {(type, length): [questions, right answers]}
 
   def add(self, item, answers) -> dict:
     answer, (asked, expected) = answers.get((0, QUESTION)), self._references[_line(item)]
-    if why := questions.failure(answer, fault(len(asked))):
+    predicted, why, irregular = form(len(asked)).take(answer, self._strict)
+    if why:
       return score.no_score(self.unscored, item.id, answer, why)
-    predicted = parse(answer.text, len(asked))
+    self.irregular.add_if(irregular, item.id, answer)
     right = sum(e.strip().lower() == p for e, p in zip(expected, predicted))
     self.count(item.extra["attribute"], item.extra["length"], len(asked), right)
     return score.item_line(answer, {"accuracy": right / len(asked)}) | {
@@ -142,6 +140,7 @@ class Scorer:
                           for n in LENGTHS},
         "unknown_types": sorted({kind for kind, _ in self._counts} - set(TYPES)),
         "items": self._items,
+        "irregular": self.irregular.summary(),
         "unscored": self.unscored.summary(),
     }
 
@@ -185,14 +184,16 @@ class Tiif(base.Benchmark):
   def questions(self, item, path, round, references=None, templates=None):
     asked = [q.strip() for q in references[_line(item)][0]]
     fields = {"questions": "\n".join(asked), "count": len(asked)}
-    yield self.question(item, path, round, QUESTION, templates, fields, fault=fault(len(asked)))
+    yield self.question(item, path, round, QUESTION, templates, fields,
+                        **form(len(asked)).faults())
 
   def score(self, folder, options, open_judge):
     if not options.questions:
       raise ValueError("--questions: give the folder testmini_eval_prompts (or the one that "
                        "belongs to your prompts)")
     references = read_questions(options.questions, folder.items)
-    return score.score_judged(folder, lambda: Scorer(references), open_judge, references)
+    make = lambda: Scorer(references, options.strict_official)
+    return score.score_judged(folder, make, open_judge, references)
 
   def headline(self, summary):
     return {f"TIIF {n}": _percent(summary["overall"][n]) for n in LENGTHS}

@@ -10,11 +10,15 @@ IRG ship takes the plain mean of the six. Both are reported, side by side.
 
 import re
 
-from irg_jax.evaluate import base, questions, records, score
+from irg_jax.evaluate import answers as answers_lib
+from irg_jax.evaluate import base, records, score
 
 QUESTION = "scores"  # its name in the key of an answer
 
+_NAMES = {"consistency": "consistency", "realism": "realism",
+          "aesthetic_quality": r"aesthetics?(?:[\s_-]*quality)?"}  # patterns
 FIELDS = ("consistency", "realism", "aesthetic_quality")
+TOP = 2  # the best grade
 FIELD_WEIGHTS = (0.7, 0.2, 0.1)  # of a score from 0 to 2 each
 # First and last id of each category, and its weight in the official overall.
 RANGES = {"CULTURE": (1, 400), "TIME": (401, 567), "SPACE": (568, 700), "BIOLOGY": (701, 800),
@@ -30,7 +34,7 @@ _LONE_DIGIT = re.compile(r"\s*([012])\s*")
 
 
 def parse(text: str) -> dict[str, float]:
-  """Scores in the judge's text; a score that it lacks is absent, never a number.
+  """Scores that the official script reads in a text; one that it lacks is absent, never a number.
 
   The last mention of a name wins. Where no name is found, three lone digits do.
   """
@@ -41,10 +45,14 @@ def parse(text: str) -> dict[str, float]:
   return dict(zip(FIELDS, map(float, lone))) if len(lone) >= 3 else {}
 
 
-def fault(text: str) -> str | None:
-  """Fault of a judge's text: the scores that it lacks; None: it has all."""
-  missing = [f for f in FIELDS if f not in parse(text)]
-  return f"no score for {' and '.join(missing)}" if missing else None
+def _all_scores(text):
+  found = parse(text)
+  if missing := [f for f in FIELDS if f not in found]:
+    raise answers_lib.NoAnswer(f"no score for {' and '.join(missing)}")
+  return found
+
+
+FORM = answers_lib.Form(lambda text: answers_lib.grades(text, _NAMES, TOP), _all_scores)
 
 
 def item_score(scores: dict[str, float]) -> float:
@@ -60,17 +68,19 @@ def category(number: int, ranges=RANGES) -> str | None:
 class Scorer:
   """Adds up a round's answers, three scores each; see `score`."""
 
-  def __init__(self, ranges=RANGES, weights=WEIGHTS):
+  def __init__(self, ranges=RANGES, weights=WEIGHTS, strict=False):
     self.unscored, self.present = base.Unscored(), set()  # present: ids, scored or not
+    self.irregular, self._strict = base.Unscored(), strict
     self._ranges, self._weights = ranges, weights
     self._means = {name: base.Mean() for name in ranges}
     self._in_file = dict.fromkeys(FILES, 0)  # items with a score
 
   def add(self, item, answers) -> dict:
     answer = answers.get((0, QUESTION))
-    if why := questions.failure(answer, fault):
+    scores, why, irregular = FORM.take(answer, self._strict)
+    if why:
       return score.no_score(self.unscored, item.id, answer, why)
-    scores = parse(answer.text)
+    self.irregular.add_if(irregular, item.id, answer)
     self.count(item.extra["prompt_id"], item_score(scores))
     return score.item_line(answer, scores | {"WiScore": item_score(scores)})
 
@@ -107,6 +117,7 @@ class Scorer:
         "items": sum(mean.count for mean in self._means.values()),
         "absent_ids": absent[:20],  # of all, the first few
         "absent": len(absent),
+        "irregular": self.irregular.summary(),
         "unscored": self.unscored.summary(),
     }
 
@@ -122,6 +133,10 @@ class Wise(base.Benchmark):
     names = [f"{name}.json" for name in FILES]
     if (path / "final_data.json").is_file() and not any((path / name).exists() for name in names):
       names = ["final_data.json"]
+    verified = (path / "merge.json").is_file() and not any((path / n).is_file() for n in names)
+    if (verified or "verified" in path.name.lower()
+        or path.absolute().parent.name == "data_verified"):
+      raise ValueError(f"--prompts {path}: {_OTHER}")
     files = dict.fromkeys(records.file_in(path, name) for name in names)
     entries = [entry for file in files for entry in records.json_records(file)]
     for entry in entries:
@@ -130,6 +145,7 @@ class Wise(base.Benchmark):
       if records.field(entry, "prompt_id", int) not in IDS:
         raise ValueError(f"{entry.where}: prompt_id {entry.record['prompt_id']} is not from 1 to "
                          "1000")
+      _check_category(entry)
     records.check_unique(entries, [f"prompt_id {e.record['prompt_id']}" for e in entries])
     return [base.Item(self.name, str(e.record["prompt_id"]), e.record["Prompt"], 1, e.record)
             for e in sorted(entries, key=lambda e: e.record["prompt_id"])]
@@ -142,10 +158,11 @@ class Wise(base.Benchmark):
 
   def questions(self, item, path, round, references=None, templates=None):
     fields = {"prompt": item.prompt, "explanation": item.extra["Explanation"]}
-    yield self.question(item, path, round, QUESTION, templates, fields, fault=fault)
+    yield self.question(item, path, round, QUESTION, templates, fields, **FORM.faults())
 
   def score(self, folder, options, open_judge):
-    return score.score_judged(folder, Scorer, open_judge)
+    make = lambda: Scorer(strict=options.strict_official)
+    return score.score_judged(folder, make, open_judge)
 
   def headline(self, summary):
     return dict(zip(self.columns, (summary["unweighted_partial"], summary["weighted_partial"])))
@@ -157,4 +174,16 @@ class Wise(base.Benchmark):
 
 
 WISE = Wise()
+
+_OTHER = ("this looks like WISE_Verified of 2026, which has other prompts, ids and scores and is "
+          "not supported; give the folder WISE/WISE_legacy/data")
+
+
+def _check_category(entry):
+  """Raises ValueError where a file calls a prompt by one category, and its id is of another."""
+  number, said = entry.record["prompt_id"], entry.record["Category"]
+  named = [n for n in RANGES if said.strip().upper().startswith(n[:6])]
+  if named and named[0] != category(number):
+    raise ValueError(f"{entry.where}: prompt_id {number} is of {category(number)}, but the file "
+                     f"says {said!r}; {_OTHER}")
 

@@ -6,12 +6,14 @@ import re
 import jinja2
 import markupsafe
 
+_LONGEST = 20_000  # characters of a text in a page
+
 
 def render(template: str, **values) -> str:
   """Renders templates/TEMPLATE.html; or the file TEMPLATE, if the name has a suffix.
 
-  Values are escaped in HTML, and as they are in other files, but for what `visible` changes.
-  Beside jinja's filters there are `short`, `data_uri` and `thought`.
+  Values are `shown`, and escaped in HTML. Beside jinja's filters there are `short`, `data_uri` and
+  `thought`.
   """
   name = template if "." in template else f"{template}.html"
   return _TEMPLATES.get_template(name).render(values)
@@ -40,20 +42,28 @@ def flat(values: dict, prefix: str = ""):
       yield prefix + str(name), value
 
 
+def shown(text: str) -> str:
+  """The text as `visible`, and not too long."""
+  if (more := len(text) - _LONGEST) > 0:
+    text = f"{text[:_LONGEST]}… ({more} more characters)"
+  return visible(text)
+
+
 def short(text: str, length: int = 80) -> str:
-  """The text on one line, cut to `length` characters."""
-  text = " ".join(str(text).split())
-  return text if len(text) <= length else text[: length - 1] + "…"
+  """The text on one line, `shown`, cut to `length` characters."""
+  text = " ".join(str(text)[: 100 * length].split())
+  return shown(text if len(text) <= length else text[: length - 1] + "…")
 
 
-def data_uri(image: bytes, kind: str = "png") -> str:
+def data_uri(image: bytes, kind: str = "png") -> markupsafe.Markup:
   """The `src` of an image that the page itself holds; `kind` is its format."""
-  return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+  return markupsafe.Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode()}")
 
 
 def thought(text: str) -> markupsafe.Markup:
-  """A thought as markup: every character kept, <think> tags set apart, headings in bold."""
-  text = re.sub(r"&lt;/?think&gt;", r'<span class="tag">\g<0></span>', str(markupsafe.escape(text)))
+  """A thought, `shown`, as markup: <think> tags set apart, headings in bold."""
+  text = re.sub(r"&lt;/?think&gt;", r'<span class="tag">\g<0></span>',
+                str(markupsafe.escape(shown(text))))
   return markupsafe.Markup(re.sub(r"^#{1,6} .*$", r"<b>\g<0></b>", text, flags=re.MULTILINE))
 
 
@@ -67,11 +77,11 @@ def visible(value):
   return type(value)(_UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", value))
 
 
-# C0, C1, marks, embeddings, overrides and isolates of direction, separators of lines.
+# C0, C1, marks, embeddings, overrides and isolates of direction, separators of lines, tags.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
-                     r"\u2066-\u2069\ufeff]|\r(?!\n)")
+                     r"\u2066-\u2069\ufeff\U000e0000-\U000e007f]|\r(?!\n)")
 _TEMPLATES = jinja2.Environment(
-    finalize=visible,
     loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=jinja2.select_autoescape(["html"]),
-    trim_blocks=True, lstrip_blocks=True)
+    trim_blocks=True, lstrip_blocks=True,
+    finalize=lambda value: shown(value) if type(value) is str else visible(value))
 _TEMPLATES.filters |= {"short": short, "data_uri": data_uri, "thought": thought}
