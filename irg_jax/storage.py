@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import uuid
 
 JSON_BYTES = 2**25  # largest JSON file that is read; tokenizers have up to half of it
@@ -225,7 +226,9 @@ def scratch_folder(parent):
     try:
       yield scratch
     finally:
-      shutil.rmtree(scratch, ignore_errors=True)
+      for pause in (0, 0.1, 0.5, 1):  # threads of a failed write may still add files
+        time.sleep(pause * scratch.exists())
+        shutil.rmtree(scratch, ignore_errors=True)
       for folder in made:
         with contextlib.suppress(OSError):  # not empty
           folder.rmdir()

@@ -206,3 +206,45 @@ def test_a_broken_table_of_added_tokens_is_named(folder, table):
   (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": table}))
   with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder|no token"):
     load_tokenizer(folder, 300)
+
+
+@pytest.mark.parametrize("pattern", [
+    "(a+)+$", "(a|a)*b", "(a|aa)+$", "(.*)*x", "a*a*a*b", "(?:a?){30}a", "a?a?a?a?aaaa", "x{100000}",
+    r"(\w+\s?)*!", r"\g<0>a", r"(?=(a+)+)b", r"^(?:[a-z]+)+\d", "(" * 200 + "a+" + ")+" * 200])
+def test_a_pattern_that_could_take_forever_is_refused_at_once(folder, pattern):
+  for place in ("pre_tokenizer", "normalizer", "decoder"):
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    edit(folder, lambda s: s.update({place: {"type": "Sequence", "pretokenizers": [step]}}))
+    with pytest.raises(ValueError, match="tokenizer.json: the pattern '.*could take forever"):
+      load_tokenizer(folder, 300)
+
+
+@pytest.mark.parametrize("pattern", [
+    r"(?i:'s|'t)|\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+", r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+",
+    r"\p{N}|[^\p{N}]+", "a|b"])
+def test_patterns_of_other_byte_level_tokenizers_are_read(folder, pattern):
+  edit(folder, lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}))
+  tokenizer = load_tokenizer(folder, 300)
+  for text in ("a red fox's 1234  tail\n", "a" * 5000, " " * 5000):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_steps_that_let_a_text_grow_are_refused(folder):
+  grow = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40
+  edit(folder, lambda s: s.update(normalizer={"type": "Sequence", "normalizers": grow}))
+  with pytest.raises(ValueError, match="tokenizer.json: has a step 'Replace'"):
+    load_tokenizer(folder, 300)
+
+
+def test_a_book_is_no_text_to_encode(byte_tokenizer):
+  with pytest.raises(ValueError, match="has 20000000 characters, more than"):
+    byte_tokenizer.encode("a fox " * 3_333_333 + "ab")
+  assert len(byte_tokenizer.encode("a " * 30_000)) == 60_000
+
+
+def test_dropout_and_what_is_put_around_a_text_are_off(folder):
+  edit(folder, lambda s: s["model"].update(dropout=0.9))
+  edit(folder, lambda s: s["model"]["vocab"].update({"re": 260, "red": 261}))
+  edit(folder, lambda s: s["model"].update(merges=[["r", "e"], ["re", "d"]]))
+  tokenizer = load_tokenizer(folder, 300)
+  assert all(tokenizer.encode("red") == [261] for _ in range(50))

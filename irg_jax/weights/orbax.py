@@ -74,14 +74,14 @@ def quiet_failures() -> None:
   """
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
-  if not hasattr(sys.excepthook, "quiet"):
-    sys.excepthook = functools.partial(_print_unless_closed, sys.excepthook)
-    sys.excepthook.quiet = True
+  if not hasattr(sys.unraisablehook, "quiet"):  # of TensorStore's threads
+    sys.unraisablehook = functools.partial(_print_unless_closed, sys.unraisablehook)
+    sys.unraisablehook.quiet = True
 
 
-def _print_unless_closed(print_exception, kind, error, trace):
-  if str(error) != "Event loop is closed":
-    print_exception(kind, error, trace)
+def _print_unless_closed(print_error, error):
+  if str(error.exc_value) != "Event loop is closed":
+    print_error(error)
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
