@@ -114,7 +114,7 @@ def test_an_answer_that_was_cut_off_is_none_unless_strict(tmp_path):
     assert len(server.bodies) == 1  # what is paid for is read again, both ways
   with JudgeServer(lambda _: choice(None, "length")) as server:  # all tokens went into a thought
     (answer,), account = ask(server, tmp_path, asks=2, model="n")
-    assert answer.error.startswith("cut off") and account.calls == 2
+    assert answer.error.startswith("cut off") and account.calls == 1
 
 
 def test_a_withheld_answer_is_filtered_and_a_refusal_is_the_answer(tmp_path):

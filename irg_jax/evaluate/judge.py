@@ -156,6 +156,8 @@ class Judge(contextlib.AbstractContextManager):
                   "temperature": self.settings.temperature, "asks": record["asks"] + 1}
         self._cache.add(record)
         answer = self._read(question, record, cached=False)
+        if question.probability or answer.error and answer.error.startswith("cut off"):
+          break  # asked again, it would be the same
       return answer
 
   def _read(self, question, record, cached):
