@@ -126,9 +126,10 @@ def test_imports_stand_at_the_top_of_a_module_but_in_commands():
 def test_the_package_stays_small():
   count, total = len(files()), sum(map(lines, files()))
   print(f"\n{count} files, {total} lines")
-  # 95 files and 15,500 lines, and what came since: kernels for TPUs and GPUs, plans for GPUs.
-  assert count <= 95 + 5
-  assert total <= 15_500 + 1_200
+  # 95 files and 15,500 lines, and what came since: kernels for TPUs and GPUs with their plans;
+  # answers of any judge, bounded replies, checked headers and images, locks.
+  assert count <= 95 + 5 + 3
+  assert total <= 15_500 + 1_200 + 1_300
 
 
 def test_no_file_is_long():
