@@ -168,7 +168,16 @@ def test_nothing_is_asked_or_measured_again(name, copy, monkeypatch):
   got = read(out / "scores.json"), read_lines(out / "items.jsonl")
   for scores, _ in (want, got):
     scores.get("judge", {}).pop("url", None)
-  assert got == want
+  assert fields_of(got, want) == want
+
+
+def fields_of(now, before):
+  """`now` without the fields that a later version added to those of `before`."""
+  if isinstance(before, dict):
+    return {key: fields_of(value, before[key]) for key, value in now.items() if key in before}
+  if isinstance(before, list | tuple):
+    return type(before)(map(fields_of, now, before)) if len(now) == len(before) else now
+  return now
 
 
 def test_scores_are_reported(tmp_path):
