@@ -7,8 +7,9 @@ import sys
 from conftest import ROOT, reference_folders, reference_root
 import pytest
 
-# Two rounds of generation; the gradients of a training step.
-CASES = ("test_two_rounds_end_to_end",
+# An image's denoising; two rounds of generation; the gradients of a training step.
+CASES = ("test_latents_after_all_steps and 1",
+         pytest.param("test_two_rounds_end_to_end", marks=pytest.mark.long),
          pytest.param("test_every_gradient", marks=pytest.mark.long))
 FOLDERS = reference_folders()
 
