@@ -1,16 +1,31 @@
-"""The record of a run's settings, JSON in the run's folder.
+"""Folders of runs: the record of a run's settings, and the lock that keeps other commands out.
 
 A run is continued with the same settings, or refused: one folder never holds results of two.
+
+A lock is a JSON file that says who holds it. It appears complete, by a hard link, which fails
+where it is there already. Its holder touches it every few seconds. It is void once its process
+has ended, which the holder's machine knows at once; on another machine, network file systems
+included, once it was not touched for a minute. A void lock is replaced, so a killed command
+blocks nobody.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
 
 from irg_jax import storage
 
 _SHOWN = 80  # characters of a value in an error message
 _UNSET = object()
+TOUCHED, VOID = 5.0, 60.0  # seconds between two touches; seconds without one
+_held = set()  # keys of this process's locks
 
 
 def check_folder(path, kind: str) -> None:
@@ -103,3 +118,194 @@ def _within(field, groups):
 def _shown(fields, name):
   text = str(fields.get(name, "(unset)"))
   return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+# --- locks
+
+
+class Held(ValueError):
+  """A living process holds the lock."""
+
+
+@contextlib.contextmanager
+def locked(path, refusal: str):
+  """Holds the lock at `path`; makes its folder, and removes it again where it stays empty.
+
+  Waits where a holder on another machine may have ended. A process whose lock was taken over, as
+  on a machine that was suspended, is ended at once: another one writes the folder by then.
+
+  Args:
+    refusal: begins the message of `Held`: "--out DIR: another irg train is at work in it".
+  """
+  path = pathlib.Path(path).absolute()
+  storage.check_output_folder(path.parent)
+  made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+  me, done = _me(), threading.Event()
+  thread = threading.Thread(target=_touch, args=(path, me, done), daemon=True)
+  _held.add(me["key"])
+  try:
+    with storage.naming(path), _temporary(path.parent) as mine:
+      mine.write_text(json.dumps(me))
+      _take(path, mine, me, refusal)
+    thread.start()
+    yield
+  finally:
+    done.set()
+    if thread.ident:
+      thread.join()
+    with contextlib.suppress(OSError):
+      if _read(path) == me:
+        path.unlink()
+      _held.remove(me["key"])
+      for folder in made:
+        folder.rmdir()
+
+
+def remove_void(folder) -> None:
+  """Removes the locks of this machine's killed processes directly in a folder."""
+  for path in pathlib.Path(folder).glob(".*.lock"):
+    with contextlib.suppress(OSError, Held):
+      holder = _read(path)
+      if holder and holder.get("machine") == _machine() and not _alive(holder):
+        with locked(path, ""):
+          pass
+
+
+@contextlib.contextmanager
+def _temporary(folder):
+  """`storage.temporary_file` in a folder, which is made."""
+  with contextlib.ExitStack() as stack:
+    mine = None
+    while mine is None:
+      folder.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(FileNotFoundError):  # empty, and another process removed it
+        mine = stack.enter_context(storage.temporary_file(folder))
+    yield mine
+
+
+def _take(path, mine, me, refusal):
+  """Puts a file with the content of `mine` at `path`; Held where a living process has."""
+  while not _linked(mine, path):
+    holder = _read(path)
+    if holder == me:
+      return  # the answer of a file server was lost
+    if holder is None or not _void(path, mine, holder, refusal):
+      continue  # given back, or with another holder by now
+    # Of those that find it void, the one that holds this replaces it.
+    claim = path.with_name(f"{path.name}-{holder['key']}")
+    _take(claim, mine, me, refusal)
+    try:
+      if _read(path) == holder:
+        storage.write_json(path, me)
+        return
+    finally:
+      claim.unlink(missing_ok=True)
+
+
+def _void(path, mine, holder, refusal) -> bool:
+  """Whether the lock is void; False if it has changed hands. Raises Held."""
+  held = Held(f"{refusal}: process {holder.get('pid')} on {holder.get('host')}, since "
+              f"{holder.get('since')}; wait for it to end, or choose another folder")
+  if holder.get("machine") == _machine():
+    if _alive(holder):
+      raise held
+    return True
+  first, end, told = _touched(path), time.monotonic() + VOID, False
+  while _read(path) == holder:
+    if _touched(path) != first:
+      raise held
+    os.utime(mine)  # both times are of the file server's clock
+    if _touched(mine) - first > VOID or time.monotonic() > end:
+      return True
+    if not told:
+      print(f"{refusal}, or has ended: waiting for a sign of life, at most {VOID:.0f} s",
+            file=sys.stderr, flush=True)
+    told = True
+    time.sleep(TOUCHED / 10)
+  return False
+
+
+def _touch(path, me, done):
+  """Touches the lock until `done`; ends the process if the lock has another holder."""
+  while not done.wait(TOUCHED):
+    with contextlib.suppress(OSError):  # the file system may be away for a while
+      holder = _read(path)
+      if holder == me:
+        os.utime(path)
+      elif holder is not None:
+        print(f"error: {path}: taken over by process {holder.get('pid')} on {holder.get('host')}, "
+              "which took this one for dead", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _me() -> dict:
+  return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
+          "started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+          "key": uuid.uuid4().hex}
+
+
+def _machine() -> str:
+  """Names the boot and the container that a process number belongs to."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:  # not Linux
+    return socket.gethostname()
+
+
+def _alive(holder) -> bool:
+  """Whether the holder, on this machine, has not ended. Process numbers repeat."""
+  if holder.get("pid") == os.getpid():
+    return holder["key"] in _held
+  started = _started(holder.get("pid"))
+  return started is not None and (started == holder.get("started")
+                                  or 0 in (started, holder.get("started")))
+
+
+def _started(pid) -> int | None:
+  """When a process started, in ticks since the boot; None if it has ended, 0 if not known."""
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, TypeError, OverflowError):
+    return None
+  except PermissionError:
+    pass  # of another user
+  with contextlib.suppress(OSError):
+    state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])
+  return 0
+
+
+def _linked(mine, path) -> bool:
+  """Makes `path` with the content of `mine`; returns False where it is there."""
+  try:
+    os.link(mine, path)
+  except FileExistsError:
+    return False
+  except OSError:  # a file system without hard links
+    try:
+      with open(path, "x", encoding="utf-8") as file:
+        file.write(mine.read_text())
+    except FileExistsError:
+      return False
+  return True
+
+
+def _read(path) -> dict | None:
+  """Content of a lock, at least its "key"; None without one."""
+  try:
+    text = storage.read_file(path).decode("utf-8", "replace")
+  except FileNotFoundError:
+    return None
+  with contextlib.suppress(ValueError):
+    content = storage.parse_json(text)
+    if isinstance(content, dict) and re.fullmatch("[0-9a-f]{32}", str(content.get("key"))):
+      return content
+  return {"key": "damaged"}
+
+
+def _touched(path) -> float:
+  """The time of the last touch, not from a cache: opening asks the file server. 0: no file."""
+  with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    return os.fstat(file.fileno()).st_mtime
+  return 0.0

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import time
 import uuid
 
@@ -52,10 +53,10 @@ def read_json(path, **options) -> dict:
 
 def read_file(path) -> bytes:
   """Content of a file; OSError for a pipe or device, which could block, or never end."""
-  path = pathlib.Path(path)
-  if path.exists() and not (path.is_file() or path.is_dir() or str(path) == os.devnull):
+  mode = os.stat(path).st_mode  # once: the file may go away meanwhile
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path) == os.devnull):
     raise OSError(errno.EINVAL, "a pipe or device, not a file", str(path))
-  return path.read_bytes()
+  return pathlib.Path(path).read_bytes()
 
 
 def local_path(text) -> pathlib.Path:
@@ -116,14 +117,24 @@ def _temporary(parent, make):
 
 
 @contextlib.contextmanager
-def _naming(path):
-  """Names `path` in the error of a full disk."""
+def naming(path):
+  """Names `path` in the error of a full disk, which else says of no file that it was."""
   try:
     yield
   except OSError as e:
     if e.errno in _FULL:
-      raise OSError(e.errno, f"{os.strerror(e.errno)}; nothing was written", str(path)) from e
+      raise OSError(e.errno, os.strerror(e.errno), str(path)) from e
     raise
+
+
+def message(error) -> str:
+  """The text of an error for users; of an error of the system "PATH: No space left on device"."""
+  if not isinstance(error, OSError) or error.errno is None:
+    text = str(error)  # it may quote a file
+    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+  full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+  what = f"{error.strerror}{'; free some space and start again' if full else ''}"
+  return what if error.filename is None else f"{error.filename}: {what}"
 
 
 @contextlib.contextmanager
@@ -144,7 +155,7 @@ def atomic_file(path, temporary_folder=None):
   same file system.
   """
   path = pathlib.Path(path)
-  with _naming(path), temporary_file(temporary_folder or path.parent) as temporary:
+  with naming(path), temporary_file(temporary_folder or path.parent) as temporary:
     yield temporary
     os.replace(temporary, path)
 
@@ -189,7 +200,7 @@ def atomic_folder(folder):
   """`atomic_file` for a folder; makes its parents. FileExistsError as of `check_absent`."""
   check_absent(folder)
   folder = pathlib.Path(folder).absolute()
-  with _naming(folder), scratch_folder(folder.parent) as scratch:
+  with naming(folder), scratch_folder(folder.parent) as scratch:
     yield scratch
     scratch.rename(folder)
 
@@ -203,7 +214,7 @@ def atomic_files(folder):
   """
   folder = pathlib.Path(folder).absolute()
   parent = folder if folder.is_dir() else folder.parent
-  with _naming(folder), scratch_folder(parent) as scratch:
+  with naming(folder), scratch_folder(parent) as scratch:
     yield scratch
     if not folder.exists():
       scratch.rename(folder)

@@ -89,7 +89,7 @@ def test_a_record_is_created_once_and_leaves_nothing(tmp_path):
 # Converts in forked children of one process, which has imported JAX but not started it. A child's
 # alarm ends it as a kill does: without any cleaning up.
 FORKS = textwrap.dedent("""
-    import os, random, signal, sys, time
+    import os, random, shutil, signal, sys, time
     from irg_jax import weights
     source, out, seed, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     def child(destination, seconds=0):
@@ -105,8 +105,10 @@ FORKS = textwrap.dedent("""
     took = time.monotonic() - start
     rng = random.Random(seed)
     for i in range(kills):
-      status = child(f"{out}/killed{i}", took * rng.uniform(0.2, 1))
-      print(status, os.path.exists(f"{out}/killed{i}"), flush=True)
+      while (status := child(f"{out}/killed{i}", took * rng.uniform(0.1, 1))) == 0:
+        took *= 0.9  # it ended before it was killed
+        shutil.rmtree(f"{out}/killed{i}")
+      print(status, flush=True)
       if not os.path.exists(f"{out}/killed{i}"):
         assert child(f"{out}/killed{i}") == 0
     """)
@@ -116,7 +118,7 @@ def check_forks(source, out, seed, kills):
   said = subprocess.run([sys.executable, "-c", FORKS, source, out, str(seed), str(kills)],
                         check=True, cwd=ROOT, capture_output=True, text=True).stdout
   lines = said.splitlines()
-  assert len(lines) == kills and any(line.split()[0] == str(signal.SIGALRM) for line in lines)
+  assert lines == [str(int(signal.SIGALRM))] * kills
   want = content(out / "whole")
   assert set(want) == set(content(source))
   for i in range(kills):
@@ -190,7 +192,7 @@ def test_writers_name_the_target_where_the_system_does_not(tmp_path, number):
   for write, target in (
       (storage.atomic_file, tmp_path / "a"), (storage.atomic_folder, tmp_path / "b"),
       (storage.atomic_files, tmp_path)):
-    with pytest.raises(OSError, match="nothing was written") as caught, write(target) as partial:
+    with pytest.raises(OSError) as caught, write(target):
       raise OSError(number, os.strerror(number))
     assert caught.value.filename == str(target) and caught.value.errno == number
   assert not list(tmp_path.iterdir())

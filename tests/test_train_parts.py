@@ -130,7 +130,8 @@ class Terminal(io.StringIO):
 def write(folder, stream, monkeypatch, seconds, every=2, start=0, peak=1e6):
   """Logs a step at each of the times in `seconds`."""
   clock = iter(seconds)
-  monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  monkeypatch.setattr(logs, "time", types.SimpleNamespace(
+      monotonic=lambda: next(clock), time=lambda: 0.0))
   with logs.Log(folder, "stage1", sharding.make_mesh(), start=start, total=start + len(seconds),
                 every=every, step_flops=lambda values: 5e5, peak_flops=peak, stream=stream) as log:
     for i in range(len(seconds)):

@@ -9,6 +9,7 @@ import sys
 from irg_jax.commands import convert, data, generate, init, mini, plan, train
 from irg_jax.commands import eval as eval_verb
 from irg_jax.commands.flags import Parser
+from irg_jax.storage import message
 
 VERBS = (generate, convert, init, train, data, eval_verb, mini, plan)
 
@@ -28,9 +29,7 @@ def main(argv=None) -> int:
   except (ValueError, OSError) as e:
     if os.environ.get("IRG_DEBUG") == "1":
       raise
-    text = str(e)  # it may quote a file
-    text = text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
-    print(f"irg {args.verb}: error: {text}", file=sys.stderr)
+    print(f"irg {args.verb}: error: {message(e)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"irg {args.verb}: interrupted", file=sys.stderr)

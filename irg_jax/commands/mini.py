@@ -14,9 +14,7 @@ def add(verbs) -> None:
 
 
 def _run(args, overrides):
-  from absl import logging
   from irg_jax.mini import run
-  logging.set_verbosity(logging.FATAL)  # Orbax raises its errors too
   return run.run(run.load(args.config, overrides), args.out, args.until)
 
 

@@ -25,10 +25,8 @@ def add(verbs) -> None:
 
 
 def _run(args, overrides):
-  from absl import logging
   from irg_jax import config
   from irg_jax.train import distributed, run, settings
-  logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error, it also raises
   _connect(args)
   with distributed.fail_together("irg train"):
     file, preset, overrides = config.locate(args.config, overrides)

@@ -12,10 +12,8 @@ image with a trace is done, and a start after a kill at any time generates only 
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -164,26 +162,17 @@ def open_run(out, settings: dict, notes: dict, process: str):
   out = pathlib.Path(out)
   _check_run(out, settings)
   aside = out / _ASIDE / process
-  with contextlib.ExitStack() as at_the_end:
-    aside.mkdir(parents=True, exist_ok=True)
-    handle = os.open(aside, os.O_RDONLY)
-    at_the_end.callback(os.close, handle)  # the end of the lock
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise ValueError(f"--out {out}: another process with the same --process-id and "
-                       "--num-processes is at work in it") from e
-    except OSError:  # a file system without locks: the user sees to it
-      pass
-    aside.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
+  with runs.locked(aside.with_suffix(".lock"), f"--out {out}: another process with the same "
+                    "--process-id and --num-processes is at work in it"):
+    aside.mkdir(exist_ok=True)
     for left in aside.iterdir():  # by a run that was killed
       left.unlink()
     runs.create(out / RUN, {"settings": settings, "notes": notes})
     _check_run(out, settings)  # another process may have been first
     yield OutFolder(out, aside)
     shutil.rmtree(aside)
-    with contextlib.suppress(OSError):  # others are at work in it
-      aside.parent.rmdir()
+  with contextlib.suppress(OSError):  # others are at work in it
+    aside.parent.rmdir()
 
 
 def _check_run(out, settings):

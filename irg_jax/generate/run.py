@@ -1,5 +1,6 @@
 """One `irg generate`, from inputs to files: check everything, read weights, generate, write."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -7,7 +8,7 @@ import sys
 
 import jax
 
-from irg_jax import sharding, weights
+from irg_jax import runs, sharding, weights
 from irg_jax.generate import irg
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings, read_defaults
@@ -50,7 +51,7 @@ def run_generate(inputs: Inputs) -> None:
   images = [read_image(path) for path in inputs.images]
   _check_lengths(inputs, config, tokenizer, images)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
-  with Progress() as progress, jax.set_mesh(mesh):
+  with held(inputs), Progress() as progress, jax.set_mesh(mesh):
     model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress,
                                inputs.attention)
     for rows in batches(count, inputs.batch_size):
@@ -66,6 +67,23 @@ def run_generate(inputs: Inputs) -> None:
     print(f"{folder}: {', '.join(p.name for p in sorted(folder.glob('round*.png')))}, trace.json")
   page = inputs.out / ("index.html" if count > 1 else "trace.html")
   print(f"open {page} to read thoughts and images side by side")
+
+
+@contextlib.contextmanager
+def held(inputs: Inputs):
+  """Keeps other commands out of the folder of the results meanwhile.
+
+  The folder of one prompt is to appear complete, so the lock of a new folder is beside it.
+  """
+  out, several = inputs.out.absolute(), len(inputs.prompts) > 1
+  runs.remove_void(out.parent)
+  with contextlib.ExitStack() as stack:
+    for path, needed in ((out.parent / f".{out.name}.lock", not out.exists()),
+                         (out / ".lock", several or out.exists())):
+      if needed:
+        stack.enter_context(runs.locked(
+            path, f"--out {inputs.out}: another irg generate is at work in it"))
+    yield
 
 
 def load_model(checkpoint, mesh, dtype, progress,

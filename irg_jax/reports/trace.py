@@ -20,7 +20,7 @@ import re
 
 from irg_jax.images import encode_image
 from irg_jax.reports import pages
-from irg_jax.storage import atomic_files, check_output_folder, is_partial, write_text
+from irg_jax.storage import atomic_files, check_output_folder, write_text
 
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 
@@ -28,12 +28,14 @@ _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 def check_trace_folder(folder) -> None:
   """`check_output_folder`, and an existing folder must be empty or hold an earlier trace.
 
+  Hidden files may be there.
+
   Raises:
     ValueError: `write_trace` would fail, or would add to files that are not its own.
   """
   check_output_folder(folder)
-  names = sorted(path.name for path in pathlib.Path(folder).glob("*"))
-  if others := [n for n in names if not (_OWN_FILES.fullmatch(n) or is_partial(n))]:
+  names = sorted(path.name for path in pathlib.Path(folder).glob("[!.]*"))
+  if others := [n for n in names if not _OWN_FILES.fullmatch(n)]:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
                      f"{len(others)} in all); choose another output folder")
 

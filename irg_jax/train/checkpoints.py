@@ -15,7 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
+from irg_jax import storage
 from irg_jax.train.distributed import gather, thread_barrier
+from irg_jax.weights import orbax
 from irg_jax.weights.names import CheckpointError
 
 DAMAGED = "damaged"  # folder for checkpoints that cannot be read
@@ -36,10 +38,12 @@ class Checkpoints:
   def __init__(self, folder, keep: int, report=print):
     self.folder = pathlib.Path(folder).absolute()
     self._report, self._saving = report, None
+    orbax.quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
         cleanup_tmp_directories=True,  # of a killed save: a checkpoint is large
-        async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier_unless_failed))
+        async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier_unless_failed,
+                                               **orbax.FOLDERS_FIRST))
     self._manager = ocp.CheckpointManager(self.folder, options=options,
                                           item_names=("state", "run"))
 
@@ -47,17 +51,19 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, _):
-    try:
-      self.wait()
-    except CheckpointError as e:
-      if kind is None:
-        raise
-      self._report(str(e))  # the first error is the one that is raised
-    finally:
-      self._manager.close()
-    named = isinstance(error, CheckpointError) or not steps_in(self.folder)
-    if isinstance(error, (OSError, ValueError)) and not named:
-      raise ValueError(f"{error}; {self.last_good()}") from error
+    first = error  # the one that is raised
+    for end in (self.wait, self._close):
+      try:
+        end()
+      except CheckpointError as e:
+        first = first or e
+        if first is not e and end == self.wait:
+          self._report(str(e))
+    named = isinstance(first, CheckpointError) or not steps_in(self.folder)
+    if isinstance(first, (OSError, ValueError)) and not named:
+      raise ValueError(f"{storage.message(first)}; {self.last_good()}") from first
+    if first is not error:
+      raise first
 
   def last_good(self) -> str:
     """Names the newest complete checkpoint in words."""
@@ -146,7 +152,7 @@ class Checkpoints:
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise  # no sign of damaged files
     except Exception as e:  # Orbax and TensorStore have no common error
-      cause, faults = e, {str(jax.process_index()): _reason(e)}
+      cause, faults = e, {str(jax.process_index()): orbax.reason(e)}
     if faults := gather(faults):
       process, reason = min(faults.items())
       by = f"process {process}: " if jax.process_count() > 1 else ""
@@ -166,13 +172,16 @@ class Checkpoints:
     sync_global_devices(f"step {step} set aside")
     self._manager.reload()
 
+  def _close(self):
+    self._try(self._manager.close)
+
   def _try(self, save, *args, **kwargs):
     try:
       save(*args, **kwargs)
     except Exception as e:  # Orbax and TensorStore have no common error
       step, self._saving = self._saving, None
-      raise CheckpointError(f"checkpoint of step {step} cannot be saved ({_reason(e)}); "
-                            f"{self.last_good()}") from e
+      what = self.folder if step is None else f"checkpoint of step {step}"
+      raise CheckpointError(f"{what} cannot be saved ({orbax.reason(e)}); {self.last_good()}") from e
 
 
 def _barrier_unless_failed(*, key, timeout_ms):
@@ -218,10 +227,3 @@ def _checksum(x):
     index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     weight, stride = weight + index * np.uint32(stride % 2**32), stride * bits.shape[axis]
   return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-
-def _reason(error) -> str:
-  """First line of an error. A long one loses its middle: the cause comes last."""
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  line = (lines or [type(error).__name__])[0]
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"

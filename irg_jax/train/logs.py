@@ -11,10 +11,12 @@ import sys
 import time
 
 import jax
-import tensorboardX
 from jax.sharding import NamedSharding, PartitionSpec
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from irg_jax import progress
+from irg_jax import progress, storage
 from irg_jax.data.records import MODES
 from irg_jax.train.settings import STAGES
 
@@ -46,13 +48,11 @@ class Log(contextlib.ExitStack):
     # Only the first process writes, so it needs the samples of all.
     self._replicate = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     silent = folder is None
-    append = lambda path: self.enter_context(open(path, "a", encoding="utf-8", buffering=1))
-    self._lines = append(os.devnull if silent else os.path.join(folder, FILE))
-    # Otherwise the points of lost steps would appear twice once the steps are made again.
-    self._board = tensorboardX.SummaryWriter(
-        os.path.join(folder or "", "tensorboard", stage), purge_step=start + 1 if start else None,
-        write_to_disk=not silent)
-    self.callback(self._board.close)
+    self._path = os.devnull if silent else os.path.join(folder, FILE)
+    self._lines = self.enter_context(_closing(open(
+        self._path, "a", encoding="utf-8", buffering=1)))
+    self._curves = None if silent else self.enter_context(
+        curves(os.path.join(folder, "tensorboard", stage), start))
     self._bar = self.enter_context(progress.terminal_bar(
         self._lines if silent else stream or sys.stderr, _BAR_WIDTH))
     self._task = self._bar.add_task(f"{stage}: the first step compiles", completed=start,
@@ -63,8 +63,9 @@ class Log(contextlib.ExitStack):
     self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
   def event(self, step: int, **content) -> None:
-    """Writes a JSON line."""
-    print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
+    """Writes a JSON line; OSError if it cannot be written."""
+    with storage.naming(self._path):
+      print(json.dumps({"stage": self._stage, "step": step, **content}), file=self._lines)
 
   def push(self, step: int, metrics: dict, batch) -> None:
     """Logs the step before this one, so that the device never waits. Raises as `flush`.
@@ -132,13 +133,51 @@ class Log(contextlib.ExitStack):
 
   def _show(self, step, values):
     """Adds a point to the curves; updates the bar of a terminal, or prints a line elsewhere."""
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
-    self._board.flush()
+    if self._curves:
+      self._curves(step, values)
     if self._bar.disable:
       self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
     self._bar.update(self._task, completed=step,
                      description=f"{self._stage}: {_summary(values, brief=True)}")
+
+
+@contextlib.contextmanager
+def curves(folder, start: int):
+  """Yields add(step, values by name), which adds points to curves in a TensorBoard file.
+
+  tensorboardX's own thread would end at the first error, and be waited for without end.
+
+  Args:
+    folder: of the file; made if missing.
+    start: steps already made. Earlier points of later steps are hidden: they will be made again.
+  """
+  def write(step, **content):
+    with storage.naming(folder):
+      file.write_event(Event(step=step, wall_time=time.time(), **content))
+
+  def add(step, values):
+    for name, value in values.items():
+      write(step, summary=scalar(name, value))
+    with storage.naming(folder):
+      file.flush()
+
+  with storage.naming(folder):
+    os.makedirs(folder, exist_ok=True)
+    file = EventsWriter(os.path.join(folder, "events"))
+  with _closing(file):
+    if start:
+      write(start + 1, file_version="brain.Event:2")
+      write(start + 1, session_log=SessionLog(status=SessionLog.START))
+    yield add
+
+
+@contextlib.contextmanager
+def _closing(file):
+  try:
+    yield file
+  finally:  # what is left to write could not be written before, and that error is raised
+    with contextlib.suppress(OSError):
+      file.close()
 
 
 def traced(steps, folder, first: int, count: int, wait):

@@ -6,10 +6,12 @@ The folder of a run:
   log.jsonl, tensorboard/   metrics of every step
   base/                     random weights, where training started without a checkpoint
   .sample/                  the sample set, where data.path is "sample"
+  .lock                     who trains in it now
   STAGE/checkpoints/STEP    training state and position in the data
   STAGE/weights             the moving average, in the published layout
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -32,7 +34,7 @@ from irg_jax.progress import Progress
 from irg_jax.tokenizer import Tokenizer, load_tokenizer
 from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
-from irg_jax.train.distributed import PREEMPTED, gather, preemption
+from irg_jax.train.distributed import PREEMPTED, gather, preemption, thread_barrier
 from irg_jax.train.feed import feed, row_block
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
 from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
@@ -73,7 +75,7 @@ def run_train(settings: TrainSettings, out) -> int:
   Raises:
     ValueError, OSError: with a message for the user.
   """
-  with preemption() as stopping:
+  with preemption() as stopping, held(pathlib.Path(out)):
     run = prepare(settings, pathlib.Path(out), stopping)
     ema = None  # the first stage starts from the base weights
     for stage in unfinished_stages(run):
@@ -83,6 +85,15 @@ def run_train(settings: TrainSettings, out) -> int:
       export(run, stage, ema)
     print_rejected(run.sources)
   return 0
+
+
+@contextlib.contextmanager
+def held(out: pathlib.Path):
+  """Keeps other runs out of the folder meanwhile. The first process holds it, for all."""
+  lock = runs.locked(out / ".lock", f"--out {out}: another irg train is at work in it")
+  with lock if jax.process_index() == 0 else contextlib.nullcontext():
+    thread_barrier("irg/held", 10 * runs.VOID)
+    yield
 
 
 def note(text: str) -> None:

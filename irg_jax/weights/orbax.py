@@ -14,7 +14,9 @@ import os
 import pathlib
 import re
 import sys
+import warnings
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig
-from irg_jax.storage import atomic_folder, read_json, write_json
+from irg_jax.storage import atomic_folder, message, read_json, write_json
 from irg_jax.weights import names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, listing
@@ -30,6 +32,8 @@ from irg_jax.weights.safetensors import all_finite, in_groups
 
 PARAMS = "params"
 CONFIG = "model_config.json"
+# A folder that cannot be made in the background is waited for, 300 s long.
+FOLDERS_FIRST = {"create_directories_asynchronously": False}
 GROUPS = 20  # `restore` reads 1 / GROUPS of all bytes at a time; Orbax holds several copies of it
 
 RUN_FILE = "run.json"  # in the folder of a training run
@@ -57,31 +61,13 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   with atomic_folder(folder) as partial:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
-    quiet_failures()
+    quiet()
     try:
-      with ocp.StandardCheckpointer() as checkpointer:
+      with ocp.StandardCheckpointer(
+          async_options=ocp.options.AsyncOptions(**FOLDERS_FIRST)) as checkpointer:
         checkpointer.save(partial / PARAMS, params)
     except Exception as e:  # Orbax and TensorStore have no common error
-      code = re.search(r"os_error_code='(\d+)'", str(e))  # of TensorStore
-      why = os.strerror(int(code[1])) if code else _first_line(e)
-      raise OSError(f"{folder}: cannot be written ({why}); nothing was written") from e
-
-
-def quiet_failures() -> None:
-  """Keeps Orbax's threads from printing a traceback for each array that a failed save left.
-
-  The first of these errors is raised.
-  """
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
-  if not hasattr(sys.unraisablehook, "quiet"):  # of TensorStore's threads
-    sys.unraisablehook = functools.partial(_print_unless_closed, sys.unraisablehook)
-    sys.unraisablehook.quiet = True
-
-
-def _print_unless_closed(print_error, error):
-  if str(error.exc_value) != "Event loop is closed":
-    print_error(error)
+      raise OSError(f"{folder}: cannot be written ({reason(e)})") from e
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
@@ -95,7 +81,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
       tree = checkpointer.metadata(path).item_metadata.tree
     stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
   except Exception as e:  # as in `restore`
-    raise CheckpointError(f"{path}: not an Orbax checkpoint ({_first_line(e)})") from e
+    raise CheckpointError(f"{path}: not an Orbax checkpoint ({reason(e)})") from e
   names.check_params(stored, config, str(path))
   wanted = names.flatten(_place(stored, shardings, dtype)).items()
   return names.unflatten(restore(path, {name: x for name, x in wanted if name.startswith(part)}))
@@ -138,7 +124,7 @@ def restore(path, wanted: dict) -> dict:
       try:
         leaves |= names.flatten(checkpointer.restore(path, args=args))
       except Exception as e:  # Orbax and TensorStore have no common error
-        raise CheckpointError(f"{path}: {listing(group)}: cannot be restored ({_first_line(e)}); "
+        raise CheckpointError(f"{path}: {listing(group)}: cannot be restored ({reason(e)}); "
                               "the files are damaged or incomplete") from e
   for name, x in leaves.items():
     if not _is_finite(x):
@@ -163,8 +149,34 @@ def _is_finite(x) -> bool:
   return bool(jnp.isfinite(x).all())
 
 
-def _first_line(error) -> str:
-  return (str(error).splitlines() or [""])[0][:200]
+def quiet() -> None:
+  """Keeps Orbax from printing a traceback for each array that a failed save left unwritten.
+
+  The first of these errors is raised, too.
+  """
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  if getattr(sys.unraisablehook, "func", None) is not _show_unless_closed:
+    sys.unraisablehook = functools.partial(_show_unless_closed, sys.unraisablehook)
+
+
+def _show_unless_closed(show, unraisable):
+  if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's, of each array
+    show(unraisable)
+
+
+def reason(error) -> str:
+  """The system's words for an error with its number, else the first line.
+
+  A long line loses its middle: the cause comes last.
+  """
+  if number := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+    *_, path = re.findall(r'"(/[^"]*)"', str(error)) or [None]
+    error = OSError(int(number[1]), os.strerror(int(number[1])), path)
+  lines = [line for line in message(error).splitlines() if line.strip()]
+  line = (lines or [type(error).__name__])[0]
+  return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"
 
 
 def _read_run(folder):
