@@ -151,11 +151,17 @@ UNREADABLE = """
 import sys
 from irg_jax import commands
 from irg_jax.data import parquet
+from irg_jax.train import run
 
 def fail(source, i):
   raise ValueError(f"record {i} cannot be read")
 
-parquet.PublishedSource.__getitem__ = fail
+def fail_from_now_on(*args, check_data=run.check_data):
+  found = check_data(*args)
+  parquet.PublishedSource.__getitem__ = fail
+  return found
+
+run.check_data = fail_from_now_on
 sys.exit(commands.main(sys.argv[1:]))
 """
 

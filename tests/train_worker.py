@@ -24,7 +24,7 @@ class Recorded:
     return len(self._source)
 
   def __getitem__(self, i):
-    self._read.add(int(i))
+    self._read(int(i))
     return self._source[i]
 
   @property
@@ -34,11 +34,16 @@ class Recorded:
 
 def main(path, arguments) -> int:
   read, states = collections.defaultdict(set), []
-  open_sources, loop = sources.open_sources, train_run.loop
+  open_sources, loop, check_data = sources.open_sources, train_run.loop, train_run.check_data
 
   def recorded(*args, **kwargs):
-    return {mode: Recorded(source, read[mode])
+    return {mode: Recorded(source, lambda i, mode=mode: read[mode].add(i))
             for mode, source in open_sources(*args, **kwargs).items()}
+
+  def checked(*args):
+    found = check_data(*args)
+    read.clear()  # of the check, which reads all records of small modes
+    return found
 
   def watched(run, stage, optimizer, state, *args):
     states.append((run.mesh, shapes(state)))
@@ -46,7 +51,7 @@ def main(path, arguments) -> int:
     states.append((run.mesh, shapes(end[0])))
     return end
 
-  sources.open_sources, train_run.loop = recorded, watched
+  sources.open_sources, train_run.loop, train_run.check_data = recorded, watched, checked
   status = commands.main(arguments)
   with open(path, "w") as file:
     json.dump({"read": {mode: sorted(records) for mode, records in read.items()},
