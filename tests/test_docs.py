@@ -38,3 +38,15 @@ def test_every_section_that_the_code_cites_exists():
   assert len([path for path, numbers in found.items() if numbers]) >= 15  # the pattern finds them
   assert not {str(path): wrong for path, numbers in found.items()
               if (wrong := numbers - set(sections))}
+
+
+def test_every_check_of_a_promise_exists():
+  text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+  checks = re.findall(r"`(tests/\S+\.py)(?: -k \"?([^`\"]+?)\"?)?( -m long)?`", text)
+  assert len(checks) >= 30
+  for file, words, long in checks:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    names = " ".join(re.findall(r"def (test_\w+)", source))
+    for word in re.split(" or ", words) if words else ():
+      assert word in names, (file, word)
+    assert not long or "mark.long" in source, file
