@@ -88,7 +88,7 @@ def create(path, record: dict) -> None:
   """Writes a record unless there is one: of processes that start together, the first wins."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with storage.temporary_file(path.parent) as temporary:
+  with storage.naming(path), storage.temporary_file(path.parent) as temporary:
     temporary.write_text(storage.json_text(record), encoding="utf-8")
     try:
       os.link(temporary, path)  # unlike a rename, fails where another process was first

@@ -101,7 +101,7 @@ def _locked(path):
 @contextlib.contextmanager
 def _temporary(parent, make):
   """Yields a new path in `parent` that `make` made, locked where the file system has locks."""
-  with contextlib.ExitStack() as stack:
+  with naming(parent), contextlib.ExitStack() as stack:
     while True:
       path = pathlib.Path(parent) / partial_name()
       make(path)

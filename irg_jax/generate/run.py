@@ -61,8 +61,8 @@ def run_generate(inputs: Inputs) -> None:
       drawn = _generate(inputs, model, params, tokenizer, rows, images, progress)
       entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, images))
                   for i, t in zip(rows, drawn)]
-  if count > 1:
-    trace.write_index(inputs.out, entries)
+    if count > 1:
+      trace.write_index(inputs.out, entries)
   for folder in folders:
     print(f"{folder}: {', '.join(p.name for p in sorted(folder.glob('round*.png')))}, trace.json")
   page = inputs.out / ("index.html" if count > 1 else "trace.html")

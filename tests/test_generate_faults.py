@@ -1,0 +1,251 @@
+"""`irg generate` and `irg eval generate` that are killed, started twice, or find the disk full.
+
+All runs on stand-ins for the engine; at the end for real.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import test_eval_generate
+from test_cli_run import SHORT, checkpoint
+
+from irg_jax import commands, runs
+from irg_jax.evaluate import generate as eval_generate
+from irg_jax.generate import irg
+from irg_jax.generate import run as generate_run
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODEL = types.SimpleNamespace(config=types.SimpleNamespace(dtype="float32"))
+PROMPTS = {"one": ["a fox"], "several": ["a fox", "two dogs", "rain"]}
+EVENTS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.utime"}
+
+
+def arguments(checkpoint, out, *prompts):
+  return ["generate", *prompts, "--checkpoint", str(checkpoint), "--out", str(out), *SHORT,
+          "--batch-size", "2"]
+
+
+def stand_in(model, params, tokenizer, prompts, *, images=None, **options):
+  return test_eval_generate.Engine()(model, params, tokenizer, prompts, **options)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+  monkeypatch.setattr(irg, "generate", stand_in)
+  monkeypatch.setattr(generate_run, "load_model", lambda *_: (MODEL, None))
+
+
+def content(folder):
+  return {p.relative_to(folder).as_posix(): p.read_bytes()
+          for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- killed
+
+
+def child(argv, root, nth, count=None) -> int:
+  """Runs a command in a fork that is killed before its nth change below `root`.
+
+  The process that forks has imported JAX, but not started it. `count`: file for the number of
+  changes of a fork that came to its end.
+  """
+  pid = os.fork()
+  if pid:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+  made = [0]
+
+  def hook(event, args):
+    if event not in EVENTS or not any(str(root) in str(x) for x in args[:2]):
+      return
+    if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+      return
+    made[0] += 1
+    if made[0] == nth:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  irg.generate = stand_in
+  generate_run.load_model = lambda *_: (MODEL, None)
+  sys.addaudithook(hook)
+  status = commands.main(argv)
+  if count:
+    count.write_text(str(made[0]))
+  os._exit(status)
+
+
+def sweep(checkpoint, folder, kind, kills):
+  """Kills a command at so many of its changes of files, evenly spread, and starts it again."""
+  folder = pathlib.Path(folder)
+  (folder / "whole").mkdir()
+  root, counted = folder / "killed", folder / "count"
+  assert child(arguments(checkpoint, folder / "whole" / "out", *PROMPTS[kind]), folder, 0,
+               counted) == 0
+  want, total = content(folder / "whole"), int(counted.read_text())
+  kills = min(kills, total)
+  for nth in sorted({1 + i * (total - 1) // (kills - 1) for i in range(kills)}):
+    root.mkdir()
+    argv = arguments(checkpoint, root / "out", *PROMPTS[kind])
+    assert child(argv, root, nth) == -signal.SIGKILL, nth
+    left = content(root)
+    shown = {name for name in left if not any(p.startswith(".") for p in name.split("/"))}
+    assert all(left[name] == want[name] for name in shown), nth
+    for trace in {name.rpartition("/")[0] for name in shown}:  # a folder is complete or absent
+      assert {n for n in want if n.rpartition("/")[0] == trace} <= shown, nth
+    assert child(argv, root, 0) == 0
+    assert content(root) == want, nth  # and nothing hidden is left
+    root.rename(folder / f"done{nth}")
+  print(total)
+
+
+def in_forks(*arguments):
+  path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  code = "import sys, test_generate_faults as t; t.sweep(*sys.argv[1:4], int(sys.argv[4]))"
+  done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], text=True,
+                        env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("kind, kills", [
+    ("one", 3), ("several", 3), pytest.param("one", 99, marks=pytest.mark.long),
+    pytest.param("several", 99, marks=pytest.mark.long)])
+def test_killed_before_while_or_after_it_writes_a_trace_leaves_whole_ones_and_goes_on(
+    checkpoint, tmp_path, kind, kills):
+  assert in_forks(checkpoint, tmp_path, kind, kills) > 12
+
+
+@pytest.mark.long
+def test_ten_kills_at_any_moment_of_real_runs_end_in_the_images_of_a_run_that_was_not_killed(
+    checkpoint, tmp_path):
+  start = lambda out: subprocess.Popen(
+      [sys.executable, "-m", "irg_jax", *arguments(checkpoint, out, *PROMPTS["several"])],
+      env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE, text=True)
+  begun = time.monotonic()
+  whole = start(tmp_path / "whole" / "out")
+  assert whole.wait() == 0, whole.stderr.read()
+  took, kills, dice = time.monotonic() - begun, 0, random.Random(0)
+  while kills < 10:
+    process = start(tmp_path / "killed" / "out")
+    time.sleep(took * dice.uniform(0.2, 1))
+    process.kill()
+    kills += process.wait() == -signal.SIGKILL
+  last = start(tmp_path / "killed" / "out")
+  assert last.wait() == 0, last.stderr.read()
+  shown = lambda tree: {name: data for name, data in tree.items() if not name.endswith(
+      ("trace.json", "trace.html"))}  # those have times
+  want, got = content(tmp_path / "whole"), content(tmp_path / "killed")
+  assert shown(got) == shown(want) and got.keys() == want.keys()
+
+
+# --- started twice
+
+
+@pytest.mark.parametrize("kind", ["one", "several", "one into an old folder"])
+def test_a_second_generate_into_the_same_folder_is_refused_and_writes_nothing(
+    engine, checkpoint, tmp_path, capsys, monkeypatch, kind):
+  argv = arguments(checkpoint, tmp_path / "out", *PROMPTS[kind.split()[0]])
+  if "old" in kind:
+    assert commands.main(argv) == 0
+  tries = []
+
+  def draw(*args, **options):
+    before = content(tmp_path)
+    tries.append([commands.main(argv[:1] + prompts + argv[1 + len(PROMPTS[kind.split()[0]]):])
+                  for prompts in PROMPTS.values()])  # while the first is at work
+    assert content(tmp_path) == before
+    return stand_in(*args, **options)
+
+  monkeypatch.setattr(irg, "generate", draw)
+  assert commands.main(argv) == 0
+  assert tries and all(statuses == [2, 2] for statuses in tries)
+  error = capsys.readouterr().err
+  assert f"--out {tmp_path / 'out'}: another irg generate is at work in it: process " in error
+  assert f"process {os.getpid()} on " in error
+  assert not [p for p in tmp_path.rglob(".*")]
+
+
+def eval_arguments(checkpoint, out):
+  return ["eval", "generate", "geneval", "--checkpoint", str(checkpoint), "--out", str(out),
+          *test_eval_generate.TINY, "--limit", "1"]
+
+
+def test_a_second_eval_generate_into_the_same_folder_is_refused_and_writes_nothing(
+    engine, checkpoint, tmp_path, capsys, monkeypatch):
+  argv, drawn = eval_arguments(checkpoint, tmp_path / "out"), []
+
+  def draw(*args, **options):
+    before = content(tmp_path)
+    drawn.append(commands.main(argv))
+    assert content(tmp_path) == before
+    return stand_in(*args, **options)
+
+  monkeypatch.setattr(irg, "generate", draw)
+  assert commands.main(argv) == 0
+  assert drawn and set(drawn) == {2}
+  assert f"is at work in it: process {os.getpid()} on " in capsys.readouterr().err
+  assert not [p for p in tmp_path.rglob(".*")]
+
+
+# --- a full disk
+
+
+@contextlib.contextmanager
+def full(size):
+  """Files of this process may not be larger: each writer fails as on a full disk."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def said(argv, capsys):
+  """The lines of a command that fails, but for those of its progress."""
+  assert commands.main(argv) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+  return lines[-1]
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("size", [0, 1000, 6000])
+def test_generate_names_its_folder_and_leaves_nothing_half_written(
+    engine, checkpoint, tmp_path, capsys, kind, size):
+  argv = arguments(checkpoint, tmp_path / "out", *PROMPTS[kind])
+  with full(size):
+    line = said(argv, capsys)
+  assert str(tmp_path / "out") in line or str(tmp_path / ".out.lock") in line
+  assert line.endswith("File too large") and not content(tmp_path)
+  assert commands.main(argv) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1000, 3000])
+def test_eval_generate_and_score_name_the_file_and_go_on_when_there_is_space(
+    engine, checkpoint, tmp_path, capsys, size):
+  out = tmp_path / "out"
+  with full(size):
+    line = said(eval_arguments(checkpoint, out), capsys)
+  assert str(out) in line and line.endswith("File too large")
+  assert commands.main(eval_arguments(checkpoint, out)) == 0
+  boxes = tmp_path / "boxes.jsonl"
+  boxes.write_text("".join(json.dumps(
+      {"filename": str(p.relative_to(out)), "detections": {}}) + "\n"
+      for p in sorted(out.rglob("*.png"))))
+  score = ["eval", "score", "geneval", "--out", str(out), "--detections", str(boxes)]
+  before = content(out)
+  with full(min(size, 200)):
+    line = said(score, capsys)
+  assert str(out / "items.jsonl") in line and line.endswith("File too large")
+  assert content(out) == before
+  assert commands.main(score) == 0
