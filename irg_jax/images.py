@@ -175,7 +175,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     raise ValueError(f"{name}: more than {_MAX_READ_PIXELS:,} pixels; make the image smaller "
                      "first") from e
   except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-    fault = f"unknown format, none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else e
+    unknown = isinstance(e, UnidentifiedImageError)
+    fault = f"unknown format, none of {', '.join(FORMATS)}" if unknown else e
     raise ValueError(f"{name}: not an image that can be decoded: {fault}") from e
 
 

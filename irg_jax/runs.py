@@ -139,26 +139,24 @@ def locked(path, refusal: str):
   """
   path = pathlib.Path(path).absolute()
   storage.check_output_folder(path.parent)
-  made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
   me, done = _me(), threading.Event()
   thread = threading.Thread(target=_touch, args=(path, me, done), daemon=True)
   _held.add(me["key"])
-  try:
-    with storage.naming(path), _temporary(path.parent) as mine:
-      mine.write_text(json.dumps(me))
-      _take(path, mine, me, refusal)
-    thread.start()
-    yield
-  finally:
-    done.set()
-    if thread.ident:
-      thread.join()
-    with contextlib.suppress(OSError):
-      if _read(path) == me:
-        path.unlink()
+  with storage.kept_if_filled(path.parent):
+    try:
+      with storage.naming(path), _temporary(path.parent) as mine:
+        mine.write_text(json.dumps(me))
+        _take(path, mine, me, refusal)
+      thread.start()
+      yield
+    finally:
+      done.set()
+      if thread.ident:
+        thread.join()
+      with contextlib.suppress(OSError):
+        if _read(path) == me:
+          path.unlink()
       _held.remove(me["key"])
-      for folder in made:
-        folder.rmdir()
 
 
 def remove_void(folder) -> None:

@@ -224,6 +224,19 @@ def atomic_files(folder):
 
 
 @contextlib.contextmanager
+def kept_if_filled(folder):
+  """Removes `folder` and those above it at the end, if they are new and empty."""
+  folder = pathlib.Path(folder)
+  new = [p for p in (folder, *folder.parents) if not p.exists()]
+  try:
+    yield
+  finally:
+    for path in new:
+      with contextlib.suppress(OSError):  # not empty
+        path.rmdir()
+
+
+@contextlib.contextmanager
 def scratch_folder(parent):
   """Yields a temporary folder in `parent` that is gone at the end.
 
@@ -231,18 +244,14 @@ def scratch_folder(parent):
   killed processes left in it is removed.
   """
   parent = pathlib.Path(parent)
-  made = [p for p in (parent, *parent.parents) if not p.exists()]
   remove_partials(parent)
-  with _temporary(parent, lambda p: p.mkdir(parents=True)) as scratch:
+  with kept_if_filled(parent), _temporary(parent, lambda p: p.mkdir(parents=True)) as scratch:
     try:
       yield scratch
     finally:
       for pause in (0, 0.1, 0.5, 1):  # threads of a failed write may still add files
         time.sleep(pause * scratch.exists())
         shutil.rmtree(scratch, ignore_errors=True)
-      for folder in made:
-        with contextlib.suppress(OSError):  # not empty
-          folder.rmdir()
 
 
 def check_output_folder(path) -> None:

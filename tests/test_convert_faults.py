@@ -1,4 +1,4 @@
-"""Kills, leftovers of killed commands and full disks: nothing is half-written, and a rerun works."""
+"""Kills, leftovers of killed commands, full disks: nothing is half-written, a rerun works."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def content(folder):
 
 
 def leave(folder):
-  """What killed commands of this and earlier versions leave."""
+  """Makes the leftovers of killed commands, of this and earlier versions."""
   for name in LEFT:
     (folder / name / "below").mkdir(parents=True)
     (folder / name / "below" / "file").write_text("half")

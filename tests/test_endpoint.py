@@ -1,4 +1,4 @@
-"""What a judge's endpoint may send: bounds of replies, redirects, forms of the content, flags."""
+"""Replies of a judge's endpoint: their bounds, redirects, forms of the content, flags."""
 
 import resource
 import time

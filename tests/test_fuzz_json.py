@@ -134,7 +134,7 @@ def folder(made, tmp_path):
 
 
 def check_config(config, _):
-  """What was read is a model of finite and possible sizes, whatever the file said."""
+  """The configuration is a model of finite and possible sizes, whatever the file said."""
   llm = config.llm
   assert 1 <= llm.num_layers <= 1000 and llm.hidden_size % llm.num_heads == 0
   assert llm.num_heads % llm.num_kv_heads == 0 and 1 <= np.float32(llm.rope_theta) < np.inf

@@ -240,8 +240,8 @@ def test_a_text_that_is_no_program_is_refused():
 def kernel_jaxpr(module, sizes, gradient=True, keep=None):
   """A kernel's passes over rows [B 2, W 3, K 2, J 4, T 256, H 128], 512 keys."""
   def loss(q, k, v, queries, keys):
-    attend = lambda *x: jnp.sum(fused.attention(module, 
-        *x, visible.prepare(queries, keys, *sizes, 128))[0].astype(jnp.float32) ** 2)
+    attend = lambda *x: jnp.sum(fused.attention(
+        module, *x, visible.prepare(queries, keys, *sizes, 128))[0].astype(jnp.float32) ** 2)
     if keep is not None:
       attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*keep))
     return attend(q, k, v)

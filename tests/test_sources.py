@@ -291,7 +291,7 @@ def tree(folder):
 
 
 class Killed(BaseException):
-  """What a test raises where a process would end."""
+  """Raised by a test where a process would end."""
 
 
 def test_a_build_that_is_killed_at_any_file_leaves_all_or_nothing_and_goes_on(

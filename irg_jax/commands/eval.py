@@ -187,10 +187,7 @@ def _check_flags(args, parser):
   """Refuses flags of other benchmarks, which would do nothing, and files that are not there."""
   users = {name: list(by_benchmark) for name, by_benchmark in _flags().items()}
   judged = [b.name for b in benchmarks().values() if b.official]
-  users |= dict.fromkeys(("--judge-url", "--judge-model", "--temperature", "--template",
-                          "--judge-cache", "--answer-limit", "--max-completion-tokens",
-                          "--no-temperature", "--strict-official",
-                          *(f"--{name}" for name in _COUNTS)), judged)
+  _add_judge(lambda name, **_: users.update({name: judged}))
   for name, names in users.items():
     attribute = name[2:].replace("-", "_")
     value = getattr(args, attribute)

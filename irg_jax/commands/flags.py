@@ -156,7 +156,7 @@ def read_settings(args, overrides, checkpoint, default=None):
 
 
 def read_text(flag: str, path: pathlib.Path) -> str:
-  """Reads the UTF-8 text file of a flag, with \\n for all ends of lines; ValueError names the flag."""
+  """Reads a flag's UTF-8 text file, with \\n for all ends of lines; ValueError names the flag."""
   try:
     text = storage.read_file(path).decode("utf-8-sig")
   except UnicodeDecodeError as e:

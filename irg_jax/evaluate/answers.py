@@ -148,7 +148,8 @@ def grades(text: str, names: dict[str, str], top: int) -> dict[str, int]:
     found = dict(zip(names, map(int, lone))) if len(lone) == len(names) else {}
   line = re.compile(
       rf"[\W_]*+(?:[0-9a-z]{{1,2}}[.):]\s+[\W_]*+)?(?:final\s+)?({pattern})\s*"
-      rf"(?:score|grade|rating)?[\"'”]?\s*(?:\(([^()]*)\))?\s*([:=]+>?|->|→|is\b|-(?=\s)|–|—|)\s*[\"'“(\[<]*"
+      rf"(?:score|grade|rating)?[\"'”]?\s*(?:\(([^()]*)\))?\s*"
+      rf"([:=]+>?|->|→|is\b|-(?=\s)|–|—|)\s*[\"'“(\[<]*"
       rf"([+-]?{_NUMBER})(?!\w)[\"'”)\]>]*(.*)", re.IGNORECASE)
   cut = re.compile(rf"(?:[,;|]|\band\b|(?<=[0-9.])\s)(?=[\s\"'_]*(?:{pattern})(?![^\W_]))",
                    re.IGNORECASE)

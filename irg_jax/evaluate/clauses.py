@@ -134,6 +134,21 @@ class Box:
   color: str | None
 
 
+def box_rows(name: str, entries) -> np.ndarray:
+  """The boxes of class `name` as float32 [N, 5], see `Box`; Unscorable for a malformed one."""
+  try:
+    rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
+  except (KeyError, TypeError, ValueError, OverflowError) as e:
+    raise Unscorable("malformed box", f"{name}: {e!r}") from e
+  rows = rows.reshape(len(entries), -1) if entries else np.empty((0, 5), np.float32)
+  if rows.shape[1] != 5 or not np.isfinite(rows).all():
+    raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
+  if (rows[:, 2:4] < rows[:, :2]).any() or (abs(rows[:, 4] - 0.5) > 0.500001).any():
+    raise Unscorable("malformed box", f"{name}: the form is [x1, y1, x2, y2] with x1 <= x2 and "
+                     "y1 <= y2, and a score from 0 to 1")
+  return rows
+
+
 def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict[str, list[Box]]:
   """The boxes that count, by class, highest score first; classes without any are absent.
 
@@ -143,16 +158,7 @@ def kept_boxes(detections: dict, tag: str, options: Options = Options()) -> dict
   limit = options.counting_threshold if tag == "counting" else options.threshold
   found = {}
   for name, entries in detections.items():
-    try:
-      rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-      raise Unscorable("malformed box", f"{name}: {e!r}") from e
-    rows = rows.reshape(len(entries), -1) if entries else np.empty((0, 5), np.float32)
-    if rows.shape[1] != 5 or not np.isfinite(rows).all():
-      raise Unscorable("malformed box", f"{name}: needs four finite corners and a score")
-    if (rows[:, 2:4] < rows[:, :2]).any() or (abs(rows[:, 4] - 0.5) > 0.500001).any():
-      raise Unscorable("malformed box", f"{name}: the form is [x1, y1, x2, y2] with x1 <= x2 and "
-                       "y1 <= y2, and a score from 0 to 1")
+    rows = box_rows(name, entries)
     # Ascending and reversed: of equal scores the later one comes first, as upstream.
     order = np.argsort(rows[:, 4], kind="stable")[::-1]
     kept = []

@@ -146,7 +146,8 @@ def read_detections(paths, names=None, aliases=None):
         aliases.update((n, o) for n, o in ours.items() if n != o)
         record["detections"] = {ours[n]: boxes for n, boxes in found.items()}
         try:
-          clauses.kept_boxes(record["detections"], "")
+          for name, boxes in record["detections"].items():
+            clauses.box_rows(name, boxes)
         except clauses.Unscorable as e:
           raise ValueError(f"{where}: {e}") from e
       yield where, record

@@ -23,15 +23,11 @@ import weakref
 import tenacity
 
 from irg_jax.evaluate.base import GIVE_UP_AFTER
-from irg_jax.evaluate.endpoint import KEY, Fault, arguments, client, hide_key, limit, parse
+from irg_jax.evaluate.endpoint import (
+    KEY, Fault, arguments, client, hide_key, limit, openai, parse)
 from irg_jax.evaluate.questions import Account, Answer, JudgeSettings, Unusable, encode
 from irg_jax.evaluate.records import Cache
 from irg_jax.reports.pages import short
-
-try:
-  import openai
-except ImportError:  # the extra `eval`
-  openai = None
 
 CACHE = "judge_cache.sqlite"  # the usual name
 
@@ -197,7 +193,7 @@ class Judge(contextlib.AbstractContextManager):
     try:
       async with (asyncio.timeout(self.settings.timeout),
                   create(**arguments(self.settings, question, images)) as response):
-        async for chunk in response.iter_bytes():  # bounded by `_bound`
+        async for chunk in response.iter_bytes():  # bounded by the client
           body += chunk
       return bytes(body)
     except (TimeoutError, openai.APITimeoutError):

@@ -322,4 +322,3 @@ def _find(folder, name):
     if path.is_file():
       return path
   raise ValueError(f"--questions {folder}: no {name} in there, nor in alignment or text below it")
-

@@ -31,6 +31,8 @@ IDS = range(1, 1001)
 _SCORE = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)",
                     re.IGNORECASE)
 _LONE_DIGIT = re.compile(r"\s*([012])\s*")
+_OTHER = ("this looks like WISE_Verified of 2026, which has other prompts, ids and scores and is "
+          "not supported; give the folder WISE/WISE_legacy/data")
 
 
 def parse(text: str) -> dict[str, float]:
@@ -175,9 +177,6 @@ class Wise(base.Benchmark):
 
 WISE = Wise()
 
-_OTHER = ("this looks like WISE_Verified of 2026, which has other prompts, ids and scores and is "
-          "not supported; give the folder WISE/WISE_legacy/data")
-
 
 def _check_category(entry):
   """Raises ValueError where a file calls a prompt by one category, and its id is of another."""
@@ -186,4 +185,3 @@ def _check_category(entry):
   if named and named[0] != category(number):
     raise ValueError(f"{entry.where}: prompt_id {number} is of {category(number)}, but the file "
                      f"says {said!r}; {_OTHER}")
-

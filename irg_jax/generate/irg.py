@@ -81,7 +81,7 @@ class Job:
   def cache(self) -> tuple[int, int]:
     """(slots of a row, earlier rounds that fit), see `context.plan_cache`."""
     return plan_cache(self.model.config, self.settings, len(self.system_ids),
-                      [image.shape[1:3] for image in self.images or ()], self.understand)
+                      [image.shape[1:3] for image in self.images], self.understand)
 
   @property
   def grid(self) -> tuple[int, int]:

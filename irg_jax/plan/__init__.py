@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for a TPU slice or GPUs: memory, roofline estimate of the time, text report."""
+"""Ahead-of-time compilation for a TPU slice or GPUs: memory, roofline estimate of time, report."""
 
 import dataclasses
 import re

@@ -25,8 +25,8 @@ from irg_jax.weights.names import abstract_params
 
 _SPECIAL = SpecialTokens()
 # Share of the pairs of blocks in a row of `configs/irgl.py` that the TPU kernel visits, the mean of
-# 12 rows of the shape of IRGL-300K (python benchmarks/data.py): in the decoder by the parts of a row
-# on `sequence`, that of the busiest part, for which the others wait; in the ViT.
+# 12 rows of the shape of IRGL-300K (python benchmarks/data.py): in the decoder by the parts of a
+# row on `sequence`, that of the busiest part, for which the others wait; in the ViT.
 VISIBLE = {"stage1": ({1: 0.227, 2: 0.240, 4: 0.305, 8: 0.420}, 0.374),
            "stage2": ({1: 0.237, 2: 0.280, 4: 0.318, 8: 0.385}, 0.545)}
 # Mean tokens of such conversations, with the two ends of a text.

@@ -181,7 +181,8 @@ class Checkpoints:
     except Exception as e:  # Orbax and TensorStore have no common error
       step, self._saving = self._saving, None
       what = self.folder if step is None else f"checkpoint of step {step}"
-      raise CheckpointError(f"{what} cannot be saved ({orbax.reason(e)}); {self.last_good()}") from e
+      raise CheckpointError(
+          f"{what} cannot be saved ({orbax.reason(e)}); {self.last_good()}") from e
 
 
 def _barrier_unless_failed(*, key, timeout_ms):

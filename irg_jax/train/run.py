@@ -173,10 +173,10 @@ def check_data(path, sources: dict, recorded: dict) -> dict:
     "records" and "sources" of the new record: number and `sources.fingerprint` by mode.
   """
   records = {mode: len(source) for mode, source in sources.items()}
-  prints = {mode: sources_lib.fingerprint(source) for mode, source in sources.items()}
   counted, known = recorded.get("records", {}), recorded.get("sources", {})
   runs.check_same({"records": {mode: counted.get(mode, n) for mode, n in records.items()}},
                   {"records": records}, f"--data {path}")
+  prints = {mode: sources_lib.fingerprint(source) for mode, source in sources.items()}
   if other := [mode for mode in prints if known.get(mode, prints[mode]) != prints[mode]]:
     raise ValueError(f"--data {path}: {other[0]} holds other rows than those that the run was "
                      "started with; give the run's own data, or choose another --out")

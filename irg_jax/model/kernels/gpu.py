@@ -106,8 +106,8 @@ def _call(kernel, prepared, blocks, q_BWKJTH, k_BKSH, inputs, outputs):
   )(*lists, *(x for _, x in inputs))
 
 
-def _forward_kernel(start, inner, flags, q_words, k_words, q, k, v, out, lse, *, heads, scale, sizes,
-                    parts):
+def _forward_kernel(start, inner, flags, q_words, k_words, q, k, v, out, lse, *, heads, scale,
+                    sizes, parts):
   q_TH, (lo, reach, split) = q[...], (q_words[i] for i in range(3))
   view = lax.div(pl.program_id(1), heads)
 

@@ -137,7 +137,7 @@ def visible_blocks(query_BW3T, key_BW2S, query_size: int, key_size: int):
 
 
 def _listed(some_BOI, bits_BOI) -> Blocks:
-  """The pairs [row, outer block, inner block] that are set, in order, with the bits of the views."""
+  """The pairs [row, outer block, inner block] that are set, in order, with bits of the views."""
   B, O, I = some_BOI.shape
   none_BO1 = ~jnp.any(some_BOI, -1, keepdims=True)
   some_BOI |= none_BO1 & (jnp.arange(I) == 0)
