@@ -2,10 +2,12 @@
 
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +188,71 @@ def test_a_full_disk_is_named_with_the_last_good_checkpoint(tmp_path):
   assert "checkpoint of step 2 cannot be saved" in error and "File too large" in error
   assert f"the last good checkpoint is {tmp_path / '1'}" in error
   assert checkpoints.steps_in(tmp_path) == [1]
+
+
+# The nth call of a function, and all later ones, fail while step 2 is saved.
+SWEEP = """
+    import builtins, errno, json, os, re, sys, threading, time
+    import numpy as np
+    from irg_jax.train.checkpoints import Checkpoints, steps_in
+    root, armed = sys.argv[1], None
+    state = {f"x{i}": np.full(1000, i, np.float32) for i in range(50)}
+
+    def break_(module, name):
+      real, calls = getattr(module, name), [0]
+      def broken(*args, **kwargs):
+        if armed and armed[0] == name and any(root in str(x) for x in args[:2]):
+          calls[0] += 1
+          if calls[0] >= armed[1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+        return real(*args, **kwargs)
+      setattr(module, name, broken)
+      return calls
+
+    calls = {name: break_(module, name) for module, name in (
+        (os, "mkdir"), (os, "rename"), (builtins, "open"))}
+    for name, counted in calls.items():
+      for nth in range(1, 9):
+        folder = f"{root}/{name}{nth}"
+        try:
+          with Checkpoints(folder, 3) as c:
+            c.save(1, state, {0: 1})
+            c.wait()
+            counted[0], armed, start = 0, (name, nth), time.monotonic()
+            c.save(2, state, {0: 2})
+            c.wait()
+        except ValueError as e:
+          error = str(e)
+        else:
+          error = None
+        armed, took = None, time.monotonic() - start
+        left = [t for t in threading.enumerate() if t is not threading.main_thread()
+                and not t.daemon and not re.match("asyncio_|metadata_store", t.name)  # idle pools
+                and t.join(5) is None and t.is_alive()]
+        print(json.dumps([name, nth, error, took, len(left)]), flush=True)
+        if error is None:
+          break
+        with Checkpoints(folder, 3) as c:
+          assert c.restore(state)[0] == 1 == steps_in(folder)[-1], folder
+          c.save(2, state, {0: 2})
+        assert steps_in(folder) == [1, 2] and not any("tmp" in p for p in os.listdir(folder))
+    print(time.time())
+"""
+
+
+def test_a_save_that_fails_at_any_call_ends_at_once_with_one_line_and_the_start_after_it_is_well(
+    tmp_path):
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(SWEEP), str(tmp_path)],
+                        capture_output=True, text=True)
+  ended = time.time()
+  assert done.returncode == 0 and not done.stderr, done.stderr
+  *lines, end = map(json.loads, done.stdout.splitlines())
+  assert ended - end < 5  # no thread is waited for
+  failed = [line for line in lines if line[2]]
+  assert {line[0] for line in failed} == {"mkdir", "rename", "open"} and len(failed) >= 9
+  for name, nth, error, seconds, threads in failed:
+    assert "No space left on device" in error and seconds < 5 and not threads
+    assert f"the last good checkpoint is {tmp_path / f'{name}{nth}' / '1'}" in error
 
 
 # Two processes; the second one (the last argument is 1) cannot read, and later not write.

@@ -384,12 +384,13 @@ def start(checkpoint, out):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.long)])
 def test_kill_9_and_resume_gives_the_bytes_of_a_run_that_was_not_stopped(
-    checkpoint, engine, generate, tmp_path):
+    checkpoint, engine, generate, tmp_path, kills):
   whole, out, rng = tmp_path / "whole", tmp_path / "killed", np.random.default_rng()
   count = lambda: len(list(out.glob("traces/*/*.json")))
-  for _ in range(2):
-    process, enough = start(checkpoint, out), count() + rng.integers(1, 9)
+  for _ in range(kills):
+    process, enough = start(checkpoint, out), count() + rng.integers(1, 17 // kills + 1)
     while count() < enough:
       assert process.poll() is None, process.communicate()[0]
       time.sleep(0.01)

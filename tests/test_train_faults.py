@@ -1,10 +1,14 @@
 """Training gives the same run when it is killed, moved to another mesh or split over processes."""
 
+import errno
 import filecmp
 import json
+import os
 import pathlib
+import re
 import shutil
 import signal
+import threading
 import time
 
 import numpy as np
@@ -12,7 +16,7 @@ import pytest
 import train_runs
 from train_runs import cache, data
 
-from irg_jax import commands, weights
+from irg_jax import commands, runs, weights
 from irg_jax.train import checkpoints
 from irg_jax.weights.names import flatten
 
@@ -84,6 +88,44 @@ def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
     assert filecmp.cmp(folder / "stage1" / "weights" / "ema.safetensors",
                        whole / "stage1" / "weights" / "ema.safetensors", shallow=False)
   assert state_sums(out) == state_sums(whole)
+
+
+def test_a_save_that_fails_ends_the_run_with_the_cause_and_the_last_good_checkpoint(
+    whole, data, cache, tmp_path, capsys, monkeypatch):
+  out, make = tmp_path / "out", os.mkdir
+
+  def full(path, *args, **kwargs):
+    if "checkpoints/4." in str(path):
+      raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    return make(path, *args, **kwargs)
+
+  monkeypatch.setattr(os, "mkdir", full)
+  flags = train_runs.flags(data, out, train_runs.MESH, run_stages="stage1")
+  assert commands.main(flags) == 2
+  for thread in threading.enumerate():  # none that the end of the process would wait for
+    if not (thread.daemon or thread is threading.main_thread()
+            or re.match("asyncio_|metadata_store|ThreadPool", thread.name)):  # idle pools
+      thread.join(5)
+      assert not thread.is_alive(), thread
+  lines, checkpoint = capsys.readouterr().err.splitlines(), out / "stage1" / "checkpoints"
+  assert len(lines) < 15 and "Traceback" not in "".join(lines)
+  assert lines[-1].startswith("irg train: error: checkpoint of step 4 cannot be saved (")
+  assert f"{checkpoint}/4.orbax-checkpoint-tmp: No space left on device" in lines[-1]
+  assert lines[-1].endswith(f"the last good checkpoint is {checkpoint / '2'}")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(data, tmp_path, capsys):
+  for name in ("new", "old"):
+    out = tmp_path / name
+    if name == "old":
+      (out / "stage1").mkdir(parents=True)
+      (out / "run.json").write_text("{}")
+    with runs.locked(out / ".lock", "x"):
+      before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+      assert commands.main(train_runs.flags(data, out, train_runs.MESH)) == 2
+      assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    error = capsys.readouterr().err
+    assert f"--out {out}: another irg train is at work in it: process {os.getpid()} on" in error
 
 
 def state_sums(out, step=4):

@@ -1,8 +1,11 @@
 """Repeated kills, changing meshes, several processes: `pytest -m long tests/test_train_long.py`."""
 
 import filecmp
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import train_runs
 from train_runs import cache, data
 
+from irg_jax import runs
 from irg_jax.train.checkpoints import steps_in
 
 pytestmark = pytest.mark.long
@@ -138,3 +142,41 @@ def test_two_processes_stop_together_and_continue(uncut, data, cache, tmp_path):
   workers[0].communicate()
   end(start_both(), 0)
   assert_same_numbers(out, uncut)
+
+
+def test_two_processes_end_together_where_the_folder_is_in_use(data, cache, tmp_path):
+  flags = train_runs.flags(data, tmp_path / "out", {"data": 2, "fsdp": 2, "tensor": 2}, **SMALL)
+  with runs.locked(tmp_path / "out" / ".lock", "x"):
+    for worker in train_runs.two_processes(flags, cache):
+      text, _ = worker.communicate(timeout=100)
+      assert worker.returncode == 2 and f"in it: process {os.getpid()} on " in text, text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
+def test_on_a_full_disk_a_run_ends_in_seconds_with_one_line_and_goes_on_when_there_is_space(
+    data, cache, tmp_path, size):
+  # A file system in memory for the process alone; its folder goes with it.
+  flags = train_runs.flags(data, tmp_path / "disk" / "out", train_runs.MESH, run_stages="stage1")
+  (tmp_path / "disk").mkdir()
+  disk = f"mount -t tmpfs -o size={size}000k tmpfs {tmp_path / 'disk'}"
+  again = f"mount -o remount,size=20m {tmp_path / 'disk'}"
+  if subprocess.run(["unshare", "-Urm", "sh", "-c", f"{disk} && {again}"]).returncode:
+    pytest.skip("no file systems of one's own on this machine")
+  code = ("import subprocess, sys; run = [sys.executable, '-m', 'irg_jax', *sys.argv[3:]]; "
+          "mount = lambda text: subprocess.run(text.split(), check=True); "
+          "mount(sys.argv[1]); print('status', subprocess.run(run).returncode, flush=True); "
+          "mount(sys.argv[2]); sys.exit(subprocess.run(run).returncode)")
+  running = subprocess.Popen(
+      ["unshare", "-Urm", sys.executable, "-u", "-c", code, disk, again, *flags],
+      env=train_runs.environment(cache, devices=8), stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True)
+  lines, failed = [], None
+  for line in running.stdout:
+    lines.append(line)
+    if "irg train: error: " in line:
+      failed = time.monotonic()
+    if line == "status 2\n":
+      assert time.monotonic() - failed < 5
+      assert "No space left on device" in lines[-2] and str(tmp_path / "disk") in lines[-2]
+      assert len(lines) < 20, lines
+  assert running.wait() == 0 and (failed or "status 0\n" in lines), lines

@@ -1,5 +1,6 @@
 """Units of a training run: rows by process, FLOPs, the log."""
 
+import errno
 import io
 import json
 import types
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from tensorboardX import record_writer
+from tensorboardX.proto.event_pb2 import Event
 
 from irg_jax import chips, sharding
 from irg_jax.config import LlmConfig, ModelConfig, SpecialTokens, VaeConfig, VitConfig
@@ -138,6 +141,41 @@ def write(folder, stream, monkeypatch, seconds, every=2, start=0, peak=1e6):
       log.step(start + i + 1, VALUES, [[0, i]])
   return [json.loads(line) for line in (folder / logs.FILE).read_text().splitlines()] \
       if folder else None
+
+
+def test_a_log_that_cannot_be_written_is_named_at_once(tmp_path, monkeypatch):
+  for name in ("lines", "curves"):
+    folder = tmp_path / name
+    folder.mkdir()
+    if name == "lines":
+      (folder / logs.FILE).symlink_to("/dev/full")
+    else:
+      monkeypatch.setattr(record_writer, "open_file", lambda _: open("/dev/full", "wb"))
+    with pytest.raises(OSError) as caught:
+      write(folder, io.StringIO(), monkeypatch, range(40), every=1)
+    path = folder / (logs.FILE if name == "lines" else "tensorboard/stage1")
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+
+
+def test_curves_have_their_points_and_hide_those_that_are_made_again(tmp_path):
+  for start in (0, 4):
+    folder = tmp_path / str(start)
+    with logs.curves(folder, start) as add:
+      add(start + 1, {"loss": 0.5, "packing/und": 2.0})
+    path, = folder.iterdir()
+    seen = list(events(path))
+    assert {(event.step, v.tag, v.simple_value) for event in seen for v in event.summary.value} == {
+        (start + 1, "loss", 0.5), (start + 1, "packing/und", 2.0)}
+    assert [e.step for e in seen if e.HasField("session_log")] == [5] * (start > 0)
+
+
+def events(path):
+  """The events of a TensorBoard file: length, checksum, content, checksum."""
+  data = path.read_bytes()
+  while data:
+    size = int.from_bytes(data[:8], "little")
+    yield Event.FromString(data[12:12 + size])
+    data = data[16 + size:]
 
 
 def test_rates_are_those_of_the_steps_since_the_last_line_but_for_the_first(tmp_path, monkeypatch):

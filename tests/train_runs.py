@@ -73,13 +73,17 @@ def flags(data, out, mesh=None, **fields) -> list[str]:
 
 
 def process(arguments, cache, *, devices=1, program=("-m", "irg_jax")) -> subprocess.Popen:
-  """Starts `irg` in a process. Programs are compiled once for all that share `cache`."""
-  environment = os.environ | {
+  """Starts `irg` in a process, see `environment`."""
+  return subprocess.Popen([sys.executable, *program, *arguments], env=environment(cache, devices),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def environment(cache, devices) -> dict:
+  """Variables of a process. Programs are compiled once for all that share `cache`."""
+  return os.environ | {
       "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-  return subprocess.Popen([sys.executable, *program, *arguments], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def two_processes(arguments, cache, programs=(("-m", "irg_jax"),) * 2) -> list[subprocess.Popen]:
