@@ -374,23 +374,23 @@ sys.exit(here.commands.main({argv!r}))
 """
 
 
-def start(checkpoint, out):
-  """A process that draws 28 images with the stand-in."""
+def start(checkpoint, out, limit):
+  """A process that draws four images of each of `limit` prompts with the stand-in."""
   argv = ["eval", "generate", "geneval", "--checkpoint", str(checkpoint), "--out", str(out), *TINY,
-          "--limit", "7", "--batch-size", "2"]
+          "--limit", str(limit), "--batch-size", "2"]
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   code = WORKER.format(tests=str(ROOT / "tests"), argv=argv)
   return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills, limit", [(2, 7), pytest.param(10, 40, marks=pytest.mark.long)])
 def test_kill_9_and_resume_gives_the_bytes_of_a_run_that_was_not_stopped(
-    checkpoint, engine, generate, tmp_path, kills):
+    checkpoint, engine, generate, tmp_path, kills, limit):
   whole, out, rng = tmp_path / "whole", tmp_path / "killed", np.random.default_rng()
   count = lambda: len(list(out.glob("traces/*/*.json")))
   for _ in range(kills):
-    process, enough = start(checkpoint, out), count() + rng.integers(1, 17 // kills + 1)
+    process, enough = start(checkpoint, out, limit), count() + rng.integers(1, 9)
     while count() < enough:
       assert process.poll() is None, process.communicate()[0]
       time.sleep(0.01)
@@ -398,11 +398,11 @@ def test_kill_9_and_resume_gives_the_bytes_of_a_run_that_was_not_stopped(
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-  assert generate("geneval", whole, "--limit", 7, "--batch-size", 2) == 0
+  assert generate("geneval", whole, "--limit", limit, "--batch-size", 2) == 0
   want, half = tree(whole), tree_of_whole(out)
-  assert len(want) == 28 * 3 + 7 * 2
+  assert len(want) == limit * (4 * 3 + 2)
   assert len(half) < len(want) and half.items() <= want.items()
-  assert generate("geneval", out, "--limit", 7, "--batch-size", 2) == 0
+  assert generate("geneval", out, "--limit", limit, "--batch-size", 2) == 0
   assert tree(out) == want
 
 

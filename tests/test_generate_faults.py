@@ -17,10 +17,10 @@ import types
 
 import pytest
 import test_eval_generate
+import train_runs
 from test_cli_run import SHORT, checkpoint
 
-from irg_jax import commands, runs
-from irg_jax.evaluate import generate as eval_generate
+from irg_jax import commands
 from irg_jax.generate import irg
 from irg_jax.generate import run as generate_run
 
@@ -126,21 +126,21 @@ def test_killed_before_while_or_after_it_writes_a_trace_leaves_whole_ones_and_go
 @pytest.mark.long
 def test_ten_kills_at_any_moment_of_real_runs_end_in_the_images_of_a_run_that_was_not_killed(
     checkpoint, tmp_path):
-  start = lambda out: subprocess.Popen(
-      [sys.executable, "-m", "irg_jax", *arguments(checkpoint, out, *PROMPTS["several"])],
-      env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE, text=True)
-  begun = time.monotonic()
-  whole = start(tmp_path / "whole" / "out")
-  assert whole.wait() == 0, whole.stderr.read()
+  start = lambda name: train_runs.process(
+      arguments(checkpoint, tmp_path / name / "out", *PROMPTS["several"]), tmp_path / "cache")
+  for name in ("compiled", "whole"):
+    begun = time.monotonic()
+    text, _ = (process := start(name)).communicate()
+    assert process.returncode == 0, text
   took, kills, dice = time.monotonic() - begun, 0, random.Random(0)
   while kills < 10:
-    process = start(tmp_path / "killed" / "out")
+    process = start("killed")
     time.sleep(took * dice.uniform(0.2, 1))
     process.kill()
-    kills += process.wait() == -signal.SIGKILL
-  last = start(tmp_path / "killed" / "out")
-  assert last.wait() == 0, last.stderr.read()
+    process.communicate()
+    kills += process.returncode == -signal.SIGKILL
+  text, _ = (process := start("killed")).communicate()
+  assert process.returncode == 0, text
   shown = lambda tree: {name: data for name, data in tree.items() if not name.endswith(
       ("trace.json", "trace.html"))}  # those have times
   want, got = content(tmp_path / "whole"), content(tmp_path / "killed")
