@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_weights import CONFIG
 from test_weights_errors import edit, edit_json, refuse
 from irg_jax import sharding, weights
-from irg_jax.generate.run import load_model
+from irg_jax.generate.generator import load_model
 from irg_jax.weights import init, names, published
 from irg_jax.weights import safetensors as tensor_files
 

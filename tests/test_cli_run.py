@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from irg_jax import commands
-from irg_jax.generate import run
+from irg_jax.generate import generator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Short: the point is that everything is connected, not what comes out.
@@ -88,5 +88,5 @@ def test_an_output_folder_of_someone_else_is_left_alone(checkpoint, tmp_path, ca
 
 
 def test_batches_cover_every_prompt_once():
-  assert [list(b) for b in run.batches(5, 2)] == [[0, 1], [2, 3], [4]]
-  assert [list(b) for b in run.batches(2, 8)] == [[0, 1]]
+  assert [list(b) for b in generator.batches(5, 2)] == [[0, 1], [2, 3], [4]]
+  assert [list(b) for b in generator.batches(2, 8)] == [[0, 1]]

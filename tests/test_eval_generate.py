@@ -24,8 +24,7 @@ from irg_jax import evaluate, storage
 from irg_jax.commands import eval as eval_verb
 from irg_jax.evaluate import base, geneval
 from irg_jax.evaluate import generate as runner
-from irg_jax.generate import irg
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator, irg
 from irg_jax.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -68,7 +67,7 @@ class Engine:
     self.batches, self.fails = [], set()
 
   def __call__(self, model, params, tokenizer, words, *, seeds, settings, system_prompt,
-               on_progress):
+               on_progress, **_):
     self.batches.append(list(zip(words, seeds)))
     on_progress("draw", 0, 0, 1)
     return [irg.Trajectory(p, [self._round(p, s, n, settings) for n in range(settings.rounds)])
@@ -85,7 +84,7 @@ class Engine:
 def engine(monkeypatch):
   engine = Engine()
   monkeypatch.setattr(irg, "generate", engine)
-  monkeypatch.setattr(generate_run, "load_model", lambda *_: (None, None))
+  monkeypatch.setattr(generator, "load_model", lambda *_: (None, None))
   return engine
 
 
@@ -369,7 +368,7 @@ sys.path.insert(0, {tests!r})
 import test_eval_generate as here
 draw = here.Engine()
 here.irg.generate = lambda *args, **kwargs: (time.sleep(0.02), draw(*args, **kwargs))[1]
-here.generate_run.load_model = lambda *_: (None, None)
+here.generator.load_model = lambda *_: (None, None)
 sys.exit(here.commands.main({argv!r}))
 """
 

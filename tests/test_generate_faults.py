@@ -21,8 +21,7 @@ import train_runs
 from test_cli_run import SHORT, checkpoint
 
 from irg_jax import commands
-from irg_jax.generate import irg
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator, irg
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = types.SimpleNamespace(config=types.SimpleNamespace(dtype="float32"))
@@ -42,7 +41,7 @@ def stand_in(model, params, tokenizer, prompts, *, images=None, **options):
 @pytest.fixture
 def engine(monkeypatch):
   monkeypatch.setattr(irg, "generate", stand_in)
-  monkeypatch.setattr(generate_run, "load_model", lambda *_: (MODEL, None))
+  monkeypatch.setattr(generator, "load_model", lambda *_: (MODEL, None))
 
 
 def content(folder):
@@ -74,7 +73,7 @@ def child(argv, root, nth, count=None) -> int:
       os.kill(os.getpid(), signal.SIGKILL)
 
   irg.generate = stand_in
-  generate_run.load_model = lambda *_: (MODEL, None)
+  generator.load_model = lambda *_: (MODEL, None)
   sys.addaudithook(hook)
   status = commands.main(argv)
   if count:

@@ -9,8 +9,7 @@ import pytest
 
 from irg_jax import sharding, weights
 from irg_jax.evaluate import score
-from irg_jax.generate import irg
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator, irg
 from irg_jax.generate.settings import SHIPPED, read_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.tokenizer import load_tokenizer
@@ -30,7 +29,7 @@ def one_device():
 
 def load(mesh):
   with jax.set_mesh(mesh):
-    model, params = generate_run.load_model(FOLDER, mesh, None, lambda *args: None)
+    model, params = generator.load_model(FOLDER, mesh, None, lambda *args: None)
   words = load_tokenizer(FOLDER, model.config.llm.vocab_size)
   return model, params, words
 

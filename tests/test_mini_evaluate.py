@@ -19,7 +19,7 @@ from irg_jax.evaluate import generate as runner
 from irg_jax.evaluate import score
 from irg_jax.evaluate.generate import fingerprint
 from irg_jax.commands.generate import make_inputs
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator
 from irg_jax.generate import settings as generate_settings
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
@@ -347,7 +347,7 @@ def test_a_checkpoint_s_own_settings_are_the_defaults_and_flags_win(checkpoint, 
 def test_a_checkpoint_says_what_it_is_computed_in_and_the_flag_wins(checkpoint, tmp_path):
   half, mesh = tmp_path / "half", sharding.make_mesh(None)
   weights.convert(checkpoint[0], half, to="published", dtype="bfloat16")
-  dtype = lambda asked=None: generate_run.load_model(half, mesh, asked, print)[0].config.dtype
+  dtype = lambda asked=None: generator.load_model(half, mesh, asked, print)[0].config.dtype
   assert dtype() == "bfloat16"
   write_defaults(half, Defaults(settings=checkpoint[1], system_prompt=thoughts.SYSTEM_PROMPT,
                                 dtype="float32"))

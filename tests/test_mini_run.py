@@ -11,7 +11,7 @@ import pytest
 from irg_jax import sharding, weights
 from irg_jax.data import sources
 from irg_jax.data.records import MODES
-from irg_jax.generate.run import load_model
+from irg_jax.generate.generator import load_model
 from irg_jax.generate.settings import read_defaults
 from irg_jax.mini import datasets, run, thoughts, vae, world
 from irg_jax.mini.world import paint

@@ -27,8 +27,7 @@ from PIL import Image
 from irg_jax import runs, sharding, storage, weights
 from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN, SCORES
-from irg_jax.generate import irg
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings
 from irg_jax.images import encode_image
@@ -102,15 +101,15 @@ def generate_images(request: Request) -> Result:
   rows = [(item, image) for item in share for image in range(item.images)]
   notes = {"checkpoint": str(request.checkpoint), "batch_size": request.batch_size,
            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-           "versions": generate_run.versions()}
+           "versions": generator.versions()}
   with open_run(request.out, identity(request), notes, process) as folder:
     done = lambda: sum(_is_done(request, folder, *row) for row in rows)
     before = done()
     if before < len(rows):
-      with Progress() as progress, jax.set_mesh(mesh):
-        model, params = generate_run.load_model(request.checkpoint, mesh, request.dtype, progress,
-                                                request.attention)
-        _generate_batches(request, folder, model, params, tokenizer, rows, progress)
+      with Progress() as progress:
+        loaded = generator.load(request.checkpoint, mesh=mesh, dtype=request.dtype,
+                                attention=request.attention, on_progress=progress)
+        _generate_batches(request, folder, loaded, rows, progress)
     for item in share:
       _paste(request, folder, item)
     failed = [f"{item.id}, image {image}, round {number}" for item, image in rows
@@ -199,7 +198,7 @@ def _is_done(request, folder, item, image):
       for number, entry in enumerate(record["rounds"], 1))
 
 
-def _generate_batches(request, folder, model, params, tokenizer, rows, progress):
+def _generate_batches(request, folder, loaded, rows, progress):
   # A batch's rows stay together whatever is missing: so a run that was stopped gives the very
   # bytes of one that was not, although a row's last bits may depend on the size of its batch.
   size = min(request.batch_size, len(rows))
@@ -208,12 +207,10 @@ def _generate_batches(request, folder, model, params, tokenizer, rows, progress)
   total, done, ends = sum(map(len, batches)), 0, []
   for batch in batches:
     progress.prefix = f"{done} of {total} images{_left(ends, len(batches))}: "
-    # A batch that is not full repeats its last row: another size would compile anew.
-    padded = [*batch, *[batch[-1]] * (size - len(batch))]
-    trajectories = irg.generate(
-        model, params, tokenizer, [item.prompt for item, _ in padded],
-        seeds=[base.seed(item.benchmark, item.id, image) for item, image in padded],
-        settings=request.settings, system_prompt=request.system_prompt, on_progress=progress)
+    trajectories = loaded.batch(
+        [item.prompt for item, _ in batch],
+        [base.seed(item.benchmark, item.id, image) for item, image in batch],
+        request.settings, request.system_prompt, size=size, on_progress=progress)
     for (item, image), trajectory in zip(batch, trajectories):
       if not _is_done(request, folder, item, image):
         _write(request, folder, item, image, trajectory)
@@ -241,7 +238,7 @@ def _write(request, folder, item, image, trajectory):
     if not (fails := not np.isfinite(r.latents).all()):
       place = _cell_path(item, image, number) if request.benchmark.grid else path
       folder.write_image(place, r.image)
-    rounds.append(generate_run.round_record(
+    rounds.append(generator.round_record(
         r, request.settings.think, None if fails else path.as_posix()))
   record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
             "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}

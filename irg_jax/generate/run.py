@@ -2,18 +2,14 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import pathlib
 import sys
 
-import jax
-
 from irg_jax import runs, sharding, weights
-from irg_jax.generate import irg
+from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
-from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.progress import Progress
 from irg_jax.reports import trace
 from irg_jax.tokenizer import load_tokenizer
@@ -51,16 +47,20 @@ def run_generate(inputs: Inputs) -> None:
   images = [read_image(path) for path in inputs.images]
   _check_lengths(inputs, config, tokenizer, images)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
-  with held(inputs), Progress() as progress, jax.set_mesh(mesh):
-    model, params = load_model(inputs.checkpoint, mesh, inputs.dtype, progress,
-                               inputs.attention)
-    for rows in batches(count, inputs.batch_size):
+  size = min(inputs.batch_size, count)
+  with held(inputs), Progress() as progress:
+    loaded = generator.load(inputs.checkpoint, mesh=mesh, dtype=inputs.dtype,
+                            attention=inputs.attention, on_progress=progress)
+    for rows in generator.batches(count, size):
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"
         progress.prefix = f"prompt{numbers} of {count}: "
-      drawn = _generate(inputs, model, params, tokenizer, rows, images, progress)
-      entries += [trace.write_trace(folders[i], _record(inputs, i, t, model.config.dtype, images))
-                  for i, t in zip(rows, drawn)]
+      drawn = loaded.batch(
+          [inputs.prompts[i] for i in rows], [inputs.seed + i for i in rows], inputs.settings,
+          inputs.system_prompt, size=size, images=images, on_progress=progress)
+      entries += [trace.write_trace(folders[i], loaded.record(
+          t, inputs.settings, inputs.system_prompt, inputs.seed + i, inputs.batch_size, images,
+          inputs.images)) for i, t in zip(rows, drawn)]
     if count > 1:
       trace.write_index(inputs.out, entries)
   for folder in folders:
@@ -84,48 +84,6 @@ def held(inputs: Inputs):
         stack.enter_context(runs.locked(
             path, f"--out {inputs.out}: another irg generate is at work in it"))
     yield
-
-
-def load_model(checkpoint, mesh, dtype, progress,
-               attention: str = "auto") -> tuple[UnifiedTransformer, dict]:
-  """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
-
-  `dtype` is that of parameters and arithmetic, None for the checkpoint's own, with bfloat16
-  arithmetic for weights of 8 bits; `progress` is a `progress.Progress` or another function of a
-  phase.
-  """
-  progress("read")
-  dtype = dtype or read_defaults(checkpoint).dtype
-  config, params = weights.load_checkpoint(
-      checkpoint, dtype=dtype, compute_dtype=dtype,
-      shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
-  if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic, as are those of 8 bits
-    stored = params["transformer"]["embed"]["embedding"].dtype
-    config = dataclasses.replace(config, dtype="bfloat16" if stored.itemsize == 1 else stored.name)
-  return UnifiedTransformer(dataclasses.replace(config, attention=attention)), params
-
-
-def batches(count: int, size: int) -> list[range]:
-  """Numbers of the prompts that run side by side: `batches(5, 2)` is 0-1, 2-3, 4."""
-  return [range(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def versions() -> dict[str, str]:
-  """Versions of the packages that decide a result, by name."""
-  found = {}
-  for name in ("irg_jax", "jax", "jaxlib", "flax"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed"  # a source tree on the path
-  return found
-
-
-def round_record(drawn: irg.Round, thinks: bool, image) -> dict:
-  """The record of a round for `trace.json`; `image` stands for its image there."""
-  return {"think": drawn.thought.text if thinks else None, "think_tokens": len(drawn.thought.ids),
-          "hit_limit": drawn.thought.hit_limit, "tokens_cut": drawn.thought.cut, "picture": image,
-          "seconds": drawn.seconds}
 
 
 def _trace_folders(inputs):
@@ -155,29 +113,3 @@ def _count(tokenizer, text, name):
     return len(tokenizer.encode(text))
   except ValueError as e:
     raise ValueError(f"{name}: {e}") from e
-
-
-def _generate(inputs, model, params, tokenizer, rows, images, progress):
-  # A short last batch repeats its last row: another batch size would compile again, and no row's
-  # result depends on its neighbours.
-  size = min(inputs.batch_size, len(inputs.prompts))
-  padded = [*rows, *[rows[-1]] * (size - len(rows))]
-  return irg.generate(
-      model, params, tokenizer, [inputs.prompts[i] for i in padded],
-      seeds=[inputs.seed + i for i in padded], settings=inputs.settings,
-      system_prompt=inputs.system_prompt,
-      images=[images] * size if images else None, on_progress=progress)[:len(rows)]
-
-
-def _record(inputs, number, trajectory, dtype, images) -> dict:
-  """The record of one prompt for `trace.write_trace`; seconds are those of its whole batch."""
-  settings = dataclasses.asdict(inputs.settings) | {
-      "batch_size": inputs.batch_size,
-      "image": ", ".join(map(str, inputs.images)) or None, "dtype": dtype,
-      "mesh": inputs.mesh, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
-  return {
-      "prompt": trajectory.prompt, "system_prompt": inputs.system_prompt,
-      "seed": inputs.seed + number, "checkpoint": str(inputs.checkpoint), "settings": settings,
-      "versions": versions(),
-      "sources": [inputs.settings.vae_transform(image) for image in images],
-      "rounds": [round_record(r, inputs.settings.think, r.image) for r in trajectory.rounds]}

@@ -20,6 +20,9 @@ from irg_jax.storage import read_json, write_json
 NAME = "generate.json"  # beside the weights
 SHIPPED = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # comes with the package
 
+# Short names of settings that stand in a group.
+SHORT = {"text_scale": ("first.text_scale", "later.text_scale"),
+         "image_scale": ("later.image_scale",)}
 _LONGEST = LADDER[-1] - 2  # tokens of a text, framed by its two ends
 
 # Default of checkpoints without a system prompt of their own.
@@ -136,6 +139,25 @@ class Defaults:
     words = re.findall(r"\w+", prompt.lower()) if self.words else ()
     unknown = dict.fromkeys(w for w in words if w not in self.words)
     return f"this model has never seen {', '.join(unknown)}. {self.note}" if unknown else None
+
+
+def expand(changes: dict) -> dict:
+  """Nested fields of `Settings` from changes that may have the short names of `SHORT`, or `size`.
+
+  `size` is (width, height), or one number for both.
+  """
+  fields = {}
+  for name, value in changes.items():
+    if name == "size":
+      sides = value if isinstance(value, (tuple, list)) else (value, value)
+      fields |= dict(zip(("width", "height"), sides, strict=True))
+    elif isinstance(value, dict):
+      fields[name] = fields.get(name, {}) | value
+    else:
+      for path in SHORT.get(name, (name,)):
+        group, _, field = path.rpartition(".")
+        fields |= {group: fields.get(group, {}) | {field: value}} if group else {field: value}
+  return fields
 
 
 def write_defaults(folder, defaults: Defaults) -> None:

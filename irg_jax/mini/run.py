@@ -23,17 +23,15 @@ import numpy as np
 from flax import traverse_util
 
 from irg_jax import config as config_lib
-from irg_jax import runs, sharding, storage, weights
+from irg_jax import runs, storage, weights
 from irg_jax.config import ModelConfig, setting
 from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
-from irg_jax.generate import irg
-from irg_jax.generate import run as generate_run
+from irg_jax.generate import generator
 from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier, world
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
-from irg_jax.tokenizer import load_tokenizer
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
 from irg_jax.weights import init, published
@@ -165,20 +163,16 @@ def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> No
   """Thoughts and first images of training prompts, `out`/NNNNNN.npz for each batch."""
   out.mkdir(exist_ok=True)
   rng, size = _rng(settings, "trajectories"), settings.sample_batch
-  mesh = sharding.generation_mesh(None, settings.model.llm)
   records = [world.training_record(rng) for _ in range(settings.trajectories)]
-  with Progress() as progress, jax.set_mesh(mesh):
-    model, params = generate_run.load_model(checkpoint, mesh, None, progress)
-    words = load_tokenizer(checkpoint, settings.model.llm.vocab_size)
+  with Progress() as progress:
+    loaded = generator.load(checkpoint, on_progress=progress)
     for start in range(0, len(records), size):
       if (path := out / f"{start:06}.npz").exists():
         continue
       batch = records[start:start + size]
       batch += batch[:1] * (size - len(batch))  # another batch size would compile again
-      drawn = irg.generate(
-          model, params, words, [r["prompt"] for r in batch],
-          seeds=range(start, start + size), settings=settings.first,
-          system_prompt=thoughts.SYSTEM_PROMPT)
+      drawn = loaded.batch([r["prompt"] for r in batch], range(start, start + size),
+                           settings.first, thoughts.SYSTEM_PROMPT, size=size)
       firsts = [trajectory.rounds[0] for trajectory in drawn]
       with storage.atomic_file(path) as aside, aside.open("wb") as file:
         np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],

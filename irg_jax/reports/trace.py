@@ -55,7 +55,7 @@ def write_trace(folder, trace: dict) -> dict:
   """
   check_trace_folder(folder)
   folder = pathlib.Path(folder).absolute()
-  pngs = [_png(entry.get("picture")) for entry in trace["rounds"]]
+  pngs = [entry["png"] for entry in with_pngs(trace)]
   names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
   rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
   record = {key: value for key, value in trace.items() if key != "sources"} | {"rounds": rounds}
@@ -82,6 +82,11 @@ def write_index(folder, entries: list[dict]) -> None:
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / "index.html", pages.render("index", entries=entries))
+
+
+def with_pngs(trace) -> list[dict]:
+  """The rounds of a trace, each with its image as a file: "png", or None without an image."""
+  return [entry | {"png": _png(entry.get("picture"))} for entry in trace["rounds"]]
 
 
 def _png(image):
