@@ -143,7 +143,7 @@ def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: 
     position_B1 = ctx.position[:, FULL, None] + d.step
     decoded = seen_before(jnp.broadcast_to(jnp.arange(T) < d.step, (B, T)))
     buffers, kv = _decode(model, params, {"und": und_B1D}, tokens, position_B1, before,
-                          KeyValues(*d.kv, decoded))
+                          KeyValues(*d.kv, decoded), loop=True)
     put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, d.step, axis=-2)
     logits_BV = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
     step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, d.step))(keys_B)
@@ -244,7 +244,7 @@ def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialT
   tokens = Tokens(sample=zeros_RT, index=index_RT, split=zeros_RT, kind=zeros_RT + NOISE)
   position_RT = zeros_RT + rearrange(ctx.position[:, list(views)], "b w -> (b w) 1")
   buffers, _ = _decode(model, params, {"und": _image_ends(apply, special, B * W), "gen": gen_RPD},
-                       tokens, position_RT, cached(ctx, views))
+                       tokens, position_RT, cached(ctx, views), loop=True)
   v_RPC = apply(buffers["gen"], method="velocity")
   v_BWPC = rearrange(v_RPC, "(b w) p c -> b w p c", w=W)
   return {VIEW_NAMES[view]: v_BWPC[:, i] for i, view in enumerate(views)}
@@ -275,8 +275,9 @@ def encode_pixels(config: ModelConfig, params, pixels_BYXC, noise_BYXC=None):
                           config.latent_patch_size)
 
 
-def _decode(model, params, buffers, tokens, position_RT, *caches):
-  return model.apply({"params": params}, buffers, tokens, position_RT, caches, method="decode")
+def _decode(model, params, buffers, tokens, position_RT, *caches, loop: bool = False):
+  return model.apply({"params": params}, buffers, tokens, position_RT, caches, loop,
+                     method="decode")
 
 
 def _image_ends(apply, special, rows):

@@ -82,7 +82,7 @@ class Decoder(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, buffers, tokens: Tokens, position_RT, caches=()):
+  def __call__(self, buffers, tokens: Tokens, position_RT, caches=(), loop: bool = False):
     """Runs the layers on one or both buffers.
 
     Args:
@@ -92,6 +92,7 @@ class Decoder(nn.Module):
       position_RT: int32, rotary positions.
       caches: sequence of KeyValues with k and v [L, B, K, S, H] (see `attention.KeyValues` for
         B and R); read, never written.
+      loop: static, whether this is the body of a loop over tokens or flow steps.
 
     Returns:
       (buffers after the final norms, (k, v) of these tokens, each [L, R, K, T, H], K times
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
     buffers = {name: constrain(x_RTD.astype(c.dtype), "batch", "length", "embed")
                for name, x_RTD in buffers.items()}
     layers = scan_layers(Layer, llm.num_layers, c.remat,
-                         in_axes=(0, *[nn.broadcast] * 4), config=c)
+                         in_axes=(0, *[nn.broadcast] * 4), loop=loop, config=c)
     buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens, prepared)
     norms = {name: rms_norm(c, f"{name}_norm") for name in buffers}
     return {name: norms[name](x_RTD) for name, x_RTD in buffers.items()}, kv

@@ -91,18 +91,19 @@ def sincos_2d(cell, grid_size: int, width: int):
       [jnp.sin(column_D), jnp.cos(column_D), jnp.sin(row_D), jnp.cos(row_D)], -1)
 
 
-def scan_layers(layer_cls, length: int, remat: str, in_axes, **kwargs):
+def scan_layers(layer_cls, length: int, remat: str, in_axes, loop: bool, **kwargs):
   """A stack of `length` identical layers with stacked parameters [L, ...], compiled once.
 
   Args:
     layer_cls: Linen module with `__call__(carry, *args) -> (carry, out)`.
     remat: see `ModelConfig.remat`.
     in_axes: for each of `args`, 0 (one slice a layer) or `nn.broadcast`.
+    loop: whether the stack runs many times on the same parameters, see `cpu.unroll`.
     **kwargs: fields of the layer.
 
   ValueError: unknown remat.
   """
-  unroll = cpu.unroll(length)
+  unroll = cpu.unroll(length) if loop else 1
   if remat != "none":
     policies = {"full": None,
                 "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_OUTPUTS)}

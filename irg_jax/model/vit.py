@@ -58,7 +58,8 @@ class Vit(nn.Module):
     x_RPD += lookup(place.embedding, position_RP).astype(c.dtype)
     tokens, head_dim = patch_tokens(image_RP), c.vit.hidden_size // c.vit.num_heads
     prepared = prepare(tokens, [tokens], [len(image_RP)], 1, head_dim, c.attention)
-    layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,) * 2, config=c)
+    layers = scan_layers(VitLayer, c.vit.num_layers, c.remat, in_axes=(nn.broadcast,) * 2,
+                         loop=False, config=c)
     x_RPD, _ = layers(constrain(x_RPD, "batch", "length", "embed"), tokens, prepared)
     return layer_norm(c, "post_norm")(x_RPD)
 
