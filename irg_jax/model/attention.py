@@ -87,7 +87,9 @@ def attend(q_RTNH, query: Tokens, sources, *, implementation: str = "auto",
   own, *caches = sources
   if not caches and len(own.k) == len(q_RTNH):
     return blockwise(allowed, query_chunk, key_chunk, q_RTNH, own.k, own.v, query, own.tokens)
-  block = lambda args: _attend_block(*args, [own, *pinned(caches)], key_chunk)
+  # Not the tokens: with barriers of their own, each layer would compute the mask again.
+  caches = [dataclasses.replace(s, k=pinned(s.k), v=pinned(s.v)) for s in caches]
+  block = lambda args: _attend_block(*args, [own, *caches], key_chunk)
   if T <= query_chunk:
     return block((q_RTNH, query))
   return join(lax.map(block, cut((q_RTNH, query), query_chunk)), T)
