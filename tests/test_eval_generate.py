@@ -337,6 +337,16 @@ def test_what_cannot_work_is_said_before_anything_is_made(benchmark, argv, messa
   assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_as_long_as_a_book_is_refused_with_its_item(checkpoint, files, tmp_path, capsys):
+  rows = json.loads(files["wise"].read_text())
+  rows[1]["Prompt"] = "word " * 500_000
+  path = tmp_path / "book.json"
+  path.write_text(json.dumps(rows))
+  assert commands.main(["eval", "generate", "wise", "--out", str(tmp_path / "out"), "--subset", *TINY,
+                        "--checkpoint", str(checkpoint), "--prompts", str(path)]) == 2
+  assert "wise 1: the text has" in capsys.readouterr().err
+
+
 def test_an_incomplete_file_is_refused_unless_it_is_meant(generate, tmp_path, capsys):
   assert generate("wise", tmp_path / "out", subset=False) == 2
   error = capsys.readouterr().err

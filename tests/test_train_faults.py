@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from train_runs import cache, data
 
 from irg_jax import commands, runs, weights
 from irg_jax.train import checkpoints
+from irg_jax.train import run as train_run
 from irg_jax.weights.names import flatten
 
 WORKER = pathlib.Path(__file__).with_name("train_worker.py")
@@ -112,6 +114,23 @@ def test_a_save_that_fails_ends_the_run_with_the_cause_and_the_last_good_checkpo
   assert lines[-1].startswith("irg train: error: checkpoint of step 4 cannot be saved (")
   assert f"{checkpoint}/4.orbax-checkpoint-tmp: No space left on device" in lines[-1]
   assert lines[-1].endswith(f"the last good checkpoint is {checkpoint / '2'}")
+
+
+def test_an_export_that_fails_names_the_full_path_and_where_the_trained_state_is(
+    tmp_path, monkeypatch):
+  path = tmp_path / "stage1" / "weights" / "ema.safetensors"
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+  monkeypatch.setattr(train_run.published, "save", full)
+  run = types.SimpleNamespace(out=tmp_path, vae=None, base=None,
+                              settings=types.SimpleNamespace(model=None))
+  with pytest.raises(ValueError) as caught:
+    train_run.export(run, "stage1", None)
+  assert str(caught.value).startswith(f"{path}: No space left on device")
+  assert f"{tmp_path / 'stage1' / 'checkpoints'}, and the same command exports it" in str(
+      caught.value)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(data, tmp_path, capsys):

@@ -184,7 +184,10 @@ def _check_run(out, settings):
 def _check_prompts(request, tokenizer):
   limit = request.settings.max_prompt_tokens
   for item in request.selected:
-    count = len(tokenizer.encode(item.prompt))
+    try:
+      count = len(tokenizer.encode(item.prompt))
+    except ValueError as e:
+      raise ValueError(f"{item.benchmark} {item.id}: {e}") from e
     if count > limit:
       raise ValueError(f"{item.benchmark} {item.id}: the prompt has {count} tokens, more than the "
                        f"{limit} of max_prompt_tokens; give --config.max_prompt_tokens={count}")

@@ -325,9 +325,13 @@ def export(run: Run, stage: str, ema) -> None:
   """Writes the weights of a finished stage to STAGE/weights, unless they are there."""
   target = run.out / stage / "weights"
   if not target.exists():
-    with Progress() as progress:
-      progress(f"writing the weights of {stage}", step=1)
-      published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
-                     source=run.base)
+    try:
+      with Progress() as progress:
+        progress(f"writing the weights of {stage}", step=1)
+        published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
+                       source=run.base)
+    except OSError as e:
+      raise ValueError(f"{storage.message(e)}; what was trained is in {run.out / stage / 'checkpoints'}, "
+                       "and the same command exports it") from e
   sync_global_devices(f"{stage} written")
   note(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}")
