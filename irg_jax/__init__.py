@@ -1,22 +1,18 @@
 """Interleaving Reasoning Generation: a model that thinks, draws, looks, and draws again.
 
-    import irg_jax
-    irg = irg_jax.load()                                # or load("weights/irg-7b")
+    irg = irg_jax.load()                            # or load("weights/irg-7b")
     result = irg.generate("two red circles left of a blue star", seed=0)
-    result.thoughts, result.images                      # of each round
-    result.save("out/stars")                            # images, trace.json, trace.html
-    irg.edit("make the sky stormy", "photo.png")        # an image, redrawn
-    irg.ask("What is in the picture?", "photo.png")     # text
+    result.thoughts, result.images                  # of each round
+    result.save("out/stars")                        # images, trace.json, trace.html
+    irg.edit("make the sky stormy", "photo.png")    # an image, drawn anew
+    irg.ask("What is in the image?", "photo.png")   # text
 
 `help(irg_jax.load)` and `help(irg.generate)` list what can be set. The command line is `irg`.
-Everything below is pure functions of pytrees: `irg_jax.generate.irg` is the loop of generation,
-`irg_jax.train.run` that of training.
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ("load", "__version__")
 
 
 def __getattr__(name):

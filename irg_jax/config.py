@@ -316,7 +316,9 @@ def _updated(name, old, value, kind):
   items = value if is_tuple and isinstance(value, (list, tuple)) else [value]
   if is_tuple and items is not value or not all(type(x) in accepted for x in items):
     raise ValueError(f"config field {name!r} is {_shown(value)}, but must {wanted}")
-  return tuple(items) if is_tuple else value
+  if float in accepted:  # as the command line reads "2"
+    items = [float(x) if type(x) is int and abs(x) <= 2**32 else x for x in items]
+  return tuple(items) if is_tuple else items[0]
 
 
 def fault_of(value, low=None, high=None, above=None, choices=(), **_):

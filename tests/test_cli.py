@@ -201,7 +201,7 @@ def test_a_wrong_command_line_is_explained(capsys, argv, message):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "no prompt: give a PROMPT or --prompts-file FILE"),
-    (["  "], "PROMPT: a prompt is empty"),
+    (["  "], "prompt 1 is empty"),
     (["a", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
     (["a", "--seed", "-1"], "--seed -1: must be 0 or more"),
     (["a", "--seed", "4294967296"], "(SEED + 0) below 2**32"),

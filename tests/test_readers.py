@@ -67,7 +67,7 @@ def test_prompts_in_another_encoding_are_refused(tmp_path, encoding):
 
 
 def test_a_prompt_of_the_command_line_that_is_not_utf8_is_named():
-  with pytest.raises(ValueError, match="PROMPT number 2: not UTF-8"):
+  with pytest.raises(ValueError, match="prompt 2 is not UTF-8"):
     generate._read_prompts(["a fox", os.fsdecode(b"a f\xff")], None)
 
 

@@ -1,7 +1,6 @@
 """`irg generate`: thoughts, images and traces of prompts."""
 
 import pathlib
-import re
 import time
 
 from irg_jax.commands import flags
@@ -50,15 +49,11 @@ def make_inputs(args, overrides):
 
 def _read_prompts(arguments, path) -> tuple[str, ...]:
   """The prompts of the command line, then those of a file."""
-  if any(not p.strip() for p in arguments):
-    raise ValueError("PROMPT: a prompt is empty; leave it out or write a description")
-  for number, prompt in enumerate(arguments, 1):
-    if re.search("[\ud800-\udfff]", prompt):  # how Python keeps bytes that are not UTF-8
-      raise ValueError(f"PROMPT number {number}: not UTF-8 text; write it in UTF-8")
+  from irg_jax.generate.settings import check_prompts
   lines = [] if path is None else flags.read_text("--prompts-file", path).split("\n")
   found = [line.strip() for line in lines if line.strip()]
   if path is not None and not found:
     raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")
   if not arguments and not found:
     raise ValueError("no prompt: give a PROMPT or --prompts-file FILE")
-  return tuple(p.strip() for p in arguments) + tuple(found)
+  return check_prompts([*arguments, *found])

@@ -2,16 +2,21 @@
 
 import dataclasses
 import importlib.metadata
+import numbers
+import os
 import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from irg_jax import config as config_lib
 from irg_jax import sharding, weights
 from irg_jax.generate import irg
-from irg_jax.generate.settings import SHIPPED, Defaults, Settings, expand, read_defaults
-from irg_jax.images import read_image
+from irg_jax.generate.context import plan_cache
+from irg_jax.generate.settings import (
+    SHIPPED, Defaults, Settings, check_prompts, expand, read_defaults)
+from irg_jax.images import read_image, to_rgb
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.reports import pages, trace
 from irg_jax.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +63,7 @@ class Result:
     return pages.render("notebook", trace=self.record, rounds=trace.with_pngs(self.record))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generator:
   """A checkpoint on the devices of a mesh, with its settings; made by `load`."""
 
@@ -67,7 +72,12 @@ class Generator:
   tokenizer: Tokenizer
   mesh: jax.sharding.Mesh
   model: UnifiedTransformer
-  params: dict = dataclasses.field(repr=False)
+  params: dict
+
+  def __repr__(self):
+    count = sum(x.size for x in jax.tree.leaves(self.params))
+    return (f"Generator({str(self.checkpoint)!r}: {count:.3g} parameters, "
+            f"{self.model.config.dtype}, {_devices(self.mesh)})")
 
   @property
   def settings(self) -> Settings:
@@ -80,7 +90,7 @@ class Generator:
 
     Args:
       prompts: a prompt, or a list of them.
-      images: images to edit, for all prompts: paths, or uint8 [height, width, 3].
+      images: an image to edit or a list of them, for all prompts; see `read_images`.
       seed: prompt number i has the seed `seed + i`.
       batch_size: prompts that run side by side.
       settings: `Settings`; None: the checkpoint's.
@@ -96,31 +106,43 @@ class Generator:
       ValueError: prompts, images or settings that cannot work.
     """
     several = not isinstance(prompts, str)
-    prompts, (settings, system_prompt) = (
-        list(prompts) if several else [prompts], self._chosen(settings, system_prompt, changes))
-    arrays, results = list(map(_read, images)), []
+    prompts = check_prompts(prompts if several else [prompts])
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+      raise ValueError(f"batch_size {batch_size}: must be 1 or more")
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= 2**32 - len(prompts):
+      raise ValueError(f"seed {seed}: must be an integer from 0, and that of the last prompt "
+                       f"(seed + {len(prompts) - 1}) below 2**32")
+    settings, system_prompt = self._chosen(settings, system_prompt, changes)
+    arrays, paths = read_images(images)
+    settings.validate(self.model.config)
+    check_lengths(self.model.config, self.tokenizer, settings, system_prompt, prompts, arrays)
+    results = []
     for rows in batches(len(prompts), batch_size):
       drawn = self.batch(
           [prompts[i] for i in rows], [seed + i for i in rows], settings, system_prompt,
           size=min(batch_size, len(prompts)), images=arrays, on_progress=on_progress)
-      results += [Result(self.record(
-          t, settings, system_prompt, seed + i, batch_size, arrays,
-          [x for x in images if isinstance(x, (str, pathlib.Path))])) for i, t in zip(rows, drawn)]
+      results += [Result(self.record(t, settings, system_prompt, seed + i, batch_size, arrays, paths))
+                  for i, t in zip(rows, drawn)]
     return results if several else results[0]
 
   def edit(self, instruction: str, *images, **options):
-    """Draws `images` (paths or arrays) anew as the instruction says; options of `generate`."""
+    """Draws `images` anew as the instruction says; images and options as of `generate`."""
     return self.generate(instruction, images=images, **options)
 
   def ask(self, question: str, *images, seed: int = 0, settings=None, system_prompt=None,
           **changes) -> str:
-    """Answers in text: chat, or with `images` (paths or arrays) a question about them."""
+    """Answers in text: chat, or with images (see `read_images`) a question about them.
+
+    Settings that matter are `think_limit`, the longest answer, and those of sampling.
+    """
+    question, = check_prompts([question])
     settings, system_prompt = self._chosen(settings, system_prompt, changes)
+    arrays, _ = read_images(images)
     with jax.set_mesh(self.mesh):
       answer, = irg.answer(
           self.model, self.params, self.tokenizer, [question],
           seeds=[seed], settings=settings, system_prompt=system_prompt,
-          images=[list(map(_read, images))] if images else None)
+          images=[arrays] if arrays else None)
     return answer.text
 
   def batch(self, prompts, seeds, settings: Settings, system_prompt: str, *, size: int,
@@ -144,7 +166,7 @@ class Generator:
     used = dataclasses.asdict(settings) | {
         "batch_size": batch_size, "image": ", ".join(map(str, paths)) or None,
         "dtype": self.model.config.dtype, "mesh": shape or None,
-        "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"}
+        "devices": _devices(self.mesh)}
     return {
         "prompt": trajectory.prompt, "system_prompt": system_prompt, "seed": seed,
         "checkpoint": str(self.checkpoint), "settings": used, "versions": versions(),
@@ -225,5 +247,46 @@ def round_record(drawn: irg.Round, thinks: bool, image) -> dict:
           "seconds": drawn.seconds}
 
 
-def _read(image):
-  return image if hasattr(image, "shape") else read_image(pathlib.Path(image))
+def read_images(images) -> tuple[list[np.ndarray], list]:
+  """Images to edit or ask about, uint8 [height, width, 3], and the paths of those that are files.
+
+  `images` is one or a list of: a path, an array uint8 [height, width, 3], an image of Pillow.
+  ValueError names the file, or the place of an array of another form.
+  """
+  one = isinstance(images, (str, os.PathLike, Image.Image)) or hasattr(images, "dtype")
+  arrays, paths = [], []
+  for number, image in enumerate([images] if one else images, 1):
+    if isinstance(image, (str, os.PathLike)):
+      paths.append(image)
+      image = read_image(image)
+    image = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      raise ValueError(f"image {number} is {image.dtype} {list(image.shape)}, but must be uint8 "
+                       "[height, width, 3], with levels from 0 to 255")
+    arrays.append(image)
+  return arrays, paths
+
+
+def check_lengths(config, tokenizer, settings: Settings, system_prompt: str, prompts,
+                  images=()) -> None:
+  """Checks that prompts and images fit the cache; ValueError names the prompt or the setting."""
+  limit = settings.max_prompt_tokens
+  for number, prompt in enumerate(prompts, 1):
+    count = _count(tokenizer, prompt, f"prompt {number}")
+    if count > limit:
+      raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
+                       f"is made for: shorten it, or set max_prompt_tokens={count} (on the "
+                       f"command line --config.max_prompt_tokens={count})")
+  sizes = [settings.vae_transform.size(*image.shape[1::-1])[::-1] for image in images]
+  plan_cache(config, settings, _count(tokenizer, system_prompt, "system prompt"), sizes)
+
+
+def _devices(mesh):
+  return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+def _count(tokenizer, text, name):
+  try:
+    return len(tokenizer.encode(text))
+  except ValueError as e:
+    raise ValueError(f"{name}: {e}") from e

@@ -48,8 +48,8 @@ class Round:
   """The result of one round of one prompt."""
 
   thought: Thought  # empty without thinking
-  latents: np.ndarray  # float32 [P, latent_dim], clean latent tokens
-  image: np.ndarray  # uint8 [height, width, 3], decoded from them
+  latents: np.ndarray = dataclasses.field(repr=False)  # float32 [P, latent_dim], clean
+  image: np.ndarray = dataclasses.field(repr=False)  # uint8 [height, width, 3], decoded from them
   seconds: dict[str, float]  # of the whole batch by phase: think, draw (denoise), decode, encode
 
 

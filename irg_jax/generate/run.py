@@ -7,7 +7,6 @@ import sys
 
 from irg_jax import runs, sharding, weights
 from irg_jax.generate import generator
-from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
 from irg_jax.progress import Progress
@@ -45,7 +44,12 @@ def run_generate(inputs: Inputs) -> None:
   inputs.settings.validate(config)
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
   images = [read_image(path) for path in inputs.images]
-  _check_lengths(inputs, config, tokenizer, images)
+  generator.check_lengths(config, tokenizer, inputs.settings, inputs.system_prompt, inputs.prompts,
+                          images)
+  about = read_defaults(inputs.checkpoint).about
+  for prompt in inputs.prompts:
+    if note := about(prompt):
+      print(f'note on "{prompt}": {note}', file=sys.stderr)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   size = min(inputs.batch_size, count)
   with held(inputs), Progress() as progress:
@@ -91,25 +95,3 @@ def _trace_folders(inputs):
   count = len(inputs.prompts)
   width = max(3, len(str(count)))
   return [inputs.out / f"{i:0{width}}" for i in range(1, count + 1)] if count > 1 else [inputs.out]
-
-
-def _check_lengths(inputs, config, tokenizer, images):
-  """Checks prompts and cache before the first batch costs anything, and notes unknown words."""
-  settings, defaults = inputs.settings, read_defaults(inputs.checkpoint)
-  limit = settings.max_prompt_tokens
-  for number, prompt in enumerate(inputs.prompts, 1):
-    count = _count(tokenizer, prompt, f"prompt {number}")
-    if count > limit:
-      raise ValueError(f"prompt {number} has {count} tokens, more than the {limit} that the cache "
-                       f"is made for: shorten it, or give --config.max_prompt_tokens={count}")
-    if note := defaults.about(prompt):
-      print(f'note on "{prompt}": {note}', file=sys.stderr)
-  sizes = [settings.vae_transform.size(*image.shape[1::-1])[::-1] for image in images]
-  plan_cache(config, settings, _count(tokenizer, inputs.system_prompt, "system prompt"), sizes)
-
-
-def _count(tokenizer, text, name):
-  try:
-    return len(tokenizer.encode(text))
-  except ValueError as e:
-    raise ValueError(f"{name}: {e}") from e

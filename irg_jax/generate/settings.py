@@ -4,6 +4,7 @@ The settings' own defaults are the published two-round runs (docs/spec.md, secti
 """
 
 import dataclasses
+import difflib
 import functools
 import pathlib
 import re
@@ -144,20 +145,42 @@ class Defaults:
 def expand(changes: dict) -> dict:
   """Nested fields of `Settings` from changes that may have the short names of `SHORT`, or `size`.
 
-  `size` is (width, height), or one number for both.
+  `size` is (width, height), or one number for both. Scalars of NumPy become plain numbers.
+  ValueError names a setting that is unknown.
   """
+  known = [*(field.name for field in dataclasses.fields(Settings)), *SHORT, "size"]
+  for name in changes:
+    if name not in known:
+      meant = difflib.get_close_matches(name, known, 1)
+      raise ValueError(f"unknown setting {name!r}{f'; did you mean {meant[0]}?' if meant else ''} "
+                       f"(known: {', '.join(known)})")
   fields = {}
-  for name, value in changes.items():
+  for name, value in sorted(changes.items(), key=lambda item: item[0] not in SHORT):
+    if dataclasses.is_dataclass(value):
+      value = dataclasses.asdict(value)
     if name == "size":
       sides = value if isinstance(value, (tuple, list)) else (value, value)
-      fields |= dict(zip(("width", "height"), sides, strict=True))
-    elif isinstance(value, dict):
-      fields[name] = fields.get(name, {}) | value
-    else:
-      for path in SHORT.get(name, (name,)):
-        group, _, field = path.rpartition(".")
-        fields |= {group: fields.get(group, {}) | {field: value}} if group else {field: value}
-  return fields
+      if len(sides) != 2:
+        raise ValueError(f"size is {value}, but must be (width, height), or one number for both")
+      fields |= dict(zip(("width", "height"), sides))
+    elif name in SHORT:
+      for group, field in (path.split(".") for path in SHORT[name]):
+        fields.setdefault(group, {})[field] = value
+    else:  # a group changes only what it names
+      fields[name] = fields.get(name, {}) | value if isinstance(value, dict) else value
+  return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, fields)
+
+
+def check_prompts(prompts) -> tuple[str, ...]:
+  """The prompts without space around them; ValueError names one that is empty or no text."""
+  for number, prompt in enumerate(prompts, 1):
+    if not isinstance(prompt, str):
+      raise ValueError(f"prompt {number} is no text but a {type(prompt).__name__}: give a str")
+    if not prompt.strip():
+      raise ValueError(f"prompt {number} is empty: leave it out or write a description")
+    if re.search("[\ud800-\udfff]", prompt):  # how Python keeps bytes that are not UTF-8
+      raise ValueError(f"prompt {number} is not UTF-8 text: write it in UTF-8")
+  return tuple(prompt.strip() for prompt in prompts)
 
 
 def write_defaults(folder, defaults: Defaults) -> None:
