@@ -14,6 +14,7 @@ import pathlib
 from ml_collections import config_dict
 
 from irg_jax import config as config_lib
+from irg_jax.storage import guess
 from irg_jax.train.settings import TrainSettings
 
 CONFIGS = pathlib.Path(__file__).resolve().parent
@@ -24,7 +25,7 @@ def get_config(preset: str = "paper") -> config_dict.ConfigDict:
   if preset == "tiny":
     _tiny(config)
   elif preset != "paper":
-    raise ValueError(f"no preset {preset!r}; known: paper, tiny")
+    raise ValueError(f"no preset {preset!r}{guess(preset, ['tiny'])}; known: paper, tiny")
   return config
 
 

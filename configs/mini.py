@@ -16,6 +16,7 @@ from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.generate import settings as generate_settings
 from irg_jax.images import ImageTransform
 from irg_jax.mini.run import Settings
+from irg_jax.storage import guess
 from irg_jax.train.settings import TrainSettings, mixture
 
 MODEL = ModelConfig(
@@ -39,7 +40,7 @@ GENERATE = generate_settings.Settings(
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   presets = {"world": _world, "base": _base, "irgl": _irgl, "quality": _quality}
   if preset not in presets:
-    raise ValueError(f"no preset {preset!r}; known: {', '.join(presets)}")
+    raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
 
 

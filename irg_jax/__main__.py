@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m irg_jax`: the same as the console command `irg`."""
 
 import sys

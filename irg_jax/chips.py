@@ -8,6 +8,8 @@ import math
 import os
 import re
 
+from irg_jax.storage import guess
+
 GIB = 2**30
 
 
@@ -79,7 +81,8 @@ def parse_slice(text: str) -> Slice:
     raise ValueError(f"topology {text!r}: write CHIP:SIDExSIDE, like v5p:4x4x4, v5e:2x4 or h100:8")
   chip, sides = CHIPS.get(found[1]), tuple(map(int, found[2].split("x")))
   if chip is None:
-    raise ValueError(f"topology {text!r}: unknown chip {found[1]!r}; known: {', '.join(CHIPS)}")
+    raise ValueError(f"topology {text!r}: unknown chip {found[1]!r}{guess(found[1], CHIPS)}; "
+                     f"known: {', '.join(CHIPS)}")
   if len(sides) != chip.dims:
     example = "8" if chip.gpu else "x".join(["4"] * chip.dims)
     raise ValueError(f"topology {text!r}: a {chip.name} slice has {chip.dims} sides, like "

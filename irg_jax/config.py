@@ -20,7 +20,7 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from irg_jax.storage import local_path
+from irg_jax.storage import guess, local_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = dataclasses.MISSING  # the default of a setting without one
@@ -160,7 +160,8 @@ def update(settings, fields, prefix: str = ""):
   for name, value in fields.items():
     name = _present(type(settings), name)
     if name not in kinds:
-      raise ValueError(f"config field {prefix + name!r} is unknown; known: {', '.join(kinds)}")
+      raise ValueError(f"config field {prefix + name!r} is unknown{guess(name, kinds)}; known: "
+                       f"{', '.join(kinds)}")
     values[name] = _updated(prefix + name, getattr(settings, name), value, kinds[name])
   try:
     return dataclasses.replace(settings, **values)
@@ -273,8 +274,8 @@ def _check_field(config, field, equals):
     known = list(node) if isinstance(node, ConfigDict) else []
     if name not in known:
       where = ".".join(path[:i]) or "the configuration"
-      raise ValueError(f"--config.{field}: no field {name!r} in {where}; its fields: "
-                       f"{', '.join(known) or 'none'}")
+      raise ValueError(f"--config.{field}: no field {name!r} in {where}{guess(name, known)}; its "
+                       f"fields: {', '.join(known) or 'none'}")
     node = node[name]
   if isinstance(node, ConfigDict):
     fields = ", ".join(f"--config.{field}.{name}" for name in node)
@@ -285,7 +286,8 @@ def _run(path, overrides):
   """Returns the ConfigDict of a file, and the overrides that are left."""
   file, preset, overrides = locate(path, overrides)
   if not file.is_file():
-    raise ValueError(f"config file {file}: no such file")
+    raise ValueError(f"config file {file}: no such file"
+                     f"{guess(file, file.parent.glob('*.py'))}")
   try:
     get_config = runpy.run_path(str(file)).get("get_config")
     config = get_config and get_config(*[preset] if preset else [])

@@ -7,6 +7,7 @@ folder there removes it: the temporary files of living processes are locked.
 """
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import json
@@ -18,6 +19,7 @@ import stat
 import time
 import uuid
 
+SHIPPED = pathlib.Path(__file__).parent / "mini" / "checkpoint"  # comes with the package
 JSON_BYTES = 2**25  # largest JSON file that is read; tokenizers have up to half of it
 _JSON_DEPTH = 64
 # Of a disk that is full, over its quota or the largest size of a file, or read-only.
@@ -135,6 +137,13 @@ def message(error) -> str:
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
   what = f"{error.strerror}{'; free some space and start again' if full else ''}"
   return what if error.filename is None else f"{error.filename}: {what}"
+
+
+def guess(word, known) -> str:
+  """" (did you mean X?)" for a mistyped word, or nothing where none of the known ones is close."""
+  words = {str(x).lower(): str(x) for x in known}
+  near = difflib.get_close_matches(str(word).lower(), words, 1, cutoff=0.7)
+  return f" (did you mean {words[near[0]]}?)" if near else ""
 
 
 @contextlib.contextmanager

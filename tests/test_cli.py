@@ -1,6 +1,7 @@
 """The command line: what it asks for, and what it says when something is wrong."""
 
 import argparse
+import os
 import pathlib
 import re
 import subprocess
@@ -8,10 +9,13 @@ import sys
 
 import pytest
 
+import irg_jax
 from irg_jax import commands
-from irg_jax.generate.settings import SYSTEM_PROMPT, Settings
+from irg_jax.generate.settings import (
+    SYSTEM_PROMPT, Defaults, Guidance, Settings, write_defaults)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig", "mini")
 
 
 @pytest.fixture
@@ -182,9 +186,14 @@ def test_the_system_prompt_asks_for_both_thoughts():
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "the following arguments are required: VERB"),
-    (["paint"], "invalid choice: 'paint'"),
-    (["generate", "a", "--checkpoint", "d", "--round", "3"], "unrecognized arguments: --round"),
+    (["paint"], "irg: error: argument VERB: invalid choice: 'paint'; known: generate, "),
+    (["gnerate"], "invalid choice: 'gnerate' (did you mean generate?); known: "),
+    (["eval", "genrate"], "irg eval: error: argument STEP: invalid choice: 'genrate' (did you mean"),
+    (["eval", "score", "genevl", "--out", "x"], "'genevl' (did you mean geneval?); known: "),
+    (["generate", "a", "--step", "3"],
+     "irg generate: error: unrecognized arguments: --step 3 (did you mean --steps?); see "
+     "irg generate --help"),
+    (["generate", "a", "--steps", "3", "b"], "b; words without a flag stand together"),
     (["generate", "a", "--checkpoint", "d", "--rounds", "two"], "--rounds: invalid int value"),
     (["generate", "a", "--checkpoint", "d", "--size", "0"], "--size: '0' is not a size"),
     (["generate", "a", "--checkpoint", "d", "--size", "64x"], "--size: '64x' is not a size"),
@@ -192,11 +201,62 @@ def test_the_system_prompt_asks_for_both_thoughts():
     (["generate", "a", "--checkpoint", "d", "--mesh", "a=1,a=2"], "is not a mesh"),
     (["generate", "a", "--checkpoint", "d", "--dtype", "int8"], "--dtype: invalid choice"),
     (["convert", "a", "b"], "the following arguments are required: --to"),
-    (["convert", "a", "b", "--to", "orbax", "--config.x=1"], "irg convert has no configuration"),
+    (["convert", "a", "b", "--to", "orbax", "--config.x=1"], "irg convert: error: has no configuration, so --config.x=1 means nothing"),
     (["init", "--out", "x"], "the following arguments are required: --config"),
 ])
 def test_a_wrong_command_line_is_explained(capsys, argv, message):
   assert message in _fails(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv", [(), ("eval",), ("data",), ("mini",)])
+def test_a_command_without_its_verb_shows_its_help(capsys, argv):
+  assert _status(*argv) == 0
+  captured = capsys.readouterr()
+  assert captured.out.startswith(f"usage: {' '.join(('irg', *argv))} [-h]") and not captured.err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+  assert _status("--version") == 0
+  assert capsys.readouterr().out == f"irg_jax {irg_jax.__version__}\n"
+
+
+def _shown(capsys, *argv):
+  """Defaults in brackets of the short flags, by flag."""
+  assert _status(*argv) == 0
+  text = " ".join(capsys.readouterr().out.split("short flags of settings:")[1].split())
+  return dict(re.findall(r"--([a-z-]+) [A-Z](?: or WxH)? (?:(?!--)[^(])*\(([^)]+)\)", text))
+
+
+def test_help_shows_the_defaults_of_the_checkpoint(capsys, tmp_path):
+  own = _shown(capsys, "generate", "--help")
+  assert (own["steps"], own["size"], own["think-limit"], own["window"]) == ("20", "64", "319", "1")
+  assert _shown(capsys, "eval", "generate", "--help") == own
+  published = _shown(capsys, "generate", "--help", "--checkpoint", tmp_path)
+  assert (published["steps"], published["size"], published["window"]) == ("50", "1024", "all")
+  write_defaults(tmp_path, Defaults(settings=Settings(
+      width=768, steps=9, later=Guidance(text_scale=2.0))))
+  mine = _shown(capsys, "eval", "generate", f"--checkpoint={tmp_path}", "-h")
+  assert (mine["steps"], mine["size"], mine["text-scale"]) == ("9", "768x1024", "4.0 and 2.0")
+
+
+@pytest.mark.parametrize("line, want", [
+    ("irg ge", ["generate"]), ("irg generate --st", ["--steps"]),
+    ("irg generate a --dtype ", ["bfloat16", "float32"]), ("irg eval generate ", BENCHMARKS)])
+def test_a_shell_completes_verbs_flags_and_benchmarks_without_jax(tmp_path, line, want):
+  code = """
+import os, sys
+sys.argv = ["irg"]
+os._exit = lambda status: print("jax" in sys.modules) or sys.exit(status)
+from irg_jax import commands
+commands.main()
+"""
+  shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": " ",
+           "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "o"),
+           "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+  run = subprocess.run([sys.executable, "-c", code], env=os.environ | shell, cwd=ROOT,
+                       capture_output=True, text=True)
+  assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
+  assert (tmp_path / "o").read_text().split() == list(want)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -209,7 +269,10 @@ def test_a_wrong_command_line_is_explained(capsys, argv, message):
     (["a", "--prompts-file", "none.txt"], "--prompts-file none.txt: cannot be read (No such"),
     (["a", "--system-prompt-file", "none"], "--system-prompt-file none: cannot be read (No such"),
     (["a", "--config", "none.py"], "config file none.py: no such file"),
-    (["a", "--config.round=3"], "--config.round: no field 'round'"),
+    (["a", "--config.round=3"], "--config.round: no field 'round' in the configuration (did you "
+     "mean rounds?); its fields: "),
+    (["a", "--config.later.renom=x"], "no field 'renom' in later (did you mean renorm?)"),
+    (["a", "--config", "configs/generat.py"], "(did you mean configs/generate.py?)"),
     (["a", "--config.rounds=x"], "--config.rounds=x: invalid literal"),
     (["a", "--config.rounds"], "write it as --config.rounds=VALUE"),
     (["a", "--mesh", "date=2"], "--mesh: unknown mesh axes ['date']"),

@@ -141,7 +141,6 @@ def test_a_tokenizer_counts_tokens(folder, tmp_path):
     (["build", "."], "the following arguments are required: --out"),
     (["check", ".", "--out", "."], "--out .: is a folder; name a file"),
     (["check", ".", "--tokenizer", "none"], "--tokenizer none: no such folder"),
-    ([], "the following arguments are required: STEP"),
 ])
 def test_a_wrong_request_is_explained(capsys, tmp_path, monkeypatch, argv, message):
   monkeypatch.chdir(tmp_path)

@@ -10,8 +10,9 @@ import pytest
 from irg_jax import sharding, weights
 from irg_jax.evaluate import score
 from irg_jax.generate import generator, irg
-from irg_jax.generate.settings import SHIPPED, read_defaults
+from irg_jax.generate.settings import read_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
+from irg_jax.storage import SHIPPED
 from irg_jax.tokenizer import load_tokenizer
 
 FOLDER = SHIPPED

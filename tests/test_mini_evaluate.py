@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import commands, sharding, weights
+from irg_jax import commands, sharding, storage, weights
 from irg_jax.evaluate import base
 from irg_jax.evaluate import generate as runner
 from irg_jax.evaluate import score
 from irg_jax.evaluate.generate import fingerprint
 from irg_jax.commands.generate import make_inputs
 from irg_jax.generate import generator
-from irg_jax.generate import settings as generate_settings
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
 from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
 from irg_jax.mini import run as mini_run
@@ -278,7 +277,7 @@ def test_eval_score_and_report_show_the_mini_world_as_one_more_table(arm, tmp_pa
 # Without a run, the package's checkpoint.
 
 def test_without_run_and_checkpoint_the_report_says_what_to_do(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(generate_settings, "SHIPPED", tmp_path / "none")
+  monkeypatch.setattr(storage, "SHIPPED", tmp_path / "none")
   assert commands.main(["mini", "report", "--out", str(tmp_path / "out")]) == 2
   assert "make a run first" in capsys.readouterr().err
   (tmp_path / "out").mkdir()
@@ -294,7 +293,7 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
   shipped = tmp_path / "checkpoint"
   shipped.mkdir()
   (shipped / "scores.json").write_text((run_folder / "report" / "report.json").read_text())
-  monkeypatch.setattr(generate_settings, "SHIPPED", shipped)
+  monkeypatch.setattr(storage, "SHIPPED", shipped)
   asked = []
 
   def draw(arm_, checkpoint, folder, *_):
@@ -357,7 +356,7 @@ def test_a_checkpoint_says_what_it_is_computed_in_and_the_flag_wins(checkpoint, 
 def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_named(
     checkpoint, monkeypatch, tmp_path):
   folder, settings = checkpoint
-  monkeypatch.setattr(generate_settings, "SHIPPED", folder)
+  monkeypatch.setattr(storage, "SHIPPED", folder)
   args = commands.make_parser().parse_args(["generate", "a red circle"])
   asked = make_inputs(args, [])
   assert asked.checkpoint == folder and asked.settings == settings

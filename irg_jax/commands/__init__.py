@@ -1,11 +1,15 @@
+# PYTHON_ARGCOMPLETE_OK
 """The console command `irg`: parses flags, then calls the library.
 
-JAX is imported inside the verbs, so that `--help` and a mistyped flag answer at once.
+JAX is imported inside the verbs, so that `--help`, completion and a mistyped flag answer at once.
 """
 
 import os
 import sys
 
+import argcomplete
+
+import irg_jax
 from irg_jax.commands import convert, data, generate, init, mini, plan, train
 from irg_jax.commands import eval as eval_verb
 from irg_jax.commands.flags import Parser
@@ -21,10 +25,11 @@ def main(argv=None) -> int:
   fields = [a for a in argv[:end] if a.startswith("--config.")]  # argparse knows no such names
   overrides = [field.removeprefix("--config.") for field in fields]
   parser = make_parser()
+  argcomplete.autocomplete(parser, always_complete_options=False)  # if a shell asks for it
   args = parser.parse_args([a for a in argv[:end] if a not in fields] + argv[end:])
-  if overrides and not hasattr(args, "config"):
-    parser.error(f"irg {args.verb} has no configuration, so {fields[0]} means nothing")
   try:
+    if overrides and not hasattr(args, "config"):
+      raise ValueError(f"has no configuration, so {fields[0]} means nothing")
     return args.run(args, overrides) or 0
   except (ValueError, OSError) as e:
     if os.environ.get("IRG_DEBUG") == "1":
@@ -39,7 +44,8 @@ def main(argv=None) -> int:
 def make_parser() -> Parser:
   """Parser of all verbs; the parsed `run(args, overrides)` is the verb's function."""
   parser = Parser(prog="irg")
-  verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+  parser.add_argument("--version", action="version", version=f"irg_jax {irg_jax.__version__}")
+  verbs = parser.add_subparsers(dest="verb", metavar="VERB")
   for verb in VERBS:
     verb.add(verbs)
   return parser

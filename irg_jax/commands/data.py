@@ -4,6 +4,7 @@ import pathlib
 import tomllib
 
 from irg_jax.commands import flags
+from irg_jax.storage import guess
 
 _TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("data.toml").read_text(encoding="utf-8"))
 
@@ -12,7 +13,7 @@ def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = verbs.add_parser("data", description=_TEXTS["description"],
                             help="sample, check, build and encode training data")
-  steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+  steps = parser.add_subparsers(dest="step", metavar="STEP")
   runs = {"sample": _sample, "build": _build, "check": _check, "encode-latents": _encode}
   for step, run in runs.items():
     parser = steps.add_parser(step, run=run, **_TEXTS["steps"][step])
@@ -94,7 +95,8 @@ def _modes(names, folder):
   """The modes that are named, all of which must exist; default: all six."""
   from irg_jax.data.records import MODES
   if unknown := sorted(set(names or ()) - set(MODES)):
-    raise ValueError(f"--mode {unknown[0]}: unknown; the modes are {', '.join(MODES)}")
+    raise ValueError(f"--mode {unknown[0]}: unknown{guess(unknown[0], MODES)}; the modes are "
+                     f"{', '.join(MODES)}")
   modes = [mode for mode in MODES if not names or mode in names]
   homes = (folder, folder / "irgl")
   if missing := [m for m in modes if not any((home / m).is_dir() for home in homes)]:

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import os
 import pathlib
 import sys
 import tomllib
@@ -27,21 +28,26 @@ class _StepParser(flags.Parser):
   fill = None
 
   def parse_known_args(self, args=None, namespace=None):
+    self.make_complete()
+    return super().parse_known_args(args, namespace)
+
+  def make_complete(self):
     if self.fill:
       fill, self.fill = self.fill, None
       fill(self)
-    return super().parse_known_args(args, namespace)
 
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = verbs.add_parser("eval", description=_TEXTS["description"], help="the benchmarks")
-  steps = parser.add_subparsers(dest="step", required=True, metavar="STEP",
-                                parser_class=_StepParser)
+  steps = parser.add_subparsers(dest="step", metavar="STEP", parser_class=_StepParser)
   for name, fill, text in (("generate", _fill_generate, "images for a benchmark's prompts"),
                            ("score", _fill_score, "score a benchmark's images"),
                            ("report", _fill_report, "the paper's table of scored runs")):
-    steps.add_parser(name, help=text).fill = fill
+    step = steps.add_parser(name, help=text)
+    step.fill = fill
+    if f" eval {name} " in os.environ.get("COMP_LINE", ""):  # argcomplete looks at it unused
+      step.make_complete()
 
 
 def benchmarks() -> dict:
@@ -101,7 +107,8 @@ def _examples(step):
   for name, b in benchmarks().items():
     prompts = f"--prompts {b.example_prompts} \\\n      " if b.example_prompts else ""
     out = f"out/{name}" if b.published else f"out/{name}-test"
-    words = {"generate": f"{prompts}--checkpoint {b.example_checkpoint} --out {out}",
+    weights = f"--checkpoint {b.example_checkpoint} " if b.example_checkpoint else ""
+    words = {"generate": f"{prompts}{weights}--out {out}",
              "score": f"--out {out} {prompts}{b.example_score}"}[step]
     lines["paper" if b.published else "others"].append(f"{name} {words}")
     lines["more"] += [f"{name} {words}" for words in b.more_examples.get(step, ())]
@@ -147,7 +154,9 @@ def _add_judge(add):
 
 
 def _generate(args, overrides):
-  flags.folder("--checkpoint", args.checkpoint)
+  checkpoint = flags.checkpoint(args.checkpoint)
+  if args.checkpoint is None:
+    print("no --checkpoint: the mini world's, in the package, is used", file=sys.stderr)
   flags.check_hosts(args)
   benchmark = benchmarks()[args.benchmark]
   items = benchmark.read(args.prompts)
@@ -157,10 +166,10 @@ def _generate(args, overrides):
   from irg_jax.evaluate import generate
   from irg_jax.generate.settings import Settings
   settings, system_prompt = flags.read_settings(
-      args, overrides, args.checkpoint, Settings(think_limit=_THINK_LIMIT))
+      args, overrides, checkpoint, Settings(think_limit=_THINK_LIMIT))
   asked = generate.Request(
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
-      checkpoint=args.checkpoint, settings=settings, system_prompt=system_prompt,
+      checkpoint=checkpoint, settings=settings, system_prompt=system_prompt,
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
       process_id=args.process_id, num_processes=args.num_processes)
   result = generate.generate_images(asked)

@@ -9,21 +9,22 @@ import re
 import tomllib
 
 from irg_jax import storage
+from irg_jax.storage import guess
 
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
 _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
-# Short flags of settings of generation: (name, type, help).
+# Short flags of settings of generation: (name, type, help, default of `generate.settings`).
 _SHORT = (
-    ("rounds", int, "rounds, one image each (2)"),
-    ("steps", int, "points of the flow schedule, N - 1 updates (50)"),
-    ("text_scale", float, "text guidance of all rounds (4.0)"),
-    ("image_scale", float, "image guidance of the rounds after an image (2.0)"),
-    ("think_limit", int, "longest thought in tokens ({think_limit})"),
-    ("temperature", float, "sampling temperature of thoughts (0.3)"),
-    ("top_k", int, "sample from the N likeliest tokens; 0: all (0)"),
-    ("top_p", float, "sample from the likeliest tokens of this total probability (1.0)"),
-    ("window", int, "earlier rounds that a round can see (all)"),
+    ("rounds", int, "rounds, one image each", 2),
+    ("steps", int, "points of the flow schedule, N - 1 updates", 50),
+    ("text_scale", float, "text guidance of all rounds", 4.0),
+    ("image_scale", float, "image guidance of the rounds after an image", 2.0),
+    ("think_limit", int, "longest thought in tokens", 1000),
+    ("temperature", float, "sampling temperature of thoughts", 0.3),
+    ("top_k", int, "sample from the N likeliest tokens; 0: all", 0),
+    ("top_p", float, "sample from the likeliest tokens of this total probability", 1.0),
+    ("window", int, "earlier rounds that a round can see", None),
 )
 # Fields of the settings that a short flag sets.
 SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
@@ -34,9 +35,11 @@ SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
 class Parser(argparse.ArgumentParser):
   """Parser of `prog`, "irg VERB", with the texts and flags of help.toml.
 
-  It calls `run(args, overrides)`. A flag whose metavar stands for a path has the type `path`.
-  Parsers of subcommands are of the same class.
+  It calls `run(args, overrides)`; a parser of subcommands alone shows its help. A flag whose
+  metavar stands for a path has the type `path`. Parsers of subcommands are of the same class.
   """
+
+  before_help = None  # function of the arguments, called where --help is one of them
 
   def __init__(self, *, prog, run=None, **kwargs):
     texts = _HELP.get(prog, {}) | kwargs
@@ -53,6 +56,29 @@ class Parser(argparse.ArgumentParser):
       kind = {"type": _TYPES[options["type"]]} if "type" in options else {}
       lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
       self.add_argument(name, **options | lists | kind | {"help": options["help"].format(**values)})
+
+  def add_subparsers(self, **kwargs):
+    self.set_defaults(run=lambda *_: self.print_help())
+    return super().add_subparsers(**kwargs)
+
+  def parse_known_args(self, args=None, namespace=None):
+    if self.before_help and {"-h", "--help"} & set(args):
+      self.before_help(args)
+    parsed, unknown = super().parse_known_args(args, namespace)
+    if unknown:
+      near = guess(unknown[0].split("=")[0], self._option_string_actions) if (
+          unknown[0].startswith("-")) else "; words without a flag stand together"
+      self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return parsed, unknown
+
+  def error(self, message):
+    self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+  def _check_value(self, action, value):  # argparse's own lists the choices alone
+    if action.choices is not None and value not in action.choices:
+      known = ", ".join(map(str, action.choices))
+      raise argparse.ArgumentError(
+          action, f"invalid choice: {value!r}{guess(value, action.choices)}; known: {known}")
 
   def add_argument(self, *names, **kwargs):
     if kwargs.get("metavar") in _PATHS:
@@ -113,25 +139,62 @@ _TYPES = {kind.__name__: kind for kind in (int, float, count, mesh, share)}  # i
 
 
 def add_generation(parser, think_limit: int = 1000) -> None:
-  """Adds the flags of `read_settings` and those of the model; `think_limit` is only shown."""
+  """Adds the flags of `read_settings`, and those of the model.
+
+  --help shows the defaults of the checkpoint that the command line names; `think_limit` is that of
+  checkpoints without generate.json.
+  """
   add = parser.add_argument
+  add("--checkpoint", metavar="DIR", help="weights, in the published layout or Orbax; a "
+      "generate.json there has the defaults (default: the mini world's, in the package)")
   add("--config", metavar="FILE", help="settings, like configs/generate.py")
   add("--system-prompt-file", metavar="FILE",
       help="replaces the system prompt; an empty file means none")
   add("--mesh", type=mesh, metavar="AXIS=N,...",
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: tensor first, then data)")
-  add("--dtype", choices=("bfloat16", "float32"), help="dtype of the arithmetic")
+  add("--dtype", choices=("bfloat16", "float32"),
+      help="dtype of the arithmetic (default: the checkpoint's)")
   add("--attention", choices=("auto", "dense", "chunked", "kernel"), default="auto",
       help="form of attention (default: by platform and length)")
-  add = parser.add_argument_group("short flags of settings").add_argument
-  for name, kind, text in _SHORT:
-    add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X",
-        help=text.format(think_limit=think_limit))
-  add("--size", type=size, metavar="S or WxH", help="pixels, multiples of 16 (1024)")
+  group = parser.add_argument_group("short flags of settings")
+  add = group.add_argument
+  actions = {name: add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (%(shown)s)",
+                       metavar="N" if kind is int else "X") for name, kind, text, _ in _SHORT}
+  actions["size"] = add("--size", type=size, metavar="S or WxH",
+                        help="pixels, multiples of 16 (%(shown)s)")
+  parser.before_help = lambda args: _show_defaults(args, think_limit, group, actions)
+  parser.before_help([])
   add("--greedy", dest="temperature", action="store_const", const=0.0,
       help="take the likeliest token: temperature 0")
   add("--no-think", dest="think", action="store_const", const=False,
       help="generate images without thoughts")
+
+
+def _show_defaults(args, think_limit, group, actions):
+  """Fills the defaults of the checkpoint in `args` into the help; needs no JAX."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--checkpoint", nargs="?", type=pathlib.Path)
+  folder = parser.parse_known_args(args)[0].checkpoint or storage.SHIPPED
+  values = {field: default for name, _, _, default in _SHORT for field in SHORTHANDS[name]} | {
+      "think_limit": think_limit, "width": 1024, "height": 1024}
+  try:
+    values |= _flat(storage.read_json(folder / "generate.json").get("settings", {}))
+    whose = "the mini world's, in the package" if folder == storage.SHIPPED else f"{folder}'s"
+  except (ValueError, OSError):
+    whose = "those of a checkpoint without generate.json"
+  group.description = f"defaults in brackets: {whose}"
+  for name, action in actions.items():
+    found = dict.fromkeys(values[field] for field in SHORTHANDS.get(name, ("width", "height")))
+    action.shown = ("x" if name == "size" else " and ").join(
+        "all" if value is None else str(value) for value in found)
+
+
+def _flat(fields: dict, prefix: str = "") -> dict:
+  """Values by dotted name."""
+  found = {}
+  for name, value in fields.items():
+    found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return found
 
 
 def read_settings(args, overrides, checkpoint, default=None):
@@ -143,7 +206,8 @@ def read_settings(args, overrides, checkpoint, default=None):
   from irg_jax import config, sharding
   from irg_jax.generate.settings import Settings, read_defaults
   if unknown := set(args.mesh or ()) - set(sharding.MESH_AXES):
-    raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}; known: {sharding.MESH_AXES}")
+    raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}"
+                     f"{guess(min(unknown), sharding.MESH_AXES)}; known: {sharding.MESH_AXES}")
   fields = {f: getattr(args, name) for name, names in SHORTHANDS.items() for f in names}
   fields["width"], fields["height"] = args.size or (None, None)
   short = [f"{field}={value}" for field, value in fields.items() if value is not None]
@@ -166,6 +230,14 @@ def read_text(flag: str, path: pathlib.Path) -> str:
   if "\0" in text:  # UTF-16 without a mark is valid UTF-8 with such bytes
     raise ValueError(f"{flag} {path}: has bytes of 0, as UTF-16 has; save it as UTF-8")
   return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def checkpoint(path: pathlib.Path | None) -> pathlib.Path:
+  """The folder of --checkpoint: by default that of the model in the package."""
+  if path is None and not storage.SHIPPED.is_dir():
+    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
+                     "comes without the mini world's")
+  return folder("--checkpoint", path or storage.SHIPPED)
 
 
 def folder(flag: str, path: pathlib.Path) -> pathlib.Path:

@@ -24,11 +24,7 @@ def make_inputs(args, overrides):
   Raises:
     ValueError: names the flag or the file.
   """
-  from irg_jax.generate.settings import SHIPPED
-  if args.checkpoint is None and not SHIPPED.is_dir():
-    raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
-                     "comes without the mini world's")
-  checkpoint = flags.folder("--checkpoint", args.checkpoint or SHIPPED)
+  checkpoint = flags.checkpoint(args.checkpoint)
   for image in args.image or ():
     if not image.is_file():
       raise ValueError(f"--image {image}: no such file")

@@ -6,7 +6,7 @@ from irg_jax.mini import STEPS
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
   parser = verbs.add_parser("mini", help="the whole method in a small world")
-  actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+  actions = parser.add_subparsers(dest="action", metavar="ACTION")
   run = actions.add_parser("run", run=_run, help="train everything from nothing")
   actions.add_parser("report", run=_report, help="tables, plots and traces of a run")
   run.add_argument("--until", choices=STEPS, metavar="STEP",

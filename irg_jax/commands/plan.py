@@ -8,6 +8,7 @@ import sys
 
 from irg_jax import chips
 from irg_jax.commands import flags
+from irg_jax.storage import guess
 
 _STEPS = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
 _OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "denoise"}
@@ -115,7 +116,9 @@ def _names(text: str) -> tuple[str, ...]:
     print(f"note: program {old} is now called {_OLD[old]}", file=sys.stderr)
   names = tuple(_OLD.get(name, name) for name in names)
   if unknown := set(names) - set(known):
-    raise argparse.ArgumentTypeError(f"{min(unknown)!r} is no program; known: {', '.join(known)}")
+    name = min(unknown)
+    raise argparse.ArgumentTypeError(f"{name!r} is no program{guess(name, known)}; known: "
+                                     f"{', '.join(known)}")
   return names
 
 

@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, weights
+from irg_jax import sharding, storage, weights
 from irg_jax.generate import irg
 from irg_jax.generate.context import plan_cache
-from irg_jax.generate.settings import (
-    SHIPPED, Defaults, Settings, check_prompts, expand, read_defaults)
+from irg_jax.generate.settings import Defaults, Settings, check_prompts, expand, read_defaults
 from irg_jax.images import read_image, to_rgb
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.reports import pages, trace
@@ -193,7 +192,7 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   Raises:
     ValueError: names the file that is missing or broken, and the mend.
   """
-  checkpoint = pathlib.Path(checkpoint or SHIPPED)
+  checkpoint = pathlib.Path(checkpoint or storage.SHIPPED)
   if not checkpoint.is_dir():
     raise ValueError(f"checkpoint {checkpoint}: no such folder")
   config = weights.read_config(checkpoint)

@@ -19,7 +19,6 @@ from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 from irg_jax.storage import read_json, write_json
 
 NAME = "generate.json"  # beside the weights
-SHIPPED = pathlib.Path(__file__).parents[1] / "mini" / "checkpoint"  # comes with the package
 
 # Short names of settings that stand in a group.
 SHORT = {"text_scale": ("first.text_scale", "later.text_scale"),

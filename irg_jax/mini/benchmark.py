@@ -32,7 +32,7 @@ class Mini(clauses.ClauseBenchmark):
   name, title, packaged, published_counts = "mini", "Mini world", FILES, SPLITS
   columns = ("Mini world",)
   images_help = "4"
-  example_checkpoint = "out/mini/checkpoint"
+  example_checkpoint = ""  # the one in the package
   sources = "the verifier of the mini world (irg_jax/mini/verifier.py)."
   tasks_help = "mini's tags, seen, unseen"
 

@@ -48,7 +48,7 @@ def run(out) -> pathlib.Path:
   Missing images of the test are generated first. ValueError where the run is not finished, or
   there is neither a run nor a checkpoint in the package.
   """
-  out, checkpoint = pathlib.Path(out), generate_settings.SHIPPED
+  out, checkpoint = pathlib.Path(out), storage.SHIPPED
   if (out / FINAL.weights).is_dir():
     settings = runs.read(out / "mini.json")
     images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
