@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import commands
+import irg_jax
+from irg_jax import commands, config
 from irg_jax.generate import generator
+from irg_jax.generate.settings import Settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Short: the point is that everything is connected, not what comes out.
@@ -40,6 +42,20 @@ def test_two_rounds_become_images_and_a_trace(checkpoint, tmp_path, capsys):
   assert (record["prompt"], record["seed"], len(record["rounds"])) == ("a fox", 3, 2)
   assert (record["settings"]["steps"], record["settings"]["dtype"]) == (3, "float32")
   assert Image.open(tmp_path / "out" / "round2.png").size == (48, 32)
+
+
+def test_python_draws_what_the_command_line_draws(checkpoint, tmp_path):
+  assert _generate(checkpoint, tmp_path / "out", "a fox", "--seed", "3") == 0
+  settings = config.read(Settings(), ROOT / "configs" / "generate_tiny.py", [])
+  irg_jax.load(checkpoint).generate(
+      "a fox", seed=3, settings=settings, steps=3, size=(48, 32), think_limit=5,
+  ).save(tmp_path / "python")
+  drawn, again = ((json.loads((tmp_path / name / "trace.json").read_text()),
+                   *(tmp_path.joinpath(name, f"round{n}.png").read_bytes() for n in (1, 2)))
+                  for name in ("out", "python"))
+  for entry in drawn[0]["rounds"] + again[0]["rounds"]:
+    entry.pop("seconds")
+  assert drawn == again
 
 
 def test_prompts_in_batches_get_what_they_get_alone(checkpoint, tmp_path, capsys):

@@ -120,8 +120,9 @@ class Generator:
       drawn = self.batch(
           [prompts[i] for i in rows], [seed + i for i in rows], settings, system_prompt,
           size=min(batch_size, len(prompts)), images=arrays, on_progress=on_progress)
-      results += [Result(self.record(t, settings, system_prompt, seed + i, batch_size, arrays, paths))
-                  for i, t in zip(rows, drawn)]
+      results += [
+          Result(self.record(t, settings, system_prompt, seed + i, batch_size, arrays, paths))
+          for i, t in zip(rows, drawn)]
     return results if several else results[0]
 
   def edit(self, instruction: str, *images, **options):

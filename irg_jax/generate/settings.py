@@ -172,6 +172,8 @@ def expand(changes: dict) -> dict:
 
 def check_prompts(prompts) -> tuple[str, ...]:
   """The prompts without space around them; ValueError names one that is empty or no text."""
+  if not prompts:
+    raise ValueError("no prompt: give at least one")
   for number, prompt in enumerate(prompts, 1):
     if not isinstance(prompt, str):
       raise ValueError(f"prompt {number} is no text but a {type(prompt).__name__}: give a str")
