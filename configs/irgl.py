@@ -45,3 +45,4 @@ def _tiny(config):
     stage.sizes.update(und=768, gen=128, vit=128, text=512, samples=6)
   config.stage1.warmup_steps = 10
   config.checkpoint_every = 20
+  config.profile_at = 30  # the log says where the trace is

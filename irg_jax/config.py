@@ -217,15 +217,14 @@ def read(default, path=None, overrides=()):
 
   A file may set only some of the fields. Raises ValueError that names the file or the field.
   """
-  settings = default
   if path is not None:
     config, overrides = _run(path, overrides)
     try:
-      settings = update(default, config.to_dict())
+      default = update(default, config.to_dict())
     except ValueError as e:
       raise ValueError(f"config file {path}: {e}") from e
   overrides = [_present(type(default), text) for text in overrides]
-  return check(update(settings, _override(to_config(settings), overrides).to_dict()))
+  return check(update(default, _override(to_config(default), overrides).to_dict()))
 
 
 def load(path, overrides=()) -> ConfigDict:
@@ -286,8 +285,7 @@ def _run(path, overrides):
   """Returns the ConfigDict of a file, and the overrides that are left."""
   file, preset, overrides = locate(path, overrides)
   if not file.is_file():
-    raise ValueError(f"config file {file}: no such file"
-                     f"{guess(file, file.parent.glob('*.py'))}")
+    raise ValueError(f"config file {file}: no such file{guess(file, file.parent.glob('*.py'))}")
   try:
     get_config = runpy.run_path(str(file)).get("get_config")
     config = get_config and get_config(*[preset] if preset else [])

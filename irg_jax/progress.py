@@ -56,8 +56,10 @@ def terminal_bar(stream, width: int = 40) -> progress.Progress:
   columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"),
              progress.BarColumn(width), progress.MofNCompleteColumn(separator=" of "),
              progress.TimeElapsedColumn())
-  return progress.Progress(*columns, console=console.Console(file=stream), transient=True,
-                           disable=not stream.isatty())
+  shown = console.Console(file=stream)
+  # FORCE_COLOR makes rich take a pipe for a terminal; a dumb terminal cannot move its cursor.
+  return progress.Progress(*columns, console=shown, transient=True,
+                           disable=not (stream.isatty() and shown.is_interactive))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Progress bars of a run, as a person sees them."""
 
 import io
+import re
 
 from irg_jax.progress import Progress
 
@@ -45,3 +46,18 @@ def test_the_prefix_tells_which_prompts_run():
 
 def test_an_unknown_kind_is_shown_as_it_is():
   assert _run(io.StringIO(), [("tidying up",)]).startswith("tidying up")
+
+
+def test_a_pipe_and_a_dumb_terminal_get_lines_without_control_characters(monkeypatch):
+  monkeypatch.setenv("FORCE_COLOR", "1")
+  assert _run(io.StringIO(), [("draw", 0, 1, 9)]) == "drawing, round 1\n"
+  monkeypatch.setenv("TERM", "dumb")
+  assert _run(_Terminal(), [("draw", 0, 1, 9)]) == "drawing, round 1\n"
+
+
+def test_no_color_is_respected(monkeypatch):
+  monkeypatch.setenv("TERM", "xterm")
+  coloured = re.compile(r"\x1b\[[\d;]*[34]\d")
+  assert coloured.search(_run(_Terminal(), [("draw", 0, 1, 9)]))
+  monkeypatch.setenv("NO_COLOR", "1")
+  assert not coloured.search(_run(_Terminal(), [("draw", 0, 1, 9)]))

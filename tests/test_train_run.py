@@ -21,6 +21,7 @@ from irg_jax import commands, sharding, weights
 from irg_jax.data import sources
 from irg_jax.train import checkpoints, logs
 from irg_jax.train import run as train_run
+from irg_jax.train.settings import TrainSettings
 
 METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
            "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
@@ -169,6 +170,14 @@ def test_metrics_are_read_one_step_late_and_a_gradient_that_is_not_finite_is_nam
                                        "improving_full_learning 3, 4$"):
     log.flush()
   log.close()
+
+
+def test_the_log_says_where_curves_and_traces_are(tmp_path):
+  s = TrainSettings()
+  assert train_run.places(s, tmp_path).startswith(f"curves: tensorboard --logdir {tmp_path}/tensor")
+  assert "--config.profile_at=N" in train_run.places(s, tmp_path)
+  line = train_run.places(dataclasses.replace(s, profile_at=30), tmp_path)
+  assert f"profiler trace from step 30 on: {tmp_path}/STAGE/profile" in line
 
 
 @pytest.mark.parametrize("first, count, total, traced", [

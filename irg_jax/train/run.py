@@ -7,6 +7,7 @@ The folder of a run:
   base/                     random weights, where training started without a checkpoint
   .sample/                  the sample set, where data.path is "sample"
   .lock                     who trains in it now
+  STAGE/profile             the profiler's trace, where profile_at is set
   STAGE/checkpoints/STEP    training state and position in the data
   STAGE/weights             the moving average, in the published layout
 """
@@ -132,9 +133,20 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
     tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
     vae = weights.load_checkpoint(base, dtype=np.float32, part="vae")[1]["vae"]
   print_rejected(sources)
+  note(places(settings, out))
   return Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
              sources=sources, vae=vae, stopping=stopping,
              encoder=Encoder(settings.model, vae, encode_levels))
+
+
+def places(settings: TrainSettings, out: pathlib.Path) -> str:
+  """A line that says where the curves and the profiler's traces are, and what opens them."""
+  first = settings.profile_at
+  trace = f"no profiler trace; --config.profile_at=N makes one of {PROFILED_STEPS} steps"
+  if first:
+    trace = (f"profiler trace from step {first} on: {out / 'STAGE' / 'profile'}, whose "
+             "*.trace.json.gz ui.perfetto.dev opens")
+  return f"curves: tensorboard --logdir {out / 'tensorboard'} (pip install tensorboard); {trace}"
 
 
 def print_rejected(sources: dict) -> None:
