@@ -22,7 +22,7 @@ irg_fail() {
 
 # Prints a Python of 3.11 or newer. Tries to run each: a shim may stand for one that is absent.
 irg_find_python() {
-  local candidate candidates=(python3 python3.11 python3.12 python3.13 python3.14)
+  local candidate candidates=(python3 {,~/.local/bin/}python3.{11,12,13,14})
   [[ -n ${IRG_PYTHON:-} ]] && candidates=("$IRG_PYTHON")
   for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -31,7 +31,7 @@ irg_find_python() {
     fi
   done
   irg_fail "no Python of 3.11 or newer (tried: ${candidates[*]});" \
-    "install one, or name it with IRG_PYTHON=/path/to/python3"
+    "install one (uv python install 3.12), or name it with IRG_PYTHON=/path/to/python3"
 }
 
 irg_make_venv() {

@@ -1,9 +1,14 @@
 """The documents: what the code cites of them exists."""
 
+import math
 import re
 
 from conftest import ROOT
 import pytest
+
+from irg_jax import chips
+from irg_jax.config import ModelConfig
+from irg_jax.weights import names
 
 # "spec section 2", "spec sections 3 to 6", "docs/spec.md, section 3", "spec 4 and 7"
 _CITED = re.compile(r"\bspec(?:\.md)?,?\s+(?:#\s+)?(?:sections?\s+)?(\d+(?:(?:, | and | to )\d+)*)",
@@ -38,6 +43,22 @@ def test_every_section_that_the_code_cites_exists():
   assert len([path for path, numbers in found.items() if numbers]) >= 15  # the pattern finds them
   assert not {str(path): wrong for path, numbers in found.items()
               if (wrong := numbers - set(sections))}
+
+
+def test_the_tables_of_real_weights_are_those_of_the_code():
+  text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+  slices = re.findall(r"^\| v\S.*? \| (\d+) \| (v.*?) \|$", text, re.MULTILINE)
+  assert len(slices) > 10
+  for count, topologies in slices:
+    for topology in topologies.split(", "):
+      assert chips.parse_slice(topology).chips == int(count), topology
+  bytes_of = {"transformer": 2, "vae": 4}
+  sizes = dict.fromkeys(bytes_of, 0)
+  for row in names.rows(ModelConfig()):
+    part = row.path.split("/")[0]
+    sizes[part] += math.prod(row.shape) * bytes_of[part]
+  shown = re.findall(r"^\| `(?:ema|ae)\.safetensors` \| ([\d.]+) GB", text, re.MULTILINE)
+  assert [f"{sizes['transformer'] / 1e9:.1f}", f"{sizes['vae'] / 1e9:.2f}"] == shown
 
 
 def test_every_check_of_a_promise_exists():
