@@ -5,7 +5,6 @@ tests, and one of tests/test_cli_run.py, really draw.
 """
 
 import dataclasses
-import hashlib
 import json
 import pydoc
 
@@ -16,24 +15,15 @@ from PIL import Image
 
 import irg_jax
 from conftest import ROOT
+from engine import SYSTEM_PROMPT, TINY, make_checkpoint, stand_in
 from irg_jax import commands
-from irg_jax.generate import generator, irg, settings
-from irg_jax.generate.settings import Defaults, Guidance, Settings
-from irg_jax.images import ImageTransform
-
-TINY = Settings(height=32, width=48, steps=3, think_limit=5, max_prompt_tokens=256,
-                vae_transform=ImageTransform(128, 32, 16),
-                vit_transform=ImageTransform(112, 28, 14))
+from irg_jax.generate import generator, irg
+from irg_jax.generate.settings import Guidance
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  """Tiny random weights with defaults of their own."""
-  folder = tmp_path_factory.mktemp("weights") / "tiny"
-  assert commands.main(["init", "--config", str(ROOT / "configs" / "tiny.py"), "--out", str(folder),
-                        "--config.model.llm.num_layers=1"]) == 0
-  settings.write_defaults(folder, Defaults(system_prompt="Think, then draw.", settings=TINY))
-  return folder
+  return make_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +34,6 @@ def loaded(checkpoint):
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.long)])
 def engine(request, monkeypatch):
   """`irg.generate`, or a stand-in."""
-  def stand_in(model, params, tokenizer, prompts, *, seeds, settings, system_prompt, images,
-               on_progress):
-    settings.validate(model.config)
-    mesh, drawn = jax.sharding.get_mesh(), []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-      used = [prompt, int(seed), settings, system_prompt, model.config, mesh.shape,
-              [x.tobytes() for x in images[i]] if images else None]
-      digest = hashlib.sha256(repr(used).encode()).digest()
-      image = np.resize(np.frombuffer(digest, np.uint8), (settings.height, settings.width, 3))
-      thought = irg.Thought(digest.hex()[:9]) if settings.think else irg.Thought()
-      drawn.append(irg.Trajectory(prompt, [
-          irg.Round(thought, None, image + n, {"draw": 1.0}) for n in range(settings.rounds)]))
-    return drawn
-
   if request.param == "stand-in":
     monkeypatch.setattr(irg, "generate", stand_in)
 
@@ -98,7 +74,7 @@ def test_with_the_defaults_of_the_checkpoint_it_gives_what_the_command_line_give
   out = by_command(checkpoint, tmp_path / "out", "a fox ", "--seed", "3")
   assert_same(result, out, tmp_path)
   record, _ = content(out)
-  assert record["system_prompt"] == "Think, then draw." and result.image.shape == (32, 48, 3)
+  assert record["system_prompt"] == SYSTEM_PROMPT and result.image.shape == (32, 48, 3)
   assert (record["settings"]["dtype"], record["settings"]["mesh"]) == (
       loaded.model.config.dtype, {a: n for a, n in loaded.mesh.shape.items() if n > 1})
 
@@ -149,7 +125,7 @@ def test_a_question_reaches_the_engine_with_the_defaults_of_the_checkpoint(
   np.testing.assert_array_equal(options.pop("images")[0], [Image.open(photo)])
   assert questions == ["what is it"] and options == {
       "seeds": [5], "settings": dataclasses.replace(TINY, think_limit=9),
-      "system_prompt": "Think, then draw."}
+      "system_prompt": SYSTEM_PROMPT}
 
 
 @pytest.mark.long
@@ -159,7 +135,7 @@ def test_an_answer_is_that_of_the_engine(loaded, photo):
     with jax.set_mesh(loaded.mesh):
       wanted, = irg.answer(
           loaded.model, loaded.params, loaded.tokenizer, ["what is it"], seeds=[5], settings=TINY,
-          system_prompt="Think, then draw.", images=[arrays] if arrays else None)
+          system_prompt=SYSTEM_PROMPT, images=[arrays] if arrays else None)
     assert loaded.ask(" what is it", *images, seed=5) == wanted.text
 
 
