@@ -33,6 +33,7 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v5p", 95, 459, 2765, 100, 4, 3),
     Chip("v6e", 32, 918, 1640, 112, 16, 2),
     Chip("a100", 79, 312, 2039, 300, 9, 1, gpu=True),
+    Chip("a6000", 47, 155, 768, 56, 9, 1, gpu=True),  # 48 GB
     Chip("h100", 79, 989, 3352, 450, 9, 1, gpu=True),
 )}
 

@@ -19,7 +19,7 @@ def add(verbs) -> None:
   add = verbs.add_parser(
       "plan", run=_run, help="memory and time on TPUs or GPUs, without them").add_argument
   add("--topology", required=True, metavar="CHIP:AxB",
-      help="the slice or node, such as v5p:4x4x4 or h100:8")
+      help="the slice or node, such as v5p:4x4x4 (Cloud's v5p-128) or h100:8")
   add("--config", required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")
   add("--programs", type=_names, default=("train", "generate"), metavar="NAME,...",
