@@ -73,6 +73,7 @@ def test_the_page_is_self_contained_and_shows_samples(folder, tmp_path):
   html = page.read_text()
   assert html.count('src="data:image/jpeg;base64,') == html.count("<img") == 4
   assert not re.search(r"https?:|<script|<link|url\(", html)
+  assert html.count('class="tiny" style="width: 96px"') == 4  # small ones are enlarged
   assert "thought 0" in html and "24 × 20" in html and "<svg" in html
   assert "texts count in bytes" in html
 

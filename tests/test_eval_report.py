@@ -42,6 +42,10 @@ def geneval(root, right):
         score_of = 0.9 if right(number, image) else 0.1
         lines.append({"filename": str(geneval_lib.GENEVAL.image_path(item, image, number)),
                       "detections": {name: [{"box": [0, 0, 4, 4], "score": score_of}]}})
+  path = out / base.trace_path(items[0], 3)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps({"rounds": [{"think": think, "picture": None, "seconds": {}}
+                                         for think in ("a <plan>", None)]}))
   boxes = root / "boxes.jsonl"
   boxes.write_text("\n".join(map(json.dumps, lines)))
   assert commands.main(["eval", "score", "geneval", "--out", str(out), "--detections", str(boxes)]) == 0
@@ -107,7 +111,7 @@ def test_a_page_shows_a_prompts_rounds_side_by_side_with_seed_and_words(built):
   folder = built / "report/pages"
   assert sorted(p.name for p in folder.iterdir()) == ["genai_bench-001.html", "geneval-001.html"]
   page = (folder / "geneval-001.html").read_text()
-  pairs = re.findall(r'<div class="pair">(.*?</div>)</div>', page)
+  pairs = page.split('<div class="pair">')[1:]
   assert len(pairs) == 8
   for pair in pairs:
     images = re.findall(r'src="([^"]+)"', pair)
@@ -115,6 +119,8 @@ def test_a_page_shows_a_prompts_rounds_side_by_side_with_seed_and_words(built):
     assert all((folder / i).is_file() for i in images)
   assert "correct 1" in pairs[0] and "expected" in pairs[3] and "found 0" in pairs[3]
   assert f"seed {base.seed('geneval', '00000', 3)}" in page
+  assert ["a &lt;plan&gt;" in pair for pair in pairs] == [False] * 3 + [True] + [False] * 4
+  assert page.count("<summary>thought</summary>") == 1  # of an image with a trace and a thought
   assert "&lt;b&gt;&amp;1" in (folder / "genai_bench-001.html").read_text()
 
 

@@ -225,7 +225,7 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
   assert not re.findall(r'(?:src|href)="(?!data:)', page)
   kinds = re.findall(r'<p class="label">([^·]+) ·', page)
   assert [kinds.count(kind) for kind, *_ in benchmark.KINDS] == [4, 2, 1, 1]
-  assert page.count('<div class="turn">') == 16 and "<b>What falls short: nothing.</b>" in page
+  assert page.count('alt="image ') == 16 and "<b>What falls short:</b> nothing." in page
   for name in ("scores.png", "tasks.png"):
     with Image.open(run_folder / "report" / name) as image:
       assert image.size[0] > 1000
@@ -272,6 +272,9 @@ def test_eval_score_and_report_show_the_mini_world_as_one_more_table(arm, tmp_pa
   assert rows["overall, unseen"]["this run, round 1"] == 0.5
   page = (tmp_path / "pages" / "mini-001.html").read_text()
   assert page.count('<div class="pair">') == 8 and "is missing" in page
+  # A plan has one grid, a reflection two.
+  assert page.count("<summary>thought</summary>") == 16 and page.count('class="cells"') == 24
+  assert page.count('<img class="tiny"') == 16
 
 
 # Without a run, the package's checkpoint.

@@ -16,6 +16,7 @@ from irg_jax.generate.settings import Defaults, read_defaults, write_defaults
 from irg_jax.mini import datasets, run, thoughts, vae, verifier, world
 from irg_jax.mini.world import paint
 from irg_jax.model.vae import Vae, sample_latents
+from irg_jax.reports import pages
 from irg_jax.tokenizer import load_tokenizer
 
 ROOT_CONFIG = "configs/mini.py"
@@ -49,6 +50,8 @@ def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   for _ in range(50):
     cells = rng.choice([*things, thoughts.EMPTY, thoughts.UNCLEAR], 16).tolist()
     assert len(words.encode(" " + thoughts.grid_text(cells))) == 2 + 3 * 16 + 1
+    things = [cell for cell in cells if cell != thoughts.EMPTY]
+    assert re.findall(r">([^<\s][^<]*)</td>", pages.drawn(thoughts.grid_text(cells))) == things
 
 
 def test_a_text_without_a_grid_reads_as_none():

@@ -3,6 +3,7 @@
 import base64
 import html
 import html.parser
+import itertools
 import json
 import re
 import unicodedata
@@ -162,11 +163,69 @@ def test_thoughts_that_end_at_once_or_hit_the_limit_say_so(tmp_path):
   assert "The thought ended at once." in text and "Cut off at the length limit." in text
 
 
-def test_long_thoughts_scroll_and_short_ones_do_not(tmp_path):
+def test_long_thoughts_are_folded_and_short_ones_are_not(tmp_path):
   trace.write_trace(tmp_path / "run", make_trace(make_round("word " * 2000), make_round("x")))
-  thoughts = [a for a in page(tmp_path / "run").named("div") if "thought" in a.get("class", "")]
-  assert [a["class"] for a in thoughts] == ["thought long", "thought"]
-  assert thoughts[0]["tabindex"] == "0"
+  content = page(tmp_path / "run")
+  assert [a.get("class") for a in content.named("details")] == ["fold", None]
+  assert "2,000 words" in content.text and content.text.count("word ") > 2000
+  assert not any("open" in attrs for attrs in content.named("details"))
+
+
+def cells(*things, letters="ABCDEFGHIJKLMNOP"):
+  """A list of cells with `things` in the first of them."""
+  return "Cells: " + " ".join(f"{at} {thing}" for at, thing in itertools.zip_longest(
+      letters, things, fillvalue="empty ground")) + "."
+
+
+def grids(content):
+  """The cells of each grid of a page, row by row."""
+  row_cells = lambda row: re.findall(r'<td data-at="(.)">(.*?)</td>', row)
+  return [list(map(row_cells, re.findall("<tr>.*?</tr>", t))) for t in re.findall(r'<table class="cells">(.*?)</table>', content, re.DOTALL)]
+
+
+def test_a_plan_is_drawn_as_a_grid_with_blank_cells_and_its_words_are_folded(tmp_path):
+  plan = f"<think> Two things. Places: none. {cells('red <i>', 'blue star')} The end. </think>"
+  twice = f"I see: {cells('a b')} Steps: none. Final prompt: {cells(letters='ABCD')}"
+  trace.write_trace(tmp_path / "run", make_trace(make_round(plan), make_round(twice)))
+  content = (tmp_path / "run/trace.html").read_text(encoding="utf-8")
+  first, second, third = grids(content)
+  assert [len(row) for row in first] == [4] * 4 and [len(row) for row in third] == [2] * 2
+  assert sum(first, [])[:3] == [("A", "red &lt;i&gt;"), ("B", "blue star"), ("C", "")]
+  assert [cell for _, cell in sum(second, [])] == ["a b"] + [""] * 15
+  text = page(tmp_path / "run").text
+  assert plan in text and twice in text and text.count("empty ground") == 14 + 15 + 4
+  assert "Two things.\nPlaces: none." in text and "<b>Steps:</b> none." in content
+
+
+@pytest.mark.parametrize("text", [
+    cells("red circle").replace("B empty", "C empty"), cells(letters="ABC"), cells(letters="BCDE"),
+    cells("x" * 61), "Cells: A cat", "Cells: A . B . C . D .", "Cells: A  B  C  D .",
+    "cells: A a B b C c D d.", "Cells: none.", cells("a: b"), cells().removesuffix(".")])
+def test_a_plan_that_cannot_be_read_stays_text(tmp_path, text):
+  assert pages.drawn(text) is None
+  trace.write_trace(tmp_path / "run", make_trace(make_round(text)))
+  assert text in page(tmp_path / "run").text
+
+
+def test_a_grid_has_control_characters_by_their_code_and_a_long_text_few_bytes():
+  assert "[U+202E]" in pages.drawn(cells("\u202e")) and "\u202e" not in pages.drawn(cells("\u202e"))
+  assert len(pages.drawn(cells(*"abcdefghijklmnop") * 100_000)) < 400_000
+
+
+def test_small_images_are_enlarged_with_their_pixels_as_squares(tmp_path):
+  entries = [trace.write_trace(tmp_path / str(width), make_trace(make_round(picture=image(width))))
+             for width in (64, 256)]
+  trace.write_index(tmp_path, entries)
+  for content in (page(tmp_path / "64"), page(tmp_path / "256"), page(tmp_path, "index.html")):
+    assert [i.get("class") for i in content.named("img")] in (["tiny"], [None], ["tiny", None])
+  assert page(tmp_path, "index.html").named("img")[0]["class"] == "tiny"
+  assert page(tmp_path / "64").named("img")[0]["class"] == "tiny"
+  for width, wanted in ((64, "pixelated"), (256, "auto")):
+    given = make_trace(make_round(cells("red circle"), picture=image(width)))
+    shown = Page(pages.render("notebook", trace=given, rounds=trace.with_pngs(given)))
+    assert f"image-rendering: {wanted}" in shown.named("img")[0]["style"]
+    assert "red circle" in shown.text and "empty ground" not in shown.text
+  assert not pages.small(b"broken") and not pages.small(tmp_path / "none") and not pages.small(None)
 
 
 def test_an_answer_without_an_image_is_a_trace_too(tmp_path):

@@ -182,7 +182,8 @@ def write_pages(run: Scored, folder) -> list[str]:
   for _, line in read_lines(run.out / ITEMS):
     path = run.out / line["file"]
     link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
-    by_id[line["id"]].append(line | {"link": link, "said": _words(line)})
+    by_id[line["id"]].append(line | {"link": link, "said": _words(line), "small": pages.small(path),
+                                     "thoughts": list(_thoughts(run, line))})
   for start in range(0, len(by_id), _PROMPTS_A_PAGE):
     chosen = list(by_id.values())[start : start + _PROMPTS_A_PAGE]
     names.append(f"{name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
@@ -194,6 +195,14 @@ def write_pages(run: Scored, folder) -> list[str]:
     if re.fullmatch(rf"{name}-\d{{3,}}\.html", path.name) and path.name not in names:
       path.unlink()
   return names
+
+
+def _thoughts(run, line):
+  """The thought before each image of a file; None without one. Empty without traces."""
+  item = base.Item(run.benchmark.name, line["id"], line["prompt"], 1, {})
+  for image in range(line["in_file"]):
+    trace = base.read_trace(run.out, item, line["picture"] + image) or {"rounds": ()}
+    yield from (entry["think"] for entry in trace["rounds"][line["round"] - 1 : line["round"]])
 
 
 def _words(line):

@@ -70,8 +70,10 @@ def write_trace(folder, trace: dict) -> dict:
   for path in folder.glob("round*.png"):  # of an earlier trace with more rounds
     if _OWN_FILES.fullmatch(path.name) and path.name not in names:
       path.unlink()
+  last = next(filter(None, reversed(pngs)), None)
   return {"folder": folder.name, "prompt": trace["prompt"], "rounds": len(names),
-          "seed": trace.get("seed"), "image": next(filter(None, reversed(names)), None)}
+          "seed": trace.get("seed"), "small": pages.small(last),
+          "image": next(filter(None, reversed(names)), None)}
 
 
 def write_index(folder, entries: list[dict]) -> None:
