@@ -180,7 +180,8 @@ def cells(*things, letters="ABCDEFGHIJKLMNOP"):
 def grids(content):
   """The cells of each grid of a page, row by row."""
   row_cells = lambda row: re.findall(r'<td data-at="(.)">(.*?)</td>', row)
-  return [list(map(row_cells, re.findall("<tr>.*?</tr>", t))) for t in re.findall(r'<table class="cells">(.*?)</table>', content, re.DOTALL)]
+  tables = re.findall(r'<table class="cells">(.*?)</table>', content, re.DOTALL)
+  return [list(map(row_cells, re.findall("<tr>.*?</tr>", table))) for table in tables]
 
 
 def test_a_plan_is_drawn_as_a_grid_with_blank_cells_and_its_words_are_folded(tmp_path):
