@@ -179,8 +179,8 @@ def cells(*things, letters="ABCDEFGHIJKLMNOP"):
 
 def grids(content):
   """The cells of each grid of a page, row by row."""
-  row_cells = lambda row: re.findall(r'<td data-at="(.)">(.*?)</td>', row)
-  tables = re.findall(r'<table class="cells">(.*?)</table>', content, re.DOTALL)
+  row_cells = lambda row: re.findall(r'<td [^>]*data-at="(.)">(.*?)</td>', row)
+  tables = re.findall(r'<table class="cells"[^>]*>(.*?)</table>', content, re.DOTALL)
   return [list(map(row_cells, re.findall("<tr>.*?</tr>", table))) for table in tables]
 
 
