@@ -57,7 +57,6 @@ def tab():
     yield found
 
 
-@pytest.mark.long
 def test_no_page_is_wider_than_its_window_and_rounds_are_side_by_side(tab, tmp_path):
   folded = "document.querySelectorAll('details').forEach(e => e.open = true)"
   for name, path in draw(tmp_path).items():
