@@ -15,7 +15,9 @@ BOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # What a reader is to see at the end, over the notebook's names.
 SHOWN = {
     "1_generate": "len(result.images) == 2 and all(result.thoughts) and len(results) == 2",
-    "2_guidance_rule": "table['text_scale 4, not scaled back']['levels from plain'] > 1 and "
+    "2_guidance_rule": "table['text_scale 2, not scaled back']['levels from plain'] > 1 and "
+                       "table['text_scale 2, not scaled back']['contrast'] > 1 + "
+                       "table['text_scale 2, global']['contrast'] and "
                        "table['no guidance']['right'] > 0.5",
     "3_train": "status == 0 and all(last[name] < first[name] for name in ('ce', 'mse'))",
     "4_evaluate": "status == 0 and right.size == 2 * 2 * 4 and np.nanmean(right) > 0.5",
