@@ -149,12 +149,14 @@ def silent_params():
 
 
 def test_a_thought_that_ends_at_once_and_one_that_hits_the_limit():
-  greedy = dataclasses.replace(ONE_ROUND, temperature=0.0)
+  def thought(special):
+    job = irg.prepare(MODEL, silent_params(), IdTokenizer(special), PROMPTS[:1], seeds=[0],
+                      settings=dataclasses.replace(ONE_ROUND, temperature=0.0))
+    return irg.think(job, irg.begin(job), 0)[0]
+
   at_once = dataclasses.replace(SPECIAL, text_end=0)
-  thought = generate(PROMPTS[:1], [0], greedy, special=at_once, weights=silent_params())[0].rounds[0].thought
-  assert thought == irg.Thought(text=(), ids=(), hit_limit=False)
-  thought = generate(PROMPTS[:1], [0], greedy, weights=silent_params())[0].rounds[0].thought
-  assert thought == irg.Thought(text=(0,) * 11, ids=(0,) * 11, hit_limit=True)
+  assert thought(at_once) == irg.Thought(text=(), ids=(), hit_limit=False)
+  assert thought(SPECIAL) == irg.Thought(text=(0,) * 11, ids=(0,) * 11, hit_limit=True)
 
 
 def test_a_limit_of_one_leaves_no_room_for_text():
@@ -175,7 +177,7 @@ def test_rows_end_their_thoughts_apart():
     assert_same(row, generate([prompt], [seed], ONE_ROUND, weights=weights)[0])
 
 
-@pytest.mark.parametrize("rounds", [1, 3, 4])
+@pytest.mark.parametrize("rounds", [1, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_any_number_of_rounds_begins_alike(rounds):
   longer = generate(PROMPTS[:1], SEEDS[:1], dataclasses.replace(SETTINGS, rounds=rounds))[0]
   assert len(longer.rounds) == rounds
@@ -219,6 +221,9 @@ def test_several_images_are_read_in_their_order_as_in_training():
   rng = np.random.default_rng(0)
   images = [rng.integers(0, 256, shape, np.uint8) for shape in ((32, 48, 3), (48, 32, 3))]
   clean = {}
+  predict = jax.jit(functools.partial(steps.velocities, MODEL, grid=(2, 3), special=SPECIAL,
+                                      views=(context.FULL,)))
+  apply = jax.jit(MODEL.apply)
 
   def velocity(order):
     job = irg.prepare(MODEL, params(), IdTokenizer(), PROMPTS[:1], seeds=[0], settings=ONE_ROUND,
@@ -228,8 +233,6 @@ def test_several_images_are_read_in_their_order_as_in_training():
       clean[order, order[i]] = irg.encode(job, batch, i, kind=kind)
     ctx = irg.begin(job)
     x_BPC = job.noise("noise", 0, (1, 6, CONFIG.latent_dim))
-    predict = jax.jit(functools.partial(steps.velocities, MODEL, grid=job.grid, special=SPECIAL,
-                                        views=(context.FULL,)))
     return x_BPC, predict(params()["transformer"], ctx, x_BPC, np.float32(0.6))["full"]
 
   def packed(order, x_BPC):
@@ -243,8 +246,8 @@ def test_several_images_are_read_in_their_order_as_in_training():
     sizes = BufferSizes(samples=1, **{buffer: len(sample[name]) for buffer, name in
                                       LENGTH_FEATURES.items() if buffer != "samples"})
     batch = stack_rows([pack_row([sample], sizes)])
-    return jax.jit(MODEL.apply)({"params": params()["transformer"]}, batch, batch.latents,
-                                0.6 * batch.latent_weight)[1][:, -6:]
+    return apply({"params": params()["transformer"]}, batch, batch.latents,
+                 0.6 * batch.latent_weight)[1][:, -6:]
 
   got = {}
   for order in ((0, 1), (1, 0)):
@@ -267,12 +270,12 @@ def test_one_image_in_a_list_is_one_image_and_several_need_room_in_the_cache():
 
 def test_answers_about_images_and_chat():
   tokenizer = IdTokenizer()
-  ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS[:2], seeds=[0, 0],
+  ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS, seeds=[0] * 4,
                           settings=dataclasses.replace(SETTINGS, temperature=0.0))
   rng = np.random.default_rng(0)
-  image = rng.integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
+  image = rng.integers(0, 255, (4, 32, 48, 3), dtype=np.uint8)
   about = ask(images=list(image))
-  assert len(about) == 2 and all(len(a.ids) == 11 or not a.hit_limit for a in about)
+  assert len(about) == 4 and all(len(a.ids) == 11 or not a.hit_limit for a in about)
   assert [a.ids for a in about] != [a.ids for a in ask()]
 
 
@@ -297,20 +300,20 @@ def test_progress_reports_every_step_of_every_phase():
   assert {e[0] for e in events} == {"prompt", "think", "draw", "decode", "encode"}
 
 
-def test_a_listener_changes_neither_the_programs_nor_the_results():
-  settings = dataclasses.replace(SETTINGS, think_limit=40, steps=32)  # more steps than reports
-  silent, = generate(PROMPTS[:1], SEEDS[:1], settings)
+def test_a_listener_changes_neither_the_programs_nor_the_results(monkeypatch):
+  monkeypatch.setattr(irg, "_REPORTS", 2)  # fewer than there are steps
+  silent, = generate(PROMPTS[:1], SEEDS[:1])
   compiled, heard = [], ([], [])
   jax.monitoring.register_event_duration_secs_listener(
       lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
   for events in heard:
-    listened, = generate(PROMPTS[:1], SEEDS[:1], settings,
+    listened, = generate(PROMPTS[:1], SEEDS[:1],
                          on_progress=lambda *event, to=events: to.append(event))
     assert_same(listened, silent)
   assert not compiled
   assert heard[0] == heard[1]
   assert [step for kind, number, step, total in heard[0] if (kind, number) == ("draw", 1)] == [
-      *range(0, 31, 2), 31]
+      0, 2, 3]
 
 
 @pytest.mark.parametrize("change,message", [

@@ -316,7 +316,8 @@ def test_a_build_that_is_killed_at_any_file_leaves_all_or_nothing_and_goes_on(
       with monkeypatch.context() as patch:
         for module, name in ((pathlib.Path, "rename"), (os, "replace"), (os, "open")):
           patch.setattr(module, name, counted(getattr(module, name)))
-        for module, name in ((shutil, "rmtree"), (pathlib.Path, "unlink"), (pathlib.Path, "rmdir")):
+        for module, name in ((shutil, "rmtree"), (pathlib.Path, "unlink"), (pathlib.Path, "rmdir"),
+                             (time, "sleep")):
           patch.setattr(module, name, lambda *_, **__: None)  # a killed process cleans nothing up
         sources.build(clean, out, modes, shard_bytes=4000)
     except Killed:
