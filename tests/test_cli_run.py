@@ -12,6 +12,7 @@ from irg_jax import commands, config
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Short: the point is that everything is connected, not what comes out.
 SHORT = ["--config", str(ROOT / "configs" / "generate_tiny.py"), "--steps", "3", "--size", "48x32",

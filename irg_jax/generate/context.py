@@ -19,6 +19,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from irg_jax.config import ModelConfig
@@ -90,7 +91,7 @@ def fork(ctx: Context, source: int, target: int) -> Context:
 
 
 def cached(ctx: Context, views) -> KeyValues:
-  """Keys and values for R = B * W query rows: the W static `views` of a row lie together."""
+  """Keys and values for R = B * W query rows: the W `views` of a row lie together."""
   return KeyValues(ctx.k, ctx.v, seen_before(
       rearrange(ctx.visible[:, jnp.array(views)], "b w s -> (b w) s")))
 
@@ -116,19 +117,24 @@ def write(ctx: Context, kv) -> Context:
   return lay_out(dataclasses.replace(ctx, k=put(ctx.k, kv[0]), v=put(ctx.v, kv[1])))
 
 
-def claim(ctx: Context, count_B, views, advance) -> Context:
-  """Takes the next int32 `count_B` slots of each row into use and makes them visible to `views`.
+def view_mask(views) -> np.ndarray:
+  """Whether each view is one of `views`, bool [W]."""
+  return np.isin(VIEWS, views)
 
-  `advance`, int32 [B] or scalar, is added to the positions of `views`.
+
+def claim(ctx: Context, count_B, sees_W, advance) -> Context:
+  """Takes the next int32 `count_B` slots of each row into use, visible to the views `sees_W`.
+
+  `advance`, int32 [B] or scalar, is added to the positions of these views.
   """
-  slot_S, views = jnp.arange(ctx.visible.shape[-1]), jnp.array(views)
+  slot_S = jnp.arange(ctx.visible.shape[-1])
   length_B = ctx.length + count_B
   new_BS = (slot_S >= ctx.length[:, None]) & (slot_S < length_B[:, None])
   advance_B = jnp.broadcast_to(advance, count_B.shape)
   return dataclasses.replace(
       ctx, length=length_B,
-      visible=ctx.visible.at[:, views].set(ctx.visible[:, views] | new_BS[:, None]),
-      position=ctx.position.at[:, views].add(advance_B[:, None]))
+      visible=ctx.visible | (new_BS[:, None] & sees_W[:, None]),
+      position=ctx.position + advance_B[:, None] * sees_W)
 
 
 def guidance_views(guidance) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from irg_jax import config as config_lib
 from irg_jax import flow
 from irg_jax.generate import steps
 from irg_jax.generate.context import (
-    FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung)
+    FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung,
+    view_mask)
 from irg_jax.generate.settings import Settings
 from irg_jax.images import patchify, to_pixels
 from irg_jax.model.unified import UnifiedTransformer
@@ -306,7 +307,8 @@ def _append(job, ctx, texts, views):
   for padded, ids in zip(ids_BT, rows):
     padded[:len(ids)] = ids
   count_B = np.array([len(ids) for ids in rows], np.int32)
-  return steps.append_text(job.model, job.params["transformer"], ctx, ids_BT, count_B, views)
+  return steps.append_text(job.model, job.params["transformer"], ctx, ids_BT, count_B,
+                           view_mask(views))
 
 
 def _parts(job, kind, number, total):

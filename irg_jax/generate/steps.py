@@ -22,7 +22,7 @@ from irg_jax import flow
 from irg_jax import tokens as tokens_lib
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.generate.context import (
-    FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, new_kv, seen_before, write)
+    FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, new_kv, seen_before, view_mask, write)
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
 from irg_jax.model.attention import KeyValues
@@ -33,37 +33,39 @@ from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens
 VIEW_NAMES = {FULL: "full", NO_TEXT: "no_text", NO_IMAGE: "no_image"}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "views"), donate_argnames=("ctx",))
-def append_text(model, params, ctx: Context, ids_BT, count_B, views) -> Context:
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("ctx",))
+def append_text(model, params, ctx: Context, ids_BT, count_B, sees_W) -> Context:
   """Appends one text split to each row.
 
   Args:
     ids_BT: int32, `<|im_start|> ... <|im_end|>`, padded at the end to a rung of the ladder.
     count_B: int32, tokens of each row without padding; 0 leaves a row unchanged.
-    views: static tuple of the views that see the text. Their contexts must be equal so far: the
-      text attends through the first one.
+    sees_W: bool, the views that see the text. Their contexts must be equal so far: the text
+      attends through the first one.
   """
+  first = jnp.argmax(sees_W)
   step_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
   tokens = Tokens(sample=jnp.where(step_BT < count_B[:, None], 0, PADDING), index=step_BT,
                   split=jnp.zeros_like(step_BT), kind=jnp.full_like(step_BT, CAUSAL))
-  position_BT = ctx.position[:, views[0], None] + step_BT
+  position_BT = ctx.position[:, first, None] + step_BT
   und_BUD = model.apply({"params": params}, ids_BT, method="embed_text")
-  _, kv = _decode(model, params, {"und": und_BUD}, tokens, position_BT, cached(ctx, views[:1]))
-  return claim(write(ctx, kv), count_B, views, advance=count_B)
+  _, kv = _decode(model, params, {"und": und_BUD}, tokens, position_BT, cached(ctx, [first]))
+  return claim(write(ctx, kv), count_B, sees_W, advance=count_B)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "views", "latent_grid", "vit_grid", "special"),
+    jax.jit, static_argnames=("model", "latent_grid", "vit_grid", "special"),
     donate_argnames=("ctx",))
 def append_image(model, params, ctx: Context, latents_BPC, patches_BPC, *, latent_grid, vit_grid,
-                 special: SpecialTokens, views=(FULL,)) -> Context:
-  """Appends one image to each row: a clean VAE split, then a ViT split; either may be None.
+                 special: SpecialTokens) -> Context:
+  """Appends one image to each row, for the FULL view: a VAE split, then a ViT split.
+
+  Either split may be None.
 
   Args:
     latents_BPC: [B, P, latent_dim] clean latent tokens, or None.
     patches_BPC: [B, P, patch * patch * 3] pixels in [-1, 1], or None.
     latent_grid, vit_grid: static (rows, columns) of the tokens of each split.
-    views: as in `append_text`.
   """
   apply = functools.partial(model.apply, {"params": params})
   B = len(ctx.length)
@@ -91,11 +93,11 @@ def append_image(model, params, ctx: Context, latents_BPC, patches_BPC, *, laten
   split_BT = rows(jnp.concatenate([jnp.full(len(index_T), n) for _, index_T, n in places]))
   tokens = Tokens(sample=jnp.zeros_like(index_BT), index=index_BT, split=split_BT,
                   kind=jnp.full_like(index_BT, tokens_lib.FULL))
-  position_BT = ctx.position[:, views[0], None] + split_BT
+  position_BT = ctx.position[:, FULL, None] + split_BT
   buffers = {name: jnp.concatenate([x_BTD for x_BTD, _, _ in part], 1)
              for name, part in parts.items() if part}
-  _, kv = _decode(model, params, buffers, tokens, position_BT, cached(ctx, views[:1]))
-  return claim(write(ctx, kv), jnp.full((B,), index_BT.shape[1]), views, advance=split)
+  _, kv = _decode(model, params, buffers, tokens, position_BT, cached(ctx, [FULL]))
+  return claim(write(ctx, kv), jnp.full((B,), index_BT.shape[1]), view_mask([FULL]), advance=split)
 
 
 @jax.tree_util.register_dataclass

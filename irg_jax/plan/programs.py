@@ -14,7 +14,8 @@ from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.data.batch import BufferSizes, pack_row
 from irg_jax.data.samples import TextSplit, sample_features
 from irg_jax.generate import steps
-from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT, guidance_views, new_context, rung
+from irg_jax.generate.context import (
+    FULL, NO_IMAGE, NO_TEXT, guidance_views, new_context, rung, view_mask)
 from irg_jax.generate.settings import Settings
 from irg_jax.model.attention import choose
 from irg_jax.model.kernels import tpu
@@ -168,7 +169,8 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
   return [
       made(f"a text of {text} tokens a row", steps.append_text, *on_context,
-           array(rows, text, dtype=jnp.int32), array(rows, dtype=jnp.int32), (FULL, NO_IMAGE),
+           array(rows, text, dtype=jnp.int32), array(rows, dtype=jnp.int32),
+           view_mask((FULL, NO_IMAGE)),
            parts={"decoder": (text, [text, cache])}, flops=needed(und=text)),
       made("an image a row, VAE and ViT", steps.append_image, *on_context, noise,
            array(rows, patches, vit_patch**2 * 3), latent_grid=grid, vit_grid=vit_grid,
