@@ -54,7 +54,7 @@ def clone(tmp_path_factory):
   (root / "prompts.txt").write_text("a fox\ntwo dogs in the rain\na lamp\n")
   Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(root / "photo.png")
   for mode in MODES:
-    rows = [(mode, sample_set.conversation(mode, number)) for number in range(3)]
+    rows = [(mode, sample_set.conversation(mode, number)) for number in range(4)]
     parquet.write(root / "irgl-parquet", rows)
   return root
 
@@ -63,6 +63,7 @@ def clone(tmp_path_factory):
 def quick(clone, monkeypatch):
   """Commands of this process, in the copy, with a stand-in for drawing."""
   monkeypatch.chdir(clone)
+  shutil.rmtree("out", ignore_errors=True)  # the default folder is named by the second
   monkeypatch.setattr(irg, "generate", stand_in)
   return clone
 
