@@ -25,6 +25,7 @@ from test_weights import CONFIG
 from irg_jax import evaluate, runs, storage, weights
 from irg_jax.config import ModelConfig
 from irg_jax.evaluate import base, genai_bench, geneval, oneig, questions
+from irg_jax.generate.prompts import PromptForm
 from irg_jax.generate.settings import Defaults, read_defaults, write_defaults
 from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from irg_jax.weights import init, orbax, published
@@ -182,18 +183,22 @@ def test_a_reader_of_a_run_record(tmp_path):
 
 
 def test_a_reader_of_generation_settings(tmp_path):
-  write_defaults(tmp_path, Defaults(words=("a", "b"), note="n", dtype="bfloat16"))
+  form = PromptForm(rules=("prompt = <a> fox | <a> <prompt> -> <2> <1> # 2 ! n", "a = a | big |"),
+                    most=3, note="n", sizes=("64x64",), editing=False)
+  write_defaults(tmp_path, Defaults(prompts=form, dtype="bfloat16"))
   path = tmp_path / "generate.json"
 
   def oracle(defaults, _):
-    assert type(defaults.system_prompt) is str and type(defaults.note) is str
-    assert all(type(word) is str for word in defaults.words)
+    form = defaults.prompts
+    assert type(defaults.system_prompt) is str and type(form.note) is str
+    assert all(type(rule) is str for rule in form.rules + form.sizes)
     assert defaults.dtype in (None, "bfloat16", "float32", "float16")
     s = defaults.settings
     assert 1 <= s.rounds <= 1000 and 2 <= s.steps <= 10_000 and 0 < s.top_p <= 1
     numbers = (s.timestep_shift, s.temperature, s.first.text_scale, *s.later.interval)
     assert np.isfinite(np.float32(numbers)).all()
-    defaults.about("a fox")
+    for prompt in ("A fox!", "big a big fox " * 9):
+      assert type(defaults.read(prompt, s, edits=True).text) is str
 
   fuzz(json.loads(path.read_text()), path, lambda: read_defaults(tmp_path), oracle)
 

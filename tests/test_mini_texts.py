@@ -12,7 +12,6 @@ from PIL import Image
 from irg_jax import config as config_lib
 from irg_jax.images import to_pixels
 from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
-from irg_jax.generate.settings import Defaults, read_defaults, write_defaults
 from irg_jax.mini import datasets, run, thoughts, vae, verifier, world
 from irg_jax.mini.world import paint
 from irg_jax.model.vae import Vae, sample_latents
@@ -307,12 +306,3 @@ def test_settings_of_a_run_are_checked_by_name():
     run.load(ROOT_CONFIG, ["trajectories=0"])
   with pytest.raises(ValueError, match="no field 'trajectory'"):
     run.load(ROOT_CONFIG, ["trajectory=5"])
-
-
-def test_a_prompt_of_other_words_is_answered_with_what_the_model_knows(tmp_path):
-  write_defaults(tmp_path, Defaults(words=tuple(world.words()), note="It draws shapes."))
-  for record, _, _ in cases(200, seed=5):
-    assert read_defaults(tmp_path).about(record["prompt"]) is None
-  note = read_defaults(tmp_path).about("A red fox and two red circles")
-  assert note == "this model has never seen fox. It draws shapes."
-  assert read_defaults(tmp_path / "none").about("a fox") is None

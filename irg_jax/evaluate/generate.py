@@ -216,7 +216,8 @@ def _generate_batches(request, folder, loaded, rows, progress):
         request.settings, request.system_prompt, size=size, on_progress=progress)
     for (item, image), trajectory in zip(batch, trajectories):
       if not _is_done(request, folder, item, image):
-        _write(request, folder, item, image, trajectory)
+        reading = loaded.defaults.read(item.prompt, request.settings)
+        _write(request, folder, item, image, trajectory, reading.record)
       _paste(request, folder, item)
     done += len(batch)
     ends.append(time.monotonic())
@@ -230,7 +231,7 @@ def _left(ends, batches):
   return f", {minutes / 60:.1f} h left" if minutes >= 90 else f", {minutes:.0f} min left"
 
 
-def _write(request, folder, item, image, trajectory):
+def _write(request, folder, item, image, trajectory, reading):
   """Writes an image of every round, then the trace."""
   rounds = []
   for number, r in enumerate(trajectory.rounds, 1):
@@ -244,7 +245,7 @@ def _write(request, folder, item, image, trajectory):
     rounds.append(generator.round_record(
         r, request.settings.think, None if fails else path.as_posix()))
   record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
-            "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}
+            **reading, "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}
   folder.write(base.trace_path(item, image),
                (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 

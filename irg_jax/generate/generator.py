@@ -114,7 +114,8 @@ class Generator:
     settings, system_prompt = self._chosen(settings, system_prompt, changes)
     arrays, paths = read_images(images)
     settings.validate(self.model.config)
-    check_lengths(self.model.config, self.tokenizer, settings, system_prompt, prompts, arrays)
+    texts = [self.defaults.read(p, settings, bool(arrays)).text for p in prompts]
+    check_lengths(self.model.config, self.tokenizer, settings, system_prompt, texts, arrays)
     results = []
     for rows in batches(len(prompts), batch_size):
       drawn = self.batch(
@@ -147,16 +148,17 @@ class Generator:
 
   def batch(self, prompts, seeds, settings: Settings, system_prompt: str, *, size: int,
             images=(), on_progress=None) -> list[irg.Trajectory]:
-    """`irg.generate` for at most `size` prompts, padded to `size`.
+    """`irg.generate` for at most `size` prompts, padded to `size`, as the model reads them.
 
     A short batch repeats its last row: another size would compile again, and no row's result
     depends on its neighbours. `images`, arrays, are for every row.
     """
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
+    texts = [self.defaults.read(p, settings, bool(images)).text for p in prompts]
     with jax.set_mesh(self.mesh):
       return irg.generate(
           self.model, self.params, self.tokenizer, padded(prompts), seeds=padded(seeds),
-          settings=settings, system_prompt=system_prompt,
+          settings=settings, system_prompt=system_prompt, texts=padded(texts),
           images=[images] * size if images else None, on_progress=on_progress)[:len(prompts)]
 
   def record(self, trajectory: irg.Trajectory, settings: Settings, system_prompt: str, seed: int,
@@ -167,8 +169,9 @@ class Generator:
         "batch_size": batch_size, "image": ", ".join(map(str, paths)) or None,
         "dtype": self.model.config.dtype, "mesh": shape or None,
         "devices": _devices(self.mesh)}
+    reading = self.defaults.read(trajectory.prompt, settings, bool(images))
     return {
-        "prompt": trajectory.prompt, "system_prompt": system_prompt, "seed": seed,
+        "prompt": trajectory.prompt, **reading.record, "system_prompt": system_prompt, "seed": seed,
         "checkpoint": str(self.checkpoint), "settings": used, "versions": versions(),
         "sources": [settings.vae_transform(image) for image in images],
         "rounds": [round_record(r, settings.think, r.image) for r in trajectory.rounds]}

@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 from irg_jax import runs, sharding, weights
-from irg_jax.generate import generator
+from irg_jax.generate import generator, prompts
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
 from irg_jax.progress import Progress
@@ -44,12 +44,12 @@ def run_generate(inputs: Inputs) -> None:
   inputs.settings.validate(config)
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
   images = [read_image(path) for path in inputs.images]
-  generator.check_lengths(config, tokenizer, inputs.settings, inputs.system_prompt, inputs.prompts,
-                          images)
-  about = read_defaults(inputs.checkpoint).about
-  for prompt in inputs.prompts:
-    if note := about(prompt):
-      print(f'note on "{prompt}": {note}', file=sys.stderr)
+  defaults = read_defaults(inputs.checkpoint)
+  readings = [defaults.read(p, inputs.settings, bool(images)) for p in inputs.prompts]
+  generator.check_lengths(config, tokenizer, inputs.settings, inputs.system_prompt,
+                          [reading.text for reading in readings], images)
+  for line in prompts.notes(defaults.prompts, inputs.prompts, readings):
+    print(line, file=sys.stderr)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   size = min(inputs.batch_size, count)
   with held(inputs), Progress() as progress:

@@ -15,6 +15,7 @@ from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
+from irg_jax.generate.prompts import PromptForm, Reading, read, renewed
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 from irg_jax.storage import read_json, write_json
 
@@ -129,16 +130,13 @@ class Defaults:
 
   system_prompt: str = SYSTEM_PROMPT  # read before every prompt
   settings: Settings = Settings()
-  words: tuple[str, ...] = ()  # all words of its training prompts, if they are few
-  note: str = ""  # says what the model knows; shown for prompts with other words
+  prompts: PromptForm = PromptForm()  # what it says of the prompts it was trained on
   dtype: str | None = setting(
       None, "dtype of the arithmetic; not set: that of the weights", choices=config_lib.DTYPES)
 
-  def about(self, prompt: str) -> str | None:
-    """Names the words of a prompt that the model never saw; None if there are none."""
-    words = re.findall(r"\w+", prompt.lower()) if self.words else ()
-    unknown = dict.fromkeys(w for w in words if w not in self.words)
-    return f"this model has never seen {', '.join(unknown)}. {self.note}" if unknown else None
+  def read(self, prompt: str, settings: Settings, edits: bool = False) -> Reading:
+    """What the model reads for a prompt, and a note; `edits`: the prompt is on images to edit."""
+    return read(self.prompts, prompt, (settings.width, settings.height), edits)
 
 
 def expand(changes: dict) -> dict:
@@ -186,8 +184,7 @@ def check_prompts(prompts) -> tuple[str, ...]:
 
 def write_defaults(folder, defaults: Defaults) -> None:
   """Writes `generate.json` into a checkpoint folder."""
-  content = dataclasses.asdict(defaults) | {"words": sorted(defaults.words)}
-  write_json(pathlib.Path(folder) / NAME, content, indent=1)
+  write_json(pathlib.Path(folder) / NAME, dataclasses.asdict(defaults), indent=1)
 
 
 def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
@@ -199,7 +196,8 @@ def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
   if not path.is_file():
     return Defaults(settings=settings)
   try:
-    return config_lib.check(config_lib.update(Defaults(settings=settings), read_json(path)))
+    fields = renewed(read_json(path))
+    return config_lib.check(config_lib.update(Defaults(settings=settings), fields))
   except (ValueError, OSError) as e:
     raise ValueError(f"{path}: not settings of irg generate ({e}); mend it, or remove the file to "
                      "use the defaults") from e

@@ -27,7 +27,7 @@ from irg_jax import runs, storage, weights
 from irg_jax.config import ModelConfig, setting
 from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
-from irg_jax.generate import generator
+from irg_jax.generate import generator, prompts
 from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier, world
 from irg_jax.model.vae import encode_levels
@@ -130,9 +130,17 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
     words.mkdir()
     datasets.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
-    generate_settings.write_defaults(folder / "weights", generate_settings.Defaults(
-        settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT,
-        words=tuple(world.words()), note=_NOTE, dtype=settings.model.dtype))
+    generate_settings.write_defaults(folder / "weights", defaults(settings))
+
+
+def defaults(settings: Settings) -> generate_settings.Defaults:
+  """What the checkpoints of a run say of themselves."""
+  form = prompts.PromptForm(
+      rules=world.prompt_rules(), most=world.MAX_THINGS, note=_NOTE,
+      sizes=(f"{settings.generate.width}x{settings.generate.height}",), editing=False)
+  return generate_settings.Defaults(
+      settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT, prompts=form,
+      dtype=settings.model.dtype)
 
 
 def sample_texts(settings: Settings, count: int = 6000) -> list[str]:

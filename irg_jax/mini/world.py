@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import pathlib
-import re
 import tomllib
 import typing
 
@@ -45,7 +44,8 @@ _INVERSE = {"right of": "left of", "below": "above"}
 
 # Held out of training: one colour of each shape, in images and prompts; and these relations of two
 # shapes, in prompts, whichever of the two is named first.
-_WORDING = tomllib.loads((pathlib.Path(__file__).parent / "files" / "world.toml").read_text())
+_FILES = pathlib.Path(__file__).parent / "files"
+_WORDING = tomllib.loads((_FILES / "world.toml").read_text())
 UNSEEN_PAIRS = frozenset(map(tuple, _WORDING["unseen_pairs"]))
 _UNSEEN_RELATIONS = frozenset(map(tuple, _WORDING["unseen_relations"]))
 _TRAINING_SHARES = (0.05, 0.13, 0.10, 0.05, 0.24, 0.15, 0.28)  # of `TASKS`; hard ones have more
@@ -136,11 +136,20 @@ def nouns(include, article: bool = True) -> list[str]:
   return [noun(c["count"], c["class"], c.get("color"), article) for c in include]
 
 
-def words() -> set[str]:
-  """All words that a prompt can have."""
-  some = [noun(n, shape, c) for n in (1, 2) for shape in SHAPES for c in (None, *COLORS)]
-  said = [*_FRAMES, *itertools.chain(*_SAID.values()), *some, *_NUMBERS[1:], "and"]
-  return set(re.findall(r"\w+", " ".join(said).lower()))
+def prompt_rules() -> tuple[str, ...]:
+  """The grammar of prompts, for `generate.prompts.PromptForm`: files/prompts.toml and the names."""
+  vowel = [color for color in COLORS if color[0] in "aeiou"]
+  plurals = [noun(2, shape).split()[1] for shape in SHAPES]
+  rules = {
+      "frame": [frame.format("<things>") for frame in _FRAMES], "shape": SHAPES, "plural": plurals,
+      "slip": [f"{shape} -> {plural}" for shape, plural in zip(SHAPES, plurals)],
+      "color": [color for color in COLORS if color not in vowel], "vowel_color": vowel,
+      "relation": [*itertools.chain(*_SAID.values()), "<other_relation>"],
+      "alike": [f"<any_{s}> <is> <relation> <any_{s}> -> <1> <3> <4>" for s in SHAPES]}
+  rules |= {f"any_{shape}": (f"<one> {shape} -> a {shape} # 1", f"<digit> {plural}")
+            for shape, plural in zip(SHAPES, plurals)}
+  rules |= tomllib.loads((_FILES / "prompts.toml").read_text())["rules"]
+  return tuple(f"{name} = {' | '.join(options)}" for name, options in rules.items())
 
 
 def _clause(shape, count=1, color=None, position=None):

@@ -3,7 +3,9 @@
 A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
-   "settings": {...}, "versions": {...}, "note": str (optional),
+   "settings": {...}, "versions": {...},
+   "read_as": str (optional), the prompt in the form that the model was trained on,
+   "note": str (optional), what the model cannot know of it,
    "sources": [uint8 [H, W, 3], ...] (optional), images that were edited, for the page alone,
    "rounds": [{"think": str, or None in a round without a thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
