@@ -156,10 +156,11 @@ class Generator:
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
     texts = [self.defaults.read(p, settings, bool(images)).text for p in prompts]
     with jax.set_mesh(self.mesh):
-      return irg.generate(
-          self.model, self.params, self.tokenizer, padded(prompts), seeds=padded(seeds),
-          settings=settings, system_prompt=system_prompt, texts=padded(texts),
-          images=[images] * size if images else None, on_progress=on_progress)[:len(prompts)]
+      drawn = irg.generate(
+          self.model, self.params, self.tokenizer, padded(texts), seeds=padded(seeds),
+          settings=settings, system_prompt=system_prompt,
+          images=[images] * size if images else None, on_progress=on_progress)
+    return [dataclasses.replace(t, prompt=p) for t, p in zip(drawn, prompts)]
 
   def record(self, trajectory: irg.Trajectory, settings: Settings, system_prompt: str, seed: int,
              batch_size: int, images=(), paths=()) -> dict:

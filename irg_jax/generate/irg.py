@@ -98,7 +98,7 @@ class Job:
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
              settings: Settings = Settings(), system_prompt="", images=None, noise=None,
-             on_progress=None, texts=None) -> list[Trajectory]:
+             on_progress=None) -> list[Trajectory]:
   """Thinks and draws an image, `settings.rounds` times for every prompt.
 
   Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`; editing is
@@ -115,13 +115,12 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       instructions, and `settings.later` guides every round.
     noise: see `Job`; None derives it from the seeds.
     on_progress: see `Job`; `progress.Progress` is one. Compiled programs do not depend on it.
-    texts: what the model reads in place of the prompts; None: the prompts.
 
   Raises:
     ValueError: settings, prompts or images that cannot work; before anything is computed.
   """
   settings.validate(model.config)
-  job = prepare(model, params, tokenizer, texts or prompts, seeds=seeds, settings=settings,
+  job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
                 system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress)
   _, window = job.cache
   ctx, history, results = begin(job), [], []
