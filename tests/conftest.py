@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.model.unified import UnifiedTransformer
 
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(20_000, 10, 100)  # what is traced stays: looking through it again takes long
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -78,12 +80,15 @@ def reference(request):
 _open_reference = functools.cache(Reference)
 
 
-@pytest.fixture
-def on_one_device(monkeypatch):
-  """Meshes and commands see one of the eight devices: programs for one compile twice as fast."""
+@pytest.fixture(scope="module")
+def on_one_device():
+  """A file's meshes and commands see one of the eight devices, where all takes half the time."""
   first = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *_: first)
-  monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("devices", "local_devices"):
+      patch.setattr(jax, name, lambda *_: first)
+    patch.setattr(jax, "device_count", lambda *_: 1)
+    yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ import pytest
 
 from irg_jax import commands
 from irg_jax.mini import report
-from train_runs import process
+from train_runs import cache
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEFORE = pathlib.Path("tests", "data", "before")  # as the commands named it
 FLAGS = json.loads((ROOT / BEFORE / "flags.json").read_text().replace("BEFORE", str(BEFORE)))
@@ -29,21 +30,14 @@ def copy(tmp_path):
   return lambda name: pathlib.Path(shutil.copytree(BEFORE / name, tmp_path / "copy"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
-
-
 def irg(*arguments):
   return commands.main(list(map(str, arguments)))
 
 
-def train(cache, *arguments):
-  """(exit status, output) of `irg train`, on one device."""
-  running = process(["train", "--config", "configs/irgl.py", "--config.preset=tiny",
-                     *FLAGS["model"], *FLAGS["train"],
-                     f"--config.checkpoint={BEFORE / 'published'}", *map(str, arguments)], cache)
-  return running.communicate()[0], running.returncode
+def train(*arguments):
+  """Exit status of `irg train`."""
+  return irg("train", "--config", "configs/irgl.py", "--config.preset=tiny", *FLAGS["model"],
+             *FLAGS["train"], f"--config.checkpoint={BEFORE / 'published'}", *arguments)
 
 
 def read(path):
@@ -77,24 +71,22 @@ def test_training_goes_on(copy, cache):
   run = copy("train")
   before = read_lines(run / "log.jsonl")
   goes_on = ["--out", run, f"--config.data.path={BEFORE / 'irgl'}"]
-  said, status = train(cache, *goes_on, "--config.stage1.steps=3")
-  assert status == 0, said
+  assert train(*goes_on, "--config.stage1.steps=3") == 0
   lines = read_lines(run / "log.jsonl")
   assert lines[:len(before)] == before
   assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
   assert (run / "stage1" / "weights" / "ema.safetensors").is_file()
 
 
-def test_training_of_other_settings_does_not_go_on(copy, cache):
+def test_training_of_other_settings_does_not_go_on(copy, capsys):
   goes_on = ["--out", copy("train"), f"--config.data.path={BEFORE / 'irgl'}"]
-  said, status = train(cache, *goes_on, "--config.seed=1", "--config.stage1.steps=3")
-  assert status == 2 and "seed=0" in said, said
+  assert train(*goes_on, "--config.seed=1", "--config.stage1.steps=3") == 2
+  assert "seed=0" in capsys.readouterr().err
 
 
 def test_latents_train(cache, tmp_path):
-  said, status = train(cache, "--out", tmp_path / "run", "--config.stage1.steps=1",
-                       f"--config.data.path={BEFORE / 'latents'}")
-  assert status == 0, said
+  assert train("--out", tmp_path / "run", "--config.stage1.steps=1",
+               f"--config.data.path={BEFORE / 'latents'}") == 0
   line, = [line for line in read_lines(tmp_path / "run" / "log.jsonl") if "loss" in line]
   # The same samples and the same draws as from the images.
   first = next(e for e in read_lines(BEFORE / "train" / "log.jsonl") if "loss" in e)

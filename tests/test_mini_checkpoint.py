@@ -75,29 +75,41 @@ def test_both_images_of_the_demo_s_prompt_are_right(alone):
     assert benchmark.seen_grid(verdict.seen) == thoughts.read_grid(entry.thought.text)
 
 
-@pytest.mark.parametrize("size", [4, pytest.param(16, marks=pytest.mark.long)])
-def test_a_batch_draws_what_one_draws(alone, one_device, size):
-  model, params, words, mesh = one_device
+def batch(size):
+  """(prompts, seeds) of other images with the demo's among them, and its place."""
   rng, place = np.random.default_rng(3), size // 2 - 1
   prompts = [world.training_record(rng)["prompt"] for _ in range(size)]
   seeds = list(range(1, size + 1))
   prompts[place], seeds[place] = DEMO["prompt"], 0
+  return prompts, seeds, place
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_batch_draws_what_one_draws(alone, one_device, size):
+  model, params, words, mesh = one_device
+  prompts, seeds, place = batch(size)
   assert_same(draw(model, params, words, mesh, prompts, seeds)[place], alone)
 
 
-def test_eight_devices_draw_what_one_draws(alone):
+def test_a_batch_on_eight_devices_draws_what_one_draws_alone(one_device):
+  """A short thought, cut at the limit, and few steps."""
+  short = dict(rounds=1, think_limit=24, steps=5)
+  model, params, words, one = one_device
+  alone, = draw(model, params, words, one, [DEMO["prompt"]], [0], **short)
   mesh = sharding.make_mesh(None)
   model, params, words = load(mesh)
   assert len(jax.tree.leaves(params)[0].sharding.device_set) == 8
-  drawn = draw(model, params, words, mesh, [DEMO["prompt"]], [0], rounds=1)[0]
-  assert_same(drawn, dataclasses.replace(alone, rounds=alone.rounds[:1]))
+  prompts, seeds, place = batch(2)
+  drawn = draw(model, params, words, mesh, prompts, seeds, **short)[place]
+  assert_same(drawn, alone)
 
 
 def test_the_autoencoder_alone_keeps_an_image_right():
   config, params = weights.load_checkpoint(FOLDER, part="vae", dtype="float32",
                                            compute_dtype="float32")
   rng = np.random.default_rng(9)
-  records = [world.training_record(rng) for _ in range(128)]
+  records = [world.training_record(rng) for _ in range(64)]
   assert np.mean(vae.round_trip(config.vae, params["vae"], records, rng)) >= 0.97
   recorded = json.loads((FOLDER / score.SCORES).read_text())["autoencoder"]
   assert recorded["right"] >= 0.99 * recorded["pictures"] and recorded["pictures"] == 528

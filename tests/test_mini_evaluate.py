@@ -27,6 +27,7 @@ from irg_jax.mini.world import paint
 from irg_jax.reports import plots
 from mini_records import records_of_test
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = [item.extra for item in benchmark.MINI.read()]
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -269,10 +270,11 @@ def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
   scaled = vae.normalise(config, params, images)
   model, pixels = Vae(config), to_pixels(images)
 
+  @jax.jit
   def through(p):
     mean, logvar = model.apply({"params": p}, pixels, method="encode")
     latents = sample_latents(config, mean, logvar)
-    return latents, mean / np.exp(0.5 * logvar), model.apply(
+    return latents, mean / jnp.exp(0.5 * logvar), model.apply(
         {"params": p}, latents, method="decode")
 
   (_, width, out), (latents, scaled_width, scaled_out) = through(params), through(scaled)

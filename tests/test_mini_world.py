@@ -17,7 +17,7 @@ from mini_records import records_of_test
 @functools.cache
 def _many():
   rng = np.random.default_rng(0)
-  records = [world.sample_record(task, rng) for task in world.TASKS * 300]
+  records = [world.sample_record(task, rng) for task in world.TASKS * 150]
   scenes = [world.sample_scene(record, rng) for record in records]
   return [(r, s, world.paint(s)) for r, s in zip(records, scenes)]
 
@@ -90,9 +90,9 @@ def test_test_prompts_are_never_trained_on():
   rng = np.random.default_rng(5)
   trained = {world.training_record(rng)["prompt"] for _ in range(2000)}
   for unseen in (False, True):
-    records = records_of_test(120, rng, unseen=unseen)
+    records = records_of_test(40, rng, unseen=unseen)
     prompts = [r["prompt"] for r in records]
-    assert len(set(prompts)) == 120 and not set(prompts) & trained
+    assert len(set(prompts)) == 40 and not set(prompts) & trained
     assert all(world.is_unseen(r) == unseen for r in records)
     assert {r["split"] for r in records} == {"unseen" if unseen else "seen"}
 
@@ -140,7 +140,7 @@ def test_the_verifier_knows_nothing_of_the_painter():
 
 def test_the_scenes_of_a_record_are_judged_correct():
   verdicts = [(verifier.score(image, record), scene)
-              for record, scene, image in _scenes(2100)]
+              for record, scene, image in _scenes(1050)]
   assert _share(v.correct for v, _ in verdicts) >= 0.995
   assert _share(_finds(scene, v.seen) for v, scene in verdicts) >= 0.995
 
@@ -299,7 +299,7 @@ _CHANGES = {"color": _another_color, "shape": _another_shape, "more": _one_more,
 def test_another_scene_is_not_what_was_asked_for(kind):
   rng = np.random.default_rng(13)
   wrong, found = [], []
-  for record, scene, _ in _scenes(420 if kind == "color" else 210, 1260):
+  for record, scene, _ in _scenes(420 if kind == "color" else 210, 630):
     if kind == "color" and "color" not in record["include"][-1]:
       continue
     other = dataclasses.replace(scene, things=_CHANGES[kind](scene, rng))

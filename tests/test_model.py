@@ -120,7 +120,7 @@ def test_rows_of_words_alone_need_no_room_for_images():
     def total(params):
       logits, _ = outputs(params, batch, batch.latents)
       return jnp.sum(jnp.sin(logits[0, :9])), logits[0, :9]
-    return jax.value_and_grad(total, has_aux=True)(random_params())
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(random_params())
 
   ((_, wide), wide_gradient), ((_, none), none_gradient) = (
       logits_and_gradient(G, P), logits_and_gradient(0, 0))

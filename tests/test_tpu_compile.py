@@ -53,8 +53,9 @@ def compile_for(slice_, *shape):
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_both_passes_compile_for_a_tpu():
-  compile_for("v5e:2x4", 300, 14, 2, 128)
+@pytest.mark.parametrize("heads", [4, pytest.param(14, marks=pytest.mark.long)])
+def test_both_passes_compile_for_a_tpu(heads):
+  compile_for("v5e:2x4", 300, heads, 2, 128)
 
 
 @pytest.mark.long

@@ -22,6 +22,7 @@ from irg_jax.train import checkpoints
 from irg_jax.train import run as train_run
 from irg_jax.weights.names import flatten
 
+PAIR = {"fsdp": 2, "tensor": 2}  # two devices in each of two processes
 WORKER = pathlib.Path(__file__).with_name("train_worker.py")
 
 
@@ -68,23 +69,21 @@ def test_the_exported_weights_have_the_tokenizer_and_are_the_last_average(whole)
 
 
 def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
-    whole, data, cache, tmp_path):
+    whole, data, cache, tmp_path, capsys):
   out = tmp_path / "out"
-  start = lambda workers: train_runs.process(
-      train_runs.flags(data, out, train_runs.MESH, run_stages="stage1", data__workers=workers),
-      cache, devices=8)
-  first = start(workers=2)
+  flags = lambda workers: train_runs.flags(
+      data, out, train_runs.MESH, run_stages="stage1", data__workers=workers)
+  first = train_runs.process(flags(1), cache, devices=8)
   saving = out / "stage1" / "checkpoints"
   while first.poll() is None and not list(saving.glob("4.orbax-checkpoint-tmp*")):
     time.sleep(0.001)
   first.send_signal(signal.SIGKILL)
-  text, _ = first.communicate(timeout=60)  # reads until its workers have ended, too
+  text, _ = first.communicate(timeout=60)  # reads until its worker has ended, too
   assert first.returncode == -signal.SIGKILL, text
   assert checkpoints.steps_in(saving) == [2]
-  second = start(workers=0)
-  text, _ = second.communicate()
-  assert second.returncode == 0, text
-  assert f"from step 2 of {saving}" in text
+  capsys.readouterr()
+  assert commands.main(flags(0)) == 0
+  assert f"from step 2 of {saving}" in "".join(capsys.readouterr())
   assert train_runs.samples(out) == train_runs.samples(whole)
   for folder in (out, whole):
     assert filecmp.cmp(folder / "stage1" / "weights" / "ema.safetensors",
@@ -160,11 +159,11 @@ def test_two_processes_continue_the_run_of_one_and_each_reads_its_own_records(
   shutil.rmtree(out / "stage1" / "weights")
   newest = out / "stage1" / "checkpoints" / "4"
   (newest / "run" / "metadata").write_text("{")
-  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-  flags = train_runs.flags(data, out, mesh, run_stages="stage1")
+  flags = train_runs.flags(data, out, PAIR, run_stages="stage1")
   texts = []
   for worker in train_runs.two_processes(
-      flags, cache, programs=[(str(WORKER), str(tmp_path / f"{i}.json")) for i in range(2)]):
+      flags, cache, devices=2,
+      programs=[(str(WORKER), str(tmp_path / f"{i}.json")) for i in range(2)]):
     texts.append(worker.communicate(timeout=300)[0])
     assert worker.returncode == 0, texts[-1]
   assert f"{newest} is damaged" in texts[0] and "step 2 is used" in texts[0]
@@ -233,9 +232,9 @@ def test_a_record_that_one_process_cannot_read_ends_both_with_a_message(
   shutil.copytree(whole, out)
   shutil.rmtree(out / "stage1" / "weights")
   shutil.rmtree(out / "stage1" / "checkpoints" / "4")
-  flags = train_runs.flags(data, out, {"fsdp": 4, "tensor": 2}, run_stages="stage1")
+  flags = train_runs.flags(data, out, PAIR, run_stages="stage1")
   first, second = train_runs.two_processes(
-      flags, cache, programs=[("-m", "irg_jax"), ("-c", UNREADABLE)])
+      flags, cache, devices=2, programs=[("-m", "irg_jax"), ("-c", UNREADABLE)])
   text, _ = second.communicate(timeout=300)
   assert second.returncode == 2, text
   error = text[text.index("irg train: error: record"):].strip()

@@ -23,6 +23,7 @@ from irg_jax.train import checkpoints, logs
 from irg_jax.train import run as train_run
 from irg_jax.train.settings import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate": 1e-3,
            "tokens/text": 100.0, "tokens/latent": 10.0, "tokens/vit": 10.0, "packing/und": 0.5,
            "packing/gen": 0.5, "packing/vit": 0.5, "packing/text": 0.5, "packing/pairs": 0.2,
@@ -30,7 +31,7 @@ METRICS = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "learning_rate"
 
 
 def train(data, out, **fields) -> int:
-  return commands.main(train_runs.flags(data, out, **{"mesh": train_runs.MESH} | fields))
+  return commands.main(train_runs.flags(data, out, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(data, tmp_path, capsy
 
 @pytest.mark.parametrize("fields, message", [
     ({"random_weights": False, "data__path": "unused"}, "starts from trained weights"),
-    ({"mesh": {"fsdp": 3, "tensor": 2}}, "needs 6 devices, but there are 8"),
+    ({"mesh": {"fsdp": 3, "tensor": 2}}, "needs 6 devices, but there are 1"),
     ({"data__path": "nowhere"}, "nowhere"),
 ])
 def test_invalid_settings_are_refused_before_anything_is_written(data, tmp_path, capsys, fields,

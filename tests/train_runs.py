@@ -86,14 +86,15 @@ def environment(cache, devices) -> dict:
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
-def two_processes(arguments, cache, programs=(("-m", "irg_jax"),) * 2) -> list[subprocess.Popen]:
-  """Starts one run as two processes of four devices each, over loopback."""
+def two_processes(arguments, cache, programs=(("-m", "irg_jax"),) * 2,
+                  devices=4) -> list[subprocess.Popen]:
+  """Starts one run as two processes of so many devices each, over loopback."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
   flags = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2",
            "--process-id"]
-  return [process([*flags, str(i)], cache, devices=4, program=program)
+  return [process([*flags, str(i)], cache, devices=devices, program=program)
           for i, program in enumerate(programs)]
 
 
