@@ -1,6 +1,6 @@
 """Every reader of JSON under damage and hostile values: it reads, or says what is wrong.
 
-`test_a_reader_...` gives each reader 140 documents, made of a good one by a few changes. Only
+`test_a_reader_...` gives each reader 200 documents, made of a good one by a few changes. Only
 ValueError and OSError may come out, in one line that names the file, and soon. Where a document is
 read, an oracle checks what came of it.
 """
@@ -31,7 +31,7 @@ from irg_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from irg_jax.weights import init, orbax, published
 from irg_jax.weights import safetensors as tensor_files
 
-EXAMPLES = 140
+EXAMPLES = 200
 SECONDS = 5  # of one reading, on a busy machine
 
 

@@ -154,7 +154,8 @@ def losses_on_one_device():
 
 @pytest.mark.parametrize("shape", [
     {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2},
-    pytest.param({"fsdp": 8}, marks=pytest.mark.long)], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
+    pytest.param({"fsdp": 8}, marks=pytest.mark.long),
+], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
 def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, capfd):
   want = losses_on_one_device()
   mesh = sharding.make_mesh(shape)
