@@ -1,13 +1,20 @@
 """Mini world: the whole method on two cores (docs/mini.md).
 
-  irg mini run --out out/mini                          every step, in order
-  irg train --config configs/mini.py:base ...          one of its trainings alone
+  irg mini run --out out/mini                                      every step, in order
+  irg mini run --config configs/mini.py:quick --out out/quick      the same in ten minutes
+  irg train --config configs/mini.py:base ...                      one of its trainings alone
 
-The preset "world" holds the settings of `irg mini run`, which docs/settings.md lists. The other
-presets are trainings for `irg train`, like `configs/irgl.py`, and differ in data and steps only:
-"base" trains the stand-in for BAGEL, "irgl" trains it further in the two stages of the paper, and
-"quality" trains it only on images better than its own (the ablation of the paper).
+The preset "world" holds the settings of `irg mini run`, which docs/settings.md lists. Three more
+presets are its trainings for `irg train`, like `configs/irgl.py`, and differ in data and steps
+only: "base" trains the stand-in for BAGEL, "irgl" trains it further in the two stages of the paper,
+and "quality" trains it only on images better than its own (the ablation of the paper).
+
+The preset "quick" is a run to try code with, not to measure an idea with: a smaller model, hardly
+trained, on few prompts. Its trainings are "quick-base", "quick-irgl" and "quick-quality". Any
+preset NAME of a run has trainings NAME-base, NAME-irgl and NAME-quality; "world" has no prefix.
 """
+
+import dataclasses
 
 from ml_collections import config_dict
 
@@ -27,6 +34,9 @@ MODEL = ModelConfig(
     vae=VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
     max_latent_size=4,
 )
+QUICK_MODEL = dataclasses.replace(MODEL, llm=LlmConfig(
+    vocab_size=576, hidden_size=128, mlp_size=384, num_layers=4, num_heads=4, num_kv_heads=2,
+    rope_theta=300.0))
 _TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
 # No guidance. In training one thought and image precede a reflection, never more: window 1.
 GENERATE = generate_settings.Settings(
@@ -38,7 +48,10 @@ GENERATE = generate_settings.Settings(
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
-  presets = {"world": _world, "base": _base, "irgl": _irgl, "quality": _quality}
+  presets = {"world": _world, "base": _base, "irgl": _irgl, "quality": _quality, "quick": _quick,
+             "quick-base": lambda: _quickly(_base(), 240, 160),
+             "quick-irgl": lambda: _quickly(_irgl(), 20, 60),
+             "quick-quality": lambda: _quickly(_quality(), 20, 20)}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
@@ -46,6 +59,13 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
 
 def _world():
   return config_lib.to_config(Settings(model=MODEL, generate=GENERATE))
+
+
+def _quick():
+  return config_lib.to_config(Settings(
+      model=QUICK_MODEL, generate=dataclasses.replace(GENERATE, steps=10),
+      autoencoder=str(generate_settings.SHIPPED), base_rows=4000, trajectories=64, sample_batch=32,
+      test_seen=20, test_unseen=12, test_images=1))
 
 
 def _irgl():
@@ -99,6 +119,15 @@ def _quality():
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
   config.stage2.steps = 200
   config.stage2.decay_steps = 100
+  return config
+
+
+def _quickly(config, *steps):
+  """A training in fewer updates; `steps` are those of its two stages."""
+  config.model = config_lib.to_config(QUICK_MODEL)
+  config.data.rows = 6
+  for stage, count in zip((config.stage1, config.stage2), steps):
+    stage.update(steps=count, warmup_steps=count // 10, decay_steps=count // 3)
   return config
 
 

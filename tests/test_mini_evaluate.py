@@ -34,9 +34,7 @@ RECORDS = [item.extra for item in benchmark.MINI.read()]
 
 def test_the_test_s_file_is_what_the_tasks_give_and_shares_no_prompt_with_training():
   rng = np.random.default_rng([0, 4])
-  seen, unseen = benchmark.SPLITS.values()
-  want = records_of_test(seen, rng, unseen=False)
-  want += records_of_test(unseen, rng, unseen=True)
+  want = records_of_test(168, rng, unseen=False) + records_of_test(96, rng, unseen=True)
   assert RECORDS == json.loads(json.dumps(want))
   assert all(world.is_for_test(r) for r in RECORDS)
   assert [world.is_unseen(r) for r in RECORDS] == [r["split"] == "unseen" for r in RECORDS]

@@ -11,13 +11,13 @@ from scipy import ndimage
 
 from irg_jax.mini import verifier, world
 from irg_jax.mini.world import Thing
-from mini_records import records_of_test
+from mini_records import SEEN_ONLY, records_of_test
 
 
 @functools.cache
 def _many():
   rng = np.random.default_rng(0)
-  records = [world.sample_record(task, rng) for task in world.TASKS * 150]
+  records = [world.sample_record(task, rng) for task in [*world.TASKS] * 150]
   scenes = [world.sample_scene(record, rng) for record in records]
   return [(r, s, world.paint(s)) for r, s in zip(records, scenes)]
 
@@ -95,6 +95,17 @@ def test_test_prompts_are_never_trained_on():
     assert len(set(prompts)) == 40 and not set(prompts) & trained
     assert all(world.is_unseen(r) == unseen for r in records)
     assert {r["split"] for r in records} == {"unseen" if unseen else "seen"}
+
+
+def test_every_task_has_prompts_for_the_test_which_are_the_same_at_every_call():
+  for task in world.TASKS:
+    for unseen in (False, True):
+      records = world.test_records(task, 4, unseen)
+      assert records == world.test_records(task, 4, unseen) and len(records) <= 4
+      assert bool(records) != (unseen and task in SEEN_ONLY)
+      for record in records:
+        assert (record["tag"], world.is_unseen(record)) == (task, unseen)
+        assert world.is_for_test(record) and record["split"] == ("unseen" if unseen else "seen")
 
 
 def test_a_relation_is_held_out_in_both_ways_of_saying_it():

@@ -1,11 +1,14 @@
 """The mini world's test: a benchmark whose judge is the verifier, and its figures.
 
-  --prompts    test.jsonl; it comes with this package
+  --prompts    test.jsonl; it comes with this package. Prompts of tasks that it lacks, which a fork
+               has added to `world.TASKS`, are generated and stand after its own
   item ids     "00000", the line from 0
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 """
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -17,7 +20,8 @@ from irg_jax.evaluate import base, clauses, records, score
 from irg_jax.mini import thoughts, verifier, world
 
 FILES = pathlib.Path(__file__).parent / "files"
-SPLITS = {"seen": 168, "unseen": 96}
+SPLITS = ("seen", "unseen")
+NEW_PROMPTS = 24  # of a task that test.jsonl lacks, in each split
 RIGHT = "correct"  # the words of an image without a fault
 RESAMPLES, SEED = 2000, 0  # of the intervals
 
@@ -29,7 +33,7 @@ KINDS = (("wrong, then right", False, True, 4), ("right both times", True, True,
 class Mini(clauses.ClauseBenchmark):
   """The protocol of the mini world's test."""
 
-  name, title, packaged, published_counts = "mini", "Mini world", FILES, SPLITS
+  name, title, packaged = "mini", "Mini world", FILES
   columns = ("Mini world",)
   images_help = "4"
   example_checkpoint = ""  # the one in the package
@@ -37,7 +41,14 @@ class Mini(clauses.ClauseBenchmark):
   tasks_help = "mini's tags, seen, unseen"
 
   def read_items(self, path):
-    return self.clause_items(records.file_in(path, "test.jsonl"), world.TASKS, SPLITS)
+    path = records.file_in(path, "test.jsonl")
+    items = self.clause_items(path, world.TASKS, SPLITS)
+    new = () if path.parent != FILES else new_records(frozenset(i.extra["tag"] for i in items))
+    return items + [base.Item(self.name, f"{i:05}", record["prompt"], 4, record)
+                    for i, record in enumerate(new, len(items))]
+
+  def counts(self, size):
+    return dict(collections.Counter(item.extra["split"] for item in self.read()))
 
   def tasks(self, item):
     return (item.extra["tag"], item.extra["split"])
@@ -48,6 +59,13 @@ class Mini(clauses.ClauseBenchmark):
 
 MINI = Mini()
 evaluate.register(MINI)
+
+
+@functools.cache
+def new_records(known: frozenset[str]) -> list[dict]:
+  """Test records of all tasks of the world but those in `known`."""
+  return [record for unseen in (False, True) for task in world.TASKS if task not in known
+          for record in world.test_records(task, NEW_PROMPTS, unseen)]
 
 
 def protocol() -> dict:
@@ -244,14 +262,19 @@ def choose(drawn: Drawn) -> list[dict]:
     for i, image in np.argwhere(fits).tolist():
       extra = drawn.items[i].extra
       groups.setdefault((extra["tag"], extra["split"]), []).append((i, image))
-    in_turn = sorted((place, *key) for group in groups.values() for place, key in enumerate(group))
-    for _, *key in in_turn[:count]:
+    for key in in_turn(groups)[:count]:
       trace, lines = drawn.traces[*key], [drawn.lines[*key, number] for number in (1, 2)]
       turns = [{"thought": entry["think"], "image": (drawn.folder / line["file"]).read_bytes(),
                 "faults": faults(line["words"])} for entry, line in zip(trace["rounds"], lines)]
       chosen.append({"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
                      "tasks": lines[0]["tasks"], "turns": turns})
   return chosen
+
+
+def in_turn(groups: dict) -> list:
+  """The members of all groups: the first of each, then the second of each, and so on."""
+  return [key for _, key in sorted(
+      (place, key) for group in groups.values() for place, key in enumerate(group))]
 
 
 def _share(count, of):

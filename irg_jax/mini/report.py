@@ -116,7 +116,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
   return {"arms": arms, "differences": differences,
           "intervals": "95 %, bootstrap over the prompts of each task, "
                        f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
-          "test": {"prompts": len(items), **benchmark.SPLITS}}
+          "test": {"prompts": len(items), **benchmark.MINI.counts(len(items))}}
 
 
 def _shipped_arms(path):
@@ -132,10 +132,15 @@ def _shipped_arms(path):
 
 
 def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
-  """The first test prompts of each split, with at most `images` images each."""
-  items, limits = benchmark.MINI.read(), {"seen": seen, "unseen": unseen}
-  return [dataclasses.replace(item, images=min(images, item.images)) for split in limits
-          for item in [i for i in items if i.extra["split"] == split][:limits[split]]]
+  """The first test prompts of each split, a task in turn, with at most `images` images each."""
+  items, chosen = benchmark.MINI.read(), []
+  for split, limit in (("seen", seen), ("unseen", unseen)):
+    groups = {}
+    for i, item in enumerate(items):
+      if item.extra["split"] == split:
+        groups.setdefault(item.extra["tag"], []).append(i)
+    chosen += [items[i] for i in benchmark.in_turn(groups)[:limit]]
+  return [dataclasses.replace(item, images=min(images, item.images)) for item in chosen]
 
 
 def evaluate(out: pathlib.Path, items, batch_size: int = 64, arms=ARMS,

@@ -46,7 +46,7 @@ _NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join
 class Settings:
   """Settings of `irg mini run`; those of the model and of generation are in the file."""
 
-  config: str = ""  # the configuration file, whose other presets are the trainings
+  config: str = ""  # FILE.py:PRESET of the run; other presets of the file are its trainings
   model: ModelConfig = ModelConfig()
   seed: int = setting(0, "random seed of everything", low=0)
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
@@ -74,11 +74,16 @@ class Settings:
 
 
 def load(path, overrides=()) -> Settings:
-  """Reads the preset "world" of a configuration file like `configs/mini.py`, see `config.read`."""
-  settings = config_lib.read(Settings(), f"{path}:world", overrides)
+  """Reads a preset of a configuration file like `configs/mini.py`, see `config.read`.
+
+  The preset is "world" where `path` names none ("FILE.py:PRESET").
+  """
+  file, preset, overrides = config_lib.locate(path, overrides)
+  path = f"{file}:{preset or 'world'}"
+  settings = config_lib.read(Settings(), path, overrides)
   settings.generate.validate(settings.model)
   settings.first.validate(settings.model)
-  return dataclasses.replace(settings, config=str(path))
+  return dataclasses.replace(settings, config=path)
 
 
 def run(settings: Settings, out, until: str | None = None) -> int:
@@ -143,8 +148,9 @@ def defaults(settings: Settings) -> generate_settings.Defaults:
       dtype=settings.model.dtype)
 
 
-def sample_texts(settings: Settings, count: int = 6000) -> list[str]:
-  """Texts of rows of every kind, to learn the tokenizer from."""
+def sample_texts(settings: Settings, count: int | None = None) -> list[str]:
+  """Texts of `count` rows of every kind to learn the tokenizer from (6000, or `base_rows`)."""
+  count = count or min(6000, settings.base_rows)
   rows = datasets.base_rows(count, _rng(settings, "words"))
   return [text for _, row in rows for text in datasets.texts(row)]
 
@@ -244,12 +250,13 @@ def base_weights(out: pathlib.Path) -> pathlib.Path:
 
 
 def _train(settings, out, preset, data="irgl_data", checkpoint=None):
-  """`irg train` with a preset of the configuration file and the sizes of this run."""
+  """`irg train` with a training of the run's preset and the sizes of this run."""
   sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
   overrides = [*(f"model.{name}={value}" for name, value in sizes.items()),
                f"data.path={out / data}", f"checkpoint={checkpoint or base_weights(out)}",
                f"seed={settings.seed}", *settings.train]
-  loaded = train_settings.load(f"{settings.config}:{preset}", overrides)
+  name = f"{settings.config}-{preset}".replace(":world-", ":")
+  loaded = train_settings.load(name, overrides)
   return train_run.run_train(loaded, out / preset)
 
 

@@ -37,7 +37,6 @@ _SHIFT = 1.0  # pixels between a thing and the middle of its cell, at most, in e
 _GAP = 2.0  # pixels between the bounding squares of two things, at least
 MAX_THINGS = 5
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "free")
 _WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x, y
 RELATIONS = tuple(_WAYS)
 _INVERSE = {"right of": "left of", "below": "above"}
@@ -48,7 +47,6 @@ _FILES = pathlib.Path(__file__).parent / "files"
 _WORDING = tomllib.loads((_FILES / "world.toml").read_text())
 UNSEEN_PAIRS = frozenset(map(tuple, _WORDING["unseen_pairs"]))
 _UNSEEN_RELATIONS = frozenset(map(tuple, _WORDING["unseen_relations"]))
-_TRAINING_SHARES = (0.05, 0.13, 0.10, 0.05, 0.24, 0.15, 0.28)  # of `TASKS`; hard ones have more
 _TEST_SHARE = 5  # one prompt in this many is held out for the test
 
 _FRAMES, _SAID = _WORDING["frames"], _WORDING["relations"]
@@ -72,6 +70,14 @@ class Thing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Task:
+  """A kind of prompt; training, test prompts, scores and tables follow from its entry in `TASKS`."""
+
+  share: float  # of the training prompts, relative to the other tasks; hard ones have more
+  clauses: typing.Callable  # Generator -> include clauses of a record, or None to sample again
+
+
+@dataclasses.dataclass(frozen=True)
 class Scene:
   """The content of an image."""
 
@@ -83,7 +89,7 @@ class Scene:
 
 def sample_record(task: str, rng) -> dict:
   """A random record of a task, with a prompt in one of several phrasings."""
-  while not (include := _CLAUSES[task](rng)):
+  while not (include := TASKS[task].clauses(rng)):
     pass
   *most, last = names = nouns(include)
   text = f"{', '.join(most)} and {last}" if most else last
@@ -96,10 +102,25 @@ def sample_record(task: str, rng) -> dict:
 
 def training_record(rng) -> dict:
   """A record that training may show, of a random task."""
+  shares = np.array([task.share for task in TASKS.values()])
   while True:
-    record = sample_record(str(rng.choice(TASKS, p=_TRAINING_SHARES)), rng)
+    record = sample_record(str(rng.choice([*TASKS], p=shares / shares.sum())), rng)
     if not is_unseen(record) and not is_for_test(record):
       return record
+
+
+def test_records(task: str, count: int, unseen: bool) -> list[dict]:
+  """Records of a task for the test, the same at every call; "split" is "seen" or "unseen".
+
+  `unseen`: whether they have what is held out of training. Fewer than `count` where a task has no
+  more, none where nothing of it is ever held out.
+  """
+  rng, found = np.random.default_rng([*task.encode(), unseen]), {}
+  for _ in range(100 * count):
+    record = sample_record(task, rng)
+    if is_unseen(record) == unseen and is_for_test(record) and len(found) < count:
+      found[record["prompt"]] = record | {"split": "unseen" if unseen else "seen"}
+  return list(found.values())
 
 
 def is_unseen(record: dict) -> bool:
@@ -177,17 +198,17 @@ def _free(rng):
   return include
 
 
-_CLAUSES = {
-    "single_object": lambda rng: [_clause(*_pick(SHAPES, 1, rng))],
-    "two_object": lambda rng: [_clause(s) for s in _pick(SHAPES, 2, rng)],
-    "counting": lambda rng: [_clause(*_pick(SHAPES, 1, rng), rng.integers(2, 5))],
-    "colors": lambda rng: [_clause(*_pick(SHAPES, 1, rng), 1, *_pick(COLORS, 1, rng))],
-    "position": lambda rng: [
+TASKS = {
+    "single_object": Task(0.05, lambda rng: [_clause(*_pick(SHAPES, 1, rng))]),
+    "two_object": Task(0.13, lambda rng: [_clause(s) for s in _pick(SHAPES, 2, rng)]),
+    "counting": Task(0.10, lambda rng: [_clause(*_pick(SHAPES, 1, rng), rng.integers(2, 5))]),
+    "colors": Task(0.05, lambda rng: [_clause(*_pick(SHAPES, 1, rng), 1, *_pick(COLORS, 1, rng))]),
+    "position": Task(0.24, lambda rng: [
         _clause(s, position=p)
-        for s, p in zip(_pick(SHAPES, 2, rng), (None, [str(rng.choice(RELATIONS)), 0]))],
-    "color_attr": lambda rng: [
-        _clause(s, 1, c) for s, c in zip(_pick(SHAPES, 2, rng), _pick(COLORS, 2, rng))],
-    "free": _free,
+        for s, p in zip(_pick(SHAPES, 2, rng), (None, [str(rng.choice(RELATIONS)), 0]))]),
+    "color_attr": Task(0.15, lambda rng: [
+        _clause(s, 1, c) for s, c in zip(_pick(SHAPES, 2, rng), _pick(COLORS, 2, rng))]),
+    "free": Task(0.28, _free),
 }
 
 
