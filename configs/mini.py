@@ -19,6 +19,7 @@ import dataclasses
 from ml_collections import config_dict
 
 from irg_jax import config as config_lib
+from irg_jax import storage
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.generate import settings as generate_settings
 from irg_jax.images import ImageTransform
@@ -64,7 +65,7 @@ def _world():
 def _quick():
   return config_lib.to_config(Settings(
       model=QUICK_MODEL, generate=dataclasses.replace(GENERATE, steps=10),
-      autoencoder=str(generate_settings.SHIPPED), base_rows=4000, trajectories=64, sample_batch=32,
+      autoencoder=str(storage.SHIPPED), base_rows=4000, trajectories=64, sample_batch=32,
       test_seen=20, test_unseen=12, test_images=1))
 
 

@@ -71,7 +71,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A kind of prompt; training, test prompts, scores and tables follow from its entry in `TASKS`."""
+  """A kind of prompt: training, test prompts and tables follow from its entry in `TASKS`."""
 
   share: float  # of the training prompts, relative to the other tasks; hard ones have more
   clauses: typing.Callable  # Generator -> include clauses of a record, or None to sample again
