@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import unittest.mock
 
 import jax
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from irg_jax import sharding, weights
 from irg_jax.data import sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.generator import load_model
 from irg_jax.generate.settings import read_defaults
-from irg_jax.mini import datasets, run, thoughts, vae, world
+from irg_jax.mini import datasets, report, run, thoughts, vae, world
 from irg_jax.mini.world import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_images=2", "base_rows=120", "trajectories=12",
@@ -44,6 +48,22 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
   run.check_same(tiny, tmp_path)
   with pytest.raises(ValueError, match="seed=0, not 1"):
     run.check_same(dataclasses.replace(tiny, seed=1), tmp_path)
+
+
+def test_a_preset_of_a_run_has_trainings_of_its_own(monkeypatch, tmp_path):
+  trained = []
+  monkeypatch.setattr(run, "_prepare", lambda *_: None)
+  monkeypatch.setattr(run.train_run, "run_train", lambda s, out: trained.append(s))
+  quick = run.load("configs/mini.py:quick")
+  (tmp_path / "base_rows").mkdir()
+  for train in (run.train_base, run.train_quality, run.train_irgl):
+    train(quick, tmp_path)
+  whole = run.load("configs/mini.py")
+  assert whole == run.load("configs/mini.py:world") and whole.base_rows > 10 * quick.base_rows
+  assert [s.model for s in trained] == [quick.model] * 3 and quick.model != whole.model
+  assert all(s.stage2.steps <= 500 for s in trained)
+  with pytest.raises(ValueError, match="no preset 'quik'"):
+    run.load("configs/mini.py:quik")
 
 
 @pytest.mark.parametrize("train", (run.train_base, run.train_quality,
@@ -104,20 +124,29 @@ def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
 
 
 @pytest.mark.long
-def test_the_whole_run_from_nothing_and_again(tmp_path, tiny, capsys):
-  assert run.run(tiny, tmp_path, until="base") == 0
-  base = run.base_weights(tmp_path)
-  assert read_defaults(base).settings == tiny.generate
+def test_the_quick_preset_goes_from_nothing_to_a_table_and_finds_all_done_again(tmp_path):
+  command = [sys.executable, "-m", "irg_jax", "mini", "run", "--config", "configs/mini.py:quick",
+             "--out", str(tmp_path)]
+  made = []
+  for _ in range(2):  # as users run it, not with the devices and the compiler of these tests
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, check=True)
+    made.append({path: path.stat().st_mtime_ns for name in ("*.safetensors", "*/samples/*.png")
+                 for path in tmp_path.rglob(name)})
+  assert made[0] == made[1] and len([p for p in made[0] if p.suffix == ".png"]) == 9 * 32
+  quick, base, checkpoint = (run.load("configs/mini.py:quick"), run.base_weights(tmp_path),
+                             tmp_path / "checkpoint")
+  assert read_defaults(base) == read_defaults(checkpoint)
+  assert read_defaults(base).settings == quick.generate
   assert read_defaults(base).system_prompt == thoughts.SYSTEM_PROMPT
-  first_images(tmp_path / "first_rounds", tiny)
-  np.savez(tmp_path / "first_rounds" / "000008.npz",
-           **np.load(tmp_path / "first_rounds" / "000000.npz"))
-  assert run.run(tiny, tmp_path, until="checkpoint") == 0
-  assert read_defaults(tmp_path / "checkpoint") == read_defaults(base)
-  model, params = load_model(tmp_path / "checkpoint", sharding.make_mesh(None), None, print)
+  model, params = load_model(checkpoint, sharding.make_mesh(None), None, print)
   assert model.config.dtype == params["vae"]["decoder"]["conv_in"]["kernel"].dtype == "float32"
-  _, stored = weights.load_checkpoint(tmp_path / "checkpoint")
+  _, stored = weights.load_checkpoint(checkpoint)
   assert {x.dtype.name for x in jax.tree.leaves(stored)} == {"bfloat16"}
-  before = (base / "ema.safetensors").stat().st_mtime_ns
-  assert run.run(tiny, tmp_path, until="checkpoint") == 0  # finds everything done
-  assert (base / "ema.safetensors").stat().st_mtime_ns == before
+  counts = json.loads((tmp_path / "trajectories.json").read_text())
+  assert sum(counts.values()) == quick.trajectories
+  arms = json.loads((tmp_path / "report" / "report.json").read_text())["arms"]
+  assert {name: len(arm["rounds"]) for name, arm in arms.items()} == {
+      arm.name: arm.rounds for arm in report.ARMS}
+  for arm in arms.values():
+    for entry in arm["rounds"].values():
+      assert entry["pictures"] == 32 and set(entry["scores"]["seen"]["tasks"]) == set(world.TASKS)
