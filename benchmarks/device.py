@@ -292,7 +292,7 @@ def think(run, sizes):
   for batch in sizes.batches:
     run.attempt(f"batch {batch}, {words} tokens, cache of {sizes.cache}", lambda: run.timed(
         write, params, full_context(config, batch, sizes.cache), steps.row_keys(
-            range(batch), 0, "think"), tokens=batch * words))
+            jnp.arange(batch, dtype=jnp.uint32), 0, "think"), tokens=batch * words))
 
 
 def denoise(run, sizes):

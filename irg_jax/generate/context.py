@@ -85,9 +85,13 @@ def lay_out(ctx: Context) -> Context:
 
 def fork(ctx: Context, source: int, target: int) -> Context:
   """Makes view `target` a copy of view `source`."""
-  return dataclasses.replace(
-      ctx, visible=ctx.visible.at[:, target].set(ctx.visible[:, source]),
-      position=ctx.position.at[:, target].set(ctx.position[:, source]))
+  visible, position = _forked((ctx.visible, ctx.position), source, target)
+  return dataclasses.replace(ctx, visible=visible, position=position)
+
+
+@jax.jit
+def _forked(views, source, target):
+  return jax.tree.map(lambda x: x.at[:, target].set(x[:, source]), views)
 
 
 def cached(ctx: Context, views) -> KeyValues:

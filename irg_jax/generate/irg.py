@@ -218,7 +218,7 @@ def begin(job: Job) -> Context:
 def think(job: Job, ctx: Context, number: int) -> list[Thought]:
   """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
   s, tokenizer, total = job.settings, job.tokenizer, job.settings.think_limit - 1
-  keys_B = steps.row_keys(job.seeds, number, "think")
+  keys_B = steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
   draft = steps.new_draft(job.model.config, len(job.seeds), total, tokenizer.special)
   for _, stop in _parts(job, "think", number, total):
     draft = jax.block_until_ready(steps.think(

@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jax import lax
 
@@ -160,17 +161,24 @@ def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: 
   return lax.while_loop(lambda d: (d.step < T) & (d.step < stop) & ~jnp.all(d.ended), step, draft)
 
 
-def row_keys(seeds, number: int, purpose: str):
-  """PRNG keys [B] of the rows for "think", or a kind of `irg.Job.noise`, in round `number`."""
+@functools.partial(jax.jit, static_argnames=("purpose",))
+def row_keys(seeds_B, number, purpose: str):
+  """PRNG keys [B] of the rows for "think", or a kind of `irg.Job.noise`, in round `number`.
+
+  `seeds_B` is uint32.
+  """
   index, fold = ("think", "noise", "posterior", "input").index(purpose), jax.random.fold_in
-  return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), index))(
-      jnp.asarray(seeds, jnp.uint32))
+  return jax.vmap(lambda seed: fold(fold(jax.random.key(seed), number), index))(seeds_B)
 
 
 def seeded_noise(seeds):
   """Function (kind, round, shape) -> standard normal float32, each row's from its own seed."""
-  return lambda kind, number, shape: jax.vmap(
-      lambda key: jax.random.normal(key, shape[1:]))(row_keys(seeds, number, kind))
+  return functools.partial(_noise, np.array(seeds, np.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "shape"))
+def _noise(seeds_B, kind: str, number, shape):
+  return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(row_keys(seeds_B, number, kind))
 
 
 def next_token(logits_BV, keys_B, sampling: Sampling):

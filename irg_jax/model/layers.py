@@ -114,4 +114,5 @@ def scan_layers(layer_cls, length: int, remat: str, in_axes, loop: bool, **kwarg
     # A loop already keeps XLA from merging the recomputation with the forward pass.
     layer_cls = nn.remat(layer_cls, prevent_cse=unroll > 1, policy=policy)
   return nn.scan(layer_cls, variable_axes={"params": 0}, split_rngs={"params": True},
-                 in_axes=in_axes, length=length, unroll=unroll)(name="layers", **kwargs)
+                 in_axes=in_axes, length=length, unroll=unroll,
+                 check_constancy_invariants=False)(name="layers", **kwargs)

@@ -4,19 +4,28 @@ The layout of a folder is recognised by the files in it.
 """
 
 import dataclasses
+import importlib
 import pathlib
 
 from irg_jax.config import ModelConfig
 from irg_jax.storage import check_absent
-from irg_jax.weights import names, orbax, published
+from irg_jax.weights import names, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _RUN_MARK = "_CHECKPOINT_METADATA"  # written by Orbax into each checkpoint of a training run
+
+
+def _orbax(name: str):
+  """A function of `weights.orbax`, which is imported when it is called: that takes its time."""
+  module = "irg_jax.weights.orbax"
+  return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
+
+
 # File that marks a layout -> functions that read its configuration and its parameters.
 _READERS = {
     "llm_config.json": (published.read_config, published.load),
-    orbax.CONFIG: (orbax.read_config, orbax.load),
-    _RUN_MARK: (orbax.read_run_config, orbax.load_average),
+    "model_config.json": (_orbax("read_config"), _orbax("load")),
+    _RUN_MARK: (_orbax("read_run_config"), _orbax("load_average")),
 }
 
 
@@ -45,7 +54,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
   if shardings_fn is not None:
     shardings = shardings_fn(names.abstract_params(config, dtype or config.param_dtype))
   if mark == _RUN_MARK and part != "transformer":  # a run trains no VAE and saves none
-    _, params = load_checkpoint(orbax.base_folder(folder), dtype=dtype, part="vae",
+    _, params = load_checkpoint(_orbax("base_folder")(folder), dtype=dtype, part="vae",
                                 shardings_fn=shardings_fn and (lambda _: shardings))
   if mark != _RUN_MARK or part != "vae":
     params = load(folder, config, shardings=shardings, dtype=dtype, part=part) | params
@@ -67,13 +76,13 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
     to: "orbax" or "published".
     dtype: of the parameters written; None: each one's own, bit for bit.
   """
-  save = {"orbax": orbax.save, "published": published.save}
+  save = {"orbax": _orbax("save"), "published": published.save}
   if to not in save:
     raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(save)}")
   check_absent(destination)
   config, params = load_checkpoint(source, dtype=dtype)
   if _mark(pathlib.Path(source)) == _RUN_MARK:
-    source = orbax.base_folder(source)
+    source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
 
 

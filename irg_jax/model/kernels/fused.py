@@ -6,6 +6,7 @@ over `sequence`, rows over the rest. It merges the sources by their log-sum-exp.
 """
 
 import functools
+import importlib
 import math
 
 import jax
@@ -13,15 +14,19 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from irg_jax.model.kernels import gpu, tpu, visible
+from irg_jax.model.kernels import visible
 from irg_jax.model.kernels.blockwise import named
 from irg_jax.sharding import attention_specs, partition_spec, platform
 from irg_jax.tokens import Tokens
 
 
 def kernel():
-  """The module of the kernel for the platform; a CPU interprets the one for TPUs."""
-  return gpu if platform() == "gpu" else tpu
+  """The module of the kernel for the platform; a CPU interprets the one for TPUs.
+
+  It is imported here: Pallas takes its time, and most runs on a CPU need none.
+  """
+  return importlib.import_module(
+      f"irg_jax.model.kernels.{'gpu' if platform() == 'gpu' else 'tpu'}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
