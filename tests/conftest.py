@@ -15,6 +15,9 @@ if os.environ.get("IRG_OPTIMIZED") != "1":
       "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
       "--xla_cpu_parallel_codegen_split_count=1"))
 
+# Tests keep no programs, and none in the user's folder; those that do say so (train_runs.py).
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 import numpy as np
 import pytest

@@ -3,9 +3,11 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_compiled import kept, programs
 
 import irg_jax
 from irg_jax import commands, config
@@ -32,7 +34,8 @@ def _generate(checkpoint, out, *argv):
   return commands.main(["generate", "--checkpoint", checkpoint, "--out", str(out), *SHORT, *argv])
 
 
-def test_two_rounds_become_images_and_a_trace(checkpoint, tmp_path, capsys):
+def test_two_rounds_become_images_and_a_trace_and_their_programs_are_compiled_once(
+    checkpoint, programs, tmp_path, capsys):
   assert _generate(checkpoint, tmp_path / "out", "a fox", "--seed", "3") == 0
   captured = capsys.readouterr()
   assert "trace.html" in captured.out
@@ -43,6 +46,19 @@ def test_two_rounds_become_images_and_a_trace(checkpoint, tmp_path, capsys):
   assert (record["prompt"], record["seed"], len(record["rounds"])) == ("a fox", 3, 2)
   assert (record["settings"]["steps"], record["settings"]["dtype"]) == (3, "float32")
   assert Image.open(tmp_path / "out" / "round2.png").size == (48, 32)
+  found, events = kept(programs), []
+  for step in ("append_text", "append_image", "think", "denoise", "decode_pixels",
+               "encode_pixels"):
+    assert any(name.startswith(f"jit_{step}-") for name in found), step
+  listen = lambda event, **_: events.append(event.rpartition("/")[2])
+  jax.clear_caches()
+  jax.monitoring.register_event_listener(listen)
+  assert _generate(checkpoint, tmp_path / "again", "a fox", "--seed", "3") == 0
+  jax.monitoring.unregister_event_listener(listen)
+  assert events.count("cache_hits") > 8 and "cache_misses" not in events and kept(programs) == found
+  assert "compiling" not in capsys.readouterr().err
+  for name in ("round1.png", "round2.png"):
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_python_draws_what_the_command_line_draws(checkpoint, tmp_path):

@@ -83,7 +83,7 @@ def environment(cache, devices) -> dict:
   return os.environ | {
       "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "JAX_ENABLE_COMPILATION_CACHE": "true"}
 
 
 def two_processes(arguments, cache, programs=(("-m", "irg_jax"),) * 2,
@@ -123,9 +123,10 @@ def samples(out) -> list:
 def cache(tmp_path_factory):
   """Compilation cache of this process and of those that it starts."""
   folder = tmp_path_factory.mktemp("cache")
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+           "jax_enable_compilation_cache")
   before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(folder), 0)):
+  for name, value in zip(names, (str(folder), 0, True)):
     jax.config.update(name, value)
   compilation_cache.reset_cache()
   yield folder

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import tomllib
 
-from irg_jax.commands import flags
+from irg_jax.commands import compiled, flags
 
 _TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("eval.toml").read_text(encoding="utf-8"))
 # Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
@@ -172,6 +172,7 @@ def _generate(args, overrides):
       checkpoint=checkpoint, settings=settings, system_prompt=system_prompt,
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
       process_id=args.process_id, num_processes=args.num_processes)
+  compiled.keep_programs()
   result = generate.generate_images(asked)
   for name in result.failed[:20]:
     print(f"no image (its latents are not finite): {name}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import pathlib
 import time
 
-from irg_jax.commands import flags
+from irg_jax.commands import compiled, flags
 
 
 def add(verbs) -> None:
@@ -15,6 +15,7 @@ def add(verbs) -> None:
 def _run(args, overrides):
   inputs = make_inputs(args, overrides)
   from irg_jax.generate import run
+  compiled.keep_programs()
   run.run_generate(inputs)
 
 

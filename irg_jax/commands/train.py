@@ -6,7 +6,7 @@ import pathlib
 import runpy
 import sys
 
-from irg_jax.commands import flags
+from irg_jax.commands import compiled, flags
 
 
 def add(verbs) -> None:
@@ -34,6 +34,7 @@ def _run(args, overrides):
     if not (args.out or preset):
       made = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
       preset = next((argument.default for argument in made), file.stem)
+    compiled.keep_programs()
     return run.run_train(read, args.out or pathlib.Path("out", f"train-{preset}"))
 
 

@@ -1,0 +1,72 @@
+"""The cache of compiled programs: JAX's own, on for the verbs that compile."""
+
+import os
+import pathlib
+import sys
+
+from irg_jax import storage
+
+_LIMIT = 2 * 2**30  # bytes; beyond it, programs go that were not used for longest
+
+
+def keep_programs() -> None:
+  """Lets JAX read the programs that earlier commands compiled, and keep those of this one.
+
+  They are in `folder()`, unless JAX's settings name another one (JAX_COMPILATION_CACHE_DIR) or
+  switch its cache off (JAX_ENABLE_COMPILATION_CACHE=false). Where that folder cannot be used, says
+  so, and nothing is kept.
+  """
+  import jax
+  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    return
+  try:
+    place = folder()
+    storage.check_output_folder(place)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if place.stat().st_uid != os.getuid():  # programs of others are not to be trusted
+      raise ValueError(f"{place}: belongs to another user")
+    _tidy(place)
+  except (OSError, ValueError, RuntimeError) as e:
+    print(f"note: compiled programs are not kept: {storage.message(e)}; set "
+          "JAX_COMPILATION_CACHE_DIR to a folder for them", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(place))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  from jax._src import lru_cache  # private: JAX writes in place, and keeps a torn file for good
+  lru_cache.LRUCache.put = _put
+
+
+def folder() -> pathlib.Path:
+  """Where programs are kept: in the user's folder for caches. RuntimeError without a home."""
+  root = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(root):
+    root = pathlib.Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+  return pathlib.Path(root, "irg_jax", "programs")
+
+
+def _tidy(place):
+  """Removes what killed commands left, and the programs beyond `_LIMIT`."""
+  storage.remove_partials(place)
+  found = []
+  for path in place.rglob("*"):
+    try:
+      entry = path.stat()
+    except FileNotFoundError:  # another command is at it
+      continue
+    if path.is_file():
+      found.append((max(entry.st_atime, entry.st_mtime), entry.st_size, path))
+  total = 0
+  for _, size, path in sorted(found, reverse=True):
+    total += size
+    if total > _LIMIT:
+      path.unlink(missing_ok=True)
+
+
+def _put(cache, key: str, value: bytes) -> None:
+  """Writes a program atomically. At the first failure, a full disk say, says so and gives up."""
+  try:
+    storage.write_bytes(pathlib.Path(cache.path, f"{key}-cache"), value)
+  except OSError as e:
+    print(f"note: compiled programs are not kept: {storage.message(e)}", file=sys.stderr)
+    cache.put = lambda *_: None
