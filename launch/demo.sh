@@ -12,8 +12,9 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   shift
 fi
 
+cat >&2 <<END
+The small model of the package thinks, draws, looks at its image, and draws again. The first time,
+the installation takes one to three minutes and compiling half a minute; later, ten seconds in all.
+END
 irg_install ""
-# What was compiled once is read the next time.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$IRG_ROOT/out/compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
 "$IRG_VENV/bin/irg" generate "$prompt" --out "$IRG_ROOT/out/demo" "$@"
