@@ -83,6 +83,24 @@ def test_a_row_of_a_batch_is_what_it_is_alone(row):
   assert_same(batch_of_four()[row], alone)
 
 
+def test_a_run_that_goes_on_makes_what_it_would_have_made():
+  told = []
+  whole = generate(on_result=lambda rounds: told.append(list(rounds)))
+  for got, want in zip(whole, batch_of_four()):
+    assert_same(got, want)
+  drawn = lambda rounds: [[row.image is not None for row in rows] for rows in rounds]
+  no, yes = [False] * 4, [True] * 4
+  assert list(map(drawn, told)) == [[no], [yes], [yes, no]]
+  for known in (1, 3):
+    later = []
+    again = generate(done=told[known - 1], on_result=lambda rounds: later.append(drawn(rounds)))
+    assert later == list(map(drawn, told))[known:]
+    for got, want in zip(again, whole):
+      for a, b in zip(got.rounds, want.rounds):
+        assert a.thought == b.thought
+        np.testing.assert_array_equal(a.image, b.image)
+
+
 def test_rows_differ():
   first, second = (t.rounds[0] for t in batch_of_four()[:2])
   assert first.thought != second.thought

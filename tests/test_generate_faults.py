@@ -4,6 +4,7 @@ All runs on stand-ins for the engine; at the end for real.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -34,8 +35,20 @@ def arguments(checkpoint, out, *prompts):
           "--batch-size", "2"]
 
 
-def stand_in(model, params, tokenizer, prompts, *, images=None, **options):
-  return test_eval_generate.Engine()(model, params, tokenizer, prompts, **options)
+def stand_in(model, params, tokenizer, prompts, *, images=None, done=(), on_result=None,
+             **options):
+  """Tells what it makes, as `irg.generate` does, and checks what it is given as done."""
+  whole = test_eval_generate.Engine()(model, params, tokenizer, prompts, **options)
+  rounds, told = [list(rows) for rows in zip(*(t.rounds for t in whole))], []
+  blank = lambda rows: [dataclasses.replace(row, image=None) for row in rows]
+  for number, rows in enumerate(rounds):
+    told += [[*rounds[:number], blank(rows)], rounds[:number + 1]]
+  plain = lambda rounds: [[(row.thought.text, row.image is not None and row.image.tolist())
+                           for row in rows] for rows in rounds]
+  known = list(map(plain, told)).index(plain(done)) + 1 if done else 0
+  for rounds in told[known:-1] if on_result else ():
+    on_result(rounds)
+  return whole
 
 
 @pytest.fixture
@@ -94,15 +107,29 @@ def sweep(checkpoint, folder, kind, kills):
     root.mkdir()
     argv = arguments(checkpoint, root / "out", *PROMPTS[kind])
     assert child(argv, root, nth) == -signal.SIGKILL, nth
-    left = content(root)
-    shown = {name for name in left if not any(p.startswith(".") for p in name.split("/"))}
-    assert all(left[name] == want[name] for name in shown), nth
-    for trace in {name.rpartition("/")[0] for name in shown}:  # a folder is complete or absent
-      assert {n for n in want if n.rpartition("/")[0] == trace} <= shown, nth
+    check_left(content(root), want)
     assert child(argv, root, 0) == 0
     assert content(root) == want, nth  # and nothing hidden is left
     root.rename(folder / f"done{nth}")
   print(total)
+
+
+def check_left(left, want):
+  """Checks that files of a killed run are those of a whole one, or rounds that begin it."""
+  shown = {name for name in left if not any(p.startswith(".") for p in name.split("/"))}
+  for name in (name for name in shown if not name.endswith("trace.html")):
+    if left[name] == want[name]:
+      continue
+    assert name.endswith("trace.json"), name
+    got, whole = json.loads(left[name]), json.loads(want[name])
+    assert got["unfinished"] and len(got["rounds"]) <= len(whole["rounds"])
+    for a, b in zip(got["rounds"], whole["rounds"]):
+      assert a["think"] == b["think"]
+      if a["picture"]:
+        assert a["sha256"] == b["sha256"]
+        assert name.replace("trace.json", a["picture"]) in shown
+  for name in shown:  # a folder of a trace appears with its record
+    assert name.endswith("index.html") or f"{name.rpartition('/')[0]}/trace.json" in shown, name
 
 
 def in_forks(*arguments):
@@ -146,6 +173,54 @@ def test_ten_kills_at_any_moment_of_real_runs_end_in_the_images_of_a_run_that_wa
   assert shown(got) == shown(want) and got.keys() == want.keys()
 
 
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_an_interrupt_keeps_what_was_made_says_so_and_the_same_command_goes_on(
+    engine, checkpoint, tmp_path, capsys, monkeypatch, kind):
+  argv = lambda name: arguments(checkpoint, tmp_path / name / "out", *PROMPTS[kind])
+  assert commands.main(argv("whole")) == 0
+  want, made = content(tmp_path / "whole"), []
+
+  def interrupted(*args, on_result, **options):
+    def told(rounds):
+      on_result(rounds)
+      made.append(len(rounds))
+      if len(made) == 1 or made[-2:] == [1, 2]:
+        raise KeyboardInterrupt
+    return stand_in(*args, on_result=told, **options)
+
+  monkeypatch.setattr(irg, "generate", interrupted)
+  capsys.readouterr()
+  for status in (130, 130, 0) if kind == "one" else (130, 130, 130, 0):
+    assert commands.main(argv("stopped")) == status
+    out, error = tmp_path / "stopped" / "out", capsys.readouterr().err
+    if status:
+      assert f"what was made is in {out}; the same command with --out {out} goes on" in error
+      check_left(content(tmp_path / "stopped"), want)
+      assert any("Not finished" in path.read_text() for path in out.rglob("trace.html"))
+  assert content(tmp_path / "stopped") == want
+
+
+def test_a_complete_trace_is_kept_by_the_same_command_and_replaced_by_another(
+    engine, checkpoint, tmp_path, capsys, monkeypatch):
+  out = tmp_path / "out"
+  argv = arguments(checkpoint, out, "a fox")
+  assert commands.main(argv) == 0
+  want, calls = content(out), []
+  monkeypatch.setattr(irg, "generate", lambda *args, **options: (
+      calls.append(options["done"]) or stand_in(*args, **options)))
+  assert commands.main(argv) == 0 and not calls and content(out) == want
+  (out / "round2.png").write_bytes(want["round1.png"])  # not what the record says
+  assert commands.main(argv) == 0 and content(out) == want
+  assert [[row[0].image is not None for row in done] for done in calls] == [[True, False]]
+  record = json.loads(want["trace.json"])
+  for broken in ("", "[]", "{}", json.dumps(record | {"rounds": 3}),
+                 json.dumps(record | {"rounds": [{}]}), json.dumps(record | {"seed": 1})):
+    (out / "trace.json").write_text(broken)
+    assert commands.main(argv) == 0 and content(out) == want and calls[-1] == []
+  assert commands.main([*argv, "--seed", "1"]) == 0 and calls[-1] == []
+  assert content(out)["round1.png"] != want["round1.png"]
+
+
 # --- started twice
 
 
@@ -154,7 +229,7 @@ def test_a_second_generate_into_the_same_folder_is_refused_and_writes_nothing(
     engine, checkpoint, tmp_path, capsys, monkeypatch, kind):
   argv = arguments(checkpoint, tmp_path / "out", *PROMPTS[kind.split()[0]])
   if "old" in kind:
-    assert commands.main(argv) == 0
+    assert commands.main([*argv, "--seed", "5"]) == 0
   tries = []
 
   def draw(*args, **options):

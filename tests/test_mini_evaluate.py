@@ -17,7 +17,6 @@ from irg_jax import commands, sharding, storage, weights
 from irg_jax.evaluate import base
 from irg_jax.evaluate import generate as runner
 from irg_jax.evaluate import score
-from irg_jax.evaluate.generate import fingerprint
 from irg_jax.commands.generate import make_inputs
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
@@ -233,10 +232,10 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
 def test_the_run_s_checkpoint_gets_its_figures_and_a_card_that_says_what_made_it(run_folder):
   (run_folder / "checkpoint").mkdir()
   (run_folder / "checkpoint" / "llm_config.json").write_text("{}")
-  before = fingerprint(run_folder / "checkpoint")
+  before = weights.fingerprint(run_folder / "checkpoint")
   settings = mini_run.load(ROOT / "configs" / "mini.py", ["seed=7", "base_rows=12345"])
   report.make(run_folder, settings=dataclasses.asdict(settings))
-  assert fingerprint(run_folder / "checkpoint") == before  # its test can still be gone on with
+  assert weights.fingerprint(run_folder / "checkpoint") == before  # its test can still be gone on with
   scores, made = (run_folder / "checkpoint" / "scores.json", run_folder / "report" / "report.json")
   assert scores.read_text() == made.read_text()
   card = (run_folder / "checkpoint" / "README.md").read_text()

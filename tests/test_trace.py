@@ -1,6 +1,7 @@
 """Traces on disk: complete or absent, and pages that show every word and fetch nothing."""
 
 import base64
+import hashlib
 import html
 import html.parser
 import itertools
@@ -78,6 +79,9 @@ def test_a_trace_is_its_images_its_record_and_its_page(tmp_path):
                                   entry["picture"])
   record = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
   assert [r["picture"] for r in record["rounds"]] == ["round1.png", "round2.png"]
+  for number, r in enumerate(record["rounds"], 1):
+    data = (folder / f"round{number}.png").read_bytes()
+    assert r.pop("sha256") == hashlib.sha256(data).hexdigest()
   for r in record["rounds"] + given["rounds"]:
     r.pop("picture")
   assert record == given

@@ -26,7 +26,7 @@ from PIL import Image
 
 from irg_jax import runs, sharding, storage, weights
 from irg_jax.evaluate import base
-from irg_jax.evaluate.score import RUN, SCORES
+from irg_jax.evaluate.score import RUN
 from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings
@@ -37,7 +37,7 @@ from irg_jax.tokenizer import load_tokenizer
 # Losses of the images' own format would be judged as the model's.
 _FORMATS = {".png": {"format": "PNG"}, ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
             ".webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0}}
-_ASIDE, _SAMPLE = ".aside", 2**20
+_ASIDE = ".aside"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,27 +126,7 @@ def identity(request: Request) -> dict:
                       "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
           "generation": dataclasses.asdict(request.settings),
           "system_prompt": request.system_prompt,
-          "checkpoint": fingerprint(request.checkpoint), "dtype": request.dtype}
-
-
-def fingerprint(folder) -> str:
-  """Digest of a checkpoint: every file's name, size, and first, middle and last MiB.
-
-  Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
-  """
-  folder, digest = pathlib.Path(folder), hashlib.sha256()
-  for path in sorted(folder.rglob("*")):
-    name = path.relative_to(folder)
-    weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != SCORES
-    hidden = any(part.startswith(".") for part in name.parts)
-    if path.is_file() and not hidden and (weighs or len(name.parts) > 1):
-      size = path.stat().st_size
-      digest.update(f"{name.as_posix()} {size}\n".encode())
-      with path.open("rb") as f:
-        for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-          f.seek(max(0, start))
-          digest.update(f.read(_SAMPLE))
-  return digest.hexdigest()[:16]
+          "checkpoint": weights.fingerprint(request.checkpoint), "dtype": request.dtype}
 
 
 @contextlib.contextmanager

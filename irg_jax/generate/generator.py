@@ -1,6 +1,7 @@
 """`load`: a checkpoint that generates. The command line, the benchmarks and Python all use it."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import numbers
 import os
@@ -67,6 +68,7 @@ class Generator:
   """A checkpoint on the devices of a mesh, with its settings; made by `load`."""
 
   checkpoint: pathlib.Path
+  fingerprint: str  # of the checkpoint, see `weights.fingerprint`
   defaults: Defaults  # of the checkpoint
   tokenizer: Tokenizer
   mesh: jax.sharding.Mesh
@@ -147,19 +149,23 @@ class Generator:
     return answer.text
 
   def batch(self, prompts, seeds, settings: Settings, system_prompt: str, *, size: int,
-            images=(), on_progress=None) -> list[irg.Trajectory]:
+            images=(), on_progress=None, done=(), on_result=None) -> list[irg.Trajectory]:
     """`irg.generate` for at most `size` prompts, padded to `size`, as the model reads them.
 
     A short batch repeats its last row: another size would compile again, and no row's result
-    depends on its neighbours. `images`, arrays, are for every row.
+    depends on its neighbours. `images`, arrays, are for every row. `on_result` gets the
+    trajectories so far.
     """
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
+    named = lambda rounds: [irg.Trajectory(p, list(row)) for p, row in zip(prompts, zip(*rounds))]
     texts = [self.defaults.read(p, settings, bool(images)).text for p in prompts]
     with jax.set_mesh(self.mesh):
       drawn = irg.generate(
           self.model, self.params, self.tokenizer, padded(texts), seeds=padded(seeds),
           settings=settings, system_prompt=system_prompt,
-          images=[images] * size if images else None, on_progress=on_progress)
+          images=[images] * size if images else None, on_progress=on_progress,
+          done=list(map(padded, done)),
+          on_result=on_result and (lambda rounds: on_result(named(rounds))))
     return [dataclasses.replace(t, prompt=p) for t, p in zip(drawn, prompts)]
 
   def record(self, trajectory: irg.Trajectory, settings: Settings, system_prompt: str, seed: int,
@@ -173,9 +179,17 @@ class Generator:
     reading = self.defaults.read(trajectory.prompt, settings, bool(images))
     return {
         "prompt": trajectory.prompt, **reading.record, "system_prompt": system_prompt, "seed": seed,
-        "checkpoint": str(self.checkpoint), "settings": used, "versions": versions(),
+        "checkpoint": str(self.checkpoint), "fingerprint": self._fingerprint(images),
+        "settings": used, "versions": versions(),
         "sources": [settings.vae_transform(image) for image in images],
         "rounds": [round_record(r, settings.think, r.image) for r in trajectory.rounds]}
+
+  def _fingerprint(self, images):
+    """Digest of all that a result follows from and that a record names only: weights, images."""
+    digest = hashlib.sha256(self.fingerprint.encode())
+    for image in images:
+      digest.update(f"{image.shape}".encode() + image.tobytes())
+    return digest.hexdigest()[:16]
 
   def _chosen(self, settings, system_prompt, changes):
     settings = config_lib.update(settings or self.settings, expand(changes))
@@ -186,6 +200,8 @@ class Generator:
 def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str = "auto",
          on_progress=None) -> Generator:
   """Reads a checkpoint onto the devices.
+
+  Each process compiles its programs anew, unless JAX's cache is on (JAX_COMPILATION_CACHE_DIR).
 
   Args:
     checkpoint: folder in the published layout or Orbax; None: the mini world's in the package.
@@ -206,7 +222,8 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   tokenizer = load_tokenizer(checkpoint, config.llm.vocab_size)
   with jax.set_mesh(mesh):
     model, params = load_model(checkpoint, mesh, dtype, on_progress or (lambda *_: None), attention)
-  return Generator(checkpoint, read_defaults(checkpoint), tokenizer, mesh, model, params)
+  return Generator(checkpoint, weights.fingerprint(checkpoint), read_defaults(checkpoint),
+                   tokenizer, mesh, model, params)
 
 
 def load_model(checkpoint, mesh, dtype, progress,

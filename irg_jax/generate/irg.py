@@ -46,11 +46,12 @@ class Thought:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """The result of one round of one prompt."""
+  """The result of one round of one prompt. A round that has only its thought yet has no image."""
 
   thought: Thought  # empty without thinking
-  latents: np.ndarray = dataclasses.field(repr=False)  # float32 [P, latent_dim], clean
-  image: np.ndarray = dataclasses.field(repr=False)  # uint8 [height, width, 3], decoded from them
+  # float32 [P, latent_dim], clean; None in a round that was read from a trace
+  latents: np.ndarray | None = dataclasses.field(repr=False)
+  image: np.ndarray | None = dataclasses.field(repr=False)  # uint8 [height, width, 3]
   seconds: dict[str, float]  # of the whole batch by phase: think, draw (denoise), decode, encode
 
 
@@ -98,7 +99,7 @@ class Job:
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
              settings: Settings = Settings(), system_prompt="", images=None, noise=None,
-             on_progress=None) -> list[Trajectory]:
+             on_progress=None, done=(), on_result=None) -> list[Trajectory]:
   """Thinks and draws an image, `settings.rounds` times for every prompt.
 
   Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`; editing is
@@ -115,6 +116,9 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       instructions, and `settings.later` guides every round.
     noise: see `Job`; None derives it from the seeds.
     on_progress: see `Job`; `progress.Progress` is one. Compiled programs do not depend on it.
+    done: rounds of an earlier run with the same arguments, lists of B `Round`s, which are read, not
+      made again. The last one may lack its images.
+    on_result: told all rounds so far, such lists, after each thought and each image but the last.
 
   Raises:
     ValueError: settings, prompts or images that cannot work; before anything is computed.
@@ -123,28 +127,34 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
                 system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress)
   _, window = job.cache
+  tell = on_result or (lambda _: None)
   ctx, history, results = begin(job), [], []
   for number in range(settings.rounds):
-    seconds = {}
-    lap = functools.partial(_lap, time.perf_counter(), seconds)
-    thoughts = [Thought()] * len(prompts)
+    rows = done[number] if number < len(done) else None
+    seconds = dict(rows[0].seconds) if rows else {}
+    lap = functools.partial(_lap, time.perf_counter() - sum(seconds.values()), seconds)
+    thoughts = [row.thought for row in rows] if rows else [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
-      thoughts = think(job, ctx, number)
+      thoughts = thoughts if rows else think(job, ctx, number)
       ctx = read_thoughts(job, ctx, thoughts, after_image=bool(history))
     lap("think", ctx)
-    latents = lap("draw", denoise(job, ctx, number))
-    job.report("decode", number)
-    drawn = lap("decode", np.asarray(
-        steps.decode_pixels(model.config, params["vae"], latents, job.grid)))
+    if settings.think and not rows:
+      tell([*results, [Round(thought, None, None, seconds) for thought in thoughts]])
+    if rows and rows[0].image is not None:
+      results.append(rows)
+    else:
+      latents, images = _draw(job, ctx, number, lap)
+      results.append([Round(*row, seconds) for row in zip(thoughts, latents, images)])
+      if number + 1 < settings.rounds:
+        tell(results)
     if number + 1 < settings.rounds:
       job.report("encode", number)
-      history = [*history, (thoughts, encode(job, drawn, number))][-window:]
+      images = [row.image for row in results[-1]]
+      history = [*history, (thoughts, encode(job, images, number))][-window:]
       fits = number + 1 <= window
       ctx = look(job, ctx, history[-1][1]) if fits else _replay(job, history)
       lap("encode", ctx)
-    results.append([Round(*row, seconds)
-                    for row in zip(thoughts, np.asarray(latents), drawn)])
   return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
 
 
@@ -264,6 +274,14 @@ def denoise(job: Job, ctx: Context, number: int):
   return x_BPC
 
 
+def _draw(job, ctx, number, lap):
+  """Denoises and decodes; returns latents and 8-bit images, in rows."""
+  latents = lap("draw", denoise(job, ctx, number))
+  job.report("decode", number)
+  images = steps.decode_pixels(job.model.config, job.params["vae"], latents, job.grid)
+  return np.asarray(latents), lap("decode", np.asarray(images))
+
+
 def encode(job: Job, images, number: int, vae=True, kind="posterior") -> dict:
   """Keyword arguments of `steps.append_image` for 8-bit images [B, Y, X, 3] of round `number`.
 
@@ -325,7 +343,8 @@ def _parts(job, kind, number, total):
 
 
 def _lap(start, seconds, name, value):
-  """Waits for `value`, then books the time since `start` that no earlier phase has."""
+  """Waits for `value`, then books the time since `start` that is not booked, once a phase."""
   jax.block_until_ready(value)
-  seconds[name] = time.perf_counter() - start - sum(seconds.values())
+  if name not in seconds:
+    seconds[name] = time.perf_counter() - start - sum(seconds.values())
   return value

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 
 from irg_jax import runs, sharding, weights
-from irg_jax.generate import generator, prompts
+from irg_jax.generate import generator, irg, prompts
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
 from irg_jax.progress import Progress
@@ -32,8 +33,9 @@ class Inputs:
 
 
 def run_generate(inputs: Inputs) -> None:
-  """Generates the images of every prompt, and writes each trace as soon as it is complete.
+  """Generates the images of every prompt; writes each thought and image as soon as it exists.
 
+  What an earlier run with the same inputs left in the folder is read, not made again.
   ValueError and OSError have a message for the user. What can be checked before the weights are
   read is checked then, before anything is written.
   """
@@ -51,20 +53,14 @@ def run_generate(inputs: Inputs) -> None:
   for line in prompts.notes(defaults.prompts, inputs.prompts, readings):
     print(line, file=sys.stderr)
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
-  size = min(inputs.batch_size, count)
-  with held(inputs), Progress() as progress:
+  with held(inputs), _kept(inputs), Progress() as progress:
     loaded = generator.load(inputs.checkpoint, mesh=mesh, dtype=inputs.dtype,
                             attention=inputs.attention, on_progress=progress)
-    for rows in generator.batches(count, size):
+    for rows in generator.batches(count, min(inputs.batch_size, count)):
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"
         progress.prefix = f"prompt{numbers} of {count}: "
-      drawn = loaded.batch(
-          [inputs.prompts[i] for i in rows], [inputs.seed + i for i in rows], inputs.settings,
-          inputs.system_prompt, size=size, images=images, on_progress=progress)
-      entries += [trace.write_trace(folders[i], loaded.record(
-          t, inputs.settings, inputs.system_prompt, inputs.seed + i, inputs.batch_size, images,
-          inputs.images)) for i, t in zip(rows, drawn)]
+      entries += _run_batch(inputs, loaded, rows, [folders[i] for i in rows], images, progress)
     if count > 1:
       trace.write_index(inputs.out, entries)
   for folder in folders:
@@ -77,17 +73,80 @@ def run_generate(inputs: Inputs) -> None:
 def held(inputs: Inputs):
   """Keeps other commands out of the folder of the results meanwhile.
 
-  The folder of one prompt is to appear complete, so the lock of a new folder is beside it.
+  The folder of one prompt is to appear with its first files, so its lock is beside it. One that
+  exists may be a mount point, with nothing writable beside it.
   """
   out, several = inputs.out.absolute(), len(inputs.prompts) > 1
   runs.remove_void(out.parent)
+  beside = not out.exists() or os.access(out.parent, os.W_OK)
   with contextlib.ExitStack() as stack:
-    for path, needed in ((out.parent / f".{out.name}.lock", not out.exists()),
+    for path, needed in ((out.parent / f".{out.name}.lock", beside),
                          (out / ".lock", several or out.exists())):
       if needed:
         stack.enter_context(runs.locked(
             path, f"--out {inputs.out}: another irg generate is at work in it"))
     yield
+
+
+@contextlib.contextmanager
+def _kept(inputs):
+  """Says after an interrupt where the results are and how to go on."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    if any(inputs.out.rglob("trace.json")):
+      print(f"what was made is in {inputs.out}; the same command with --out {inputs.out} goes on",
+            file=sys.stderr)
+    raise
+
+
+def _run_batch(inputs, loaded, rows, folders, images, progress):
+  """Generates the prompts of numbers `rows`, or the rest of them; returns entries of the index."""
+  seeds = [inputs.seed + i for i in rows]
+  record = lambda trajectory, seed: loaded.record(
+      trajectory, inputs.settings, inputs.system_prompt, seed, inputs.batch_size, images,
+      inputs.images)
+  read = [trace.read_rounds(folder, record(irg.Trajectory(inputs.prompts[i], []), seed))
+          for i, folder, seed in zip(rows, folders, seeds)]
+  complete = [len(found) == inputs.settings.rounds and found[-1]["picture"] is not None
+              for found in read]
+
+  def write(trajectories, **more):
+    for whole, folder, seed, trajectory in zip(complete, folders, seeds, trajectories):
+      if not whole:
+        trace.write_trace(folder, record(trajectory, seed) | more)
+
+  if not all(complete):  # rows stay together: a row's last bits may depend on the batch's size
+    write(loaded.batch(
+        [inputs.prompts[i] for i in rows], seeds, inputs.settings, inputs.system_prompt,
+        size=min(inputs.batch_size, len(inputs.prompts)), images=images, on_progress=progress,
+        done=_common(read, loaded.tokenizer, inputs.settings),
+        on_result=lambda trajectories: write(trajectories, unfinished=True)))
+  return list(map(trace.finish_trace, folders))
+
+
+def _common(read, tokenizer, settings):
+  """`done` of `irg.generate`: the rounds that all rows of a batch have."""
+  done = []
+  for entries in zip(*read):
+    images = [entry["picture"] for entry in entries]
+    if any(image is None for image in images):
+      images = [None] * len(images)
+    if images[0] is None and not settings.think:
+      break
+    done.append([irg.Round(_thought(entry, tokenizer, settings), None, image, entry["seconds"])
+                 for entry, image in zip(entries, images)])
+    if images[0] is None:
+      break
+  return done
+
+
+def _thought(entry, tokenizer, settings):
+  if not settings.think:
+    return irg.Thought()
+  ids = tokenizer.encode(entry["think"])
+  return irg.Thought(entry["think"], tuple(ids[: len(ids) - entry["tokens_cut"]]),
+                     entry["hit_limit"], entry["tokens_cut"])
 
 
 def _trace_folders(inputs):

@@ -3,27 +3,37 @@
 A trace is a plain dict:
 
   {"prompt": str, "system_prompt": str, "seed": int, "checkpoint": str,
+   "fingerprint": str, of the checkpoint and the images to edit,
    "settings": {...}, "versions": {...},
+   "unfinished": true (optional), rounds are missing; the last one may have no image yet,
    "read_as": str (optional), the prompt in the form that the model was trained on,
    "note": str (optional), what the model cannot know of it,
    "sources": [uint8 [H, W, 3], ...] (optional), images that were edited, for the page alone,
    "rounds": [{"think": str, or None in a round without a thought,
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None in a round without an image,
+               "sha256": str (optional), digest of its file, added on writing,
                "seconds": {"think": float, "draw": float, ...}}]}
 
 Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an existing one, each file.
 """
 
+import hashlib
 import itertools
 import json
 import pathlib
 import re
 
-from irg_jax.images import encode_image
+from irg_jax.images import encode_image, read_image
 from irg_jax.reports import pages
-from irg_jax.storage import atomic_files, check_output_folder, write_text
+from irg_jax.storage import (
+    atomic_files, check_output_folder, read_json, remove_partials, write_text)
 
+# Two runs that agree in these have the same rounds.
+_IDENTITY = ("prompt", "read_as", "system_prompt", "seed", "checkpoint", "fingerprint", "settings",
+             "versions")
+_KINDS = {"think": str | None, "hit_limit": bool, "tokens_cut": int, "seconds": dict,
+          "picture": str | None}
 _OWN_FILES = re.compile(r"round\d+\.png|trace\.json|trace\.html")
 
 
@@ -59,23 +69,63 @@ def write_trace(folder, trace: dict) -> dict:
   folder = pathlib.Path(folder).absolute()
   pngs = [entry["png"] for entry in with_pngs(trace)]
   names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
-  rounds = [entry | {"picture": name} for entry, name in zip(trace["rounds"], names)]
+  rounds = [entry | {"picture": name} | ({"sha256": _digest(png)} if png else {})
+            for entry, name, png in zip(trace["rounds"], names, pngs)]
   record = {key: value for key, value in trace.items() if key != "sources"} | {"rounds": rounds}
-  plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # numpy values, paths
   with atomic_files(folder) as partial:
     for name, png in zip(names, pngs):
       if png:
         (partial / name).write_bytes(png)
     write_text(partial / "trace.json",
-               json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n")
+               json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n")
     write_text(partial / "trace.html", _page(trace, pngs))
-  for path in folder.glob("round*.png"):  # of an earlier trace with more rounds
+  return finish_trace(folder)
+
+
+def read_rounds(folder, trace: dict) -> list[dict]:
+  """Rounds that an earlier run of the same prompt, seed and settings left in `folder`.
+
+  Args:
+    trace: see the top of this file; its rounds do not count.
+
+  Returns:
+    Rounds as at the top of this file. A damaged image and all that follows it are left out. Empty
+    without a trace, or for one of another run.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    record = read_json(folder / "trace.json")
+    own = json.loads(json.dumps(trace, default=_plain))
+    if any(record.get(name) != own.get(name) for name in _IDENTITY):
+      return []
+    found = []
+    for entry in record["rounds"]:
+      if not all(isinstance(entry[name], kind) for name, kind in _KINDS.items()):
+        break
+      found.append(entry | {"picture": _read_picture(folder, entry)})
+      if found[-1]["picture"] is None:
+        break
+    return found
+  except (OSError, ValueError, KeyError, TypeError):
+    return []
+
+
+def finish_trace(folder) -> dict:
+  """Removes what killed runs and an earlier trace with more rounds left beside a trace.
+
+  Returns:
+    The entry for `write_index`.
+  """
+  folder = pathlib.Path(folder).absolute()
+  remove_partials(folder)
+  record = read_json(folder / "trace.json")
+  names = [entry["picture"] for entry in record["rounds"]]
+  for path in folder.glob("round*.png"):
     if _OWN_FILES.fullmatch(path.name) and path.name not in names:
       path.unlink()
-  last = next(filter(None, reversed(pngs)), None)
-  return {"folder": folder.name, "prompt": trace["prompt"], "rounds": len(names),
-          "seed": trace.get("seed"), "small": pages.small(last),
-          "image": next(filter(None, reversed(names)), None)}
+  last = next(filter(None, reversed(names)), None)
+  return {"folder": folder.name, "prompt": record["prompt"], "rounds": len(names),
+          "seed": record.get("seed"), "small": pages.small(last and folder / last), "image": last}
 
 
 def write_index(folder, entries: list[dict]) -> None:
@@ -91,6 +141,24 @@ def write_index(folder, entries: list[dict]) -> None:
 def with_pngs(trace) -> list[dict]:
   """The rounds of a trace, each with its image as a file: "png", or None without an image."""
   return [entry | {"png": _png(entry.get("picture"))} for entry in trace["rounds"]]
+
+
+def _read_picture(folder, entry):
+  """The image of a round in trace.json; None where there is none or its file was changed."""
+  if not (name := entry["picture"]) or not _OWN_FILES.fullmatch(name):
+    return None
+  path = folder / name
+  same = path.is_file() and _digest(path.read_bytes()) == entry.get("sha256")
+  return read_image(path) if same else None
+
+
+def _digest(data):
+  return hashlib.sha256(data).hexdigest()
+
+
+def _plain(value):
+  """The JSON of numpy values and paths."""
+  return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _png(image):

@@ -4,6 +4,7 @@ The layout of a folder is recognised by the files in it.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import pathlib
 
@@ -12,6 +13,7 @@ from irg_jax.storage import check_absent
 from irg_jax.weights import names, published
 from irg_jax.weights.names import CheckpointError, listing
 
+_SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
 _RUN_MARK = "_CHECKPOINT_METADATA"  # written by Orbax into each checkpoint of a training run
 
 
@@ -84,6 +86,26 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
   if _mark(pathlib.Path(source)) == _RUN_MARK:
     source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
+
+
+def fingerprint(folder) -> str:
+  """Digest of a checkpoint: every file's name, size, and first, middle and last MiB.
+
+  Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
+  """
+  folder, digest = pathlib.Path(folder), hashlib.sha256()
+  for path in sorted(folder.rglob("*")):
+    name = path.relative_to(folder)
+    weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != _SCORES
+    hidden = any(part.startswith(".") for part in name.parts)
+    if path.is_file() and not hidden and (weighs or len(name.parts) > 1):
+      size = path.stat().st_size
+      digest.update(f"{name.as_posix()} {size}\n".encode())
+      with path.open("rb") as f:
+        for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+          f.seek(max(0, start))
+          digest.update(f.read(_SAMPLE))
+  return digest.hexdigest()[:16]
 
 
 def _mark(folder):
