@@ -24,6 +24,12 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 30.0  # in which every process should have polled
 
 
+def note(text: str) -> None:
+  """Prints a line in the first process."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr)
+
+
 def thread_barrier(name: str, seconds: float) -> None:
   """A barrier for threads: goes through the coordinator, not the devices. Use a name once.
 

@@ -15,7 +15,6 @@ The folder of a run:
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
-from irg_jax import chips, config, runs, sharding, storage, weights
+from irg_jax import chips, runs, sharding, storage, weights
 from irg_jax.data import sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
@@ -35,21 +34,15 @@ from irg_jax.progress import Progress
 from irg_jax.tokenizer import Tokenizer, load_tokenizer
 from irg_jax.train import logs
 from irg_jax.train.checkpoints import Checkpoints, steps_in
-from irg_jax.train.distributed import PREEMPTED, gather, preemption, thread_barrier
+from irg_jax.train.checks import check_base, check_data, check_folder
+from irg_jax.train.distributed import PREEMPTED, gather, note, preemption, thread_barrier
 from irg_jax.train.feed import feed, row_block
-from irg_jax.train.settings import GONE, STAGES, TrainSettings
+from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
 from irg_jax.weights import init, names, published
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
 PROFILED_STEPS = 3  # of each stage, in a profiler trace
-
-# Settings that may change when a run is continued: the numbers do not depend on them, or they
-# say how far to train.
-FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
-        "log_every", "profile_at", "data.path", "data.workers", "data.max_rejected", "model.remat",
-        "model.attention",
-        *(f"{stage}.steps" for stage in STAGES), *GONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +88,6 @@ def held(out: pathlib.Path):
   with lock if jax.process_index() == 0 else contextlib.nullcontext():
     thread_barrier("irg/held", 10 * runs.VOID)
     yield
-
-
-def note(text: str) -> None:
-  """Prints a line in the first process."""
-  if jax.process_index() == 0:
-    print(text, file=sys.stderr)
 
 
 # --- before the first step
@@ -156,48 +143,6 @@ def print_rejected(sources: dict) -> None:
          f"be used: {logs.counts(reasons)}")
 
 
-def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
-  """Checks that a run can be started or continued in a folder.
-
-  Returns:
-    The record of the run; {} for a new one.
-
-  Raises:
-    ValueError: the folder holds something else, or a run with other settings.
-  """
-  storage.check_output_folder(out)
-  runs.check_folder(out / RUN_FILE, "a training run")
-  if not (out / RUN_FILE).is_file():
-    return {}
-  record = runs.read(out / RUN_FILE, ("settings", "records"))
-  runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
-                  flag="--config.", free=FREE, renamed=config.renamed(TrainSettings))
-  if settings.run_stages == "stage2" and (out / "stage1").is_dir():
-    raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
-                     f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
-  return record
-
-
-def check_data(path, sources: dict, recorded: dict) -> dict:
-  """Checks that the data are those of the run's record, {} for a new run; ValueError names a mode.
-
-  Returns:
-    "records" and "sources" of the new record: number and `sources.fingerprint` by mode.
-  """
-  records = {mode: len(source) for mode, source in sources.items()}
-  counted, known = recorded.get("records", {}), recorded.get("sources", {})
-  runs.check_same({"records": {mode: counted.get(mode, n) for mode, n in records.items()}},
-                  {"records": records}, f"--data {path}")
-  prints = {mode: sources_lib.fingerprint(source) for mode, source in sources.items()}
-  if other := [mode for mode in prints if known.get(mode, prints[mode]) != prints[mode]]:
-    raise ValueError(f"--data {path}: {other[0]} holds other rows than those that the run was "
-                     "started with; give the run's own data, or choose another --out")
-  if counted and not known:
-    note("the run's record is older than the check that its data stay the same; from now on they "
-         "are checked")
-  return {"records": counted | records, "sources": known | prints}
-
-
 def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
   """The folder of the data. For data.path "sample", OUT/.sample, which is made if missing."""
   if settings.data.path != sample_set.NAME:
@@ -207,21 +152,6 @@ def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
     sample_set.write(folder)
   sync_global_devices("data written")
   return folder
-
-
-def check_base(settings: TrainSettings) -> None:
-  """Refuses weights of another model, and random weights unless the settings ask for them."""
-  if not settings.checkpoint:
-    if not settings.random_weights:
-      raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
-                       "--config.random_weights=true")
-    return
-  theirs = weights.read_config(settings.checkpoint)
-  for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
-    wanted, found = getattr(settings.model, part), getattr(theirs, part)
-    if wanted != found:
-      raise ValueError(f"config field 'model.{part}' is {wanted}, but the weights in "
-                       f"{settings.checkpoint} have {found}")
 
 
 def unfinished_stages(run: Run) -> list[str]:

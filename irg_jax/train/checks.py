@@ -1,0 +1,74 @@
+"""What is checked before a run is started or continued: its folder, its data, its base weights."""
+
+import dataclasses
+import pathlib
+
+from irg_jax import config, runs, storage, weights
+from irg_jax.data import sources as sources_lib
+from irg_jax.train.distributed import note
+from irg_jax.train.settings import GONE, STAGES, TrainSettings
+from irg_jax.weights.orbax import RUN_FILE
+
+# Settings that may change when a run is continued: the numbers do not depend on them, or they
+# say how far to train.
+FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
+        "log_every", "profile_at", "data.path", "data.workers", "data.max_rejected", "model.remat",
+        "model.attention",
+        *(f"{stage}.steps" for stage in STAGES), *GONE)
+
+
+def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
+  """Checks that a run can be started or continued in a folder.
+
+  Returns:
+    The record of the run; {} for a new one.
+
+  Raises:
+    ValueError: the folder holds something else, or a run with other settings.
+  """
+  storage.check_output_folder(out)
+  runs.check_folder(out / RUN_FILE, "a training run")
+  if not (out / RUN_FILE).is_file():
+    return {}
+  record = runs.read(out / RUN_FILE, ("settings", "records"))
+  runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
+                  flag="--config.", free=FREE, renamed=config.renamed(TrainSettings))
+  if settings.run_stages == "stage2" and (out / "stage1").is_dir():
+    raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
+                     f"alone, choose another --out and --checkpoint {out / 'stage1' / 'weights'}")
+  return record
+
+
+def check_data(path, sources: dict, recorded: dict) -> dict:
+  """Checks that the data are those of the run's record, {} for a new run; ValueError names a mode.
+
+  Returns:
+    "records" and "sources" of the new record: number and `sources.fingerprint` by mode.
+  """
+  records = {mode: len(source) for mode, source in sources.items()}
+  counted, known = recorded.get("records", {}), recorded.get("sources", {})
+  runs.check_same({"records": {mode: counted.get(mode, n) for mode, n in records.items()}},
+                  {"records": records}, f"--data {path}")
+  prints = {mode: sources_lib.fingerprint(source) for mode, source in sources.items()}
+  if other := [mode for mode in prints if known.get(mode, prints[mode]) != prints[mode]]:
+    raise ValueError(f"--data {path}: {other[0]} holds other rows than those that the run was "
+                     "started with; give the run's own data, or choose another --out")
+  if counted and not known:
+    note("the run's record is older than the check that its data stay the same; from now on they "
+         "are checked")
+  return {"records": counted | records, "sources": known | prints}
+
+
+def check_base(settings: TrainSettings) -> None:
+  """Refuses weights of another model, and random weights unless the settings ask for them."""
+  if not settings.checkpoint:
+    if not settings.random_weights:
+      raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
+                       "--config.random_weights=true")
+    return
+  theirs = weights.read_config(settings.checkpoint)
+  for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
+    wanted, found = getattr(settings.model, part), getattr(theirs, part)
+    if wanted != found:
+      raise ValueError(f"config field 'model.{part}' is {wanted}, but the weights in "
+                       f"{settings.checkpoint} have {found}")
