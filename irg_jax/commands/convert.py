@@ -1,5 +1,7 @@
 """`irg convert`: checkpoints between the published layout and Orbax."""
 
+from irg_jax.commands import flags
+
 
 def add(verbs) -> None:
   """Adds the verb to the subparsers `verbs`."""
@@ -7,8 +9,7 @@ def add(verbs) -> None:
 
 
 def _run(args, _):
-  if not args.source.exists():
-    raise ValueError(f"SRC {args.source}: no such folder")
+  args.source = flags.weights_folder("SRC", args.source)
   from irg_jax import storage, weights
   storage.check_output_folder(args.destination.parent)
   weights.convert(args.source, args.destination, to=args.to, dtype=args.dtype)

@@ -28,13 +28,14 @@ def _sample(args, _):
 
 
 def _build(args, _):
-  modes = _modes(args.mode, flags.folder("SRC", args.source))
+  args.source = flags.data_folder("SRC", args.source)
+  modes = _modes(args.mode, args.source)
   from irg_jax import progress, storage
   from irg_jax.data import parquet, sources
   storage.check_output_folder(args.out)
   with progress.Progress() as bar:
     reports = sources.build(args.source, args.out, modes, max_rejected=args.max_rejected,
-                                  workers=args.workers, progress=bar)
+                            workers=args.workers, progress=bar)
   for mode, report in reports.items():
     print(parquet.summary(mode, report))
     for file, row, reason, detail in report["offenders"]:
@@ -43,7 +44,8 @@ def _build(args, _):
 
 
 def _check(args, _):
-  modes = _modes(args.mode, flags.folder("PATH", args.path))
+  args.path = flags.data_folder("PATH", args.path)
+  modes = _modes(args.mode, args.path)
   if args.out.is_dir():
     raise ValueError(f"--out {args.out}: is a folder; name a file")
   from irg_jax import progress, storage
@@ -65,8 +67,9 @@ def _check(args, _):
 
 
 def _encode(args, _):
-  modes = _modes(args.mode, flags.folder("PATH", args.path))
-  flags.folder("--checkpoint", args.checkpoint)
+  args.path = flags.data_folder("PATH", args.path)
+  modes = _modes(args.mode, args.path)
+  args.checkpoint = flags.weights_folder("--checkpoint", args.checkpoint)
   flags.check_hosts(args)
   if args.out.resolve() == args.path.resolve():
     raise ValueError("--out: must be another folder than PATH")

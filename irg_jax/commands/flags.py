@@ -8,7 +8,7 @@ import pathlib
 import re
 import tomllib
 
-from irg_jax import storage
+from irg_jax import hub, storage
 from irg_jax.storage import guess
 
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
@@ -237,7 +237,30 @@ def checkpoint(path: pathlib.Path | None) -> pathlib.Path:
   if path is None and not storage.SHIPPED.is_dir():
     raise ValueError("--checkpoint: give the folder of your weights; this copy of the package "
                      "comes without the mini world's")
-  return folder("--checkpoint", path or storage.SHIPPED)
+  return weights_folder("--checkpoint", path or storage.SHIPPED)
+
+
+def weights_folder(flag: str, path) -> pathlib.Path:
+  """`folder`, or that of a checkpoint on the hub, see `hub.fetch`."""
+  if hub.is_name(path):
+    from irg_jax import weights
+    return _fetch(flag, path, weights.needed, "model")
+  return folder(flag, path)
+
+
+def data_folder(flag: str, path) -> pathlib.Path:
+  """`folder`, or that of a dataset on the hub, see `hub.fetch`."""
+  if hub.is_name(path):
+    from irg_jax.data import sources
+    return _fetch(flag, path, sources.needed, "dataset")
+  return folder(flag, path)
+
+
+def _fetch(flag, path, choose, kind):
+  try:
+    return hub.fetch(str(path), choose, kind)
+  except ValueError as e:
+    raise ValueError(f"{flag} {e}") from e
 
 
 def folder(flag: str, path: pathlib.Path) -> pathlib.Path:

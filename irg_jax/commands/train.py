@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import sys
 
+from irg_jax import hub
 from irg_jax.commands import compiled, flags
 
 
@@ -31,6 +32,12 @@ def _run(args, overrides):
   with distributed.fail_together("irg train"):
     file, preset, overrides = config.locate(args.config, overrides)
     read = settings.load(f"{file}:{preset}" if preset else file, [*_fields(args), *overrides])
+    if hub.is_name(read.checkpoint):  # of the file, or of --config.checkpoint
+      folder = flags.weights_folder("checkpoint", read.checkpoint)
+      read = config.update(read, {"checkpoint": str(folder)})
+    if hub.is_name(read.data.path):
+      folder = flags.data_folder("data.path", read.data.path)
+      read = config.update(read, {"data": {"path": str(folder)}})
     if not (args.out or preset):
       made = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
       preset = next((argument.default for argument in made), file.stem)
@@ -44,9 +51,9 @@ def _fields(args) -> list[str]:
   sizes = dict.fromkeys(MESH_AXES, 1) | args.mesh if args.mesh else {}
   fields = {f"mesh.{axis}": size for axis, size in sizes.items()}
   if args.data is not None:
-    fields["data.path"] = flags.folder("--data", args.data).absolute()  # not the name of a set
+    fields["data.path"] = flags.data_folder("--data", args.data).absolute()  # not the name of a set
   if args.checkpoint is not None:
-    fields["checkpoint"] = flags.folder("--checkpoint", args.checkpoint)
+    fields["checkpoint"] = flags.weights_folder("--checkpoint", args.checkpoint)
   return [f"{field}={value}" for field, value in fields.items()]
 
 

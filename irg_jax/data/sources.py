@@ -75,6 +75,12 @@ def open_sources(path, modes=MODES, **options) -> dict:
   return {mode: open_source(path, mode, **options) for mode in modes}
 
 
+def needed(files) -> list[str]:
+  """Names of those files of a repository that belong to a mode, in either form."""
+  paths = map(pathlib.PurePosixPath, files)
+  return [str(p) for p in paths if set(p.parts[:-1]) & set(MODES) and not p.name.startswith(".")]
+
+
 def fingerprint(source) -> str:
   """A short text that differs for other records of a mode; the same in either form.
 

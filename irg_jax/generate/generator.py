@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, storage, weights
+from irg_jax import hub, sharding, storage, weights
 from irg_jax.generate import irg
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Defaults, Settings, check_prompts, expand, read_defaults
@@ -204,7 +204,8 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   Each process compiles its programs anew, unless JAX's cache is on (JAX_COMPILATION_CACHE_DIR).
 
   Args:
-    checkpoint: folder in the published layout or Orbax; None: the mini world's in the package.
+    checkpoint: folder in the published layout or Orbax, or `owner/name[@revision]` on the hub; None:
+      the mini world's in the package.
     mesh: a mesh, or sizes by axis name for `sharding.generation_mesh`; None: its default.
     dtype: of parameters and arithmetic; None: the checkpoint's own.
     attention: see `ModelConfig.attention`.
@@ -213,7 +214,7 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   Raises:
     ValueError: names the file that is missing or broken, and the mend.
   """
-  checkpoint = pathlib.Path(checkpoint or storage.SHIPPED)
+  checkpoint = hub.local(checkpoint or storage.SHIPPED, weights.needed)
   if not checkpoint.is_dir():
     raise ValueError(f"checkpoint {checkpoint}: no such folder")
   config = weights.read_config(checkpoint)

@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import importlib
 import pathlib
+import re
 
 from irg_jax.config import ModelConfig
 from irg_jax.storage import check_absent
-from irg_jax.weights import names, published
+from irg_jax.weights import configs, names, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
@@ -86,6 +87,18 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
   if _mark(pathlib.Path(source)) == _RUN_MARK:
     source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
+
+
+def needed(files) -> list[str]:
+  """Names of those files of a repository that belong to its checkpoint; empty without one."""
+  if "model_config.json" in files:  # Orbax
+    return [name for name in files if not name.startswith(".")]
+  if "llm_config.json" not in files:
+    return []
+  stem = "ema" if any(re.fullmatch(r"ema\.safetensors(\.index\.json)?", f) for f in files) else "model"
+  weights = rf"({stem}|ae)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|vit\.safetensors"
+  return [name for name in files if name in configs.NAMES + configs.TOKENIZER_FILES
+          or re.fullmatch(weights, name)]
 
 
 def fingerprint(folder) -> str:
