@@ -1,11 +1,14 @@
 """Checkpoints and datasets by name: the hub's own client against a stand-in server on loopback."""
 
 import argparse
+import json
 import pathlib
 import shutil
 
 import hub_server
+import jax
 import pytest
+import yaml
 from conftest import ROOT
 from huggingface_hub import constants
 
@@ -14,6 +17,7 @@ from irg_jax import commands, hub, weights
 from irg_jax.data import sources
 from irg_jax.generate import generator
 from irg_jax.storage import SHIPPED
+from irg_jax.weights import card
 
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 SHARDS = ["ema.safetensors.index.json", "ema-00001-of-00002.safetensors",
@@ -176,3 +180,27 @@ def test_the_files_of_a_mode_are_known_by_their_folders():
   files = [f"{mode}/a.parquet", f"irgl/{mode}/1.0.0/x.array_record", f"{mode}/.b.parquet", "README.md",
            "other/a.parquet"]
   assert sources.needed(files) == files[:2]
+
+
+def test_a_converted_checkpoint_gets_a_card_for_the_hub(tmp_path, capsys):
+  argv = ["convert", str(SHIPPED), str(tmp_path / "irg-shapes"), "--to", "published", "--card"]
+  assert commands.main(argv) == 0
+  text = (tmp_path / "irg-shapes/README.md").read_text()
+  _, head, body = text.split("---\n", 2)
+  assert yaml.safe_load(head)["library_name"] == "irg_jax"
+  count = sum(x.size for x in jax.tree.leaves(irg_jax.load().params))
+  assert f"| parameters | {count:,} |" in body and "--checkpoint irg-shapes" in body
+  assert "Say here what the weights were trained on" in body
+  assert commands.main([*argv[:2], str(tmp_path / "orbax"), "--to", "orbax", "--card"]) == 2
+  assert "--card: a model card is for --to published" in capsys.readouterr().err
+  assert not (tmp_path / "orbax").exists()
+
+
+def test_the_card_of_a_training_checkpoint_says_how_it_was_trained(tmp_path):
+  base = "/cache/models--owner--bagel-7b/snapshots/0123"
+  run = tmp_path / "run.json"
+  run.write_text(json.dumps({"base": base, "settings": {"seed": 7, "mesh": {}}}))
+  (tmp_path / "out").mkdir()
+  card.write(tmp_path / "out", weights.read_config(SHIPPED), "bfloat16", run)
+  text = (tmp_path / "out/README.md").read_text()
+  assert "base_model: owner/bagel-7b" in text and '"seed": 7' in text and "mesh" not in text

@@ -11,6 +11,7 @@ import re
 
 from irg_jax.config import ModelConfig
 from irg_jax.storage import check_absent
+from irg_jax.weights import card as cards
 from irg_jax.weights import configs, names, published
 from irg_jax.weights.names import CheckpointError, listing
 
@@ -69,7 +70,7 @@ def read_config(folder) -> ModelConfig:
   return _READERS[_mark(pathlib.Path(folder))][0](folder)
 
 
-def convert(source, destination, to: str = "orbax", dtype=None) -> None:
+def convert(source, destination, to: str = "orbax", dtype=None, card: bool = False) -> None:
   """Copies a checkpoint, tokenizer included, into the layout `to`.
 
   Everything is read and checked before anything is written. Raises CheckpointError for a source
@@ -78,15 +79,20 @@ def convert(source, destination, to: str = "orbax", dtype=None) -> None:
   Args:
     to: "orbax" or "published".
     dtype: of the parameters written; None: each one's own, bit for bit.
+    card: writes a model card, README.md, as well.
   """
   save = {"orbax": _orbax("save"), "published": published.save}
   if to not in save:
     raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(save)}")
   check_absent(destination)
   config, params = load_checkpoint(source, dtype=dtype)
+  run = None
   if _mark(pathlib.Path(source)) == _RUN_MARK:
+    run = pathlib.Path(source).absolute().parents[2] / "run.json"
     source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
+  if card:
+    cards.write(destination, config, dtype, run)
 
 
 def needed(files) -> list[str]:
