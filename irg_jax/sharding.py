@@ -189,6 +189,9 @@ def parameter_shardings(params, mesh):
 def _parameter_axes(name, x):
   if not x.shape:  # counts of an optimizer
     return ()
+  if name.endswith(("/lora_a", "/lora_b")):  # one side of their kernel, and the rank
+    *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", x)
+    return (*lead, first, None) if name.endswith("a") else (*lead, None, last)
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
       return axes or (None,) * len(x.shape)

@@ -171,7 +171,8 @@ def _generate(args, overrides):
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
       checkpoint=checkpoint, settings=settings, system_prompt=system_prompt,
       batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-      process_id=args.process_id, num_processes=args.num_processes)
+      process_id=args.process_id, num_processes=args.num_processes,
+      lora=flags.lora_folder(args), lora_scale=args.lora_scale)
   compiled.keep_programs()
   result = generate.generate_images(asked)
   for name in result.failed[:20]:

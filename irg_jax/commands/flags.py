@@ -122,6 +122,14 @@ def count(text: str) -> int:
   return int(text)
 
 
+def number(text: str) -> float:
+  """Parses a finite number."""
+  value = float(text)
+  if not abs(value) < 1e38:
+    raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+  return value
+
+
 def share(text: str) -> float:
   """Parses a number from 0 to 1."""
   value = float(text)
@@ -156,6 +164,7 @@ def add_generation(parser, think_limit: int = 1000) -> None:
       help="dtype of the arithmetic (default: the checkpoint's)")
   add("--attention", choices=("auto", "dense", "chunked", "kernel"), default="auto",
       help="form of attention (default: by platform and length)")
+  add_lora(add)
   group = parser.add_argument_group("short flags of settings")
   add = group.add_argument
   actions = {name: add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (%(shown)s)",
@@ -168,6 +177,14 @@ def add_generation(parser, think_limit: int = 1000) -> None:
       help="take the likeliest token: temperature 0")
   add("--no-think", dest="think", action="store_const", const=False,
       help="generate images without thoughts")
+
+
+def add_lora(add) -> None:
+  """Adds --lora and --lora-scale by `add`, the `add_argument` of a parser."""
+  add("--lora", metavar="DIR", help="adapters of irg train, or others in PEFT's files, to merge "
+      "into the weights")
+  add("--lora-scale", type=number, default=1.0, metavar="X",
+      help="how much they count (default 1: as they were trained)")
 
 
 def _show_defaults(args, think_limit, group, actions):
@@ -246,6 +263,14 @@ def weights_folder(flag: str, path) -> pathlib.Path:
     from irg_jax import weights
     return _fetch(flag, path, weights.needed, "model")
   return folder(flag, path)
+
+
+def lora_folder(args) -> pathlib.Path | None:
+  """The folder of --lora, which may be on the hub; None without the flag."""
+  if args.lora is None or not hub.is_name(args.lora):
+    return args.lora and folder("--lora", args.lora)
+  from irg_jax.weights import peft
+  return _fetch("--lora", args.lora, lambda files: [f for f in files if f in peft.FILES], "model")
 
 
 def data_folder(flag: str, path) -> pathlib.Path:

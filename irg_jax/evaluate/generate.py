@@ -33,6 +33,7 @@ from irg_jax.generate.settings import Settings
 from irg_jax.images import encode_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
+from irg_jax.weights import peft
 
 # Losses of the images' own format would be judged as the model's.
 _FORMATS = {".png": {"format": "PNG"}, ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -55,6 +56,8 @@ class Request:
   mesh: dict[str, int] | None = None  # sizes by axis name; None: all devices on one axis
   dtype: str | None = None  # of the activations
   attention: str = "auto"  # see `ModelConfig.attention`
+  lora: pathlib.Path | None = None  # folder of adapters
+  lora_scale: float = 1.0  # how much they count
   process_id: int = 0  # this process takes every num_processes-th prompt
   num_processes: int = 1
 
@@ -108,7 +111,8 @@ def generate_images(request: Request) -> Result:
     if before < len(rows):
       with Progress() as progress:
         loaded = generator.load(request.checkpoint, mesh=mesh, dtype=request.dtype,
-                                attention=request.attention, on_progress=progress)
+                                attention=request.attention, lora=request.lora,
+                                lora_scale=request.lora_scale, on_progress=progress)
         _generate_batches(request, folder, loaded, rows, progress)
     for item in share:
       _paste(request, folder, item)
@@ -126,7 +130,9 @@ def identity(request: Request) -> dict:
                       "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
           "generation": dataclasses.asdict(request.settings),
           "system_prompt": request.system_prompt,
-          "checkpoint": weights.fingerprint(request.checkpoint), "dtype": request.dtype}
+          "checkpoint": weights.fingerprint(
+              request.checkpoint, request.lora and peft.Source(request.lora, request.lora_scale)),
+          "dtype": request.dtype}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from irg_jax.images import read_image, to_rgb
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.reports import pages, trace
 from irg_jax.tokenizer import Tokenizer, load_tokenizer
+from irg_jax.weights import peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Generator:
   mesh: jax.sharding.Mesh
   model: UnifiedTransformer
   params: dict
+  adapters: peft.Source | None = None  # merged into the parameters
 
   def __repr__(self):
     count = sum(x.size for x in jax.tree.leaves(self.params))
@@ -176,6 +178,8 @@ class Generator:
         "batch_size": batch_size, "image": ", ".join(map(str, paths)) or None,
         "dtype": self.model.config.dtype, "mesh": shape or None,
         "devices": _devices(self.mesh)}
+    if self.adapters:
+      used |= {"lora": str(self.adapters.folder), "lora_scale": self.adapters.scale}
     reading = self.defaults.read(trajectory.prompt, settings, bool(images))
     return {
         "prompt": trajectory.prompt, **reading.record, "system_prompt": system_prompt, "seed": seed,
@@ -198,7 +202,7 @@ class Generator:
 
 
 def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str = "auto",
-         on_progress=None) -> Generator:
+         lora=None, lora_scale: float = 1.0, on_progress=None) -> Generator:
   """Reads a checkpoint onto the devices.
 
   Each process compiles its programs anew, unless JAX's cache is on (JAX_COMPILATION_CACHE_DIR).
@@ -209,6 +213,8 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
     mesh: a mesh, or sizes by axis name for `sharding.generation_mesh`; None: its default.
     dtype: of parameters and arithmetic; None: the checkpoint's own.
     attention: see `ModelConfig.attention`.
+    lora: folder of adapters in PEFT's files, merged into the weights; None: none.
+    lora_scale: how much they count; 1: as they were trained.
     on_progress: told that weights are being read, see `irg.Job`.
 
   Raises:
@@ -221,14 +227,16 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   if not isinstance(mesh, jax.sharding.Mesh):
     mesh = sharding.generation_mesh(mesh, config.llm)
   tokenizer = load_tokenizer(checkpoint, config.llm.vocab_size)
+  adapters = lora and peft.Source(pathlib.Path(lora), lora_scale)
   with jax.set_mesh(mesh):
-    model, params = load_model(checkpoint, mesh, dtype, on_progress or (lambda *_: None), attention)
-  return Generator(checkpoint, weights.fingerprint(checkpoint), read_defaults(checkpoint),
-                   tokenizer, mesh, model, params)
+    model, params = load_model(checkpoint, mesh, dtype, on_progress or (lambda *_: None), attention,
+                               adapters)
+  return Generator(checkpoint, weights.fingerprint(checkpoint, adapters), read_defaults(checkpoint),
+                   tokenizer, mesh, model, params, adapters)
 
 
-def load_model(checkpoint, mesh, dtype, progress,
-               attention: str = "auto") -> tuple[UnifiedTransformer, dict]:
+def load_model(checkpoint, mesh, dtype, progress, attention: str = "auto",
+               adapters: peft.Source | None = None) -> tuple[UnifiedTransformer, dict]:
   """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
   `dtype` is that of parameters and arithmetic, None for the checkpoint's own, with bfloat16
@@ -238,7 +246,7 @@ def load_model(checkpoint, mesh, dtype, progress,
   progress("read")
   dtype = dtype or read_defaults(checkpoint).dtype
   config, params = weights.load_checkpoint(
-      checkpoint, dtype=dtype, compute_dtype=dtype,
+      checkpoint, dtype=dtype, compute_dtype=dtype, adapters=adapters,
       shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
   if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic, as are those of 8 bits
     stored = params["transformer"]["embed"]["embedding"].dtype

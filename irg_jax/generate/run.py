@@ -30,6 +30,8 @@ class Inputs:
   mesh: dict[str, int] | None  # sizes by axis name; None: `sharding.generation_mesh`
   dtype: str | None  # of the activations; None: the checkpoint's own
   attention: str = "auto"  # see `ModelConfig.attention`
+  lora: pathlib.Path | None = None  # folder of adapters
+  lora_scale: float = 1.0  # how much they count
 
 
 def run_generate(inputs: Inputs) -> None:
@@ -55,7 +57,8 @@ def run_generate(inputs: Inputs) -> None:
   mesh, entries = sharding.generation_mesh(inputs.mesh, config.llm), []
   with held(inputs), _kept(inputs), Progress() as progress:
     loaded = generator.load(inputs.checkpoint, mesh=mesh, dtype=inputs.dtype,
-                            attention=inputs.attention, on_progress=progress)
+                            attention=inputs.attention, lora=inputs.lora,
+                            lora_scale=inputs.lora_scale, on_progress=progress)
     for rows in generator.batches(count, min(inputs.batch_size, count)):
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"

@@ -21,7 +21,8 @@ from irg_jax.model.attention import choose
 from irg_jax.model.kernels import tpu
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train.settings import Switches, TrainSettings
-from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
+from irg_jax.train.step import (
+    init_state, make_optimizer, make_train_step, row_flops, trained_shapes)
 from irg_jax.weights.names import abstract_params
 
 _SPECIAL = SpecialTokens()
@@ -87,18 +88,20 @@ def train_program(settings: TrainSettings, stage: str, mesh,
   s, data, model = getattr(settings, stage), settings.data, settings.model
   optimizer = make_optimizer(settings.optimizer, s)
   state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer),
-                         abstract_params(model, jnp.float32)["transformer"])
+                         trained_shapes(settings))
+  base = [abstract_params(model, jnp.dtype(model.dtype))["transformer"]] * bool(settings.lora.rank)
   row = pack_row([sample_features([TextSplit([0], need_loss=True)], model, _SPECIAL)], s.sizes)
   lead = (data.rows,) if data.accumulate == 1 else (data.accumulate, data.rows)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), row)
-  step = make_train_step(UnifiedTransformer(model), optimizer, settings, mesh, state, batch)
+  step = make_train_step(UnifiedTransformer(model), optimizer, settings, mesh, state, batch,
+                         *base)
   key, count = jax.eval_shape(lambda: jax.random.key(0)), math.prod(lead)
   tokens = s.sizes.und + s.sizes.gen
   parts = {"decoder": (tokens, [tokens]), "ViT": (s.sizes.vit, [s.sizes.vit])}
   case = _row_case(settings, stage, mesh, visible, _forms(model, mesh, parts))
   return Program(
       f"train {stage}", f"an update of {count} rows of {tokens} tokens", mesh,
-      functools.partial(step.trace, Switches(), state, batch, key), (case,),
+      functools.partial(step.trace, Switches(), state, batch, key, *base), (case,),
       tuple(f"{part} {form}" for part, form in _forms(model, mesh, parts).items()))
 
 
@@ -114,7 +117,7 @@ def _row_case(settings, stage, mesh, visible, forms) -> Case:
     busiest = mean = 1.0
   vit = vit if forms["ViT"] == "kernel" else 1.0
   rows = settings.data.rows * settings.data.accumulate
-  needed = row_flops(settings.model, sizes, {"pairs": mean, "vit_pairs": vit})
+  needed = row_flops(settings.model, sizes, {"pairs": mean, "vit_pairs": vit}, settings.lora)
   busiest = min(busiest, 1.0)
   return Case("", {sizes.vit: (vit, vit), sizes.und + sizes.gen: (busiest, busiest)}, rows * needed)
 

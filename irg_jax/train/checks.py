@@ -7,6 +7,7 @@ from irg_jax import config, runs, storage, weights
 from irg_jax.data import sources as sources_lib
 from irg_jax.train.distributed import note
 from irg_jax.train.settings import GONE, STAGES, TrainSettings
+from irg_jax.weights.lora import LoraSettings
 from irg_jax.weights.orbax import RUN_FILE
 
 # Settings that may change when a run is continued: the numbers do not depend on them, or they
@@ -31,7 +32,9 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
   if not (out / RUN_FILE).is_file():
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
-  runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
+  # Runs that are older than adapters have none.
+  before = {"lora": dataclasses.asdict(LoraSettings())} | record["settings"]
+  runs.check_same(before, dataclasses.asdict(settings), f"--out {out}",
                   flag="--config.", free=FREE, renamed=config.renamed(TrainSettings))
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():
     raise ValueError(f"--out {out}: has a stage 1, so run_stages must be both; to train stage 2 "
@@ -59,16 +62,26 @@ def check_data(path, sources: dict, recorded: dict) -> dict:
   return {"records": counted | records, "sources": known | prints}
 
 
-def check_base(settings: TrainSettings) -> None:
-  """Refuses weights of another model, and random weights unless the settings ask for them."""
+def check_base(settings: TrainSettings, recorded: dict) -> str | None:
+  """Refuses weights of another model, and random weights unless the settings ask for them.
+
+  Also refuses other weights than those that the adapters of the run in `recorded`, {} for a new
+  one, belong to. Returns the fingerprint of the weights; None for random ones.
+  """
   if not settings.checkpoint:
     if not settings.random_weights:
       raise ValueError("training starts from trained weights: give --checkpoint DIR, or "
                        "--config.random_weights=true")
-    return
+    return None
   theirs = weights.read_config(settings.checkpoint)
   for part in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
     wanted, found = getattr(settings.model, part), getattr(theirs, part)
     if wanted != found:
       raise ValueError(f"config field 'model.{part}' is {wanted}, but the weights in "
                        f"{settings.checkpoint} have {found}")
+  found, known = weights.fingerprint(settings.checkpoint), recorded.get("fingerprint")
+  if settings.lora.rank and known not in (None, found):
+    raise ValueError(f"--checkpoint {settings.checkpoint}: has the fingerprint {found}, but the "
+                     f"run's adapters belong to {recorded['base']} with {known}; give a copy of "
+                     "that, or choose another --out")
+  return found

@@ -2,7 +2,7 @@
 
 The folder of a run:
   run.json                  settings, records by mode and their fingerprints, the checkpoint that
-                            training started from
+                            training started from and its fingerprint
   log.jsonl, tensorboard/   metrics of every step
   base/                     random weights, where training started without a checkpoint
   .sample/                  the sample set, where data.path is "sample"
@@ -10,6 +10,7 @@ The folder of a run:
   STAGE/profile             the profiler's trace, where profile_at is set
   STAGE/checkpoints/STEP    training state and position in the data
   STAGE/weights             the moving average, in the published layout
+  STAGE/adapters            the adapters alone in PEFT's files, where lora.rank is set
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -38,8 +40,9 @@ from irg_jax.train.checks import check_base, check_data, check_folder
 from irg_jax.train.distributed import PREEMPTED, gather, note, preemption, thread_barrier
 from irg_jax.train.feed import feed, row_block
 from irg_jax.train.settings import STAGES, TrainSettings
-from irg_jax.train.step import init_state, make_optimizer, make_train_step, row_flops
-from irg_jax.weights import init, names, published
+from irg_jax.train.step import (
+    MATRICES, init_state, make_optimizer, make_train_step, row_flops, trained_shapes)
+from irg_jax.weights import init, lora, names, peft, published
 from irg_jax.weights.orbax import BASE, RUN_FILE
 
 PROFILED_STEPS = 3  # of each stage, in a profiler trace
@@ -98,7 +101,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   row_block(settings.data.rows, mesh)
   recorded = check_folder(out, settings)
-  check_base(settings)
+  fingerprint = check_base(settings, recorded)
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
     path = data_folder(settings, out)
@@ -112,7 +115,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
         storage.remove_partials(folder)  # of a killed process
       runs.write(out / RUN_FILE, {
           "settings": dataclasses.asdict(settings), **found,
-          "base": settings.checkpoint and str(base.absolute())})
+          "base": settings.checkpoint and str(base.absolute()), "fingerprint": fingerprint})
       if not base.exists():
         init.write_random_checkpoint(base, settings.model, settings.seed)
     sync_global_devices("started")
@@ -205,19 +208,40 @@ def train_stage(run: Run, stage: str, params):
 def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
   """(step, state, data state or None): from the newest checkpoint, or before the first step."""
   make = lambda params: init_state(params, optimizer)
-  master = names.abstract_params(run.settings.model, np.float32)["transformer"]
-  shapes = jax.eval_shape(make, master)
+  shapes = jax.eval_shape(make, trained_shapes(run.settings))
   placed = sharding.parameter_shardings(shapes, run.mesh)
   restored = checkpoints.restore(
       jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placed))
   if restored is not None:
     return restored
-  if params is None:
-    params = weights.load_checkpoint(
-        run.base, dtype=np.float32, part="transformer",
-        shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))[1]["transformer"]
+  if params is None and run.settings.lora.rank:
+    params = new_adapters(run)
+  elif params is None:
+    params = load_base(run, np.float32)["transformer"]
   # Donated: the state replaces the parameters that training starts from.
   return 0, jax.jit(make, out_shardings=placed, donate_argnums=0)(params), None
+
+
+def load_base(run: Run, dtype, part="transformer") -> dict:
+  """The parameters that training starts from, on the mesh; None: each one's own dtype."""
+  return weights.load_checkpoint(
+      run.base, dtype=dtype, part=part,
+      shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))[1]
+
+
+def new_adapters(run: Run) -> dict:
+  """Adapters that change nothing yet, the same on all processes."""
+  return multihost_utils.broadcast_one_to_all(
+      lora.new_adapters(run.settings.model, run.settings.lora, run.settings.seed))
+
+
+def load_frozen(run: Run) -> dict:
+  """The parameters that stay as they are beside adapters, matrices in the compute dtype."""
+  leaves = names.flatten(load_base(run, None)["transformer"])
+  for path in leaves:  # one by one: the longer forms are let go
+    if path.endswith(MATRICES):
+      leaves[path] = leaves[path].astype(run.settings.model.dtype)
+  return names.unflatten(leaves)
 
 
 def open_log(run: Run, stage: str, start: int) -> logs.Log:
@@ -230,7 +254,8 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
   used = lambda values: {name.removeprefix("packing/"): x for name, x in values.items()}
   return logs.Log(
       folder, stage, run.mesh, start=start, total=s.steps, every=settings.log_every,
-      step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values)),
+      step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values),
+                                                settings.lora),
       peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12)
 
 
@@ -244,14 +269,14 @@ def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoint
   settings, s, step = run.settings, run.settings.stages[stage], start
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
-  train_step = None
+  train_step, base = None, [load_frozen(run)] * bool(settings.lora.rank)
   for step in logs.traced(range(start + 1, s.steps + 1), run.out / stage / "profile",
                           settings.profile_at, PROFILED_STEPS, log.flush):
     batch, data = next(batches)
     if train_step is None:
       train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
-                                   run.mesh, state, batch)
-    state, metrics = train_step(s.switches(step - 1), state, batch, key)
+                                   run.mesh, state, batch, *base)
+    state, metrics = train_step(s.switches(step - 1), state, batch, key, *base)
     log.push(step, metrics, batch)
     checkpoints.check()
     last = run.stopping() or step == s.steps
@@ -270,10 +295,20 @@ def export(run: Run, stage: str, ema) -> None:
     try:
       with Progress() as progress:
         progress(f"writing the weights of {stage}", step=1)
-        published.save(target, {"transformer": ema, "vae": run.vae}, run.settings.model,
-                       source=run.base)
+        published.save(target, exported(run, stage, ema), run.settings.model, source=run.base)
     except OSError as e:
       raise ValueError(f"{storage.message(e)}; what was trained is in {run.out / stage / 'checkpoints'}, "
                        "and the same command exports it") from e
   sync_global_devices(f"{stage} written")
   note(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}")
+
+
+def exported(run: Run, stage: str, ema) -> dict:
+  """The parameters to export; adapters are written by themselves, too, and merged."""
+  settings = run.settings
+  if not settings.lora.rank:
+    return {"transformer": ema, "vae": run.vae}
+  if not (adapters := run.out / stage / "adapters").exists():
+    peft.save(adapters, ema, settings.model, settings.lora, str(run.base))
+  params = load_base(run, None, part="")
+  return params | {"transformer": lora.merge(params["transformer"], ema, settings.lora.scale)}

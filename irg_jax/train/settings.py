@@ -9,6 +9,8 @@ from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig, setting
 from irg_jax.data.batch import BufferSizes, DataSettings
 from irg_jax.data.records import MODES
+from irg_jax.weights import lora
+from irg_jax.weights.lora import LoraSettings
 
 STAGES = ("stage1", "stage2")
 
@@ -119,6 +121,7 @@ class TrainSettings:
   stage1: StageSettings = StageSettings()
   stage2: StageSettings = STAGE2
   run_stages: str = setting("both", "stages to run", choices=("both", *STAGES))
+  lora: LoraSettings = LoraSettings()
   optimizer: OptimizerSettings = OptimizerSettings()
   ema_decay: float = setting(
       0.995, "decay of the moving average of the weights, which is what is exported", low=0, high=1)
@@ -143,6 +146,8 @@ class TrainSettings:
     for name, stage in self.stages.items():
       if not any(stage.mixture.values()):
         yield f"{name}.mixture", "has no mode of a weight above 0"
+    for name, fault in lora.faults(self.model, self.lora):
+      yield f"lora.{name}", fault
     stride, patch = self.model.pixel_stride, self.model.vit.patch_size
     for name, step, side in (
         ("vae_transform", stride, self.model.max_latent_size * stride),

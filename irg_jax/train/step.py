@@ -21,8 +21,10 @@ from irg_jax.sharding import (constrain_parameters, gather_parameters, parameter
 from irg_jax.tokens import PADDING
 from irg_jax.train.loss import TINY, loss_sums, mean_losses, token_losses
 from irg_jax.train.settings import OptimizerSettings, StageSettings, Switches, TrainSettings
+from irg_jax.weights import lora, names
 from irg_jax.weights.names import TIMESTEP_FEATURES
 
+MATRICES = ("kernel", "embedding", lora.A, lora.B)
 # Parameters by the names of `settings.Freeze`: patterns of the beginning of their paths.
 FREEZABLE = {
     "und": r"decoder/(layers/und/|und_norm/)",
@@ -38,7 +40,7 @@ class TrainState:
   """The state of one stage."""
 
   step: jax.Array  # int32 scalar, updates made in this stage
-  params: Any  # float32, of the UnifiedTransformer; the VAE is frozen and not in here
+  params: Any  # float32, what is trained: all of the UnifiedTransformer, or adapters of it
   ema: Any  # exponential moving average of `params`
   opt_state: Any  # of optax
 
@@ -51,22 +53,24 @@ class Optimizer:
   schedule: optax.Schedule
 
 
-def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch):
+def make_train_step(model, optimizer: Optimizer, settings: TrainSettings, mesh, state, batch,
+                    *base):
   """The jitted `train_step`, for a state and a batch of the given shapes on a mesh.
 
   Returns:
-    `step(switches, state, batch, key) -> (state, metrics)`. `switches` is static, the state
-    is donated, the metrics are replicated.
+    `step(switches, state, batch, key, *base) -> (state, metrics)`. `switches` is static, the state
+    is donated, the metrics are replicated. `base` are the frozen parameters of adapters, if any.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   states = parameter_shardings(state, mesh)
 
-  def step(switches, state, batch, key):
+  def step(switches, state, batch, key, *base):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return train_step(model, optimizer, switches, settings, state, batch, key)
+      return train_step(model, optimizer, switches, settings, state, batch, key, *base)
 
   return jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(states, replicated),
-                 in_shardings=(states, batch_shardings(batch, mesh), replicated))
+                 in_shardings=(states, batch_shardings(batch, mesh), replicated,
+                               *(parameter_shardings(x, mesh) for x in base)))
 
 
 def batch_shardings(batch, mesh):
@@ -83,19 +87,21 @@ def batch_shardings(batch, mesh):
 
 
 def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainSettings,
-               state: TrainState, batch, key):
+               state: TrainState, batch, key, base=None):
   """One update of the state.
 
   Args:
     model: UnifiedTransformer. Its config has the compute dtype.
     batch: Batch; under accumulation its arrays have a leading axis A.
     key: of the stage. Noise depends on the key, the step and the shape of the batch only.
+    base: the frozen parameters whose adapters the state holds; None: it holds the parameters.
 
   Returns:
     (state, metrics: dict of float32 scalars).
   """
   key = jax.random.fold_in(key, state.step)
   params = cast_kernels(state.params, model.config.dtype)
+  base = {} if base is None else cast_kernels(base, model.config.dtype)
   # Means are over all batches of the update, so the divisors come before the first loss.
   divisors = {name: jnp.maximum(jnp.sum(weight), TINY) for name, weight in
               (("ce", batch.text_weight), ("mse", batch.latent_weight))}
@@ -103,7 +109,8 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
   def objective(params, part, key):
     params = map_frozen(jax.lax.stop_gradient, params, switches.frozen)
     noise = sample_noise(part, key, settings.timestep_shift)
-    sums = loss_sums(*token_losses(model, params, part, *noise), part)
+    with lora.applied(settings.lora.scale):
+      sums = loss_sums(*token_losses(model, lora.beside(base, params), part, *noise), part)
     losses = (sums[name] / divisors[name] for name in switches.losses)
     return sum(losses, jnp.zeros(())), sums | token_counts(part)
 
@@ -121,7 +128,7 @@ def cast_kernels(params, dtype):
 
   Once a step and in the sharding of the parameters, so that the mesh gathers the short form.
   """
-  is_matrix = lambda path: path[-1].key in ("kernel", "embedding")
+  is_matrix = lambda path: path[-1].key in MATRICES
   return gather_parameters(constrain_parameters(jax.tree.map_with_path(
       lambda path, x: x.astype(dtype) if is_matrix(path) else x, params)))
 
@@ -164,6 +171,13 @@ def _accumulate(objective, params, batches, key):
 
 
 # --- state and optimizer (docs/spec.md, section 6)
+
+
+def trained_shapes(settings: TrainSettings) -> dict:
+  """Shapes of the parameters, or of the adapters, that a run trains; float32."""
+  if settings.lora.rank:
+    return lora.abstract_adapters(settings.model, settings.lora)
+  return names.abstract_params(settings.model, jnp.float32)["transformer"]
 
 
 def make_optimizer(settings: OptimizerSettings, stage: StageSettings) -> Optimizer:
@@ -272,14 +286,19 @@ def unit_flops(config: ModelConfig) -> dict[str, float]:
   }
 
 
-def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None) -> float:
+def row_flops(config: ModelConfig, sizes: BufferSizes, used: dict | None = None,
+              adapters: lora.LoraSettings = lora.LoraSettings()) -> float:
   """FLOPs of an update for one row; the backward pass costs twice the forward pass.
 
-  Recomputation does not count.
+  Under adapters a frozen matrix has no gradient of its own, and a ViT without adapters has no
+  backward pass; the few products of the adapters do not count. Nor does recomputation.
 
   Args:
     used: shares by the names of `row_units`; those not given are 1.
   """
-  each, used = unit_flops(config), used or {}
-  return 3 * sum(count * used.get(name, 1.0) * each[name]
-                 for name, count in row_units(sizes).items())
+  each, used, passes = unit_flops(config), used or {}, dict.fromkeys(row_units(sizes), 3)
+  if adapters.rank:
+    seen = any("/vit/" in row.path for row in lora.target_rows(config, adapters))
+    passes |= {"und": 2, "gen": 2, "text": 2} | ({"vit": 2} if seen else {"vit": 1, "vit_pairs": 1})
+  return sum(passes[name] * count * used.get(name, 1.0) * each[name]
+             for name, count in row_units(sizes).items())

@@ -12,7 +12,7 @@ import re
 from irg_jax.config import ModelConfig
 from irg_jax.storage import check_absent
 from irg_jax.weights import card as cards
-from irg_jax.weights import configs, names, published
+from irg_jax.weights import configs, lora, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
@@ -29,12 +29,12 @@ def _orbax(name: str):
 _READERS = {
     "llm_config.json": (published.read_config, published.load),
     "model_config.json": (_orbax("read_config"), _orbax("load")),
-    _RUN_MARK: (_orbax("read_run_config"), _orbax("load_average")),
+    _RUN_MARK: (_orbax("read_run_config"), lambda *args, **how: _load_run(*args, **how)),
 }
 
 
 def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None,
-                    part: str = ""):
+                    part: str = "", adapters: peft.Source | None = None):
   """Reads a checkpoint folder in any layout.
 
   Args:
@@ -45,24 +45,39 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, for example
       `lambda p: sharding.parameter_shardings(p, mesh)`; None uses the default device.
     part: "transformer" or "vae" reads only that one; empty: both.
+    adapters: merged into the weights.
 
   Returns:
     (ModelConfig, {"transformer": ..., "vae": ...}). CheckpointError names the file and key.
   """
-  mark = _mark(pathlib.Path(folder))
-  read, load = _READERS[mark]
-  config = read(folder)
+  folder, shardings = pathlib.Path(folder), None
+  config = read_config(folder)
   if compute_dtype is not None:
     config = dataclasses.replace(config, dtype=compute_dtype)
-  shardings, params = None, {}
   if shardings_fn is not None:
     shardings = shardings_fn(names.abstract_params(config, dtype or config.param_dtype))
-  if mark == _RUN_MARK and part != "transformer":  # a run trains no VAE and saves none
-    _, params = load_checkpoint(_orbax("base_folder")(folder), dtype=dtype, part="vae",
-                                shardings_fn=shardings_fn and (lambda _: shardings))
-  if mark != _RUN_MARK or part != "vae":
-    params = load(folder, config, shardings=shardings, dtype=dtype, part=part) | params
+  load = _READERS[_mark(folder)][1]
+  params = load(folder, config, shardings=shardings, dtype=dtype, part=part)
+  if adapters is not None and part != "vae":
+    found, scale = peft.load(adapters.folder, config)
+    params |= {"transformer": lora.merge(params["transformer"], found, adapters.scale * scale)}
   return config, params
+
+
+def _load_run(folder, config, *, shardings, dtype, part):
+  """The moving average of a run's checkpoint; what the run did not train is that of its base."""
+  run, params = _orbax("read_run")(folder), {}
+  if run.lora.rank:
+    check_fingerprint(run.base, run.fingerprint, folder)
+  if run.lora.rank or part != "transformer":
+    _, params = load_checkpoint(run.base, dtype=dtype, part=part if run.lora.rank else "vae",
+                                shardings_fn=shardings and (lambda _: shardings))
+  if part == "vae":
+    return params
+  if not run.lora.rank:
+    return _orbax("load_average")(folder, config, shardings=shardings, dtype=dtype) | params
+  adapters = _orbax("load_adapters")(folder)
+  return params | {"transformer": lora.merge(params["transformer"], adapters, run.lora.scale)}
 
 
 def read_config(folder) -> ModelConfig:
@@ -70,22 +85,26 @@ def read_config(folder) -> ModelConfig:
   return _READERS[_mark(pathlib.Path(folder))][0](folder)
 
 
-def convert(source, destination, to: str = "orbax", dtype=None, card: bool = False) -> None:
+def convert(source, destination, to: str = "orbax", dtype=None, card: bool = False,
+            adapters: peft.Source | None = None) -> None:
   """Copies a checkpoint, tokenizer included, into the layout `to`.
 
   Everything is read and checked before anything is written. Raises CheckpointError for a source
   that cannot be used, FileExistsError for a destination that is not empty.
 
   Args:
-    to: "orbax" or "published".
+    to: "orbax", "published", or "peft" for the adapters alone of a training run's checkpoint.
     dtype: of the parameters written; None: each one's own, bit for bit.
     card: writes a model card, README.md, as well.
+    adapters: merged into the weights.
   """
-  save = {"orbax": _orbax("save"), "published": published.save}
+  save = {"orbax": _orbax("save"), "published": published.save, "peft": None}
   if to not in save:
     raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(save)}")
   check_absent(destination)
-  config, params = load_checkpoint(source, dtype=dtype)
+  if to == "peft":
+    return _convert_adapters(source, destination)
+  config, params = load_checkpoint(source, dtype=dtype, adapters=adapters)
   run = None
   if _mark(pathlib.Path(source)) == _RUN_MARK:
     run = pathlib.Path(source).absolute().parents[2] / "run.json"
@@ -107,12 +126,30 @@ def needed(files) -> list[str]:
           or re.fullmatch(weights, name)]
 
 
-def fingerprint(folder) -> str:
+def _convert_adapters(source, destination):
+  run = _orbax("read_run")(source) if _mark(pathlib.Path(source)) == _RUN_MARK else None
+  if run is None or not run.lora.rank:
+    raise CheckpointError(f"{source}: holds no adapters; expected the checkpoint of a training run "
+                          "with lora.rank above 0 (RUN/STAGE/checkpoints/STEP)")
+  peft.save(destination, _orbax("load_adapters")(source), run.model, run.lora, str(run.base))
+
+
+def check_fingerprint(base, recorded: str | None, whose) -> None:
+  """Raises CheckpointError unless `base` is the checkpoint that adapters were trained on."""
+  if recorded not in (None, found := fingerprint(base)):
+    raise CheckpointError(f"{base}: has the fingerprint {found}, but the adapters in {whose} were "
+                          f"trained on weights with {recorded}; put those back")
+
+
+def fingerprint(folder, adapters: peft.Source | None = None) -> str:
   """Digest of a checkpoint: every file's name, size, and first, middle and last MiB.
 
   Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
+  `adapters` that are merged into the weights do.
   """
   folder, digest = pathlib.Path(folder), hashlib.sha256()
+  if adapters is not None:
+    digest.update(f"{fingerprint(adapters.folder)} {adapters.scale}\n".encode())
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
     weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != _SCORES

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from irg_jax import config as config_lib
 from irg_jax.config import ModelConfig
 from irg_jax.storage import atomic_folder, message, read_json, write_json
-from irg_jax.weights import names
+from irg_jax.weights import lora, names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, listing
 from irg_jax.weights.safetensors import all_finite, in_groups
@@ -38,6 +38,16 @@ GROUPS = 20  # `restore` reads 1 / GROUPS of all bytes at a time; Orbax holds se
 
 RUN_FILE = "run.json"  # in the folder of a training run
 BASE = "base"  # likewise, if it started from random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a training run's record says of its weights."""
+
+  model: ModelConfig
+  base: pathlib.Path  # folder that it started from
+  fingerprint: str | None  # of that folder, see `weights.fingerprint`; None: not recorded
+  lora: lora.LoraSettings  # its adapters, of a rank of 0 where it trains the weights themselves
 
 
 def read_config(folder) -> ModelConfig:
@@ -89,18 +99,25 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
 
 def read_run_config(folder) -> ModelConfig:
   """Reads the model's sizes of a training run from the folder of one of its checkpoints."""
-  return _read_run(folder)[0]
+  return read_run(folder).model
 
 
 def base_folder(folder) -> pathlib.Path:
   """The checkpoint that a training run started from; `folder` as of `read_run_config`."""
-  return _read_run(folder)[1]
+  return read_run(folder).base
 
 
-def load_average(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
-                 part: str = "") -> dict:
+def load_adapters(folder) -> dict:
+  """Reads the moving average of the adapters of a run's checkpoint, numpy in float32."""
+  run, path = read_run(folder), pathlib.Path(folder).absolute() / "state"
+  wanted = {"ema": _place(lora.abstract_adapters(run.model, run.lora), None, None)}
+  found = names.unflatten(restore(path, names.flatten(wanted)))["ema"]
+  return jax.tree.map(np.asarray, found)
+
+
+def load_average(folder, config: ModelConfig | None = None, *, shardings=None,
+                 dtype=None) -> dict:
   """Reads the moving average of a run's checkpoint: {"transformer": ...}; see `load`."""
-  del part  # there is one only
   config = config or read_run_config(folder)
   shapes = names.abstract_params(config, np.dtype(dtype or np.float32))["transformer"]
   wanted = _place(shapes, shardings and shardings["transformer"], dtype)
@@ -179,13 +196,14 @@ def reason(error) -> str:
   return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"
 
 
-def _read_run(folder):
-  """(configuration of the model, folder that the run started from)."""
+def read_run(folder) -> Run:
+  """Reads the record of a training run; `folder` as of `read_run_config`."""
   path = pathlib.Path(folder).absolute().parents[2] / RUN_FILE
   try:
     run = read_json(path)
-    model = config_lib.build(ModelConfig, run["settings"]["model"])
-    return model, pathlib.Path(run["base"] or path.with_name(BASE))
+    return Run(config_lib.build(ModelConfig, run["settings"]["model"]),
+               pathlib.Path(run["base"] or path.with_name(BASE)), run.get("fingerprint"),
+               config_lib.build(lora.LoraSettings, run["settings"].get("lora", {})))
   except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
     raise CheckpointError(f"{folder}: a training checkpoint is read inside its run's folder, but "
                           f"{path} cannot be read ({e})") from e
