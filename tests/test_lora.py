@@ -83,7 +83,8 @@ def test_new_adapters_change_no_bit():
   zero = lora.new_adapters(CONFIG, LORA, 0)
   for dtype in (jnp.float32, jnp.bfloat16):
     params = jax.tree.map(lambda x: x.astype(dtype), base())
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(copied(params), zero, LORA.scale), params)
+    merged = lora.merge(copied(params), zero, LORA.scale)
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
 def test_full_width_reproduces_the_direction_of_a_full_step():
@@ -339,8 +340,9 @@ HEAD = "base_model.model.llm2vae.lora_"
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: change(f, r=8), r"adapter_model.safetensors: \S+lora_A.weight has shape \(4, 24\), "
-                               r"but the model's matrix and r of adapter_config.json ask for \(8, "),
+    (lambda f: change(f, r=8),
+     r"adapter_model.safetensors: \S+lora_A.weight has shape \(4, 24\), but the model's matrix and r "
+     r"of adapter_config.json ask for \(8, "),
     (lambda f: change(f, r="4"), "adapter_config.json: r is 4"),
     (lambda f: change(f, lora_alpha=None), "adapter_config.json: lora_alpha is None"),
     (lambda f: change(f, use_dora=True), "adapter_config.json: use_dora is True; only False"),
