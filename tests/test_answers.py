@@ -10,6 +10,7 @@ import re
 import pytest
 
 from irg_jax.evaluate import answers
+from irg_jax.evaluate import endpoint
 from irg_jax.evaluate import oneig
 from irg_jax.evaluate import tiif
 from irg_jax.evaluate import wise
@@ -58,6 +59,9 @@ def lines(*values):
     lines(0, 0, 0) + "\nOn second thoughts:\n" + lines(2, 1, 0), lines(2, 1,
     0) + "\nconsistency 0 faults",
     lines("0, 1 or 2", "0, 1 or 2", "0, 1 or 2") + "\n" + lines(2, 1, 0),
+    "### Consistency\n2\n### Realism\n1\n### Aesthetic Quality\n0", lines(2, 1, 0) + "<|im_end|>",
+    "**Consistency**\n- Score: 2\n**Realism**\n- Score: 1\n**Aesthetics**\n- Score: 0",
+    lines("2 (max 2)", "1 (all 3 dogs)", "0 (no 3 dogs are there)") + "\nA five-pointed star.",
     lines(2, 1, 0) + "\n" + lines("0, 1 or 2", "0, 1 or 2", "0, 1 or 2")])
 def test_grades_are_read_in_every_usual_form(text):
   assert grades(text) == (2, 1, 0)
@@ -70,6 +74,12 @@ def test_grades_are_read_in_every_usual_form(text):
     lines(3, 1, 1), lines("2", "1"), lines("1 or 2", 1, 1), lines("2, 1", 1, 1), lines("1+", 1, 1),
     "Grades out of 10\n" + lines(2, 1, 1),
     "Consistency (1-5): 2\nRealism (1-5): 1\nAesthetics (1-5): 1",
+    lines("2 (on a scale of 1 to 5)", 1, 1), lines("2 (max 5)", 1, 1), lines("2 - no, 1", 1, 1),
+    "On a five-point scale:\n" + lines(2, 1, 1), "Scale 0 … 10\n" + lines(2, 1, 1),
+    '{"consistency": {"score": 2, "max": 5}, "realism": 1, "aesthetic_quality": 1}',
+    lines("0 (bad), 1 (fair), 2 (good)", 1, 1), lines("2. Actually 1.", 1, 1),
+    "I am sorry, I cannot see any image. I would say:\n" + lines(0, 0, 0),
+    "No image was attached.\n" + lines(0, 0, 0),
     lines(2, 1, 1) + "\nConsistency: 5", "2\n1\n0\n1", "0, 1, 2", "", "I cannot say.",
     '{"consistency": true, "realism": 1, "aesthetic_quality": 1}', "<think>\n" + lines(2, 1, 1),
     '{"consistency": {"score": 9}, "realism": 1, "aesthetic_quality": 1}',
@@ -119,7 +129,10 @@ def test_200_made_up_grades_are_read_as_they_were_made_or_not_at_all(seed):
     "yes"),
     ("<|begin_of_box|>No<|end_of_box|>", "no"), ("It is a fox. The answer is yes.", "yes"),
     ("No dog at first.\nFinal answer: **Yes**", "yes"), ("Yes\nNo other animals are there", "yes"),
-    ("<b>Yes</b>", "yes"), ("Yes there is", "yes"), ("No, there is no fox.", "no"),
+    ("<b>Yes</b>", "yes"), ("Yes<|im_end|>", "yes"), ("No</s>\n", "no"), ("Is it red? Yes", "yes"),
+    ('{"result": "no"}', "no"), ("a) Yes", "yes"), ("No (0.3) / Yes (0.7)", None),
+    ("Yes, if it is a cat; otherwise no.", None), ("Yes is the wrong answer", None),
+    ("I cannot see the image. No.", None), ('["yes", "no"]', None), ("Yes there is", "yes"), ("No, there is no fox.", "no"),
     ("Yes/No", None), ("yes or no", None), ("Yes and no", None), ("The fox may be there", None),
     ("No doubt there is", None), ("No, wait, yes.", None), ("Yes.\nNo, it is blue.", None),
     ("Not at all", None), ("No-one", None), ("Yesterday", None), ("<think>Yes", None), ("Yes?",
@@ -183,10 +196,20 @@ def test_200_made_up_lists_are_read_as_they_were_made_or_not_at_all(seed):
 @pytest.mark.parametrize("text, count", [
     ("yes/no", 2), ("yes or no\nyes or no", 2), ("nothing\nyes", 2), ("1. yes\n3. no", 2),
     ("<think>yes\nno", 2),
+    ("1. No cup is missing: yes\n2. no", 2), ("No dog? yes\nno", 2), ('{"a": "yes", "b": 3}', 2),
     ("1. yes\n   no blue one\n2. no", 2), ("No cup\nNo red\n1. yes\n2. maybe", 2), ("", 1),
     ("| a | yes | no |\n| b | no | no |", 2)])
 def test_lists_that_are_not_clear_are_no_answer(text, count):
   assert read(answers.yes_nos, text, count) is None
+
+
+@pytest.mark.parametrize("text", [
+    '{"answers": ["yes", "no", "yes"]}', '{"Is it?": "yes", "No cup?": "no", "A dog?": "yes"}',
+    '{"q1": true, "q2": false, "q3": true}', "a) yes\nb) no\nc) yes", "i. yes\nii. no\niii. yes",
+    "Is there a cup: yes\nIs it red: no\nA dog: yes", "yes\nno\nyes<|endoftext|>",
+    '```json\n{\n  "Is it?": "yes",\n  "Red?": "no",\n  "A dog?": "yes"\n}\n```'])
+def test_lists_of_other_usual_forms_are_read(text):
+  assert read(answers.yes_nos, text, 3) == ["yes", "no", "yes"]
 
 
 def test_200_made_up_transcriptions_lose_their_thoughts_alone():
@@ -197,6 +220,7 @@ def test_200_made_up_transcriptions_lose_their_thoughts_alone():
     assert read(oneig.WORDS.lenient, said + words).strip().removeprefix("b").strip() == words
     assert read(oneig.WORDS.lenient, f"{words}<think>{words}") is None
     assert oneig.WORDS.official(said + words) == said + words
+  assert oneig.WORDS.lenient("Hello</s>\n") == "Hello"
 
 
 WORDS = (
@@ -225,7 +249,8 @@ def test_200_texts_of_loose_words_give_no_traceback_and_no_grade_that_is_not_the
                                   "<answer>" * 100_000,
                                   "\n" * 49_000, "1. yes\n" * 7_000, "a" * 49_000, "?" * 49_000,
                                   '{"a":' * 9_000, "\\text{" * 8_000, "consistency (" * 3_800,
-                                  "_" * 49_000])
+                                  "_" * 49_000, "consistency\n\n\n" * 3_800, "</s>" * 12_000,
+                                  "max " * 12_000, "cannot see the " * 3_300])
 def test_a_long_answer_is_refused_or_read_at_once(text):
   for reader in (wise.FORM.lenient, answers.yes_no, lambda t: answers.yes_nos(t, 3)):
     assert read(reader, text) is None or "yes" in text
@@ -252,7 +277,7 @@ def choice(*pairs):
     ([("Yes", 0.1), ("Well", 0.8)], None), ([("No", 0.5), ("Maybe", 0.4)], None),
     ([("Yes", 0.9), ("No", 0.9)], None), ([], None)])
 def test_a_probability_is_a_score_if_yes_and_no_are_most_of_it(pairs, value):
-  found = read(answers.yes_probability, choice(*pairs))
+  found = read(endpoint.yes_probability, choice(*pairs))
   assert found == (None if value is None else pytest.approx(value))
 
 
@@ -267,7 +292,7 @@ def test_200_made_up_first_tokens_give_the_share_of_yes_or_nothing():
     want = share("yes") if share("yes", "no") >= 0.5 * (1 - share("")) else None
     if want == 0:  # that nothing of yes is listed means 0 only if next to nothing is not listed
       want = 0.0 if min(0.0, *weights) < 0.005 else None
-    found = read(answers.yes_probability, choice(*zip(tokens, weights)))
+    found = read(endpoint.yes_probability, choice(*zip(tokens, weights)))
     assert found == (None if want is None else pytest.approx(want, abs=1e-9)), (tokens, weights)
 
 
@@ -281,4 +306,4 @@ def test_200_made_up_first_tokens_give_the_share_of_yes_or_nothing():
                                       {"token": "Yes", "logprob": float("nan")}]}]}}])
 def test_an_endpoint_that_tells_no_probabilities_gives_no_score(made):
   with pytest.raises(NoAnswer, match="does not tell"):
-    answers.yes_probability(made)
+    endpoint.yes_probability(made)

@@ -117,6 +117,14 @@ def test_an_answer_that_was_cut_off_is_none_unless_strict(tmp_path):
     assert answer.error.startswith("cut off") and account.calls == 1
 
 
+@pytest.mark.parametrize("finish, error", [
+    ("MAX_TOKENS", "cut off"), ("model_length", "cut off"), ("SAFETY", "filtered"),
+    ("insufficient_system_resource", "broken off"), ("abort", "broken off")])
+def test_other_words_for_an_answer_that_did_not_end_are_known(tmp_path, finish, error):
+  with JudgeServer(lambda _: choice("Yes", finish)) as server:
+    assert ask(server, tmp_path)[0][0].error.startswith(error)
+
+
 def test_a_withheld_answer_is_filtered_and_a_refusal_is_the_answer(tmp_path):
   with JudgeServer(lambda _: choice("Yes", "content_filter")) as server:
     assert ask(server, tmp_path)[0][0].error.startswith("filtered: ")

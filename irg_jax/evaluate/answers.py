@@ -2,18 +2,17 @@
 
   text -> spoken (without thoughts) -> plain (one form of signs) -> grades, yes_no or yes_nos
 
-All readers raise `NoAnswer` rather than guess. A `Form` pairs such a reader with the reading of the
-published script; docs/spec.md, section 9, compares the two.
+All readers raise `NoAnswer` rather than guess. docs/spec.md, section 9, compares them with the
+published scripts.
 """
 
-import dataclasses
+import contextlib
 import html
 import json
-import math
 import re
-import typing
 import unicodedata
 
+from irg_jax import storage
 from irg_jax.reports.pages import short
 
 LONGEST = 50_000  # characters of an answer, thoughts aside
@@ -32,11 +31,28 @@ _BLOCKS = re.compile(r"</?(?:br|p|li|ul|ol|div|tr)\b[^<>]{0,80}>", re.IGNORECASE
 _INLINE = re.compile(r"</?(?:b|i|u|em|strong|span|code|mark|td|th)\b[^<>]{0,80}>", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
 _EMPHASIS = re.compile(r"[*`$]|(?<!\w)_+|_+(?!\w)")
+# Tokens that end a turn, which some endpoints leave in.
+_ENDS = re.compile(r"(?:</s>|<(?:end_of_turn|eos)>|<\|(?:im_end|eot_id|eom_id|end_of_text|"
+                   r"endoftext|end|return)\|>)+\Z")
+_BLIND = re.compile(
+    r"\b(?:can(?:no|['’])t|cannot|unable to|not able to)\s+(?:\w+ly\s+)?(?:see|view|access|open|"
+    r"load|analy[sz]e|process)\s+(?:(?:the|any|an|this|that|your)\s+)?(?:\w+\s+)?"
+    r"(?:image|picture|photo|attachment|file)s?\b|\bno (?:image|picture|photo|attachment)s?\s+"
+    r"(?:\w+\s+){0,3}(?:attached|provided|uploaded|given|included|shared)\b", re.IGNORECASE)
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_SCALE = re.compile(rf"(?:/|\b(?:out of|scale of)\b)\s*({_NUMBER}|three|four|five|ten|a hundred)\b|"
-                    rf"(?<![\w.])[01]\s*(?:-|–|to)\s*({_NUMBER})\b", re.IGNORECASE)
-_LIST_GOES_ON = re.compile(r"\s*(?:or|to|and|[^\w\s(%+]+)\s*[0-9]", re.IGNORECASE)
+_LARGE = "three|four|five|seven|ten"
+_RANGE = r"(?:-|–|—|~|\.{2,3}|to)"
+_SCALE = re.compile(
+    rf"(?:/|\bout of\b|\bscale (?:of|from)\b|\bmax(?:imum)?\b\W{{0,4}}(?:(?:score|grade|points?)\b"
+    rf"\W{{0,3}})?(?:(?:is|of)\b)?)\s*(?:[01]\s*{_RANGE}\s*)?(?P<a>{_NUMBER}|{_LARGE}|a hundred)\b|"
+    rf"(?<![\w.])[01]\s*{_RANGE}\s*(?P<b>{_NUMBER})\b|"
+    rf"\b(?P<c>{_NUMBER}|{_LARGE})[\s-]point\s+(?:\w+\s+)?(?:scale|rating|system)\b", re.IGNORECASE)
+_LIST_GOES_ON = re.compile(
+    r"\s*(?:(?:or|to|and|[^\w\s(%+]+)\s*[0-9]|\([^()]*\)\s*(?:or|[^\w\s(]+)\s*[0-9]\s*[(=])",
+    re.IGNORECASE)
+_CORRECTED = re.compile(r"\b(?:actually|rather|instead|no|wait|sorry|correction|make (?:it|that))\b"
+                        r"\W*(?:[a-z]+\s+){0,2}[0-9]\s*(?:[.,;:!)]|$)", re.IGNORECASE)
 _ENDED = re.compile(r"[\s.,;:!|)\]}\"'”]*")
 _EXPLAINED = re.compile(r"\s*(?:(?:points?|pts?)\b)?\s*(?:$|[.,;:!()\[\]{}|\"'”–—]|-\s)",
                         re.IGNORECASE)
@@ -45,15 +61,17 @@ _LONE = re.compile(r"[\s(\[\"']*(?:[1-9][.)]\s+)?([0-9]+)[\s)\].,\"']*")
 
 _LABEL = (r"(?:(?:so|thus|therefore|hence)[\s,]+)?(?:(?:the|my)\s+)?(?:final\s+)?"
           r"(?:answer|response|verdict|a)\b\s*[0-9]{0,3}\s*(?:is\b)?[\W_]*+")
-_SAYS = re.compile(rf"[\W_]*+(?:[0-9]{{1,3}}[.):]\s*)?[\W_]*+(?:{_LABEL})?(yes|no)\b(.*)",
-                   re.IGNORECASE)
+_SAYS = re.compile(rf"[\W_]*+(?:(?:[0-9]{{1,3}}|[a-z]|[ivx]{{2,4}})[.):]\s*)?[\W_]*+(?:{_LABEL})?"
+                   r"(yes|no)\b(.*)", re.IGNORECASE)
 _AFTER_QUESTION = re.compile(rf"(?>.*[?？])[\W_]*+(?:{_LABEL})?(yes|no)\b(.*)", re.IGNORECASE)
+_AT_END = re.compile(r"(?>.*[:–—-])[\W_]*+(yes|no)\b([\W_]*+)", re.IGNORECASE)
 _AT_LAST = re.compile(r".*\b(?:answer|verdict)\s*(?:is|:)[\W_]*+(yes|no)([\W_]*+)", re.IGNORECASE)
 _EITHER = re.compile(r"\s*(?:[/|]|,?\s*(?:or|and)\b)[\s\"']*(?:yes|not?)\b", re.IGNORECASE)
 _STRONG = re.compile(r"[\s\"'”]*(?:$|[.,;:!)\]}(|–—]|-\s)")
 _OTHERWISE = re.compile(
-    r"[.,;:!–—-]\s*(?:(?:wait|actually|but|sorry|or)[\s,]+)*(yes|no)\s*(?:[.,;:!]|$)",
-    re.IGNORECASE)
+    r"[.,;:!/|(–—-]\s*(?:(?:wait|actually|but|sorry|or|otherwise|else)[\s,]+)*(yes|no)\s*"
+    r"(?:[.,;:!/|()–—-]|$)", re.IGNORECASE)
+_YES_IS = re.compile(r"\s+(?:is|isn|was|would|cannot)\b", re.IGNORECASE)
 _NO_BECAUSE = re.compile(r"\s+(?:there|it|the|this|that|these|those|because|since|as)\b",
                          re.IGNORECASE)
 _ITEM = (r"\(?\[?(?:q(?:uestion)?|a(?:nswer)?)?\s*#?[\"']?([0-9]{1,3})[\"']?\s*[.):\]-][\s)]*"
@@ -62,45 +80,11 @@ _AT_START = re.compile(rf"^[^\w\n(\[]*{_ITEM}", re.IGNORECASE | re.MULTILINE)
 _INSIDE = re.compile(rf"(?:^|(?<=[\s,{{])){_ITEM}", re.IGNORECASE)
 _KEYED = re.compile(r"[\"'](?:answer|response|verdict)[\"']\s*:\s*[\"']?(yes|no|true|false)\b",
                     re.IGNORECASE)
-_UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
-_SUBSTANTIAL = 0.5  # least share of yes and no among the tokens that are no blank
+_WORDS = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
 
 
 class NoAnswer(ValueError):
   """A text that is no answer; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """The form of an answer, as two functions: text -> value, or NoAnswer raised."""
-
-  lenient: typing.Callable  # of this project
-  official: typing.Callable  # of the published script
-
-  def faults(self) -> dict:
-    """The arguments `fault` and `official` of a `questions.Question`."""
-    return {"fault": lambda text: self._try(text, False)[1],
-            "official": lambda text: self._try(text, True)[1]}
-
-  def take(self, answer, strict: bool = False):
-    """(value, reason for none, whether the two functions differ) of a `questions.Answer`."""
-    if why := failure(answer):
-      return None, why, False
-    value, why = self._try(answer.text, strict)
-    if why:
-      return None, f"unparsable: {why}", False
-    return value, None, value != self._try(answer.text, not strict)[0]
-
-  def _try(self, text, strict):
-    try:
-      return (self.official if strict else self.lenient)(text), None
-    except NoAnswer as e:
-      return None, str(e)
-
-
-def failure(answer) -> str | None:
-  """Reason for a missing `questions.Answer`, as "reason: detail"; None where there is one."""
-  return "no answer" if answer is None else answer.error
 
 
 def spoken(text: str) -> str:
@@ -117,6 +101,7 @@ def spoken(text: str) -> str:
   text = "\n".join([*said, text[start:]])
   if len(text) > LONGEST:
     raise NoAnswer(f"{len(text)} characters are no answer")
+  text = _ENDS.sub("", text.rstrip()) if text.rstrip().endswith(">") else text
   if not text.strip():
     raise NoAnswer("nothing follows the judge's thought")
   boxes = [a or b for a, b in _BOXES.findall(text)]
@@ -124,12 +109,18 @@ def spoken(text: str) -> str:
 
 
 def plain(text: str) -> str:
-  """`spoken` without emphasis, HTML, LaTeX and runs of blanks, with full-width signs as ASCII."""
+  """`spoken` without emphasis, HTML, LaTeX and runs of blanks, with full-width signs as ASCII.
+
+  NoAnswer, too, where the judge says that it sees no image: what it says of it then is a guess.
+  """
   text = html.unescape(spoken(text).replace("\ufe0f", "").replace("\u20e3", "."))
   text = unicodedata.normalize("NFKC", _INLINE.sub("", _BLOCKS.sub("\n", text)))
   text = "".join(c for c in text if unicodedata.category(c) != "Cf").replace("\u2236", ":")
   text = re.sub(r"[^\S\n]+", " ", text)
-  return _EMPHASIS.sub("", _LATEX.sub(r"\1", _LATEX.sub(r"\1", text)))
+  text = _EMPHASIS.sub("", _LATEX.sub(r"\1", _LATEX.sub(r"\1", text)))
+  if blind := _BLIND.search(text):
+    raise NoAnswer(f"the judge says that it sees no image: {short(blind[0], 60)!r}")
+  return text
 
 
 def grades(text: str, names: dict[str, str], top: int) -> dict[str, int]:
@@ -139,10 +130,12 @@ def grades(text: str, names: dict[str, str], top: int) -> dict[str, int]:
   """
   text, whole = plain(text), f"the grades are whole numbers from 0 to {top}"
   for scale in _SCALE.finditer(text):
-    number = scale[1] or scale[2]
+    number = scale["a"] or scale["b"] or scale["c"]
     if not number[0].isdigit() or float(number) > top:
       raise NoAnswer(f"out of range: {scale[0]!r}, but {whole}")
   pattern, found, wrong = "|".join(f"(?:{p})" for p in names.values()), {}, ""
+  text = re.sub(rf"(?im)^([^\w\n]*(?:[0-9a-z]{{1,2}}[.):]\s+)?(?:{pattern}))[^\w\n]*\n\s*[^\w\n]*+"
+                r"(?:(?:score|grade|rating)\b[^\w\n]*)?(?=[0-9])", r"\1: ", text)  # headings
   if not re.search(rf"(?<![^\W_]){pattern}(?![^\W_])", text, re.IGNORECASE):
     lone = [m[1] for m in map(_LONE.fullmatch, text.splitlines()) if m]
     found = dict(zip(names, map(int, lone))) if len(lone) == len(names) else {}
@@ -168,17 +161,17 @@ def grades(text: str, names: dict[str, str], top: int) -> dict[str, int]:
 def yes_no(text: str) -> str:
   """"yes" or "no": what a line consists of or begins with; NoAnswer where lines contradict."""
   text = plain(text)
-  keyed = [k.lower() for k in _KEYED.findall(text)]
   lines = [line for line in text.splitlines() if line.strip()]
-  strong, weak = [*map({"true": "yes", "false": "no"}.get, keyed, keyed)], []
-  for line in [] if keyed else lines:
-    match = _AT_LAST.fullmatch(line) or _SAYS.fullmatch(line)
-    if match and not _EITHER.match(match[2]):
+  strong, weak = _keyed(text) or _by_json(text), []
+  for line in [] if strong else lines:
+    matches = (pattern.fullmatch(line) for pattern in (_AT_LAST, _SAYS, _AFTER_QUESTION))
+    if (match := next(filter(None, matches), None)) and not _EITHER.match(match[2]):
       word, rest = match[1].lower(), match[2]
       turned = any(o.lower() != word for o in _OTHERWISE.findall(rest))
       if turned or _STRONG.match(rest):
         strong.append("both" if turned else word)
-      elif line is lines[0] and (_NO_BECAUSE.match(rest) if word == "no" else rest[0] == " "):
+      elif line is lines[0] and (
+          _NO_BECAUSE.match(rest) if word == "no" else rest[0] == " " and not _YES_IS.match(rest)):
         weak.append(word)
   said = strong or weak
   alone = lines and re.fullmatch(rf"[\W_]*(?:{_LABEL})?(?:yes|no)[\W_]*", lines[-1], re.IGNORECASE)
@@ -196,8 +189,7 @@ def yes_nos(text: str, count: int) -> list[str]:
   """
   text = plain(text)
   lines = _by_line(text)
-  true = {"true": "yes", "false": "no"}
-  readings = [lines, [true.get(k.lower(), k.lower()) for k in _KEYED.findall(text)],
+  readings = [lines, _keyed(text), _by_json(text),
               max(_numbered(text, _AT_START), _numbered(text, _INSIDE), key=len), _by_row(text),
               *map(_in_line, text.splitlines())]
   fit = [r for r in readings if r and len(r) == count]
@@ -208,29 +200,6 @@ def yes_nos(text: str, count: int) -> list[str]:
   return fit[0]
 
 
-def yes_probability(choice: dict) -> float:
-  """The probability that the first token is a "yes", in any case and with blanks or not.
-
-  NoAnswer where the endpoint does not tell it, or where the first token is mostly neither yes nor
-  no, as of a judge that thinks.
-  """
-  try:
-    listed = choice["logprobs"]["content"][0]["top_logprobs"]
-    pairs = [(entry["token"].strip(" \t\n\"'*`.,!▁Ġ").casefold(), math.exp(entry["logprob"]))
-             for entry in listed]
-  except (LookupError, TypeError, AttributeError, OverflowError):
-    pairs = []
-  total = math.fsum(p for _, p in pairs)
-  if not pairs or not math.isfinite(total) or total > 1.01:
-    raise NoAnswer("the endpoint does not tell the probability of Yes")
-  share = lambda *words: math.fsum(p for token, p in pairs if token in words)
-  if share("yes", "no") < _SUBSTANTIAL * (max(total, 1.0) - share("")):
-    raise NoAnswer(f"the judge does not begin with yes or no, but with {listed[0]['token']!r}")
-  if not share("yes") and min([1 - total, *(p for _, p in pairs)]) >= _UNLISTED:
-    raise NoAnswer("the endpoint does not tell the probability of Yes")
-  return min(1.0, share("yes"))
-
-
 def _grade(match, top):
   """The grade in a line, -1 for a wrong one, None where the line is no answer."""
   _, scale, sign, number, rest = match.groups()
@@ -238,7 +207,7 @@ def _grade(match, top):
     if float(over[1]) != top:
       return None if float(over[1]) < top else -1
     rest = rest[over.end() :]
-  if _LIST_GOES_ON.match(rest):
+  if _LIST_GOES_ON.match(rest) or _CORRECTED.search(rest):
     return None
   if not (_EXPLAINED.match(rest) if sign else _ENDED.fullmatch(rest)):
     return None if re.match(r"\s+\w", rest) or not sign else -1
@@ -250,13 +219,8 @@ def _grade(match, top):
 
 def _graded_lines(text, pattern):
   """Lines of the text with those of JSON and tables as "name: grade"."""
-  try:
-    start = min(i for i in map(text.find, "{[") if i >= 0)
-    value = json.JSONDecoder().raw_decode(text[start:])[0]
-    if lines := list(_json_lines(value, re.compile(pattern, re.IGNORECASE))):
-      return lines
-  except (ValueError, RecursionError):
-    pass
+  if lines := list(_json_lines(_json_in(text), re.compile(pattern, re.IGNORECASE))):
+    return lines
   lines, head = [], None
   name = re.compile(rf"({pattern})\s*(?:score|grade)?\s*(?:\([^()]*\))?", re.IGNORECASE)
   for line in text.splitlines():
@@ -294,9 +258,11 @@ def _json_lines(value, name):
 
 
 def _said(line):
-  """"yes" or "no" where the line begins with it, or has it after a question; or None."""
-  match = _SAYS.fullmatch(line) or _AFTER_QUESTION.fullmatch(line)
-  return match[1].lower() if match and not _EITHER.match(match[2]) else None
+  """"yes" or "no" where a line begins or ends with it, or has it after a question; or None."""
+  found = [p.fullmatch(line) for p in (_SAYS, _AFTER_QUESTION, _AT_END)]
+  said = {match[1].lower() for match in found if match}
+  either = any(_EITHER.match(match[2]) for match in found if match)
+  return said.pop() if len(said) == 1 and not either else None
 
 
 def _by_line(text):
@@ -317,6 +283,29 @@ def _numbered(text, item):
           [(1, part)] if number == 1 else [])
   found = [set(filter(None, map(_said, part.splitlines()))) for _, part in run]
   return [said.pop() for said in found] if all(len(said) == 1 for said in found) else []
+
+
+def _keyed(text):
+  """Answers under keys such as "answer"."""
+  return [_WORDS[said.lower()] for said in _KEYED.findall(text)]
+
+
+def _by_json(text):
+  """Answers of a JSON value that holds nothing else, whatever its keys."""
+  parts = lambda x: (x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x])
+  level = [_json_in(text)]
+  while any(isinstance(value, dict | list) for value in level):
+    level = [x for value in level for x in parts(value)]
+  found = [_WORDS.get(str(value).strip(" .").lower()) for value in level]
+  return [] if None in found else found
+
+
+def _json_in(text):
+  """The first JSON list or object of a text; None without one."""
+  with contextlib.suppress(ValueError, RecursionError):
+    start = min(i for i in map(text.find, "{[") if i >= 0)
+    end = json.JSONDecoder().raw_decode(text, start)[1]
+    return storage.parse_json(text[start:end])  # refuses deep ones
 
 
 def _by_row(text):

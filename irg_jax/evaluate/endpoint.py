@@ -7,10 +7,11 @@ alone: all text from the endpoint passes `hide_key`, since an error may quote th
 
 import importlib
 import json
+import math
 import os
 import zlib
 
-from irg_jax.evaluate.answers import NoAnswer, yes_probability
+from irg_jax.evaluate.answers import NoAnswer
 from irg_jax.reports.pages import short
 
 try:
@@ -27,6 +28,12 @@ LARGEST_BODY = 4 << 20  # bytes; an answer has a few hundred
 
 _TOP = 20  # alternatives whose probability an endpoint tells, at most
 _LARGEST_ERROR = 64 << 10  # bytes that are read of an error
+_UNLISTED = 0.005  # probability that the unlisted tokens may have for "no Yes listed" to mean 0
+_SUBSTANTIAL = 0.5  # least share of yes and no among the tokens that are no blank
+# Finish reasons that are not of an answer: OpenAI's, and what others pass on of their own.
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "max_length", "model_length")
+_WITHHELD = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal")
+_BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "insufficient_system_resource")
 
 
 class Fault(Exception):
@@ -118,7 +125,7 @@ def parse(body, question, asked_model):
     answer = json.loads(body)
     choice = answer["choices"][0]
     text = _content(choice["message"])
-    finish = choice.get("finish_reason")
+    finish = str(choice.get("finish_reason") or "").lower()
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
     start = body[:80].decode(errors="replace")
     raise Fault("malformed", f"{type(e).__name__} in an answer that begins {start!r}") from None
@@ -128,15 +135,40 @@ def parse(body, question, asked_model):
       yes = yes_probability(choice)
     except NoAnswer as e:
       why = hide_key(str(e))
-  if finish == "content_filter":
+  if finish in _WITHHELD:
     raise Fault("filtered", "the judge's answer was withheld", again=False)
-  if yes is None and finish != "length" and not text.strip():
+  if finish in _BROKEN_OFF:
+    raise Fault("broken off", f"finish reason {finish}")
+  if yes is None and finish not in _CUT_OFF and not text.strip():
     raise Fault("empty", f"finish reason {finish}")
   text = hide_key(text).encode(errors="replace").decode()  # half a surrogate pair: no UTF-8
   model = answer.get("model")
   return {"text": text, "probability": yes, "no_score": why,
-          "finish": finish if isinstance(finish, str) else None,
+          "finish": "length" if finish in _CUT_OFF else finish or None,
           "model": hide_key(model) if model and isinstance(model, str) else asked_model}
+
+
+def yes_probability(choice: dict) -> float:
+  """The probability that the first token is a "yes", in any case and with blanks or not.
+
+  NoAnswer where the endpoint does not tell it, or where the first token is mostly neither yes nor
+  no, as of a judge that thinks.
+  """
+  try:
+    listed = choice["logprobs"]["content"][0]["top_logprobs"]
+    pairs = [(entry["token"].strip(" \t\n\"'*`.,!▁Ġ").casefold(), math.exp(entry["logprob"]))
+             for entry in listed]
+  except (LookupError, TypeError, AttributeError, OverflowError):
+    pairs = []
+  total = math.fsum(p for _, p in pairs)
+  if not pairs or not math.isfinite(total) or total > 1.01:
+    raise NoAnswer("the endpoint does not tell the probability of Yes")
+  share = lambda *words: math.fsum(p for token, p in pairs if token in words)
+  if share("yes", "no") < _SUBSTANTIAL * (max(total, 1.0) - share("")):
+    raise NoAnswer(f"the judge does not begin with yes or no, but with {listed[0]['token']!r}")
+  if not share("yes") and min([1 - total, *(p for _, p in pairs)]) >= _UNLISTED:
+    raise NoAnswer("the endpoint does not tell the probability of Yes")
+  return min(1.0, share("yes"))
 
 
 def _content(message):

@@ -18,7 +18,6 @@ import re
 import numpy as np
 
 from irg_jax import storage
-from irg_jax.evaluate import answers as answers_lib
 from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "vqascore"  # its name in the key of an answer, and the part of a measurement
@@ -88,7 +87,7 @@ class Scorer:
     answer = answers.get((0, QUESTION))
     if measured := answers.get((QUESTION, "values")):
       answer = questions.Answer(item.id, probability=measured[0])
-    why, value = answers_lib.failure(answer), getattr(answer, "probability", None)
+    why, value = questions.failure(answer), getattr(answer, "probability", None)
     if not why and not (base.is_number(value) and 0 <= value <= 1):
       why = "unparsable: no probability of yes" if value is None else f"out of range: {value}"
     if why:

@@ -46,8 +46,8 @@ def says_yes(text: str) -> bool:
   return text == "Yes"
 
 
-YES = answers_lib.Form(lambda text: answers_lib.yes_no(text) == "yes", says_yes)
-WORDS = answers_lib.Form(answers_lib.spoken, lambda text: text)  # a transcription
+YES = questions.Form(lambda text: answers_lib.yes_no(text) == "yes", says_yes)
+WORDS = questions.Form(answers_lib.spoken, lambda text: text)  # a transcription
 
 
 def alignment_cell(answers: dict[int, bool], dependency: dict[int, list[int]]) -> float:

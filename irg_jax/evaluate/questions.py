@@ -23,6 +23,7 @@ from PIL import Image
 
 from irg_jax import images, storage
 from irg_jax.config import check, setting
+from irg_jax.evaluate.answers import NoAnswer
 
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # from decoding
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -67,6 +68,39 @@ class Answer(typing.NamedTuple):
   probability: float | None = None  # of "Yes", where it was asked for
   model: str | None = None  # as the endpoint names it
   cached: bool = False  # taken from the cache, without a call
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """The form of an answer in words, as two functions: text -> value, or NoAnswer raised."""
+
+  lenient: typing.Callable  # of this project
+  official: typing.Callable  # of the published script
+
+  def faults(self) -> dict:
+    """The arguments `fault` and `official` of a `Question`."""
+    return {"fault": lambda text: self._try(text, False)[1],
+            "official": lambda text: self._try(text, True)[1]}
+
+  def take(self, answer, strict: bool = False):
+    """(value, reason for none, whether the two functions differ) of an `Answer`."""
+    if why := failure(answer):
+      return None, why, False
+    value, why = self._try(answer.text, strict)
+    if why:
+      return None, f"unparsable: {why}", False
+    return value, None, value != self._try(answer.text, not strict)[0]
+
+  def _try(self, text, strict):
+    try:
+      return (self.official if strict else self.lenient)(text), None
+    except NoAnswer as e:
+      return None, str(e)
+
+
+def failure(answer) -> str | None:
+  """Reason for a missing `Answer`, as "reason: detail"; None where there is one."""
+  return "no answer" if answer is None else answer.error
 
 
 @dataclasses.dataclass

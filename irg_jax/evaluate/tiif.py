@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from irg_jax.evaluate import answers as answers_lib
-from irg_jax.evaluate import base, records, score
+from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "answers"  # its name in the key of an answer
 _FACTS = base.facts("tiif")
@@ -51,10 +51,10 @@ def parse(text: str, questions: int) -> list[str]:
   return answers
 
 
-def form(count: int) -> answers_lib.Form:
+def form(count: int) -> questions.Form:
   """The form of an answer to `count` questions."""
-  return answers_lib.Form(lambda text: answers_lib.yes_nos(text, count),
-                          lambda text: parse(text, count))
+  return questions.Form(lambda text: answers_lib.yes_nos(text, count),
+                        lambda text: parse(text, count))
 
 
 def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list[str]]]:

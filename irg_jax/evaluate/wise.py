@@ -11,7 +11,7 @@ IRG ship takes the plain mean of the six. Both are reported, side by side.
 import re
 
 from irg_jax.evaluate import answers as answers_lib
-from irg_jax.evaluate import base, records, score
+from irg_jax.evaluate import base, questions, records, score
 
 QUESTION = "scores"  # its name in the key of an answer
 
@@ -54,7 +54,7 @@ def _all_scores(text):
   return found
 
 
-FORM = answers_lib.Form(lambda text: answers_lib.grades(text, _NAMES, TOP), _all_scores)
+FORM = questions.Form(lambda text: answers_lib.grades(text, _NAMES, TOP), _all_scores)
 
 
 def item_score(scores: dict[str, float]) -> float:
