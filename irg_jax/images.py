@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import re
 import struct
 import zlib
 
@@ -15,6 +16,8 @@ from irg_jax.config import REQUIRED, setting
 
 # Formats that are opened. Pillow knows more: some start other programs (EPS), some only guess.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")  # with a segment, or the end
 
 # The published transform also limits the area, before the long side. This changes only images
 # more stretched than about 7 to 1, and those only by the rounding in between.
@@ -143,15 +146,17 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def load_whole(image: Image.Image, data: bytes) -> None:
-  """Decodes an image of `open_image`; ValueError if rows are missing, which Pillow leaves black."""
+  """Decodes an image of `open_image`; ValueError if rows are missing, which Pillow fills in."""
   width, height = image.size
   strips = [tile.extents for tile in image.tile] if image.format == "TIFF" else []
   image.load()
   last = image.crop((0, height - 1, width, height))
   if (strips and sum((x - left) * (y - top) for left, top, x, y in strips) < width * height
       or image.format == "PNG" and (image.info.get("interlace") or not np.asarray(last).any())
-      and _png_lacks_rows(data)):
+      and _png_lacks_rows(data)
+      or image.format in ("JPEG", "MPO") and _jpeg_lacks_data(image, data)):
     raise ValueError(f"truncated: fewer than its {height} rows are there")
+  _check_levels(image, data)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -209,6 +214,56 @@ def _grey_levels(grey, source):
     raise ValueError(f"16-bit grey that ends at {high} of 65535, all but black; scale it, or "
                      f"{again}")
   return (grey >> 8).astype(np.uint8)
+
+
+def _check_levels(image, data):
+  """Raises ValueError for colour whose levels Pillow would bring to 8 bits wrongly."""
+  tags = getattr(image, "tag_v2", {})
+  if 2 in np.atleast_1d(tags.get(339, 1)) and image.mode[0] != "I":
+    raise ValueError("signed levels of 8 bits; save it with unsigned ones")
+  deep = data[24] == 16 if image.format == "PNG" else 16 in np.atleast_1d(tags.get(258, 8))
+  if deep and image.mode in ("LA", "RGB", "RGBA"):
+    bands = image.getextrema()[:1 if image.mode == "LA" else 3]
+    if 0 < (high := max(band[1] for band in bands)) < 2**4:
+      raise ValueError(f"16-bit colour that ends at {high << 8} of 65535, all but black; scale it, "
+                       "or save it with 8 bits")
+
+
+def _jpeg_lacks_data(image, data):
+  """Whether the pixels of a JPEG file end before its end marker, which libjpeg fills with grey.
+
+  Bits after the last pixel are not read. So a complete file with more bits before its end marker
+  gives the same image. Only files that may have been filled are decoded again.
+  """
+  end, scans, complete = _jpeg_scans(data)
+  corner = np.atleast_1d(image.getpixel((image.width - 1, image.height - 1)))
+  blended = 1 in (image.width % 16, image.height % 16)  # the corner's colour with that of others
+  if not complete or end == 0 or scans == 1 and not blended and (abs(corner - 127.5) > 1).any():
+    return not complete
+  more = b"".join(bytes([0xA5, 0x5A, 0x3C, 0xC3] * 8 + [0xFF, 0xD0 + i % 8]) for i in range(16))
+  return open_image(data[:end].rstrip(b"\xff") + more + data[end:]).tobytes() != image.tobytes()
+
+
+def _jpeg_scans(data):
+  """(place of the end marker, number of scans, whether these and the marker are all there).
+
+  The scans are to hold every bit of every coefficient. The place is 0 for a process without
+  Huffman's codes.
+  """
+  at, scans, left = 2, 0, {}  # left: bits that are still to come, by component and coefficient
+  while (found := _JPEG_MARKER.search(data, at)) and (marker := found[0][1]) != 0xD9:
+    at = found.end() + int.from_bytes(data[found.end():found.end() + 2])
+    body = data[found.end() + 2:at]
+    if 0xC0 <= marker <= 0xC2:
+      left = {component: [15] * 64 for component in body[6::3]}
+    elif marker == 0xDA:
+      scans += 1
+      for component in body[1:-3:2]:
+        left.setdefault(component, [0] * 64)[body[-3]:body[-2] + 1] = (
+            [body[-1] & 15] * (body[-2] + 1 - body[-3]))
+    elif 0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
+      return 0, scans, True
+  return found.start() if found else -1, scans, bool(found) and not any(map(any, left.values()))
 
 
 def _png_lacks_rows(data):

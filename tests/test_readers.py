@@ -74,6 +74,11 @@ def test_a_prompt_of_the_command_line_that_is_not_utf8_is_named():
 # --- images
 
 
+def chunk(name, data):
+  """A part of a PNG file."""
+  return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(rng, height, width, rows=None):
   """(PNG file of random colour type, depth and interlace by this function; RGB of its pixels).
 
@@ -93,8 +98,6 @@ def png(rng, height, width, rows=None):
         line = line.ravel()
         bits = (line[:, None] >> np.arange(depth)[::-1] & 1).astype(np.uint8)
         raw.append(b"\0" + np.packbits(bits).tobytes())
-  chunk = lambda name, data: (struct.pack(">I", len(data)) + name + data
-                              + struct.pack(">I", zlib.crc32(name + data)))
   data = zlib.compress(b"".join(raw))
   cut = int(rng.integers(len(data)))
   file = b"\x89PNG\r\n\x1a\n" + b"".join((
@@ -140,6 +143,27 @@ def test_a_file_that_was_cut_is_refused_or_read_as_it_was():
     try:
       got = images.decode_image(file[:int(rng.integers(len(file)))], "a")
       np.testing.assert_array_equal(got, whole)
+    except ValueError as e:
+      refused += str(e).startswith("a: not an image")
+  assert refused > 180
+
+
+def test_a_jpeg_file_that_was_cut_and_closed_is_refused_and_a_whole_one_never():
+  refused = 0
+  for seed in SEEDS:
+    rng = np.random.default_rng(seed)
+    height, width = sides(rng)
+    pixels = noise(rng, height + 16, width + 16, 3)
+    if seed % 3 == 0:
+      pixels[height // 2:] = 128  # as what is filled in
+    options = {"quality": int(rng.integers(30, 96)), "progressive": seed % 2 == 1,
+               "subsampling": seed % 3, "restart_marker_blocks": int(rng.integers(3))}
+    file = saved(pixels, "JPEG", **options)
+    whole = images.decode_image(file, "a").astype(int)
+    cut = int(rng.integers(file.find(b"\xff\xda") + 14, len(file) - 2))
+    try:
+      changed = abs(images.decode_image(file[:cut] + b"\xff\xd9", "a") - whole).max(-1) > 2
+      assert not changed[:-17].any() and not changed[:, :-17].any(), seed  # of the last blocks
     except ValueError as e:
       refused += str(e).startswith("a: not an image")
   assert refused > 180
@@ -198,6 +222,20 @@ def test_deep_grey_of_other_formats_is_scaled():
   assert not images.decode_image(saved(black, "PNG"), "p").any()
   with pytest.raises(ValueError, match="0 is white"):
     images.decode_image(saved(black + 2**15, "TIFF", tiffinfo={262: 0}), "p")
+
+
+def test_deep_colour_that_is_all_but_black_and_signed_levels_are_refused():
+  made = lambda kind, *values: b"\x89PNG\r\n\x1a\n" + b"".join((
+      chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)),
+      chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))),
+      chunk(b"IEND", b"")))
+  for kind, values in ((4, (4095, 65535)), (2, (4095, 0, 9)), (6, (1023, 5, 9, 65535))):
+    with pytest.raises(ValueError, match="a: .*16-bit colour that ends at .* 8 bits"):
+      images.decode_image(made(kind, *values), "a")
+    bright = tuple(16 * v for v in values[:-1]) + values[-1:]
+    assert images.decode_image(made(kind, *bright), "a").max() > 15
+  with pytest.raises(ValueError, match="signed levels"):
+    images.decode_image(saved(np.zeros((2, 2), np.uint8), "TIFF", tiffinfo={339: 2}), "a")
 
 
 @pytest.mark.parametrize("data", [
