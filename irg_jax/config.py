@@ -33,7 +33,7 @@ def setting(default, doc: str, *, low=None, high=None, above=None, choices=(), w
   Args:
     low, high, above: bounds, the last exclusive, of each item of a tuple and value of a dict.
     was: older name, accepted with a note for one version.
-    path: the value is a path, see `storage.local_path`.
+    path: the value is a path, see `storage.path`.
   """
   metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, was=was, path=path)
   how = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}

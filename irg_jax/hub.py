@@ -23,7 +23,7 @@ def is_name(text) -> bool:
 
 def local(text, choose, kind: str = "model") -> pathlib.Path:
   """The folder at a path, or of a repository on the hub, whose files are fetched. See `fetch`."""
-  return fetch(str(text), choose, kind) if is_name(text) else pathlib.Path(text)
+  return fetch(str(text), choose, kind) if is_name(text) else storage.path(text)
 
 
 def fetch(name: str, choose, kind: str = "model", to=None) -> pathlib.Path:

@@ -7,6 +7,9 @@ where it is there already. Its holder touches it every few seconds. It is void o
 has ended, which the holder's machine knows at once; on another machine, network file systems
 included, once it was not touched for a minute. A void lock is replaced, so a killed command
 blocks nobody.
+
+In a bucket, the holder writes its lock anew instead of touching it, and each write of a lock
+succeeds only where nobody else has written since, see `leases`.
 """
 
 import contextlib
@@ -14,18 +17,16 @@ import json
 import os
 import pathlib
 import re
-import socket
 import sys
 import threading
 import time
-import uuid
 
-from irg_jax import storage
+from irg_jax import holders, leases, storage
+from irg_jax.leases import Held
 
 _SHOWN = 80  # characters of a value in an error message
 _UNSET = object()
 TOUCHED, VOID = 5.0, 60.0  # seconds between two touches; seconds without one
-_held = set()  # keys of this process's locks
 
 
 def check_folder(path, kind: str) -> None:
@@ -33,7 +34,7 @@ def check_folder(path, kind: str) -> None:
 
   Hidden files may be there. `kind` is for the message: "a training run".
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   others = sorted(p.name for p in path.parent.glob("[!.]*"))
   if others and not path.is_file():
     raise ValueError(f"--out {path.parent}: holds {others[0]}, but no {path.name}, so it is not "
@@ -80,13 +81,17 @@ def read(path, groups=()) -> dict:
 
 def write(path, record: dict) -> None:
   """Writes a record atomically, over the one that is there; makes the folder."""
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  path = storage.path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   storage.write_json(path, record)
 
 
 def create(path, record: dict) -> None:
   """Writes a record unless there is one: of processes that start together, the first wins."""
-  path = pathlib.Path(path)
+  path = storage.path(path)
+  if not storage.is_local(path):
+    path.put_if(storage.json_text(record).encode(), None)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   with storage.naming(path), storage.temporary_file(path.parent) as temporary:
     temporary.write_text(storage.json_text(record), encoding="utf-8")
@@ -123,10 +128,6 @@ def _shown(fields, name):
 # --- locks
 
 
-class Held(ValueError):
-  """A living process holds the lock."""
-
-
 @contextlib.contextmanager
 def locked(path, refusal: str):
   """Holds the lock at `path`; makes its folder, and removes it again where it stays empty.
@@ -137,11 +138,15 @@ def locked(path, refusal: str):
   Args:
     refusal: begins the message of `Held`: "--out DIR: another irg train is at work in it".
   """
-  path = pathlib.Path(path).absolute()
+  path = storage.path(path).absolute()
   storage.check_output_folder(path.parent)
-  me, done = _me(), threading.Event()
+  if not storage.is_local(path):
+    with leases.leased(path, refusal, TOUCHED, VOID):
+      yield
+    return
+  me, done = holders.me(), threading.Event()
   thread = threading.Thread(target=_touch, args=(path, me, done), daemon=True)
-  _held.add(me["key"])
+  holders.held.add(me["key"])
   with storage.kept_if_filled(path.parent):
     try:
       with storage.naming(path), _temporary(path.parent) as mine:
@@ -156,15 +161,17 @@ def locked(path, refusal: str):
       with contextlib.suppress(OSError):
         if _read(path) == me:
           path.unlink()
-      _held.remove(me["key"])
+      holders.held.remove(me["key"])
 
 
 def remove_void(folder) -> None:
   """Removes the locks of this machine's killed processes directly in a folder."""
+  if not storage.is_local(folder):
+    return
   for path in pathlib.Path(folder).glob(".*.lock"):
     with contextlib.suppress(OSError, Held):
       holder = _read(path)
-      if holder and holder.get("machine") == _machine() and not _alive(holder):
+      if holder and holder.get("machine") == holders.machine() and not holders.alive(holder):
         with locked(path, ""):
           pass
 
@@ -202,10 +209,9 @@ def _take(path, mine, me, refusal):
 
 def _void(path, mine, holder, refusal) -> bool:
   """Whether the lock is void; False if it has changed hands. Raises Held."""
-  held = Held(f"{refusal}: process {holder.get('pid')} on {holder.get('host')}, since "
-              f"{holder.get('since')}; wait for it to end, or choose another folder")
-  if holder.get("machine") == _machine():
-    if _alive(holder):
+  held = leases.refused(refusal, holder)
+  if holder.get("machine") == holders.machine():
+    if holders.alive(holder):
       raise held
     return True
   first, end, told = _touched(path), time.monotonic() + VOID, False
@@ -231,47 +237,7 @@ def _touch(path, me, done):
       if holder == me:
         os.utime(path)
       elif holder is not None:
-        print(f"error: {path}: taken over by process {holder.get('pid')} on {holder.get('host')}, "
-              "which took this one for dead", file=sys.stderr, flush=True)
-        os._exit(2)
-
-
-def _me() -> dict:
-  return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
-          "started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-          "key": uuid.uuid4().hex}
-
-
-def _machine() -> str:
-  """Names the boot and the container that a process number belongs to."""
-  try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-  except OSError:  # not Linux
-    return socket.gethostname()
-
-
-def _alive(holder) -> bool:
-  """Whether the holder, on this machine, has not ended. Process numbers repeat."""
-  if holder.get("pid") == os.getpid():
-    return holder["key"] in _held
-  started = _started(holder.get("pid"))
-  return started is not None and (started == holder.get("started")
-                                  or 0 in (started, holder.get("started")))
-
-
-def _started(pid) -> int | None:
-  """When a process started, in ticks since the boot; None if it has ended, 0 if not known."""
-  try:
-    os.kill(pid, 0)
-  except (ProcessLookupError, TypeError, OverflowError):
-    return None
-  except PermissionError:
-    pass  # of another user
-  with contextlib.suppress(OSError):
-    state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return None if state in "ZX" else int(fields[18])
-  return 0
+        leases.give_way(path, holder)
 
 
 def _linked(mine, path) -> bool:
@@ -292,14 +258,9 @@ def _linked(mine, path) -> bool:
 def _read(path) -> dict | None:
   """Content of a lock, at least its "key"; None without one."""
   try:
-    text = storage.read_file(path).decode("utf-8", "replace")
+    return leases.holder_in(storage.read_file(path))
   except FileNotFoundError:
     return None
-  with contextlib.suppress(ValueError):
-    content = storage.parse_json(text)
-    if isinstance(content, dict) and re.fullmatch("[0-9a-f]{32}", str(content.get("key"))):
-      return content
-  return {"key": "damaged"}
 
 
 def _touched(path) -> float:

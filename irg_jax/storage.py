@@ -1,4 +1,8 @@
-"""Files and folders on disk: atomic writes, and JSON that others wrote.
+"""Files and folders, on disk or in buckets: atomic writes, and JSON that others wrote.
+
+`path` makes the one type of path for all: `pathlib.Path` on this machine, `buckets.Path` in a
+bucket, with the same methods. What follows is of disks: an object of a bucket is atomic by itself,
+and folders of a bucket are in `runs.new_folder`.
 
 A write goes to a temporary file or folder beside the target, renamed when it is complete, so a
 reader finds the earlier content or the new one, never half of it. Temporary names look like
@@ -10,17 +14,21 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
 import re
 import shutil
 import stat
+import sys
 import time
 import uuid
 
 SHIPPED = pathlib.Path(__file__).parent / "mini" / "checkpoint"  # comes with the package
 JSON_BYTES = 2**25  # largest JSON file that is read; tokenizers have up to half of it
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # the package that reads a scheme
 _JSON_DEPTH = 64
 # Of a disk that is full, over its quota or the largest size of a file, or read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -42,31 +50,76 @@ def parse_json(text, **options):
   return value
 
 
-def read_json(path, **options) -> dict:
-  """`parse_json` of a UTF-8 file that holds an object; OSError without one, else ValueError."""
-  path = pathlib.Path(path)
-  if path.is_file() and (size := path.stat().st_size) > JSON_BYTES:
-    raise ValueError(f"it has {size} bytes, more than the {JSON_BYTES} that are read")
-  value = parse_json(read_file(path).decode("utf-8-sig"), **options)
-  if not isinstance(value, dict):
-    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-  return value
-
-
-def read_file(path) -> bytes:
-  """Content of a file; OSError for a pipe or device, which could block, or never end."""
-  mode = os.stat(path).st_mode  # once: the file may go away meanwhile
-  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path) == os.devnull):
-    raise OSError(errno.EINVAL, "a pipe or device, not a file", str(path))
-  return pathlib.Path(path).read_bytes()
+def path(text) -> pathlib.PurePath:
+  """The path that a flag or setting names; ValueError for a scheme that is not read."""
+  if isinstance(text, pathlib.Path):
+    return text
+  if not (scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(text))):
+    return pathlib.Path(text)
+  if scheme[1] not in BUCKETS or not re.match(r"\w+://[^/]", str(text)):
+    raise ValueError(f"{text}: only paths of this machine, gs://BUCKET/... and s3://BUCKET/... are "
+                     "read; copy what is there, and give that path")
+  if not importlib.util.find_spec(BUCKETS[scheme[1]]):
+    extra = {"gs": "gcs"}.get(scheme[1], scheme[1])
+    raise ValueError(f"{text}: needs the package {BUCKETS[scheme[1]]}: pip install "
+                     f"'irg_jax[{extra}]'")
+  return importlib.import_module("irg_jax.buckets").Path(text)
 
 
 def local_path(text) -> pathlib.Path:
   """A path of this machine; ValueError for one with a scheme, such as gs://bucket/folder."""
   if re.match(r"[A-Za-z][\w+.-]+:/", str(text)):
-    raise ValueError(f"{text}: a path on this machine is wanted; mount the bucket, or copy what "
-                     "is there, and give that path")
+    raise ValueError(f"{text}: a path on this machine is wanted; copy what is there, and give that "
+                     "path")
   return pathlib.Path(text)
+
+
+def is_local(path) -> bool:
+  """Whether a path is on this machine; `path` is one, or its text."""
+  return isinstance(path, pathlib.Path) or not re.match(r"\w+://", str(path))
+
+
+def read_json(file, **options) -> dict:
+  """`parse_json` of a UTF-8 file that holds an object; OSError without one, else ValueError."""
+  file = path(file)
+  if file.is_file() and (size := file.stat().st_size) > JSON_BYTES:
+    raise ValueError(f"it has {size} bytes, more than the {JSON_BYTES} that are read")
+  value = parse_json(read_file(file).decode("utf-8-sig"), **options)
+  if not isinstance(value, dict):
+    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+  return value
+
+
+def read_file(file) -> bytes:
+  """Content of a file; OSError for a pipe or device, which could block, or never end."""
+  file = path(file)
+  if is_local(file):
+    mode = os.stat(file).st_mode  # once: the file may go away meanwhile
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(file) == os.devnull):
+      raise OSError(errno.EINVAL, "a pipe or device, not a file", str(file))
+  return file.read_bytes()
+
+
+def read_range(path, start: int, stop: int) -> bytes:
+  """Bytes [start, stop) of a file; fewer at its end on disk, OSError in a bucket."""
+  if not is_local(path):
+    return path.read_range(start, stop)
+  with path.open("rb") as file:
+    file.seek(start)
+    return file.read(stop - start)
+
+
+def writer(path):
+  """A context that yields a binary file to write; in a bucket, it appears at the end."""
+  return path.open("wb") if is_local(path) else path.writer()
+
+
+def cache_folder(name: str) -> pathlib.Path:
+  """A folder in the user's for caches, which may not exist. RuntimeError without a home."""
+  root, usual = os.environ.get("XDG_CACHE_HOME", ""), {"darwin": "Library/Caches"}
+  if not os.path.isabs(root):
+    root = pathlib.Path.home() / usual.get(sys.platform, ".cache")
+  return pathlib.Path(root, "irg_jax", name)
 
 
 def partial_name() -> str:
@@ -81,6 +134,8 @@ def is_partial(name: str) -> bool:
 
 def remove_partials(folder) -> None:
   """Removes the temporary files and folders directly in `folder` that killed processes left."""
+  if not is_local(folder):
+    return
   for path in filter(lambda p: is_partial(p.name), pathlib.Path(folder).glob(".*")):
     with contextlib.suppress(OSError), _locked(path):
       if path.is_dir():
@@ -160,9 +215,13 @@ def temporary_file(parent):
 def atomic_file(path, temporary_folder=None):
   """Yields a temporary path to write to; renames it to `path` on success, else removes it.
 
-  The folder of `path` must exist. `temporary_folder`, by default the same one, must be on the
-  same file system.
+  The folder of `path` must exist; `temporary_folder`, by default the same, is of its file system.
   """
+  if not is_local(path):
+    with scratch_folder(cache_folder("scratch")) as scratch:
+      yield scratch / path.name
+      path.upload(scratch / path.name)
+    return
   path = pathlib.Path(path)
   with naming(path), temporary_file(temporary_folder or path.parent) as temporary:
     yield temporary
@@ -171,6 +230,9 @@ def atomic_file(path, temporary_folder=None):
 
 def write_bytes(path, data: bytes, temporary_folder=None) -> None:
   """Writes a file atomically; its content is on the disk before it gets its name."""
+  if not is_local(path):
+    path.write_bytes(data)
+    return
   with atomic_file(path, temporary_folder) as temporary, open(temporary, "wb") as file:
     file.write(data)
     file.flush()
@@ -218,18 +280,24 @@ def atomic_folder(folder):
 def atomic_files(folder):
   """Yields a temporary folder; its files replace those of the same names in `folder` on success.
 
-  A folder that exists may be a mount point, which cannot be renamed: there, each file is moved
-  by itself. A new folder appears at once.
+  A folder that exists may be a mount point, which cannot be renamed: there, and in a bucket, each
+  file is moved by itself, in the order of the names. A new folder appears at once.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = path(folder).absolute()
+  if not is_local(folder):
+    with scratch_folder(cache_folder("scratch")) as scratch:
+      yield scratch
+      for file in sorted(scratch.iterdir()):
+        (folder / file.name).upload(file)
+    return
   parent = folder if folder.is_dir() else folder.parent
   with naming(folder), scratch_folder(parent) as scratch:
     yield scratch
     if not folder.exists():
       scratch.rename(folder)
       return
-    for path in sorted(scratch.iterdir()):
-      os.replace(path, folder / path.name)
+    for file in sorted(scratch.iterdir()):
+      os.replace(file, folder / file.name)
 
 
 @contextlib.contextmanager
@@ -263,18 +331,20 @@ def scratch_folder(parent):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_output_folder(path) -> None:
-  """Raises ValueError with the reason if a folder cannot be made, or written into, at `path`.
+def check_output_folder(folder) -> None:
+  """Raises ValueError with the reason if a folder cannot be made, or written into, at `folder`.
 
   Call this before expensive work; it leaves nothing behind.
   """
-  path = pathlib.Path(path)
+  folder = path(folder)
   try:
-    existing = next(p for p in (path.absolute(), *path.absolute().parents)
+    if not is_local(folder):
+      return folder.check_writable()
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents)
                     if p.exists() or p.is_symlink())
     if not existing.is_dir():
-      raise ValueError(f"cannot write into {path}: {existing} is not a folder")
+      raise ValueError(f"cannot write into {folder}: {existing} is not a folder")
     with scratch_folder(existing):  # permissions mislead: root, read-only mounts
       pass
   except OSError as e:
-    raise ValueError(f"cannot write into {path}: {e.strerror or e}") from e
+    raise ValueError(f"cannot write into {folder}: {e.strerror or e}") from e

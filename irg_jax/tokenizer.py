@@ -97,7 +97,7 @@ def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
     ValueError: files missing or broken, a control token missing, an id that is not below
       `vocab_size`, the rows of the model's embedding, or a vocabulary that lacks a byte.
   """
-  spec, path = _read_spec(pathlib.Path(folder))
+  spec, path = _read_spec(storage.path(folder))
   model = spec.get("model")
   if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
     raise ValueError(f"{path}: not a byte-level BPE tokenizer (no model.vocab table)")
@@ -131,7 +131,7 @@ def write_byte_tokenizer(folder) -> None:
   vocab = {c: i for i, c in enumerate(_BYTES)}
   added = [added_token(name, i, True) for i, name in enumerate(CONTROL_NAMES.values(), len(vocab))]
   text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
-  (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
+  (storage.path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
 def _check_steps(steps, path):
@@ -234,7 +234,8 @@ def _read_added_tokens(folder):
 def _read_merges(path):
   """Pairs of `merges.txt`, best first; the optional `#version` line is not one."""
   merges = []
-  for number, line in enumerate(_read(path, lambda p: p.read_text("utf-8").split("\n")), 1):
+  text = _read(path, lambda p: storage.read_file(p).decode())
+  for number, line in enumerate(text.split("\n"), 1):
     line = line.rstrip("\r")
     if not line or (number == 1 and line.startswith("#version")):
       continue

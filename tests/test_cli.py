@@ -11,6 +11,7 @@ import pytest
 
 import irg_jax
 from irg_jax import commands
+from irg_jax.commands import flags
 from irg_jax.generate.settings import (
     SYSTEM_PROMPT, Defaults, Guidance, Settings, write_defaults)
 
@@ -75,14 +76,16 @@ def _flags(parser):
       yield parser, action
 
 
-def test_every_flag_that_names_a_path_refuses_a_scheme():
+def test_every_flag_that_names_a_path_refuses_a_scheme_that_it_cannot_read():
   words, found = {"DIR", "FILE", "PATH", "SRC", "DST", "OUT", "FOLDER"}, set()
   for parser, action in _flags(commands.make_parser()):
     name = (action.option_strings or [action.metavar])[-1]
     if words & set(re.findall(r"[A-Z]+", str(action.metavar))) and name != "--template":
       found.add(name)
-      for text in ("gs://bucket/x", "s3://b", "https://host/x"):
-        with pytest.raises(argparse.ArgumentTypeError, match="a path on this machine is wanted"):
+      anywhere = action.type is flags.path
+      for text in ("https://host/x", "hf://a/b", *(() if anywhere else ("gs://bucket/x", "s3://b"))):
+        with pytest.raises(argparse.ArgumentTypeError, match="only paths of this machine, gs://"
+                           if anywhere else "a path on this machine is wanted"):
           action.type(text)
   assert {"--out", "--config", "--data", "--checkpoint", "--prompts", "SRC", "DST", "--to",
           "--judge-cache", "--detections", "--image", "--questions"} <= found
@@ -98,8 +101,8 @@ def test_a_setting_that_is_a_path_refuses_a_scheme(capsys, tmp_path, field):
 
 def test_a_template_with_a_scheme_is_refused(tmp_path):
   from irg_jax.evaluate import questions
-  with pytest.raises(ValueError, match="--template gs://b/t.json: .*a path on this machine"):
-    questions.load_template("gs://b/t.json", "x")
+  with pytest.raises(ValueError, match="--template hf://b/t.json: .*only paths of this machine"):
+    questions.load_template("hf://b/t.json", "x")
 
 
 def test_help_does_not_wait_for_jax():

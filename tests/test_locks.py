@@ -13,12 +13,12 @@ import time
 
 import pytest
 
-from irg_jax import runs
+from irg_jax import holders, runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
-from irg_jax import runs
+from irg_jax import holders, runs
 runs.TOUCHED = 0.05
 with runs.locked(sys.argv[1], "busy"):
   print("held", flush=True)
@@ -124,7 +124,7 @@ def elsewhere(lock, **changed):
 def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, quick, monkeypatch):
   # Here the machine that asks is the other one: the holder goes on as it was.
   lock = tmp_path / ".lock"
-  monkeypatch.setattr(runs, "_machine", lambda: "elsewhere")
+  monkeypatch.setattr(holders, "machine", lambda: "elsewhere")
   with holder(lock) as process:
     with pytest.raises(runs.Held, match=rf"process {process.pid} on "):
       with runs.locked(lock, "busy"):
@@ -182,11 +182,11 @@ def test_a_process_that_was_taken_for_dead_ends_when_it_wakes(tmp_path):
 # Holds the lock again and again, and is killed at some of the moments.
 RACE = """
 import os, random, signal, sys, time
-from irg_jax import runs
+from irg_jax import holders, runs
 lock, log, seed, machine = sys.argv[1:]
 runs.TOUCHED, runs.VOID = 0.02, 3
 if machine != "same":
-  runs._machine = lambda: machine
+  holders.machine = lambda: machine
 dice, end = random.Random(int(seed)), time.monotonic() + 3
 out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 say = lambda what: os.write(out, f"{what} {seed}\\n".encode())

@@ -346,7 +346,7 @@ def test_a_pipe_or_device_is_no_file_of_text_or_pixels(tmp_path, name):
 @pytest.mark.parametrize("text", ["gs://bucket/x", "s3://b", "S3A://b/c", "http://h/x", "dbfs:/mnt",
                                   "file:///tmp/x", "hf://o/n", "abfs+ssl://x"])
 def test_a_path_with_a_scheme_is_refused(text):
-  with pytest.raises(ValueError, match="a path on this machine is wanted; mount"):
+  with pytest.raises(ValueError, match="a path on this machine is wanted; copy"):
     storage.local_path(text)
 
 

@@ -39,10 +39,7 @@ def keep_programs() -> None:
 
 def folder() -> pathlib.Path:
   """Where programs are kept: in the user's folder for caches. RuntimeError without a home."""
-  root = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(root):
-    root = pathlib.Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-  return pathlib.Path(root, "irg_jax", "programs")
+  return storage.cache_folder("programs")
 
 
 def _tidy(place):

@@ -14,6 +14,8 @@ from irg_jax.storage import guess
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
 _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
+# Verbs whose paths may be in buckets, but for --config, which is a program.
+_IN_BUCKETS = ("irg generate", "irg convert", "irg init")
 # Short flags of settings of generation: (name, type, help, default of `generate.settings`).
 _SHORT = (
     ("rounds", int, "rounds, one image each", 2),
@@ -82,12 +84,21 @@ class Parser(argparse.ArgumentParser):
 
   def add_argument(self, *names, **kwargs):
     if kwargs.get("metavar") in _PATHS:
-      kwargs.setdefault("type", path)
+      anywhere = self.prog.startswith(_IN_BUCKETS) and names[0] != "--config"
+      kwargs.setdefault("type", path if anywhere else local_path)
     return super().add_argument(*names, **kwargs)
 
 
 def path(text: str) -> pathlib.Path:
-  """Parses a path of this machine, see `storage.local_path`."""
+  """Parses a path, see `storage.path`."""
+  try:
+    return storage.path(text)
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def local_path(text: str) -> pathlib.Path:
+  """Parses a path of this machine."""
   try:
     return storage.local_path(text)
   except ValueError as e:
@@ -190,7 +201,7 @@ def add_lora(add) -> None:
 def _show_defaults(args, think_limit, group, actions):
   """Fills the defaults of the checkpoint in `args` into the help; needs no JAX."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  parser.add_argument("--checkpoint", nargs="?", type=pathlib.Path)
+  parser.add_argument("--checkpoint", nargs="?", type=storage.path)
   folder = parser.parse_known_args(args)[0].checkpoint or storage.SHIPPED
   values = {field: default for name, _, _, default in _SHORT for field in SHORTHANDS[name]} | {
       "think_limit": think_limit, "width": 1024, "height": 1024}

@@ -267,7 +267,7 @@ def parse_grid(text: str) -> tuple[int, int]:
 def load_template(path, name: str, fields=()) -> Template:
   """Reads the file of a template; ValueError unless the user's text has the `fields`."""
   try:
-    template = Template(**json.loads(storage.local_path(path).read_text(encoding="utf-8")))
+    template = Template(**json.loads(storage.read_file(path).decode()))
     if not all(isinstance(text, str) for text in template):
       raise TypeError("both must be texts")
   except (OSError, ValueError, TypeError) as e:

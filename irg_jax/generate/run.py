@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from irg_jax import runs, sharding, weights
+from irg_jax import runs, sharding, storage, weights
 from irg_jax.generate import generator, irg, prompts
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
@@ -77,11 +77,12 @@ def held(inputs: Inputs):
   """Keeps other commands out of the folder of the results meanwhile.
 
   The folder of one prompt is to appear with its first files, so its lock is beside it. One that
-  exists may be a mount point, with nothing writable beside it.
+  exists may be a mount point, with nothing writable beside it. In a bucket it is in the folder.
   """
   out, several = inputs.out.absolute(), len(inputs.prompts) > 1
   runs.remove_void(out.parent)
-  beside = not out.exists() or os.access(out.parent, os.W_OK)
+  several |= not storage.is_local(out)
+  beside = storage.is_local(out) and (not out.exists() or os.access(out.parent, os.W_OK))
   with contextlib.ExitStack() as stack:
     for path, needed in ((out.parent / f".{out.name}.lock", beside),
                          (out / ".lock", several or out.exists())):

@@ -6,12 +6,12 @@ The settings' own defaults are the published two-round runs (docs/spec.md, secti
 import dataclasses
 import difflib
 import functools
-import pathlib
 import re
 
 import jax
 
 from irg_jax import config as config_lib
+from irg_jax import storage
 from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
@@ -184,7 +184,7 @@ def check_prompts(prompts) -> tuple[str, ...]:
 
 def write_defaults(folder, defaults: Defaults) -> None:
   """Writes `generate.json` into a checkpoint folder."""
-  write_json(pathlib.Path(folder) / NAME, dataclasses.asdict(defaults), indent=1)
+  write_json(storage.path(folder) / NAME, dataclasses.asdict(defaults), indent=1)
 
 
 def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
@@ -192,7 +192,7 @@ def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
 
   ValueError names a broken file.
   """
-  path = pathlib.Path(folder) / NAME
+  path = storage.path(folder) / NAME
   if not path.is_file():
     return Defaults(settings=settings)
   try:

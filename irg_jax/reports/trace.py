@@ -21,9 +21,9 @@ Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an exis
 import hashlib
 import itertools
 import json
-import pathlib
 import re
 
+from irg_jax import storage
 from irg_jax.images import encode_image, read_image
 from irg_jax.reports import pages
 from irg_jax.storage import (
@@ -46,7 +46,7 @@ def check_trace_folder(folder) -> None:
     ValueError: `write_trace` would fail, or would add to files that are not its own.
   """
   check_output_folder(folder)
-  names = sorted(path.name for path in pathlib.Path(folder).glob("[!.]*"))
+  names = sorted(path.name for path in storage.path(folder).glob("[!.]*"))
   if others := [n for n in names if not _OWN_FILES.fullmatch(n)]:
     raise ValueError(f"{folder} holds files that are not an earlier trace ({others[0]!r}, "
                      f"{len(others)} in all); choose another output folder")
@@ -66,7 +66,7 @@ def write_trace(folder, trace: dict) -> dict:
     ValueError: see `check_trace_folder`.
   """
   check_trace_folder(folder)
-  folder = pathlib.Path(folder).absolute()
+  folder = storage.path(folder).absolute()
   pngs = [entry["png"] for entry in with_pngs(trace)]
   names = [f"round{number}.png" if png else None for number, png in enumerate(pngs, 1)]
   rounds = [entry | {"picture": name} | ({"sha256": _digest(png)} if png else {})
@@ -92,7 +92,7 @@ def read_rounds(folder, trace: dict) -> list[dict]:
     Rounds as at the top of this file. A damaged image and all that follows it are left out. Empty
     without a trace, or for one of another run.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   try:
     record = read_json(folder / "trace.json")
     own = json.loads(json.dumps(trace, default=_plain))
@@ -116,7 +116,7 @@ def finish_trace(folder) -> dict:
   Returns:
     The entry for `write_index`.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = storage.path(folder).absolute()
   remove_partials(folder)
   record = read_json(folder / "trace.json")
   names = [entry["picture"] for entry in record["rounds"]]
@@ -125,7 +125,7 @@ def finish_trace(folder) -> dict:
       path.unlink()
   last = next(filter(None, reversed(names)), None)
   return {"folder": folder.name, "prompt": record["prompt"], "rounds": len(names),
-          "seed": record.get("seed"), "small": pages.small(last and folder / last), "image": last}
+          "seed": record.get("seed"), "small": pages.small(last and storage.read_file(folder / last)), "image": last}
 
 
 def write_index(folder, entries: list[dict]) -> None:
@@ -133,7 +133,7 @@ def write_index(folder, entries: list[dict]) -> None:
 
   `entries` are the results of `write_trace`, in the order to show them.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / "index.html", pages.render("index", entries=entries))
 

@@ -6,11 +6,10 @@ The layout of a folder is recognised by the files in it.
 import dataclasses
 import hashlib
 import importlib
-import pathlib
 import re
 
+from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.storage import check_absent
 from irg_jax.weights import card as cards
 from irg_jax.weights import configs, lora, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
@@ -50,7 +49,7 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
   Returns:
     (ModelConfig, {"transformer": ..., "vae": ...}). CheckpointError names the file and key.
   """
-  folder, shardings = pathlib.Path(folder), None
+  folder, shardings = storage.path(folder), None
   config = read_config(folder)
   if compute_dtype is not None:
     config = dataclasses.replace(config, dtype=compute_dtype)
@@ -82,7 +81,7 @@ def _load_run(folder, config, *, shardings, dtype, part):
 
 def read_config(folder) -> ModelConfig:
   """Reads the model's sizes, and no weights, from a folder in any layout; CheckpointError."""
-  return _READERS[_mark(pathlib.Path(folder))][0](folder)
+  return _READERS[_mark(storage.path(folder))][0](folder)
 
 
 def convert(source, destination, to: str = "orbax", dtype=None, card: bool = False,
@@ -101,13 +100,13 @@ def convert(source, destination, to: str = "orbax", dtype=None, card: bool = Fal
   save = {"orbax": _orbax("save"), "published": published.save, "peft": None}
   if to not in save:
     raise ValueError(f"unknown layout {to!r}; choose one of {', '.join(save)}")
-  check_absent(destination)
+  leases.check_new(destination)
   if to == "peft":
     return _convert_adapters(source, destination)
   config, params = load_checkpoint(source, dtype=dtype, adapters=adapters)
   run = None
-  if _mark(pathlib.Path(source)) == _RUN_MARK:
-    run = pathlib.Path(source).absolute().parents[2] / "run.json"
+  if _mark(storage.path(source)) == _RUN_MARK:
+    run = storage.path(source).absolute().parents[2] / "run.json"
     source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
   if card:
@@ -127,7 +126,7 @@ def needed(files) -> list[str]:
 
 
 def _convert_adapters(source, destination):
-  run = _orbax("read_run")(source) if _mark(pathlib.Path(source)) == _RUN_MARK else None
+  run = _orbax("read_run")(source) if _mark(storage.path(source)) == _RUN_MARK else None
   if run is None or not run.lora.rank:
     raise CheckpointError(f"{source}: holds no adapters; expected the checkpoint of a training run "
                           "with lora.rank above 0 (RUN/STAGE/checkpoints/STEP)")
@@ -147,7 +146,7 @@ def fingerprint(folder, adapters: peft.Source | None = None) -> str:
   Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
   `adapters` that are merged into the weights do.
   """
-  folder, digest = pathlib.Path(folder), hashlib.sha256()
+  folder, digest = storage.path(folder), hashlib.sha256()
   if adapters is not None:
     digest.update(f"{fingerprint(adapters.folder)} {adapters.scale}\n".encode())
   for path in sorted(folder.rglob("*")):
@@ -157,10 +156,8 @@ def fingerprint(folder, adapters: peft.Source | None = None) -> str:
     if path.is_file() and not hidden and (weighs or len(name.parts) > 1):
       size = path.stat().st_size
       digest.update(f"{name.as_posix()} {size}\n".encode())
-      with path.open("rb") as f:
-        for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-          f.seek(max(0, start))
-          digest.update(f.read(_SAMPLE))
+      for start in (max(0, x) for x in (0, (size - _SAMPLE) // 2, size - _SAMPLE)):
+        digest.update(storage.read_range(path, start, min(size, start + _SAMPLE)))
   return digest.hexdigest()[:16]
 
 
@@ -168,6 +165,9 @@ def _mark(folder):
   """The file that says which layout `folder` has."""
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder")
+  if not leases.is_finished(folder):
+    raise CheckpointError(f"{folder}: not complete: the command that writes it is at work, or was "
+                          "killed; wait for it, or start it again")
   for mark in _READERS:
     if (folder / mark).is_file():
       return mark

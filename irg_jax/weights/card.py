@@ -1,7 +1,6 @@
 """Model cards: README.md of a checkpoint folder, filled in with what the files say of themselves."""
 
 import math
-import pathlib
 import re
 
 from irg_jax import runs, storage
@@ -18,7 +17,7 @@ def write(folder, config: ModelConfig, dtype, run=None) -> None:
     dtype: of the weights; None where each has its own.
     run: record file of the training run that made the weights, see `runs.read`.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   record = {} if run is None else runs.read(run, ("settings",))
   settings = record.get("settings", {})
   shown = {key: settings[key] for key in ("stage1", "stage2", "data", "seed") if key in settings}

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import math
 import pathlib
-import shutil
 
 import einops
 import ml_dtypes
 import numpy as np
 
+from irg_jax import storage
 from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig, check, fault_of
 from irg_jax.storage import write_json
 from irg_jax.weights.names import CheckpointError
@@ -102,7 +102,7 @@ def read_config(folder, dtype: str = "float32") -> ModelConfig:
   `ae_config.json` is needed only where the autoencoder is not FLUX.1's own. CheckpointError names
   a file that is missing, a field that the model does not implement, or sizes that contradict.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   llm, vit, vae = _read_llm(folder), _read_vit(folder), _read_vae(folder)
   tensors = find_tensors(folder, "ema")
   return ModelConfig(
@@ -123,7 +123,7 @@ def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> Non
       {"in_channels": 3, "out_ch": 3, "downsample": vae.downsample, "ch_mult": list(vae.ch_mult)}
       | published(vae, _VAE))
   for name, ours in zip(NAMES, contents, strict=True):
-    kept = pathlib.Path(source) / name if source is not None else None
+    kept = storage.path(source) / name if source is not None else None
     theirs = _Fields(kept, {}).content if kept is not None and kept.is_file() else {}
     write_json(folder / name, _LABELS.get(name, {}) | theirs | ours)
 
@@ -131,8 +131,8 @@ def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> Non
 def copy_tokenizer(source, folder: pathlib.Path) -> None:
   """Copies those of `TOKENIZER_FILES` that `source` has; nothing if `source` is None."""
   for name in TOKENIZER_FILES if source is not None else ():
-    if (pathlib.Path(source) / name).is_file():
-      shutil.copyfile(pathlib.Path(source) / name, folder / name)
+    if (storage.path(source) / name).is_file():
+      (folder / name).write_bytes(storage.read_file(storage.path(source) / name))
 
 
 def table_grids(config: ModelConfig) -> dict[str, int]:

@@ -33,6 +33,17 @@ def listing(names, limit: int = 4) -> str:
   return ", ".join(names[:limit]) + more
 
 
+def in_groups(items, size, limit) -> list[list]:
+  """Cuts a list into groups whose sizes sum up to at most `limit`, or of one larger item."""
+  groups, total = [[]], 0
+  for item in items:
+    if groups[-1] and total + size(item) > limit:
+      groups, total = [*groups, []], 0
+    groups[-1].append(item)
+    total += size(item)
+  return groups
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One parameter.

@@ -23,12 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from irg_jax import config as config_lib
+from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.storage import atomic_folder, message, read_json, write_json
+from irg_jax.storage import message, read_json, write_json
 from irg_jax.weights import lora, names
 from irg_jax.weights.configs import copy_tokenizer
-from irg_jax.weights.names import CheckpointError, listing
-from irg_jax.weights.safetensors import all_finite, in_groups
+from irg_jax.weights.names import CheckpointError, in_groups, listing
+from irg_jax.weights.safetensors import all_finite
 
 PARAMS = "params"
 CONFIG = "model_config.json"
@@ -52,7 +53,7 @@ class Run:
 
 def read_config(folder) -> ModelConfig:
   """Reads the configuration that the folder was saved with; CheckpointError without one."""
-  path = pathlib.Path(folder) / CONFIG
+  path = storage.path(folder) / CONFIG
   try:
     return config_lib.build(ModelConfig, read_json(path))
   except FileNotFoundError:
@@ -68,7 +69,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   parameters do not fit `config`, FileExistsError for a folder that is not empty.
   """
   names.check_params(params, config)
-  with atomic_folder(folder) as partial:
+  with leases.new_folder(folder) as partial:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
     quiet()
@@ -83,7 +84,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
          part: str = "") -> dict:
   """Reads parameters; arguments, result and errors as of `published.load`."""
-  folder = pathlib.Path(folder).absolute()
+  folder = storage.path(folder).absolute()
   config = config or read_config(folder)
   path = folder / PARAMS
   try:
@@ -121,7 +122,7 @@ def load_average(folder, config: ModelConfig | None = None, *, shardings=None,
   config = config or read_run_config(folder)
   shapes = names.abstract_params(config, np.dtype(dtype or np.float32))["transformer"]
   wanted = _place(shapes, shardings and shardings["transformer"], dtype)
-  leaves = restore(pathlib.Path(folder).absolute() / "state", names.flatten({"ema": wanted}))
+  leaves = restore(storage.path(folder).absolute() / "state", names.flatten({"ema": wanted}))
   return {"transformer": names.unflatten(leaves)["ema"]}
 
 
@@ -198,11 +199,11 @@ def reason(error) -> str:
 
 def read_run(folder) -> Run:
   """Reads the record of a training run; `folder` as of `read_run_config`."""
-  path = pathlib.Path(folder).absolute().parents[2] / RUN_FILE
+  path = storage.path(folder).absolute().parents[2] / RUN_FILE
   try:
     run = read_json(path)
     return Run(config_lib.build(ModelConfig, run["settings"]["model"]),
-               pathlib.Path(run["base"] or path.with_name(BASE)), run.get("fingerprint"),
+               storage.path(run["base"] or path.with_name(BASE)), run.get("fingerprint"),
                config_lib.build(lora.LoraSettings, run["settings"].get("lora", {})))
   except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
     raise CheckpointError(f"{folder}: a training checkpoint is read inside its run's folder, but "

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.storage import atomic_folder, write_json
+from irg_jax.storage import write_json
 from irg_jax.weights import lora, names
 from irg_jax.weights.names import CheckpointError, listing
 from irg_jax.weights.safetensors import Pending, read_header, read_json, write_tensors
@@ -58,7 +59,7 @@ def save(folder, adapters: dict, config: ModelConfig, settings: lora.LoraSetting
   if jax.process_index() > 0:
     return
   pattern = "|".join(re.escape(m).replace(r"\{layer\}", r"\d+") for m in modules)
-  with atomic_folder(folder) as partial:
+  with leases.new_folder(folder) as partial:
     write_json(partial / CONFIG, _FIXED | {
         "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": 0.0,
         "target_modules": pattern, "task_type": None, "inference_mode": True,
@@ -73,7 +74,7 @@ def load(folder, config: ModelConfig) -> tuple[dict, float]:
     CheckpointError: names the file and the key or field that is missing, surplus, of another shape
       than the model's matrices and the rank ask for, or of a kind of adapter that is not read.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   rank, scale = _read_config(folder / CONFIG)
   tensors = read_header(folder / FILES[1])
   wanted = {_key(key, side): (row, side) for row in lora.kernel_rows(config) for key in row.keys

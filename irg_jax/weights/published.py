@@ -5,17 +5,15 @@ Reading and writing go tensor by tensor, so that no second copy of the model eve
 
 import collections
 import functools
-import math
-import pathlib
 import re
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.storage import atomic_folder
-from irg_jax.weights import names
+from irg_jax.weights import names, ranges
 from irg_jax.weights.configs import (
     check_table, copy_tokenizer, read_config, sincos_table, table_grids, write_configs)
 from irg_jax.weights.names import CheckpointError, Row, listing
@@ -25,7 +23,6 @@ from irg_jax.weights.safetensors import (
 # Position table -> the layer to whose output it is added.
 _TABLE_LAYERS = {"latent_pos_embed.pos_embed": "latent_embed",
                  "vit_pos_embed.pos_embed": "connector/fc2"}
-ALIGNMENT = 64  # bytes; JAX takes over a host buffer at a multiple of it without a copy
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
@@ -45,7 +42,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
     CheckpointError: a file or key that is missing, surplus, there twice, of another shape,
       truncated or not finite; a table that disagrees; a config that contradicts the weights.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   config = config or read_config(folder)
   tensors = {stem: find_tensors(folder, stem) for stem in ("ema", "ae")}
   for stem, found in tensors.items():
@@ -91,7 +88,7 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
     for tensor in in_order(pending["ema"]) + in_order(pending["ae"]):
       tensor.make()
     return
-  with atomic_folder(folder) as partial:
+  with leases.new_folder(folder) as partial:
     write_configs(partial, config, source)
     write_tensors(partial, "ema", pending["ema"], max_shard_bytes)
     write_tensors(partial, "ae", pending["ae"])
@@ -145,6 +142,8 @@ def _layer_hint(tensors, table) -> str:
 
 def _load_row(row: Row, layers: list[Tensor], sharding, dtype):
   dtype = np.dtype(dtype or layers[0].dtype)
+  if not storage.is_local(layers[0].path):
+    return ranges.load_row(row, layers, sharding, dtype)
 
   @functools.cache  # devices that hold the same piece share one read and one buffer
   def read(bounds):
@@ -162,11 +161,7 @@ def _read(row, layers, index, dtype):
   """One shard of a parameter, layers stacked, in our layout."""
   if row.layers:
     layers, index = layers[index[0]], index[1:]
-  shape = (len(layers), *(s.stop - s.start for s in index))
-  size = math.prod(shape) * dtype.itemsize
-  buffer = np.empty(size + ALIGNMENT, np.uint8)
-  start = -buffer.ctypes.data % ALIGNMENT
-  out = buffer[start:start + size].view(dtype).reshape(shape)
+  out = ranges.aligned((len(layers), *(s.stop - s.start for s in index)), dtype)
   for layer, target in zip(layers, out):
     layer.read_into(row.to_published(target), row.to_published_index(index))
   return out if row.layers else out[0]

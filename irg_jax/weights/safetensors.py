@@ -24,7 +24,8 @@ import safetensors
 
 from irg_jax import storage
 from irg_jax.storage import write_json
-from irg_jax.weights.names import CheckpointError, listing
+from irg_jax.weights import ranges
+from irg_jax.weights.names import CheckpointError, in_groups, listing
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -76,7 +77,29 @@ class Tensor:
 
   def map(self) -> np.ndarray:
     """The numbers in the file."""
-    return np.memmap(self.path, self.stored, "r", self.offset, self.shape)
+    if storage.is_local(self.path):
+      return np.memmap(self.path, self.stored, "r", self.offset, self.shape)
+    stop = self.offset + self.stored.itemsize * math.prod(self.shape)
+    data = storage.read_range(self.path, self.offset, stop)
+    return np.frombuffer(data, self.stored).reshape(self.shape)
+
+  @property
+  def row_bytes(self) -> int:
+    return self.stored.itemsize * math.prod(self.shape[1:])
+
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """Some rows of the file."""
+    if storage.is_local(self.path):
+      return self.map()[start:stop]
+    return dataclasses.replace(self, offset=self.offset + start * self.row_bytes,
+                               shape=(stop - start, *self.shape[1:])).map()
+
+  @functools.cached_property
+  def _row_scales(self) -> np.ndarray | None:
+    """[rows, 1, ...], or None."""
+    ones = (1,) * (len(self.shape) - 1)
+    return self.scale and np.broadcast_to(
+        self.scale.map().astype(np.float32).reshape(-1, *ones), (self.shape[0], *ones))
 
   def read_into(self, out: np.ndarray, index: tuple | None = None) -> None:
     """out[...] = tensor[index], cast to out's dtype; reads only the pages that it needs.
@@ -86,23 +109,23 @@ class Tensor:
     """
     first, *rest = index or (slice(None),) * len(self.shape)
     start, stop, _ = first.indices(self.shape[0])
-    row_bytes = self.stored.itemsize * int(np.prod(self.shape[1:]))
-    step = max(1, min(CHUNK // row_bytes, ROWS))
-    scale = self.scale and np.broadcast_to(  # [rows, 1, ...]
-        self.scale.map().astype(np.float32).reshape((-1,) + (1,) * len(rest)),
-        (self.shape[0],) + (1,) * len(rest))
+    step = max(1, min(CHUNK // self.row_bytes, ROWS))
     for row in range(start, stop, step):
-      block, end = out[row - start:row - start + step], min(row + step, stop)
-      stored = self.map()
-      with np.errstate(over="ignore", invalid="ignore"):  # reported below
-        found = stored[(slice(row, end), *rest)]
-        block[...] = found if scale is None else found.astype(np.float32) * scale[row:end]
-      if not _finite(block):
-        fault = (f"numbers too large for {out.dtype}; use bfloat16 or float32"
-                 if _finite(np.array(stored[row:end])) else
-                 f"NaN or infinite numbers (rows {row} to {end - 1}); the file is damaged or its "
-                 "training diverged")
-        raise CheckpointError(f"{self.path}: {self.key} has {fault}")
+      end = min(row + step, stop)
+      self.put(self.rows(row, end), row, rest, out[row - start:end - start])
+
+  def put(self, found: np.ndarray, row: int, rest, block: np.ndarray) -> None:
+    """block[...] = found[:, *rest], scaled; `found` are the rows from `row` on; see `read_into`."""
+    scale, end = self._row_scales, row + len(block)
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below
+      part = found[(slice(None), *rest)]
+      block[...] = part if scale is None else part.astype(np.float32) * scale[row:end]
+    if not _finite(block):
+      fault = (f"numbers too large for {block.dtype}; use bfloat16 or float32"
+               if _finite(np.array(found)) else
+               f"NaN or infinite numbers (rows {row} to {end - 1}); the file is damaged or its "
+               "training diverged")
+      raise CheckpointError(f"{self.path}: {self.key} has {fault}")
 
 
 def all_finite(x: np.ndarray) -> bool:
@@ -126,7 +149,7 @@ def read_json(path: pathlib.Path, object_pairs_hook=None) -> dict:
 def find_tensors(folder: pathlib.Path, stem: str) -> dict[str, Tensor]:
   """Finds the tensors of `stem`.safetensors, or of the shards that an index names.
 
-  The index is `stem`.safetensors.index.json; without `ema`, `model` is read. Keys are the
+  The index is `stem`.safetensors.index.json. Without `ema`, `model` is read. Keys are the
   published ones, whatever the file calls them. Raises CheckpointError as `read_header` does, and if
   index and shards disagree.
   """
@@ -159,13 +182,17 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file")
   try:
-    with open(path, "rb") as f:
-      length = int.from_bytes(f.read(8), "little")
-      if length > min(_HEADER_BYTES, path.stat().st_size):
-        raise ValueError(f"its header would have {length} bytes")
+    size = path.stat().st_size
+    length = int.from_bytes(storage.read_range(path, 0, min(8, size)), "little")
+    if length > min(_HEADER_BYTES, size):
+      raise ValueError(f"its header would have {length} bytes")
+    if storage.is_local(path):
       with safetensors.safe_open(path, framework="numpy"):
         pass  # opening checks the header against itself and against the file's length
-      header = storage.parse_json(f.read(length), object_pairs_hook=lambda p: _unique(p, path))
+    header = storage.parse_json(storage.read_range(path, 8, 8 + length),
+                                object_pairs_hook=lambda p: _unique(p, path))
+    if not storage.is_local(path):
+      ranges.check_places(header, size - 8 - length)
   except CheckpointError:  # of `_unique`
     raise
   except (safetensors.SafetensorError, OSError, ValueError) as e:
@@ -211,17 +238,6 @@ def write_tensors(folder: pathlib.Path, stem: str, tensors: list[Pending],
   index = {"metadata": {"total_size": sum(t.size for t in tensors)},
            "weight_map": dict(sorted(weight_map.items()))}
   write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def in_groups(items, size, limit) -> list[list]:
-  """Cuts a list into groups whose sizes sum up to at most `limit`, or of one larger item."""
-  groups, total = [[]], 0
-  for item in items:
-    if groups[-1] and total + size(item) > limit:
-      groups, total = [*groups, []], 0
-    groups[-1].append(item)
-    total += size(item)
-  return groups
 
 
 def in_order(tensors: list[Pending]) -> list[Pending]:
@@ -319,8 +335,8 @@ def _write_file(path, tensors):
     end += t.size
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
-  with open(path, "wb") as f:
+  with storage.writer(path) as f:
     f.write(len(text).to_bytes(8, "little") + text)
     for t in tensors:
       # Viewed as bytes, since files cannot write numpy's extension dtypes.
-      f.write(np.ascontiguousarray(t.make()).view(np.uint8))
+      f.write(np.ascontiguousarray(t.make()).view(np.uint8).data)
