@@ -5,6 +5,7 @@ import filecmp
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from irg_jax import commands, sharding, weights
 from irg_jax.generate import generator
 from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.train import checkpoints
+from irg_jax.train import run as train_run
 from irg_jax.train import settings as settings_lib
 from irg_jax.train import step as step_lib
 from irg_jax.train.loss import loss_sums, token_losses
@@ -163,6 +165,18 @@ def test_twenty_steps_on_eight_devices_have_the_losses_of_one(shape, capfd):
     assert "/layers/" not in path or not x.is_fully_replicated or x.shape[-1] == LORA.rank, path
 
 
+def test_a_run_s_first_adapters_lie_on_its_mesh_in_pieces():
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+  run = types.SimpleNamespace(settings=dataclasses.replace(settings(), model=CONFIG), mesh=mesh)
+  checkpoints_of_none = types.SimpleNamespace(restore=lambda abstract: None)
+  step, state, data = train_run.first_state(run, checkpoints_of_none, test_step.optimizer(), None)
+  assert (step, data) == (0, None)
+  want = lora.new_adapters(CONFIG, LORA, 0)
+  jax.tree.map(np.testing.assert_array_equal, state.params, want)
+  jax.tree.map(lambda x, place: np.testing.assert_equal(x.sharding, place), state.ema,
+               sharding.parameter_shardings(want, mesh))
+
+
 def test_freezing_an_expert_freezes_its_adapters():
   hit = step_lib.map_frozen(lambda x: "frozen", lora.abstract_adapters(CONFIG, LORA), ("gen",))
   for path, x in names.flatten(hit).items():
@@ -186,7 +200,7 @@ def test_a_rank_or_target_that_cannot_be_is_named(fields, message):
 # --- a run
 
 
-FIELDS = {"lora__rank": 3, "stage1__steps": 4, "run_stages": "stage1", "random_weights": False}
+FIELDS = {"lora__rank": 3, "stage1__steps": 4, "stage2__steps": 2, "random_weights": False}
 
 
 def run(data, out, checkpoint, **fields) -> int:
@@ -210,6 +224,13 @@ def finished(data, start, cache, on_one_device, tmp_path_factory):
   return out / "stage1"
 
 
+def test_stage_two_goes_on_with_the_average_of_the_adapters_of_stage_one(finished):
+  first, second = (safetensors.numpy.load_file(folder / "adapters" / "adapter_model.safetensors")
+                   for folder in (finished, finished.with_name("stage2")))
+  for key, x in first.items():
+    assert 0 < relative_error(second[key], x) < 0.5, key
+
+
 def test_a_checkpoint_holds_the_adapters_alone(finished):
   sums = json.loads((finished / "checkpoints" / "4" / "run" / "metadata").read_text())["sums"]
   held = {name.rsplit("/", 1)[1] for name in sums if "/layers/" in name}
@@ -219,14 +240,14 @@ def test_a_checkpoint_holds_the_adapters_alone(finished):
 def test_a_run_that_goes_on_after_a_kill_ends_in_the_same_bits(finished, data, start, tmp_path):
   out = tmp_path / "out"
   shutil.copytree(finished.parent, out)
-  shutil.rmtree(out / "stage1" / "checkpoints" / "4")
-  shutil.rmtree(out / "stage1" / "weights")
-  shutil.rmtree(out / "stage1" / "adapters")
+  for folder in ("stage2", "stage1/checkpoints/4", "stage1/weights", "stage1/adapters"):
+    shutil.rmtree(out / folder)
   assert run(data, out, start) == 0
   assert checkpoints.steps_in(out / "stage1" / "checkpoints") == [2, 4]
-  for file in ("weights/ema.safetensors", "adapters/adapter_model.safetensors",
-               "checkpoints/4/run/metadata"):
-    assert filecmp.cmp(out / "stage1" / file, finished / file, False), file
+  for file in ("stage1/weights/ema.safetensors", "stage1/adapters/adapter_model.safetensors",
+               "stage1/checkpoints/4/run/metadata", "stage2/weights/ema.safetensors",
+               "stage2/checkpoints/2/run/metadata"):
+    assert filecmp.cmp(out / file, finished.parent / file, False), file
 
 
 def test_the_export_has_merged_targets_and_the_base_s_bits_elsewhere(finished, start):

@@ -230,9 +230,11 @@ def load_base(run: Run, dtype, part="transformer") -> dict:
 
 
 def new_adapters(run: Run) -> dict:
-  """Adapters that change nothing yet, the same on all processes."""
-  return multihost_utils.broadcast_one_to_all(
+  """Adapters that change nothing yet on the mesh, the same on all processes."""
+  adapters = multihost_utils.broadcast_one_to_all(
       lora.new_adapters(run.settings.model, run.settings.lora, run.settings.seed))
+  return jax.tree.map(lambda x, place: jax.make_array_from_callback(
+      x.shape, place, x.__getitem__), adapters, sharding.parameter_shardings(adapters, run.mesh))
 
 
 def load_frozen(run: Run) -> dict:
