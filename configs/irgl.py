@@ -38,6 +38,7 @@ def _tiny(config):
   config.data.bins = 4
   config.data.vae_transform.update(max_size=128, min_size=32)
   config.data.vit_transform.update(max_size=112, min_size=28)
+  config.data.held_out = 0.2  # of 16 rows of each mode
   config.data.max_rejected = 0.1  # one row of each mode of that set is unusable on purpose
   for stage in (config.stage1, config.stage2):
     stage.steps = 40
@@ -45,4 +46,7 @@ def _tiny(config):
     stage.sizes.update(und=768, gen=128, vit=128, text=512, samples=6)
   config.stage1.warmup_steps = 10
   config.checkpoint_every = 20
+  config.eval_every = 20
+  config.watch.prompts = str(CONFIGS / "watch_tiny.txt")
+  config.watch.generate = str(CONFIGS / "generate_tiny.py")
   config.profile_at = 30  # the log says where the trace is

@@ -10,6 +10,8 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -165,6 +167,12 @@ def gather_parameters(params):
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
   return jax.tree.map_with_path(gathered, params)
+
+
+def to_host(x) -> np.ndarray:
+  """All of an array, in every process; a collective where other processes hold parts of it."""
+  whole = x.is_fully_addressable or x.is_fully_replicated
+  return np.asarray(x if whole else process_allgather(x, tiled=True))
 
 
 def platform() -> str:

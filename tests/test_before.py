@@ -37,7 +37,8 @@ def irg(*arguments):
 def train(*arguments):
   """Exit status of `irg train`."""
   return irg("train", "--config", "configs/irgl.py", "--config.preset=tiny", *FLAGS["model"],
-             *FLAGS["train"], f"--config.checkpoint={BEFORE / 'published'}", *arguments)
+             *FLAGS["train"], "--config.data.held_out=0", "--config.eval_every=0",
+             f"--config.checkpoint={BEFORE / 'published'}", *arguments)
 
 
 def read(path):

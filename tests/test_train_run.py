@@ -19,7 +19,7 @@ from train_runs import cache, data
 
 from irg_jax import commands, sharding, weights
 from irg_jax.data import sources
-from irg_jax.train import checkpoints, logs
+from irg_jax.train import checkpoints, logs, watch
 from irg_jax.train import run as train_run
 from irg_jax.train.settings import TrainSettings
 
@@ -175,9 +175,11 @@ def test_metrics_are_read_one_step_late_and_a_gradient_that_is_not_finite_is_nam
 
 def test_the_log_says_where_curves_and_traces_are(tmp_path):
   s = TrainSettings()
-  assert train_run.places(s, tmp_path).startswith(f"curves: tensorboard --logdir {tmp_path}/tensor")
-  assert "--config.profile_at=N" in train_run.places(s, tmp_path)
-  line = train_run.places(dataclasses.replace(s, profile_at=30), tmp_path)
+  line = watch.places(s, tmp_path, 3)
+  assert line.startswith(f"curves: tensorboard --logdir {tmp_path}/tensor")
+  assert "--config.profile_at=N makes one of 3 steps" in line
+  line = watch.places(dataclasses.replace(s, profile_at=30, eval_every=5), tmp_path, 3)
+  assert line.startswith(f"images: {tmp_path}/samples.html; ")
   assert f"profiler trace from step 30 on: {tmp_path}/STAGE/profile" in line
 
 

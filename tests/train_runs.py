@@ -33,7 +33,8 @@ def get_config():
   model.vae.ch_mult = (1, 1, 1, 1)
   config.data.update(path="DATA", rows=4, bins=2, max_rejected=0.1)
   config.data.vae_transform.max_size, config.data.vit_transform.max_size = 32, 28
-  config.update(checkpoint_every=2, log_every=2, keep=2)
+  config.data.held_out = 0.0
+  config.update(checkpoint_every=2, log_every=2, keep=2, eval_every=0)
   config.mesh.update(MESH)
   for stage in (config.stage1, config.stage2):
     stage.update(steps=4, warmup_steps=0, learning_rate=1e-3)

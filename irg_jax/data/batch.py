@@ -58,6 +58,9 @@ class DataSettings:
   path: str = setting(
       "", "folder of published data or of `irg data build`; \"sample\": made by `irg data sample`",
       path=True)
+  held_out: float = setting(
+      0.0, "share of records never trained on, chosen by a hash of their number; losses are "
+      "computed on them, see eval_every", low=0, high=0.5)
   streams: int = setting(
       0, "independent streams that the data is split into; 0: one for each row", low=0)
   workers: int = setting(8, "worker processes on each host; 0: none", low=0)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from irg_jax import config as config_lib
-from irg_jax import flow
+from irg_jax import flow, sharding
 from irg_jax.generate import steps
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung,
@@ -235,7 +235,7 @@ def think(job: Job, ctx: Context, number: int) -> list[Thought]:
         job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
         special=tokenizer.special))
   thoughts = []
-  for ids_T, count, ended in zip(*map(np.asarray, (draft.ids, draft.count, draft.ended))):
+  for ids_T, count, ended in zip(*map(sharding.to_host, (draft.ids, draft.count, draft.ended))):
     text = tokenizer.decode(ids_T[:count].tolist())
     ids = tokenizer.encode(text)
     thoughts.append(Thought(text, tuple(ids[:total]), not ended, max(0, len(ids) - total)))
@@ -279,7 +279,7 @@ def _draw(job, ctx, number, lap):
   latents = lap("draw", denoise(job, ctx, number))
   job.report("decode", number)
   images = steps.decode_pixels(job.model.config, job.params["vae"], latents, job.grid)
-  return np.asarray(latents), lap("decode", np.asarray(images))
+  return sharding.to_host(latents), lap("decode", sharding.to_host(images))
 
 
 def encode(job: Job, images, number: int, vae=True, kind="posterior") -> dict:

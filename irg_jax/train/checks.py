@@ -6,15 +6,15 @@ import pathlib
 from irg_jax import config, runs, storage, weights
 from irg_jax.data import sources as sources_lib
 from irg_jax.train.distributed import note
-from irg_jax.train.settings import GONE, STAGES, TrainSettings
+from irg_jax.train.settings import ADDED, GONE, STAGES, TrainSettings
 from irg_jax.weights.lora import LoraSettings
 from irg_jax.weights.orbax import RUN_FILE
 
 # Settings that may change when a run is continued: the numbers do not depend on them, or they
 # say how far to train.
 FREE = ("checkpoint", "random_weights", "run_stages", "mesh", "checkpoint_every", "keep",
-        "log_every", "profile_at", "data.path", "data.workers", "data.max_rejected", "model.remat",
-        "model.attention",
+        "log_every", "eval_every", "watch", "wandb", "profile_at", "data.path", "data.workers",
+        "data.max_rejected", "model.remat", "model.attention",
         *(f"{stage}.steps" for stage in STAGES), *GONE)
 
 
@@ -33,7 +33,7 @@ def check_folder(out: pathlib.Path, settings: TrainSettings) -> dict:
     return {}
   record = runs.read(out / RUN_FILE, ("settings", "records"))
   # Runs that are older than adapters have none.
-  before = {"lora": dataclasses.asdict(LoraSettings())} | record["settings"]
+  before = ADDED | {"lora": dataclasses.asdict(LoraSettings())} | record["settings"]
   runs.check_same(before, dataclasses.asdict(settings), f"--out {out}",
                   flag="--config.", free=FREE, renamed=config.renamed(TrainSettings))
   if settings.run_stages == "stage2" and (out / "stage1").is_dir():

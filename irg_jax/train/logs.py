@@ -14,7 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import image, scalar, text
 
 from irg_jax import progress, storage
 from irg_jax.data.records import MODES
@@ -36,11 +36,13 @@ class Log(contextlib.ExitStack):
     every: steps between two lines in the terminal, and between two points of the curves.
     step_flops: function of a step's metrics to the FLOPs that the step needed.
     peak_flops: FLOP/s of all devices together; 0: unknown, no utilisation is logged.
+    sink: further place for the curves: a context manager that yields what `curves` yields.
+    more: function without arguments to further metrics of each point of the curves.
     stream: of the terminal; stderr by default.
   """
 
   def __init__(self, folder, stage: str, mesh, *, start: int, total: int, every: int, step_flops,
-               peak_flops: float, stream=None):
+               peak_flops: float, sink=None, more=dict, stream=None):
     super().__init__()
     self._stage, self._total, self._every = stage, total, every
     self._step_flops, self._peak, self._pending = step_flops, peak_flops, None
@@ -51,8 +53,8 @@ class Log(contextlib.ExitStack):
     self._path = os.devnull if silent else os.path.join(folder, FILE)
     self._lines = self.enter_context(_closing(open(
         self._path, "a", encoding="utf-8", buffering=1)))
-    self._curves = None if silent else self.enter_context(
-        curves(os.path.join(folder, "tensorboard", stage), start))
+    self._more, self._sinks = more, [] if silent else [self.enter_context(each) for each in (
+        curves(os.path.join(folder, "tensorboard", stage), start), sink) if each]
     self._bar = self.enter_context(progress.terminal_bar(
         self._lines if silent else stream or sys.stderr, _BAR_WIDTH))
     self._task = self._bar.add_task(f"{stage}: the first step compiles", completed=start,
@@ -120,8 +122,23 @@ class Log(contextlib.ExitStack):
                 f"{counts(limits)}")
     self.event(step, skipped=total)
 
+  def busy(self, what: str) -> None:
+    """Says in a terminal what is done between two steps."""
+    self._bar.update(self._task, description=f"{self._stage}: {what}")
+
+  def evaluation(self, step: int, values: dict, line: str, **content) -> None:
+    """Logs an evaluation: `values` as of `curves` to all places, `line` in the terminal.
+
+    The time since the last step counts for no step.
+    """
+    for add in self._sinks:
+      add(step, values)
+    self.note(line)
+    self.event(step, **content)
+    self._last = time.monotonic()
+
   def _rates(self) -> dict:
-    rates = memory()
+    rates = memory() | self._more()
     if self._window:
       seconds, tokens, flops = map(sum, zip(*self._window))
       rates |= {"tokens_per_second": tokens / seconds, "seconds_per_step":
@@ -133,8 +150,8 @@ class Log(contextlib.ExitStack):
 
   def _show(self, step, values):
     """Adds a point to the curves; updates the bar of a terminal, or prints a line elsewhere."""
-    if self._curves:
-      self._curves(step, values)
+    for add in self._sinks:
+      add(step, values)
     if self._bar.disable:
       self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
     self._bar.update(self._task, completed=step,
@@ -144,6 +161,8 @@ class Log(contextlib.ExitStack):
 @contextlib.contextmanager
 def curves(folder, start: int):
   """Yields add(step, values by name), which adds points to curves in a TensorBoard file.
+
+  A value is a number, an image (uint8 [height, width, 3]) or a text.
 
   tensorboardX's own thread would end at the first error, and be waited for without end.
 
@@ -157,7 +176,7 @@ def curves(folder, start: int):
 
   def add(step, values):
     for name, value in values.items():
-      write(step, summary=scalar(name, value))
+      write(step, summary=_summary_of(name, value))
     with storage.naming(folder):
       file.flush()
 
@@ -169,6 +188,12 @@ def curves(folder, start: int):
       write(start + 1, file_version="brain.Event:2")
       write(start + 1, session_log=SessionLog(status=SessionLog.START))
     yield add
+
+
+def _summary_of(name, value):
+  if isinstance(value, str):
+    return text(name, value)
+  return image(name, value, dataformats="HWC") if hasattr(value, "shape") else scalar(name, value)
 
 
 @contextlib.contextmanager
@@ -213,6 +238,19 @@ def forget_after(folder, stage: str, step: int) -> None:
         break
       end += len(line)
   os.truncate(path, end)
+
+
+def made(folder, stage: str) -> tuple[int, set[int]]:
+  """(last step of a stage, steps after which it was evaluated) in the JSON lines of a run."""
+  path, last, evaluated = pathlib.Path(folder) / FILE, 0, set()
+  with contextlib.ExitStack() as stack:
+    for line in stack.enter_context(open(path, "rb")) if path.is_file() else ():
+      with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+        record = json.loads(line)
+        if record["stage"] == stage:
+          last = max(last, record["step"] if "loss" in record else 0)
+          evaluated |= {record["step"]} if "evaluation" in record else set()
+  return last, evaluated
 
 
 def memory() -> dict[str, float]:

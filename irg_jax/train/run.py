@@ -4,6 +4,8 @@ The folder of a run:
   run.json                  settings, records by mode and their fingerprints, the checkpoint that
                             training started from and its fingerprint
   log.jsonl, tensorboard/   metrics of every step
+  samples.html, samples/    what the moving average draws, see `watch`
+  goodput.json              where the time went, see `goodput`
   base/                     random weights, where training started without a checkpoint
   .sample/                  the sample set, where data.path is "sample"
   .lock                     who trains in it now
@@ -25,7 +27,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import chips, runs, sharding, storage, weights
-from irg_jax.data import sample_set
+from irg_jax.data import held_out, sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
 from irg_jax.data.pipeline import open_batches
@@ -34,11 +36,12 @@ from irg_jax.model.unified import UnifiedTransformer
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import Tokenizer, load_tokenizer
-from irg_jax.train import logs
+from irg_jax.train import logs, tracking, watch
 from irg_jax.train.checkpoints import Checkpoints, steps_in
 from irg_jax.train.checks import check_base, check_data, check_folder
 from irg_jax.train.distributed import PREEMPTED, gather, note, preemption, thread_barrier
 from irg_jax.train.feed import feed, row_block
+from irg_jax.train.goodput import Clock
 from irg_jax.train.settings import STAGES, TrainSettings
 from irg_jax.train.step import (
     MATRICES, init_state, make_optimizer, make_train_step, row_flops, trained_shapes)
@@ -57,9 +60,12 @@ class Run:
   mesh: jax.sharding.Mesh  # all devices of all processes
   base: pathlib.Path  # checkpoint folder that training starts from
   tokenizer: Tokenizer
-  sources: dict  # random access to records by mode
+  sources: dict  # random access to the records to train on by mode
+  held_out: dict  # likewise, to those of `data.held_out`
   encoder: Encoder
   vae: dict  # its frozen parameters
+  drawing: watch.Drawing
+  clock: Clock
   stopping: Callable[[], bool]  # see `distributed.preemption`
 
 
@@ -72,16 +78,19 @@ def run_train(settings: TrainSettings, out) -> int:
   Raises:
     ValueError, OSError: with a message for the user.
   """
-  with preemption() as stopping, held(pathlib.Path(out)):
-    run = prepare(settings, pathlib.Path(out), stopping)
-    ema = None  # the first stage starts from the base weights
+  out = pathlib.Path(out)
+  with preemption() as stopping, held(out), Clock(None if jax.process_index() else out) as clock:
+    run = prepare(settings, out, stopping, clock)
+    ema, finished = None, True  # the first stage starts from the base weights
     for stage in unfinished_stages(run):
       ema, finished = train_stage(run, stage, ema)
       if not finished:
-        return PREEMPTED
+        break
       export(run, stage, ema)
-    print_rejected(run.sources)
-  return 0
+    note(clock.summary())
+    if finished:
+      print_rejected(run.sources)
+  return 0 if finished else PREEMPTED
 
 
 @contextlib.contextmanager
@@ -96,19 +105,21 @@ def held(out: pathlib.Path):
 # --- before the first step
 
 
-def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
+def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) -> Run:
   """Checks everything, then makes the folder and opens what all stages need."""
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   row_block(settings.data.rows, mesh)
   recorded = check_folder(out, settings)
   fingerprint = check_base(settings, recorded)
+  base = pathlib.Path(settings.checkpoint or out / BASE)
+  drawing = watch.read_drawing(settings, base)
+  tracking.check(settings.wandb)
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
     path = data_folder(settings, out)
     sources = sources_lib.open_sources(
         path, modes, max_rejected=settings.data.max_rejected, progress=progress)
     found = check_data(path, sources, recorded)
-    base = pathlib.Path(settings.checkpoint or out / BASE)
     sync_global_devices("checked")  # no process may change the folder while another still checks it
     if jax.process_index() == 0:
       for folder in (out, *(out / stage for stage in STAGES)):
@@ -123,20 +134,11 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping) -> Run:
     tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
     vae = weights.load_checkpoint(base, dtype=np.float32, part="vae")[1]["vae"]
   print_rejected(sources)
-  note(places(settings, out))
+  note(watch.places(settings, out, PROFILED_STEPS))
+  sources, apart = held_out.split(sources, settings.data.held_out)
   return Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
-             sources=sources, vae=vae, stopping=stopping,
-             encoder=Encoder(settings.model, vae, encode_levels))
-
-
-def places(settings: TrainSettings, out: pathlib.Path) -> str:
-  """A line that says where the curves and the profiler's traces are, and what opens them."""
-  first = settings.profile_at
-  trace = f"no profiler trace; --config.profile_at=N makes one of {PROFILED_STEPS} steps"
-  if first:
-    trace = (f"profiler trace from step {first} on: {out / 'STAGE' / 'profile'}, whose "
-             "*.trace.json.gz ui.perfetto.dev opens")
-  return f"curves: tensorboard --logdir {out / 'tensorboard'} (pip install tensorboard); {trace}"
+             sources=sources, held_out=apart, vae=vae, drawing=drawing, clock=clock,
+             stopping=stopping, encoder=Encoder(settings.model, vae, encode_levels))
 
 
 def print_rejected(sources: dict) -> None:
@@ -183,7 +185,8 @@ def train_stage(run: Run, stage: str, params):
   settings, s = run.settings, run.settings.stages[stage]
   optimizer = make_optimizer(settings.optimizer, s)
   with Checkpoints(run.out / stage / "checkpoints", settings.keep, note) as checkpoints:
-    start, state, data = first_state(run, checkpoints, optimizer, params)
+    with run.clock("restoring"):
+      start, state, data = first_state(run, checkpoints, optimizer, params)
     block, blocks = row_block(settings.data.rows, run.mesh)
     batches = open_batches(
         settings.data, run.sources, run.tokenizer, settings.model, mixture=s.mixture,
@@ -198,7 +201,9 @@ def train_stage(run: Run, stage: str, params):
       log.event(start, rejected=logs.rejected(run.sources))
       with feed(batches, settings.data.rows, settings.data.accumulate, run.mesh) as ahead:
         state, step = loop(run, stage, optimizer, state, start, ahead, checkpoints, log)
-        checkpoints.wait()
+        with run.clock("saving"):
+          checkpoints.wait()
+      log.event(step, goodput=run.clock.record())
       log.skipped(step, gather({str(jax.process_index()): batches.skipped}))
       if step < s.steps:
         log.note(f"{stage}: stopped by SIGTERM; step {step} is saved, the same command continues")
@@ -251,6 +256,7 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
   settings, s, folder = run.settings, run.settings.stages[stage], None
   if jax.process_index() == 0:
     folder = run.out
+    run.clock.resume(stage, start, logs.made(folder, stage)[0])
     logs.forget_after(folder, stage, start)
   rows = settings.data.rows * settings.data.accumulate
   used = lambda values: {name.removeprefix("packing/"): x for name, x in values.items()}
@@ -258,7 +264,8 @@ def open_log(run: Run, stage: str, start: int) -> logs.Log:
       folder, stage, run.mesh, start=start, total=s.steps, every=settings.log_every,
       step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values),
                                                 settings.lora),
-      peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12)
+      peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12,
+      sink=tracking.sink(run, stage, folder), more=run.clock.point)
 
 
 def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoints: Checkpoints,
@@ -271,22 +278,28 @@ def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoint
   settings, s, step = run.settings, run.settings.stages[stage], start
   key = jax.jit(lambda: jax.random.fold_in(jax.random.key(settings.seed), STAGES.index(stage)),
                 out_shardings=NamedSharding(run.mesh, PartitionSpec()))()
-  train_step, base = None, [load_frozen(run)] * bool(settings.lora.rank)
+  train_step, evaluate = None, watch.open_watch(run, stage, log)
+  base = [load_frozen(run)] * bool(settings.lora.rank)
+  evaluate(start, state.ema, *base)
   for step in logs.traced(range(start + 1, s.steps + 1), run.out / stage / "profile",
                           settings.profile_at, PROFILED_STEPS, log.flush):
-    batch, data = next(batches)
+    with run.clock("waiting for data"):
+      batch, data = next(batches)
     if train_step is None:
       train_step = make_train_step(UnifiedTransformer(settings.model), optimizer, settings,
                                    run.mesh, state, batch, *base)
-    state, metrics = train_step(s.switches(step - 1), state, batch, key, *base)
-    log.push(step, metrics, batch)
+    with run.clock.update(stage, step):
+      state, metrics = train_step(s.switches(step - 1), state, batch, key, *base)
+      log.push(step, metrics, batch)
     checkpoints.check()
-    last = run.stopping() or step == s.steps
-    if last or step % settings.checkpoint_every == 0:
+    stopping = run.stopping()
+    if stopping or step == s.steps or step % settings.checkpoint_every == 0:
       log.flush()  # raises before a state that has diverged is saved
-      checkpoints.save(step, state, data)
-    if last:
+      with run.clock("saving"):
+        checkpoints.save(step, state, data)
+    if stopping:  # an evaluation that is due is made on the next start
       break
+    evaluate(step, state.ema, *base)
   return state, step
 
 

@@ -17,6 +17,8 @@ STAGES = ("stage1", "stage2")
 # Settings of older versions that are gone. Records of runs may still have them.
 GONE = ("preset", "ce_weight", "mse_weight", "optimizer.b1", "optimizer.b2", "peak_tflops",
         "profile_steps")
+# Defaults of settings that records of older versions lack.
+ADDED = {"data.held_out": 0.0}
 
 
 def mixture(**weights) -> dict[str, float]:
@@ -111,6 +113,31 @@ class MeshSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+  """What is made every `eval_every` steps (docs/watching.md). Changes no number of training."""
+
+  prompts: str = setting(
+      "", "file of the prompts to draw, one a line; empty: nothing is drawn", path=True)
+  generate: str = setting(
+      "", "settings to draw with, a file like configs/generate.py; empty: the checkpoint's "
+      "generate.json", path=True)
+  batch_size: int = setting(4, "prompts drawn side by side", low=1)
+  records: int = setting(
+      16, "held-out records of each mode to compute losses on, see data.held_out", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+  """Weights & Biases, a second place for all curves, images and texts."""
+
+  project: str = setting(
+      "", "project to log to as well (pip install \"irg_jax[wandb]\"); empty: none")
+  entity: str = setting("", "its user or team; empty: your own")
+  mode: str = setting("online", "offline writes into OUT/wandb, for wandb sync",
+                      choices=("online", "offline"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
   """One run of training: both stages, or one of them."""
 
@@ -131,6 +158,11 @@ class TrainSettings:
   checkpoint_every: int = setting(500, "steps between checkpoints", low=1)
   keep: int = setting(3, "number of newest checkpoints to keep", low=1)
   log_every: int = setting(10, "steps between lines in the terminal", low=1)
+  eval_every: int = setting(
+      0, "steps between evaluations of the moving average: images of `watch.prompts`, losses on "
+      "held-out records; also at the end of a stage; 0: none", low=0)
+  watch: WatchSettings = WatchSettings()
+  wandb: WandbSettings = WandbSettings()
   profile_at: int = setting(
       0, "step of each stage at which a profiler trace of 3 steps starts; 0: no trace", low=0)
   seed: int = setting(
