@@ -66,6 +66,11 @@ def path(text) -> pathlib.PurePath:
   return importlib.import_module("irg_jax.buckets").Path(text)
 
 
+def is_there(path) -> bool:
+  """Whether something has that name, even a pipe, or a link to a file that is gone."""
+  return path.exists() or os.path.islink(path)
+
+
 def local_path(text) -> pathlib.Path:
   """A path of this machine; ValueError for one with a scheme, such as gs://bucket/folder."""
   if re.match(r"[A-Za-z][\w+.-]+:/", str(text)):

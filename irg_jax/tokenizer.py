@@ -37,7 +37,7 @@ _LINEAR = re.compile(r"(?!.*\\[gk])(?:(?:\(\?[i:=!]*)?[^()*+?{}]*\)?|"
                      r"[^()*+?{}]*\??[^()*+?{}]*(?:[*+]|\{\d,\d\})?[^()*+?{}]*)", re.DOTALL)
 _QWEN2_PARTS = set(re.sub(r"\\[pP]\{\w+\}", "P", (
     _QWEN2["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])).split("|"))
-_LONGEST_TEXT = 2**18  # characters; a row of 16384 tokens is shorter
+LONGEST_TEXT = 2**18  # characters; a row of 16384 tokens is shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Tokenizer:
     return text if control or normalizer is None else normalizer.normalize_str(text)
 
   def _encode_plain(self, text):
-    if len(text) > _LONGEST_TEXT:
-      raise ValueError(f"the text has {len(text)} characters, more than the {_LONGEST_TEXT} that "
+    if len(text) > LONGEST_TEXT:
+      raise ValueError(f"the text has {len(text)} characters, more than the {LONGEST_TEXT} that "
                        "are read; shorten it")
     try:
       text.encode("utf-8")
@@ -188,7 +188,7 @@ def _check_ids(vocab, base, vocab_size, path):
 def _read_spec(folder):
   """The folder's tokenizer as (content of a `tokenizer.json`, path for messages)."""
   path = folder / "tokenizer.json"
-  if path.is_file():
+  if storage.is_there(path):
     return _read(path), path
   path = folder / "vocab.json"
   if not (path.is_file() and (folder / "merges.txt").is_file()):
@@ -217,8 +217,8 @@ def added_token(name, i, special):
 def _read_added_tokens(folder):
   """Added tokens of the two optional files; both may name a token, with the same id."""
   plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-  ids = _read(plain) if plain.is_file() else {}
-  table = _read(config).get("added_tokens_decoder", {}) if config.is_file() else {}
+  ids = _read(plain) if storage.is_there(plain) else {}
+  table = _read(config).get("added_tokens_decoder", {}) if storage.is_there(config) else {}
   tokens = {name: added_token(name, i, name not in _QWEN2["ordinary"]) for name, i in ids.items()}
   try:
     listed = {t["content"]: added_token(t["content"], int(i), False) | t for i, t in table.items()}

@@ -1,6 +1,8 @@
 """Checkpoints as other programs write them: read as they are meant, or a message says how."""
 
 import json
+import os
+import pathlib
 import shutil
 
 import jax
@@ -11,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from test_weights import CONFIG
 from test_weights_errors import edit, edit_json, refuse
-from irg_jax import sharding, weights
+from irg_jax import sharding, tokenizer, weights
+from irg_jax.generate import settings
 from irg_jax.generate.generator import load_model
 from irg_jax.weights import init, names, published
 from irg_jax.weights import safetensors as tensor_files
@@ -70,6 +73,17 @@ def test_a_prefix_of_some_keys_alone_is_named_as_surplus(folder):
 def test_a_key_with_and_without_a_prefix_is_refused(folder):
   edit(folder / "ema.safetensors", lambda t: t.update({"module.llm2vae.bias": t["llm2vae.bias"]}))
   refuse(folder, "llm2vae.bias is there twice")
+
+
+@pytest.mark.parametrize("name, read", [
+    ("generate.json", settings.read_defaults), ("ae_config.json", published.read_config),
+    ("tokenizer.json", lambda f: tokenizer.load_tokenizer(f, 300))])
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("gone"), os.mkfifo, pathlib.Path.mkdir])
+def test_a_file_beside_the_weights_that_cannot_be_read_is_no_missing_one(folder, name, read, make):
+  (folder / name).unlink(missing_ok=True)
+  make(folder / name)
+  with pytest.raises(ValueError, match=name):
+    read(folder)
 
 
 @pytest.mark.parametrize("extra", [

@@ -1,6 +1,7 @@
 """The command line: what it asks for, and what it says when something is wrong."""
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -240,6 +241,12 @@ def test_help_shows_the_defaults_of_the_checkpoint(capsys, tmp_path):
       width=768, steps=9, later=Guidance(text_scale=2.0))))
   mine = _shown(capsys, "eval", "generate", f"--checkpoint={tmp_path}", "-h")
   assert (mine["steps"], mine["size"], mine["text-scale"]) == ("9", "768x1024", "4.0 and 2.0")
+
+
+@pytest.mark.parametrize("settings", [[1], "x", 3, None, {"width": [1]}, {"first": 3}])
+def test_help_is_shown_whatever_a_checkpoint_says(capsys, tmp_path, settings):
+  (tmp_path / "generate.json").write_text(json.dumps({"settings": settings}))
+  assert "steps" in _shown(capsys, "generate", "--help", "--checkpoint", tmp_path)
 
 
 @pytest.mark.parametrize("line, want", [

@@ -66,6 +66,12 @@ def test_prompts_in_another_encoding_are_refused(tmp_path, encoding):
       generate._read_prompts([], path)
 
 
+def test_a_line_as_long_as_a_book_is_named_with_its_file(tmp_path):
+  (tmp_path / "prompts.txt").write_text("a fox\n\n" + "x" * 2**19)
+  with pytest.raises(ValueError, match="prompts.txt: line 3 has 524288 characters"):
+    generate._read_prompts([], tmp_path / "prompts.txt")
+
+
 def test_a_prompt_of_the_command_line_that_is_not_utf8_is_named():
   with pytest.raises(ValueError, match="prompt 2 is not UTF-8"):
     generate._read_prompts(["a fox", os.fsdecode(b"a f\xff")], None)

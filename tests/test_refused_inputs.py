@@ -46,11 +46,21 @@ def box(score=0.95, corners=(10, 10, 50, 50)):
     {"mouse": box(), "computer mouse": box()}, {"computer mouse": box(corners=(300, 300, 40, 40))},
     {"computer mouse": box(corners=(0, 9, 5, 3))}, {"computer mouse": box(95)}, {"dog": box(1.2)},
     {"dog": box(-0.1)}, {"dog": [[1, 2, 3, 4, 0.5]]}, {"dog": box("high")}, {"dog": None},
-    {"dog": box(corners=(1, 2, 3))}, {"dog": box(corners=(10**400, 0, 1, 1))}])
+    {"dog": box(corners=(1, 2, 3))}, {"dog": box(corners=(10**400, 0, 1, 1))},
+    {"dog": box(corners=(0, 0, 1e39, 1))}, None, [], [{"class": "dog", "box": [1, 2, 3, 4]}]])
 def test_a_class_or_box_that_cannot_be_is_refused_with_its_line(tmp_path, capfd, detections):
   good = record({"computer mouse": box()})
   status, said, _ = score_geneval(tmp_path, capfd, good, record(detections, 1))
   assert status == 2 and "found.jsonl, line 2: " in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", [
+    '{"image_id": 1, "category_id": 64, "bbox": [1, 2, 3, 4], "score": 0.9}\n', "[\n{}]\n", "{\n", "x"])
+def test_a_file_of_another_kind_is_refused_with_its_line(tmp_path, content):
+  names = geneval.class_names(geneval.FILES / "object_names.txt")
+  (tmp_path / "found.jsonl").write_text(content)
+  with pytest.raises(ValueError, match="found.jsonl, line 1: neither a record"):
+    list(geneval.read_detections([tmp_path / "found.jsonl"], names, collections.Counter()))
 
 
 @pytest.mark.parametrize("theirs, ours", geneval.ALIASES.items())

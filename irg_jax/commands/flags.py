@@ -206,21 +206,21 @@ def _show_defaults(args, think_limit, group, actions):
   values = {field: default for name, _, _, default in _SHORT for field in SHORTHANDS[name]} | {
       "think_limit": think_limit, "width": 1024, "height": 1024}
   try:
-    values |= _flat(storage.read_json(folder / "generate.json").get("settings", {}))
+    values |= _flat(storage.read_json(folder / "generate.json").get("settings"))
     whose = "the mini world's, in the package" if folder == storage.SHIPPED else f"{folder}'s"
   except (ValueError, OSError):
     whose = "those of a checkpoint without generate.json"
   group.description = f"defaults in brackets: {whose}"
   for name, action in actions.items():
-    found = dict.fromkeys(values[field] for field in SHORTHANDS.get(name, ("width", "height")))
+    found = (values[field] for field in SHORTHANDS.get(name, ("width", "height")))
     action.shown = ("x" if name == "size" else " and ").join(
-        "all" if value is None else str(value) for value in found)
+        dict.fromkeys("all" if value is None else str(value) for value in found))
 
 
 def _flat(fields: dict, prefix: str = "") -> dict:
   """Values by dotted name."""
   found = {}
-  for name, value in fields.items():
+  for name, value in fields.items() if isinstance(fields, dict) else ():
     found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
   return found
 

@@ -133,12 +133,21 @@ def _turns(text):
   if not isinstance(text, (str, bytes)):
     raise Rejected("bad_json", f"the row is {text!r}, not a text")
   try:
-    turns = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    turns = json.loads(text if isinstance(text, str) else text.decode("utf-8"),
+                       object_pairs_hook=_unique)
   except (ValueError, RecursionError) as e:
     raise Rejected("bad_json", str(e)) from e
   if not isinstance(turns, list):
     raise Rejected("bad_json", f"a list of turns was expected, found {_type(turns)}")
   return turns
+
+
+def _unique(pairs):
+  """An object; ValueError for a key that is there twice, of which one would be lost."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError(f"an object has a key twice, of {', '.join(sorted(found))[:80]}")
+  return found
 
 
 def _turn(turn, where):

@@ -130,12 +130,18 @@ def read_detections(paths, names=None, aliases=None):
 
   A line is a record of `clauses`, or one of the official results.jsonl, whose verdict is taken as
   it is. With `names` the classes are checked: ALIASES are renamed and counted in `aliases`,
-  {(theirs, ours): records}; ValueError names the line of another class, or of a malformed box.
+  {(theirs, ours): records}; ValueError names the line of another class, of a malformed box, or of
+  a record of another kind of file.
   """
   for path in paths:
     for number, record in records.read_lines(path):
       where = f"{path}, line {number}"
-      if names and isinstance(found := (record or {}).get("detections"), dict):
+      found = (record or {}).get("detections")
+      if names and (record or number == 1) and not (
+          isinstance(found, dict) or {"error", "correct"} & set(record or ())):
+        raise ValueError(f"{where}: neither a record of \"filename\", \"metadata\" and \"detections\", "
+                         "an object of boxes by class, nor a line of the official results.jsonl")
+      if names and isinstance(found, dict):
         ours = {n: n if n in names else ALIASES.get(n, n) for n in found}
         if unknown := [n for n in found if ours[n] not in names]:
           raise ValueError(f"{where}: {unknown[0]!r} is none of the {len(names)} class names, such "

@@ -17,7 +17,7 @@ from irg_jax.flow import RENORMS
 from irg_jax.generate.context import LADDER
 from irg_jax.generate.prompts import PromptForm, Reading, read, renewed
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
-from irg_jax.storage import read_json, write_json
+from irg_jax.storage import is_there, read_json, write_json
 
 NAME = "generate.json"  # beside the weights
 
@@ -193,7 +193,7 @@ def read_defaults(folder, settings: Settings = Settings()) -> Defaults:
   ValueError names a broken file.
   """
   path = storage.path(folder) / NAME
-  if not path.is_file():
+  if not is_there(path):
     return Defaults(settings=settings)
   try:
     fields = renewed(read_json(path))

@@ -131,7 +131,7 @@ def write_configs(folder: pathlib.Path, config: ModelConfig, source=None) -> Non
 def copy_tokenizer(source, folder: pathlib.Path) -> None:
   """Copies those of `TOKENIZER_FILES` that `source` has; nothing if `source` is None."""
   for name in TOKENIZER_FILES if source is not None else ():
-    if (storage.path(source) / name).is_file():
+    if storage.is_there(storage.path(source) / name):
       (folder / name).write_bytes(storage.read_file(storage.path(source) / name))
 
 
@@ -195,14 +195,15 @@ def _read_vit(folder):
 
 
 def _read_vae(folder):
-  if not (folder / "ae_config.json").exists():
+  if not storage.is_there(folder / "ae_config.json"):
     return VaeConfig()
   f, flux = _Fields(folder / "ae_config.json", _VAE_FIXED), VaeConfig()
   mult = f.content.get("ch_mult", list(flux.ch_mult))
   if not isinstance(mult, list) or any(type(m) is not int for m in mult):
     f.fail("ch_mult", "expected a list of whole numbers of at least 1")
+  fields = f.values(_VAE, flux)
   try:
-    vae = check(VaeConfig(ch_mult=tuple(mult), **f.values(_VAE, flux)))
+    vae = check(VaeConfig(ch_mult=tuple(mult), **fields))
   except ValueError as e:
     raise CheckpointError(f"{f.path}: {e}") from e
   if f.count("downsample", vae.downsample) != vae.downsample:
