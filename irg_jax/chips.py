@@ -24,14 +24,15 @@ class Chip:
   link_gbs: float  # bandwidth of one link to a neighbour, one way, in 1e9 bytes/s
   ring: int  # the shortest side of a slice whose links wrap around
   dims: int  # dimensions of the torus
+  dcn_gbs: float = 0.0  # of the network between slices, in 1e9 bytes/s; 0: not published
   gpu: bool = False  # GPUs of one node, all on one switch: a single side without a ring
 
 
 CHIPS = {chip.name: chip for chip in (
     Chip("v4", 32, 275, 1228, 50, 4, 3),
-    Chip("v5e", 16, 197, 819, 50, 16, 2),
-    Chip("v5p", 95, 459, 2765, 100, 4, 3),
-    Chip("v6e", 32, 918, 1640, 112, 16, 2),
+    Chip("v5e", 16, 197, 819, 50, 16, 2, dcn_gbs=3.125),
+    Chip("v5p", 95, 459, 2765, 100, 4, 3, dcn_gbs=6.25),
+    Chip("v6e", 32, 918, 1640, 112, 16, 2, dcn_gbs=12.5),
     Chip("a100", 79, 312, 2039, 300, 9, 1, gpu=True),
     Chip("a6000", 47, 155, 768, 56, 9, 1, gpu=True),  # 48 GB
     Chip("h100", 79, 989, 3352, 450, 9, 1, gpu=True),
@@ -49,27 +50,37 @@ def peak_tflops(device_kind: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice of a TPU pod with `sides[0] * sides[1] * ...` chips, or a node of GPUs."""
+  """Slices of a TPU pod with `sides[0] * sides[1] * ...` chips each, or a node of GPUs."""
 
   chip: Chip
   sides: tuple[int, ...]
   devices: tuple | None = None  # of JAX to compile for, one per chip; None: only the figures
-  places: dict[int, tuple[int, ...]] | None = None  # of each chip in the slice by device id
+  places: dict[int, tuple[int, ...]] | None = None  # of each chip in its slice by device id
+  count: int = 1  # slices, joined by the data centre's network
 
   @property
   def name(self) -> str:
+    """The topology of one slice."""
     return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
 
   @property
   def chips(self) -> int:
-    return math.prod(self.sides)
+    """Chips of all slices."""
+    return self.count * math.prod(self.sides)
+
+  def crosses(self, devices) -> bool:
+    """Whether a group of devices is in several slices."""
+    return self.count > 1 and len({d.slice_index for d in devices}) > 1
 
   def bandwidth(self, devices) -> float:
     """Bytes/s that each device of a group can send to the others, at best.
 
+    Between slices, that of the network.
     A group has two links for each side of the slice that it extends along, one if that side is
     too short to wrap around.
     """
+    if self.crosses(devices):
+      return self.chip.dcn_gbs * 1e9
     axes = zip(*(self.places[d.id] for d in devices))
     links = sum(1 + (side >= self.chip.ring)
                 for side, places in zip(self.sides, axes) if len(set(places)) > 1)

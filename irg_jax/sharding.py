@@ -1,8 +1,12 @@
 """Sharding rules: logical axis names to mesh axes, in one table.
 
 Parameters (hence optimizer state and EMA), caches, batches and activations name their axes with
-the logical names below; `RULES` maps these to the mesh axes `data`, `fsdp`, `sequence` and
+the logical names below; `RULES` maps these to the mesh axes `slice`, `data`, `fsdp`, `sequence` and
 `tensor`. A dimension that a mesh axis does not divide is not split over it.
+
+`slice` counts TPU slices (or nodes) that a slower network joins. Only training splits over it: each
+slice has its rows of the batch and all parameters, and gradients are summed across slices once an
+update (`train.step`).
 """
 
 import math
@@ -12,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
 RULES = {
-    "batch": ("data", "fsdp"),  # rows of batches, caches and activations
+    "global_batch": ("slice", "data", "fsdp"),  # rows of a training batch
+    "slices": ("slice",),
+    "batch": ("data", "fsdp"),  # rows of a slice's part of it, of caches and activations
     "rows": ("data",),  # the same where `fsdp` splits the width
     "length": ("sequence",),
     "heads": ("tensor",),
@@ -46,10 +52,11 @@ PARAMETER_AXES = (
 
 
 def make_mesh(shape: dict[str, int] | None = None, devices=None):
-  """A mesh over `devices` (default: all) with the four axes of `MESH_AXES`.
+  """A mesh over `devices` (default: all) with the axes of `MESH_AXES`.
 
   `shape` gives sizes by axis name, 1 for missing axes; None or empty puts all devices on `fsdp`.
-  Raises ValueError for an unknown axis, or a product that is not the number of devices.
+  Raises ValueError for an unknown axis, a product that is not the number of devices, or a `slice`
+  that would cross from one TPU slice to another.
   """
   devices = jax.devices() if devices is None else devices
   shape = dict(shape) if shape else {"fsdp": len(devices)}
@@ -60,7 +67,20 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None):
   sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
   if (count := math.prod(sizes)) != len(devices):
     raise ValueError(f"mesh {shape} needs {count} devices, but there are {len(devices)}")
-  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
+  inner = [jax.make_mesh(sizes[1:], MESH_AXES[1:], devices=part).devices
+           for part in _by_slice(devices, sizes[0])]
+  return Mesh(np.stack(inner), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _by_slice(devices, count: int):
+  """Splits devices into `count` equal groups, each from one TPU slice, else by process."""
+  place = lambda d: (getattr(d, "slice_index", None) or 0, d.process_index)
+  groups = np.split(np.array(sorted(devices, key=place)), count) if count > 1 else [devices]
+  slices = {place(d)[0] for d in devices}
+  if any(len({place(d)[0] for d in group}) > 1 for group in groups):
+    raise ValueError(f"mesh with slice={count}: the devices are in {len(slices)} TPU slices; give "
+                     f"slice={len(slices)}, or a multiple of it")
+  return [list(group) for group in groups]
 
 
 def generation_mesh(shape: dict[str, int] | None, llm, devices=None):
@@ -141,11 +161,11 @@ def pick(x_BTD, place_BE):
   return constrain(picked_BED, "batch", "length", "embed")
 
 
-def constrain_parameters(params):
+def constrain_parameters(params, lead=()):
   """Constrains a parameter tree to its `parameter_shardings`; a no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return params if mesh.empty else jax.tree.map(
-      jax.lax.with_sharding_constraint, params, parameter_shardings(params, mesh))
+      jax.lax.with_sharding_constraint, params, parameter_shardings(params, mesh, lead))
 
 
 def gather_parameters(params):
@@ -163,7 +183,7 @@ def gather_parameters(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if re.search(r"(^|/)layers/|embedding$", name):
       return x
-    axes = [None if axis == "width" else axis for axis in _parameter_axes(name, x)]
+    axes = [None if axis == "width" else axis for axis in _parameter_axes(name, x.shape)]
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
   return jax.tree.map_with_path(gathered, params)
@@ -181,26 +201,29 @@ def platform() -> str:
   return device.platform if device is not None else jax.default_backend()
 
 
-def parameter_shardings(params, mesh):
+def parameter_shardings(params, mesh, lead=()):
   """NamedShardings of a parameter tree, or of a tree with the same paths and shapes inside.
+
+  `lead` names axes in front of those of every parameter.
 
   Paths need only end in parameter paths, as in optimizer state; scalars are replicated. Raises
   ValueError for a parameter without a match in `PARAMETER_AXES`.
   """
   def sharding(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, partition_spec(x.shape, _parameter_axes(name, x), mesh))
+    axes = (*lead, *_parameter_axes(name, x.shape[len(lead):]))
+    return NamedSharding(mesh, partition_spec(x.shape, axes, mesh))
 
   return jax.tree.map_with_path(sharding, params)
 
 
-def _parameter_axes(name, x):
-  if not x.shape:  # counts of an optimizer
+def _parameter_axes(name, shape):
+  if not shape:  # counts of an optimizer
     return ()
   if name.endswith(("/lora_a", "/lora_b")):  # one side of their kernel, and the rank
     *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", x)
     return (*lead, first, None) if name.endswith("a") else (*lead, None, last)
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
-      return axes or (None,) * len(x.shape)
-  raise ValueError(f"no rule in sharding.PARAMETER_AXES matches parameter {name!r} {x.shape}")
+      return axes or (None,) * len(shape)
+  raise ValueError(f"no rule in sharding.PARAMETER_AXES matches parameter {name!r} {shape}")

@@ -217,8 +217,8 @@ def test_the_best_mesh_is_the_fastest_that_fits():
 
 
 @pytest.mark.parametrize("name, first", [
-    ("v5p:4x4x4", {"data": 8, "fsdp": 8, "sequence": 1}),
-    ("v5e:16x16", {"data": 1, "fsdp": 64, "sequence": 4})])
+    ("v5p:4x4x4", {"slice": 1, "data": 8, "fsdp": 8, "sequence": 1}),
+    ("v5e:16x16", {"slice": 1, "data": 1, "fsdp": 64, "sequence": 4})])
 def test_rows_are_split_only_if_they_are_few_and_weights_only_as_memory_asks(name, first):
   settings = train_settings.load(f"{ROOT}/configs/irgl.py", ["data.path=-"])
   assert next(meshes.training_meshes(settings, "stage2", chips.parse_slice(name))) == first
@@ -233,7 +233,7 @@ def test_generation_tries_tensor_first():
 @pytest.mark.parametrize("hbm_gib, status", [(16, 0), (1e-4, 1)])
 def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
     monkeypatch, capsys, hbm_gib, status):
-  monkeypatch.setattr(plan, "open_slice", lambda text: cpu_slice(hbm_gib=hbm_gib))
+  monkeypatch.setattr(plan, "open_slice", lambda *_: cpu_slice(hbm_gib=hbm_gib))
   argv = ["plan", "--topology", "v5e:2x4", "--config", str(ROOT / "configs" / "tiny.py"),
           "--programs", "decode_pixels", "--size", "64", "--config.model.vae.ch=32"]
   assert commands.main(argv) == status
@@ -248,7 +248,7 @@ def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
     (["--programs", "denoise", "--size", "64", "--mesh", "fsdp=3"], "needs 3 devices, but there"),
 ])
 def test_a_plan_that_cannot_be_made_is_an_error(monkeypatch, capsys, argv, message):
-  monkeypatch.setattr(plan, "open_slice", lambda text: cpu_slice())
+  monkeypatch.setattr(plan, "open_slice", lambda *_: cpu_slice())
   config = str(ROOT / "configs" / "tiny.py")
   assert commands.main(["plan", "--topology", "v5e:2x4", "--config", config, *argv]) == 2
   assert message in capsys.readouterr().err

@@ -30,8 +30,8 @@ def abstract_mesh(**sizes):
 
 
 def test_mesh_gives_every_device_to_fsdp_unless_told_otherwise():
-  assert dict(sharding.make_mesh().shape) == dict(data=1, fsdp=8, sequence=1, tensor=1)
-  assert dict(cube().shape) == dict(data=2, fsdp=2, sequence=1, tensor=2)
+  assert dict(sharding.make_mesh().shape) == dict(slice=1, data=1, fsdp=8, sequence=1, tensor=1)
+  assert dict(cube().shape) == dict(slice=1, data=2, fsdp=2, sequence=1, tensor=2)
   one = sharding.make_mesh({"data": 1}, devices=jax.devices()[:1])
   assert set(one.shape.values()) == {1}
 

@@ -17,6 +17,7 @@ from irg_jax.data.batch import BufferSizes, pack_row, stack_rows
 from irg_jax.data.records import MODES
 from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
 from irg_jax.model.unified import UnifiedTransformer
+from irg_jax.plan import cost
 from irg_jax.train import settings as settings_lib
 from irg_jax.train import step as step_lib
 from irg_jax.train.settings import Switches
@@ -154,7 +155,8 @@ def losses_on_one_device():
 
 @pytest.mark.parametrize("shape", [
     {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2},
-    pytest.param({"fsdp": 8}, marks=pytest.mark.long),
+    *(pytest.param(shape, marks=pytest.mark.long) for shape in (
+        {"fsdp": 8}, {"slice": 2, "fsdp": 2, "sequence": 2}, {"slice": 4, "fsdp": 2})),
 ], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
 def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, capfd):
   want = losses_on_one_device()
@@ -182,6 +184,7 @@ def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, c
     {"data": 2, "sequence": 2, "tensor": 2},
     *(pytest.param(shape, marks=pytest.mark.long) for shape in (
         {"data": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2},
+        {"slice": 2, "data": 2, "tensor": 2},
         {"tensor": 8}))], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
 def test_kernels_give_the_same_losses_on_every_mesh(shape):
   size = np.prod(list(shape.values()))
@@ -364,3 +367,16 @@ def test_only_a_change_of_switches_compiles_again(monkeypatch):
   for frozen in ((), (), ("gen",), ("gen",)):
     state, _ = step(Switches(frozen=frozen), state, batch(), KEY)
   assert traced == [Switches(), Switches(frozen=("gen",))]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_cross_the_slices_once_an_update_however_many_batches_it_has(parts):
+  mesh = sharding.make_mesh({"slice": 2, "fsdp": 4})
+  state = jax.eval_shape(lambda p: init_state(p, optimizer()), StandIn().params())
+  rows = jax.tree.map(lambda x: np.stack([x] * parts), batch()) if parts > 1 else batch()
+  step = step_lib.make_train_step(StandIn(), optimizer(), settings(), mesh, state, rows)
+  text = step.lower(Switches(), state, rows, KEY).compile().as_text()
+  across = sum(size for key, size in cost.count_traffic(text).items()
+               if key[0] == "sent" and len({i // 4 for i in key[2]}) > 1)
+  held = sum(x.size for x in jax.tree.leaves(state.params)) / 4 * 4  # float32, over fsdp
+  assert 0.5 * held < across < 1.5 * held

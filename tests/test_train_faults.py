@@ -183,10 +183,12 @@ def test_two_processes_continue_the_run_of_one_and_each_reads_its_own_records(
 
 
 @pytest.mark.long
-def test_two_processes_with_kernels_make_the_losses_of_one_without(whole, data, cache, tmp_path):
+@pytest.mark.parametrize("mesh, attention", [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "kernel"), ({"slice": 2, "fsdp": 2, "tensor": 2}, "auto")])
+def test_two_processes_with_kernels_or_slices_make_the_losses_of_one(
+    whole, data, cache, tmp_path, mesh, attention):
   out = tmp_path / "out"
-  flags = train_runs.flags(data, out, {"data": 2, "fsdp": 2, "tensor": 2}, run_stages="stage1",
-                           model__attention="kernel")
+  flags = train_runs.flags(data, out, mesh, run_stages="stage1", model__attention=attention)
   for worker in train_runs.two_processes(flags, cache):
     text, _ = worker.communicate(timeout=500)
     assert worker.returncode == 0, text

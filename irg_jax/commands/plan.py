@@ -20,6 +20,8 @@ def add(verbs) -> None:
       "plan", run=_run, help="memory and time on TPUs or GPUs, without them").add_argument
   add("--topology", required=True, metavar="CHIP:AxB",
       help="the slice or node, such as v5p:4x4x4 (Cloud's v5p-128) or h100:8")
+  add("--slices", type=flags.count, default=1, metavar="N",
+      help="slices of this topology that train together, each with its rows (1)")
   add("--config", required=True, metavar="FILE",
       help="recipe like configs/irgl.py; for generation alone, model sizes like configs/tiny.py")
   add("--programs", type=_names, default=("train", "generate"), metavar="NAME,...",
@@ -42,7 +44,7 @@ def _run(args, overrides) -> int:
   from irg_jax import plan
   from irg_jax.plan import meshes
   from irg_jax.progress import Progress
-  slice_, estimates, notes = plan.open_slice(args.topology), [], []
+  slice_, estimates, notes = plan.open_slice(args.topology, args.slices), [], []
   with Progress() as progress:
     def compiled(make, shape):
       found = []
@@ -84,11 +86,17 @@ def _kinds(args, overrides, slice_) -> list:
     path = [] if loaded.data.path else ["data.path=-"]  # a plan reads no data
     training = train_settings.load(args.config, [*path, *overrides])
 
+    training = config.update(training, {"mesh": {"slice": args.slices}})
+
     def train(shape):
-      mesh = sharding.make_mesh(shape or training.mesh.shape(slice_.chips), slice_.devices)
+      shape = {"slice": args.slices} | (shape or training.mesh.shape(slice_.chips))
+      mesh = sharding.make_mesh(shape, slice_.devices)
       return [programs.train_program(training, args.stage, mesh, args.visible)]
 
     kinds.append((lambda: meshes.training_meshes(training, args.stage, slice_), train))
+  if args.slices > 1 and set(args.programs) != {"train"}:
+    raise ValueError(f"--slices {args.slices}: is for --programs train; generation on several "
+                     "slices is several commands")
   if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
     # Generation has no backward pass to recompute anything for.
     model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")

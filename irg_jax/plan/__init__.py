@@ -21,7 +21,6 @@ except ImportError:
 
 # Products through Triton take minutes to compile and are not tuned without a GPU anyway.
 _OPTIONS = {False: {}, True: {"xla_gpu_enable_triton_gemm": False}}
-_RESOURCES = ("compute", "HBM", "ICI")
 _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
@@ -42,7 +41,8 @@ class Estimate:
     case: of the program's cases, that of the figures below.
     work: FLOPs and bytes of kernels, see `cost.count_work`.
     traffic: bytes moved, see `cost.count_traffic`.
-    seconds: lower bounds of the time by resource: "compute", "HBM", "ICI".
+    seconds: lower bounds of the time by resource: "compute", "HBM", "ICI", and of several slices
+      "DCN".
     utilisation: share of the peak if the program takes its largest bound and only needed FLOPs
       count; None if the case has no formula.
     others: the same for the other cases of the program.
@@ -64,15 +64,20 @@ class Estimate:
     return 1 - self.peak / (slice_.chip.hbm_gib * GIB)
 
 
-def open_slice(text: str) -> Slice:
-  """A slice such as "v5p:4x4x4", or a node such as "h100:8", with devices to compile for.
+def open_slice(text: str, count: int = 1) -> Slice:
+  """Slices such as "v5p:4x4x4", or a node such as "h100:8", with devices to compile for.
 
   Call `chips.prepare_to_compile` before JAX is imported.
 
   Raises:
-    ValueError: as `chips.parse_slice`; the compiler is not installed or does not know the slice.
+    ValueError: as `chips.parse_slice`; the compiler is not installed or does not know the slice;
+      several slices of chips whose network is not known.
   """
-  parsed = chips.parse_slice(text)
+  parsed = dataclasses.replace(chips.parse_slice(text), count=count)
+  if count > 1 and not parsed.chip.dcn_gbs:
+    known = [chip.name for chip in chips.CHIPS.values() if chip.dcn_gbs]
+    raise ValueError(f"--slices {count}: the speed of the network between slices is known of "
+                     f"{', '.join(known)} alone")
   if parsed.chip.gpu:
     devices = gpus.devices(parsed.chip.name, parsed.chips)
     return dataclasses.replace(parsed, devices=devices,
@@ -82,6 +87,7 @@ def open_slice(text: str) -> Slice:
                      "pip install 'irg_jax[tpu]' (no TPU is needed)")
   # Later chips than v4 join their two cores by themselves.
   options = {"chip_config_name": "megacore"} if parsed.chip.name == "v4" else {}
+  options |= {"num_slices": count} if count > 1 else {}
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=parsed.name, **options)
   except Exception as e:  # libtpu's errors have no type of their own
@@ -127,10 +133,13 @@ def _of_case(e, case, jaxpr, traffic, slice_) -> Estimate:
   work = Counter({key: n if key == "unbounded" else n / slice_.chips for key, n in work.items()})
   devices, peak = list(e.program.mesh.devices.flat), chip.tflops * 1e12
   kernels = sum(n for key, n in work.items() if key[0] == "hbm")
+  sent = [([devices[i] for i in key[2]], n) for key, n in traffic.items() if key[0] == "sent"]
   seconds = {"compute": work["flops"] / peak,
-             "HBM": (traffic["hbm"] + kernels) / (chip.hbm_gbs * 1e9),
-             "ICI": sum(size / slice_.bandwidth([devices[i] for i in key[2]])
-                        for key, size in traffic.items() if key[0] == "sent")}
+             "HBM": (traffic["hbm"] + kernels) / (chip.hbm_gbs * 1e9), "ICI": 0.0, "DCN": 0.0}
+  for group, size in sent:
+    seconds["DCN" if slice_.crosses(group) else "ICI"] += size / slice_.bandwidth(group)
+  if slice_.count == 1:
+    del seconds["DCN"]
   if chip.gpu:
     return dataclasses.replace(e, case=case, work=work, seconds={"compute": seconds["compute"]})
   used = case.needed_flops and case.needed_flops / slice_.chips / peak / max(seconds.values())
@@ -145,30 +154,34 @@ def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
   """
   chip = slice_.chip
   head = ["program", "arguments", "temporaries", f"peak of {chip.hbm_gib:g} GiB", "free", "FLOPs",
-          "needed", "compute", "HBM", "ICI", "at least", "utilisation"]
+          "needed", *_resources(slice_), "at least", "utilisation"]
   return "\n\n".join([
-      f"{slice_.name}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
+      f"{slice_.name}{f', {slice_.count} slices' if slice_.count > 1 else ''}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
       f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
       table(head, [_row(x, slice_) for e in estimates for x in (e, *e.others)], numbers=True,
             padded=True),
       "Memory in GiB, FLOPs and seconds for one chip. FLOPs: matrix products of the program, loops "
       "counted\nas often as they run; needed: the share of them that the mathematics asks for; "
-      "utilisation: needed\nFLOPs at the peak over the largest of compute, HBM and ICI.",
+      "utilisation: needed\nFLOPs at the peak over the largest of these seconds.",
       *(["Compiled without a GPU, so nothing is tuned: trust memory and programs, not seconds."]
         if chip.gpu else []),
       *("\n".join(_details(e)) for e in estimates),
       *(_excess(e, slice_, headroom) for e in estimates if e.headroom(slice_) < headroom)])
 
 
+def _resources(slice_):
+  return ("compute", "HBM", "ICI", *["DCN"] * (slice_.count > 1))
+
+
 def _row(e, slice_):
   name, peak, free = e.program.name, f"{e.peak / GIB:.2f}", f"{e.headroom(slice_):.0%}"
   if not e.seconds:
-    return [name, "?", "?", peak, free, *["?"] * 7]
+    return [name, "?", "?", peak, free, *["?"] * (4 + len(_resources(slice_)))]
   flops, share = e.work["flops"], lambda x: "" if x is None else f"{x:.0%}"
   memory = [f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free]
   needed = e.case.needed_flops and e.case.needed_flops / max(flops, 1) / slice_.chips
   return [name if not e.case.label else f"{name}, {e.case.label}", *memory, f"{flops:.3g}",
-          share(needed), *(f"{e.seconds[x]:.3g}" if x in e.seconds else "" for x in _RESOURCES),
+          share(needed), *(f"{e.seconds[x]:.3g}" if x in e.seconds else "" for x in _resources(slice_)),
           f"{max(e.seconds.values()):.3g} s", share(e.utilisation)]
 
 

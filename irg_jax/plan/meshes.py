@@ -34,15 +34,16 @@ def training_meshes(settings: TrainSettings, stage: str, slice_: Slice) -> Itera
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   sizes = getattr(settings, stage).sizes
   kept = model.llm.num_layers * model.llm.hidden_size * 4  # a layer's input and about as much again
-  for sequence in _divisors(slice_.chips):
+  chips, rows = slice_.chips // slice_.count, rows / slice_.count
+  for sequence in _divisors(chips):
     if any(n % sequence for n in (sizes.und, sizes.gen, sizes.vit)):
       continue
-    for fsdp in _divisors(slice_.chips // sequence):
-      data = slice_.chips // sequence // fsdp
+    for fsdp in _divisors(chips // sequence):
+      data = chips // sequence // fsdp
       tokens = rows / (data * fsdp) * (sizes.und + sizes.gen) / sequence
       need = _SPARE * (count * _STATE / fsdp + tokens * kept)
       if rows % (data * fsdp) == 0 and need < slice_.chip.hbm_gib * GIB:
-        yield {"data": data, "fsdp": fsdp, "sequence": sequence}
+        yield {"slice": slice_.count, "data": data, "fsdp": fsdp, "sequence": sequence}
 
 
 def generation_meshes(llm: LlmConfig, rows: int, slice_: Slice) -> Iterator[dict]:

@@ -2,11 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import math
 
 import jax
 import numpy as np
 
-from irg_jax.sharding import partition_spec
+from irg_jax.sharding import RULES, partition_spec
 from irg_jax.train.step import batch_shardings
 
 
@@ -69,10 +70,10 @@ def row_blocks(rows: int, mesh) -> list[list[int]]:
   """
   by_process = _rows_by_process(rows, mesh)
   blocks = sorted(set(map(tuple, by_process.values())))
-  split = mesh.shape["data"] * mesh.shape["fsdp"]
+  split = math.prod(mesh.shape[axis] for axis in RULES["global_batch"])
   if len(by_process) > 1 and rows % split:
     raise ValueError(f"config field 'data.rows' is {rows}, but must be a multiple of the "
-                     f"{split} devices along data and fsdp, so that no host feeds another's rows")
+                     f"{split} devices along {', '.join(RULES['global_batch'])}, so that no host feeds another's rows")
   if sum(map(len, blocks)) != rows or len(set(map(len, blocks))) > 1:
     raise ValueError(f"mesh {dict(mesh.shape)}: hosts share some of their rows, but not all; "
                      "make sequence and tensor a multiple or a divisor of a host's devices")
@@ -87,4 +88,4 @@ def _rows_by_process(rows, mesh) -> dict[int, list[int]]:
 
 
 def _row_sharding(rows, mesh):
-  return jax.sharding.NamedSharding(mesh, partition_spec((rows,), ("batch",), mesh))
+  return jax.sharding.NamedSharding(mesh, partition_spec((rows,), ("global_batch",), mesh))

@@ -100,6 +100,8 @@ class OptimizerSettings:
 class MeshSettings:
   """Devices along each mesh axis."""
 
+  slice: int = setting(
+      1, "TPU slices, each with its rows; gradients are summed across them once an update", low=1)
   data: int = setting(1, "devices on the axis that replicates the weights", low=1)
   fsdp: int = setting(
       0, "devices on the axis that shards the weights; 0: all that the other axes leave", low=0)
@@ -108,7 +110,7 @@ class MeshSettings:
 
   def shape(self, devices: int) -> dict[str, int]:
     """Sizes by axis for a number of devices, for `sharding.make_mesh`."""
-    others = self.data * self.sequence * self.tensor
+    others = self.slice * self.data * self.sequence * self.tensor
     return dataclasses.asdict(self) | {"fsdp": self.fsdp or max(devices // others, 1)}
 
 

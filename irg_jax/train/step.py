@@ -1,11 +1,11 @@
 """The train step: noise, losses, gradients, optimizer and EMA; its metrics and FLOPs."""
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,7 +80,7 @@ def batch_shardings(batch, mesh):
   def sharding(path, x):
     # The axis I, samples of a row, is no axis of tokens.
     length = None if jax.tree_util.keystr(path).startswith(".sample_") else "length"
-    axes = (None,) * lead + ("batch", length) + (None,) * (x.ndim - lead - 2)
+    axes = (None,) * lead + ("global_batch", length) + (None,) * (x.ndim - lead - 2)
     return NamedSharding(mesh, partition_spec(x.shape, axes, mesh))
 
   return jax.tree.map_with_path(sharding, batch)
@@ -106,16 +106,19 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
   divisors = {name: jnp.maximum(jnp.sum(weight), TINY) for name, weight in
               (("ce", batch.text_weight), ("mse", batch.latent_weight))}
 
-  def objective(params, part, key):
+  def objective(params, part, noise):
     params = map_frozen(jax.lax.stop_gradient, params, switches.frozen)
-    noise = sample_noise(part, key, settings.timestep_shift)
     with lora.applied(settings.lora.scale):
       sums = loss_sums(*token_losses(model, lora.beside(base, params), part, *noise), part)
     losses = (sums[name] / divisors[name] for name in switches.losses)
     return sum(losses, jnp.zeros(())), sums | token_counts(part)
 
-  compute = _gradients if batch.text_ids.ndim == 2 else _accumulate
-  gradients, sums = compute(objective, params, batch, key)
+  def gradients_of(part, key):
+    noise = sample_noise(part, key, settings.timestep_shift)
+    return _gradients(objective, params, *_by_slice((part, noise)))
+
+  gradients, sums = _over_slices(gradients_of(batch, key) if batch.text_ids.ndim == 2 else
+                                 _accumulate(gradients_of, batch, key))
   metrics = mean_losses(sums)
   metrics |= {"loss": metrics["ce"] + metrics["mse"], "grad_norm": optax.tree.norm(gradients),
               "learning_rate": jnp.asarray(optimizer.schedule(state.step), jnp.float32)}
@@ -149,25 +152,53 @@ def sample_noise(batch, key, shift):
           jax.random.normal(noise_key, batch.latents.shape))
 
 
-def _gradients(objective, params, batch, key):
-  gradients, sums = jax.grad(objective, has_aux=True)(params, batch, key)
+def _gradients(objective, params, batch, noise):
+  """(gradients, sums) of a batch; with an axis of slices in front where the batch has one."""
+  compute, lead = jax.grad(objective, has_aux=True), ()
+  if batch.text_ids.ndim == 3:
+    compute = jax.vmap(compute, in_axes=(None, 0, 0), spmd_axis_name="slice")
+    lead = ("slices",)
+  gradients, sums = compute(params, batch, noise)
   # Constrained: otherwise XLA may keep whole gradients on every device.
   to_master = lambda x: x.astype(jnp.float32)
-  return constrain_parameters(jax.tree.map(to_master, constrain_parameters(gradients))), sums
+  short = constrain_parameters(gradients, lead)
+  return constrain_parameters(jax.tree.map(to_master, short), lead), sums
 
 
-def _accumulate(objective, params, batches, key):
-  """`_gradients` summed over the leading axis A of `batches`, one batch in memory at a time."""
+def _accumulate(gradients_of, batches, key):
+  """`gradients_of` summed over the leading axis A of `batches`, one batch in memory at a time."""
   def add(so_far, numbered):
     number, batch = numbered
-    new = _gradients(objective, params, batch, jax.random.fold_in(key, number))
+    new = gradients_of(batch, jax.random.fold_in(key, number))
     return jax.tree.map(jnp.add, so_far, new), None
 
   first = jax.tree.map(lambda x: x[0], batches)
-  shapes = jax.eval_shape(functools.partial(_gradients, objective), params, first, key)
-  gradients, sums = jax.tree.map(jnp.zeros_like, shapes)
+  gradients, sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients_of, first, key))
   numbers = jnp.arange(batches.text_ids.shape[0])
-  return jax.lax.scan(add, (constrain_parameters(gradients), sums), (numbers, batches))[0]
+  lead = ("slices",) * (_slices() > 1)
+  start = constrain_parameters(gradients, lead), sums
+  return jax.lax.scan(add, start, (numbers, batches))[0]
+
+
+def _slices() -> int:
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["slice"]
+
+
+def _by_slice(tree):
+  """Splits the rows, axis 0 of all arrays, by slice: [B, ...] -> [S, B / S, ...] for S > 1."""
+  slices = _slices()
+  if slices == 1:
+    return tree
+  return jax.tree.map(lambda x: einops.rearrange(x, "(s b) ... -> s b ...", s=slices), tree)
+
+
+def _over_slices(tree):
+  """Sums the results of all slices: what crosses the network between them, once an update."""
+  if _slices() == 1:
+    return tree
+  gradients, sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+  return constrain_parameters(gradients), sums
 
 
 # --- state and optimizer (docs/spec.md, section 6)
