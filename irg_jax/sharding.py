@@ -221,7 +221,7 @@ def _parameter_axes(name, shape):
   if not shape:  # counts of an optimizer
     return ()
   if name.endswith(("/lora_a", "/lora_b")):  # one side of their kernel, and the rank
-    *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", x)
+    *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", shape)
     return (*lead, first, None) if name.endswith("a") else (*lead, None, last)
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
