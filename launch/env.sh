@@ -3,6 +3,9 @@
 #   IRG_VENV    where it is (default .venv in the project's root)
 #   IRG_PYTHON  which Python makes it (default: the first of 3.11 or newer that is found)
 
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
 IRG_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit
 IRG_VENV=${IRG_VENV:-$IRG_ROOT/.venv}
 
@@ -14,11 +17,6 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # for a TPU and complain.
 [[ -e /dev/accel0 || -e /dev/vfio || -e /dev/nvidiactl || -e /dev/kfd ]] ||
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-
-irg_fail() {
-  printf 'error: %s\n' "$*" >&2
-  exit 1
-}
 
 # Prints a Python of 3.11 or newer. Tries to run each: a shim may stand for one that is absent.
 irg_find_python() {
