@@ -49,7 +49,7 @@ irg_match() {
 irg_command() {
   (($#)) || irg_fail "the command is missing, such as irg train ... --distributed (see --help)"
   [[ "$*" != *$'\n'* ]] || irg_fail "the command has a line break in it: $*"
-  [[ "$1 ${2:-}" != "irg train" || " $* " == *" --distributed "* ]] ||
+  [[ " $* " != *" irg train "* || " $* " == *" --distributed "* ]] ||
     irg_fail "irg train: add --distributed, or each process trains alone"
 }
 

@@ -144,7 +144,7 @@ def test_all_missing_variables_are_named_at_once(fake, script):
 @pytest.mark.parametrize("script", WANTED)
 @pytest.mark.parametrize("command, message", [
     ([], "the command is missing"),
-    (["irg", "train", "--out", "gs://b/r"], "add --distributed"),
+    (["env", "A=b", "irg", "train", "--out", "gs://b/r"], "add --distributed"),
     (["irg", "train\n"], "line break")])
 def test_a_command_that_cannot_work_is_refused(fake, script, command, message):
   done = fake(script, *["run"] * (script == "tpu.sh"), *command, **WANTED[script])
@@ -379,7 +379,8 @@ def test_the_guide_runs_from_top_to_bottom_with_stand_ins(fake):
   assert "replicas: 2" in (fake.folder / "jobset.yaml").read_text()
   calls = [line.split("\0")[:-1] for line in (fake.folder / "irg").read_text().splitlines()]
   calls.append((fake.folder / "sbatch.args").read_text().split("\nirg\n")[1].splitlines())
-  calls.append(shlex.split((fake.folder / "xpk.args").read_text().split("--command=exec irg ")[1]))
+  calls.append(shlex.split((fake.folder / "xpk.args").read_text().partition("--command=exec env")[2]
+                           .partition(" irg ")[2]))
   assert {words[0] for words in calls} == {"fetch", "data", "plan", "train", "generate"}
   for words in calls:
     flags = [word.replace("gs:/", "") for word in words if not word.startswith("--config.")]
