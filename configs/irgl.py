@@ -14,7 +14,7 @@ import pathlib
 from ml_collections import config_dict
 
 from irg_jax import config as config_lib
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 from irg_jax.train.settings import TrainSettings
 
 CONFIGS = pathlib.Path(__file__).resolve().parent

@@ -24,7 +24,7 @@ from irg_jax.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from irg_jax.generate import settings as generate_settings
 from irg_jax.images import ImageTransform
 from irg_jax.mini.run import Settings
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 from irg_jax.train.settings import TrainSettings, mixture
 
 MODEL = ModelConfig(

@@ -8,7 +8,7 @@ import math
 import os
 import re
 
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 
 GIB = 2**30
 

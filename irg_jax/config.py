@@ -20,7 +20,8 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from irg_jax.storage import guess, local_path
+from irg_jax import storage
+from irg_jax.messages import guess
 
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = dataclasses.MISSING  # the default of a setting without one
@@ -179,7 +180,7 @@ def check(settings, prefix: str = ""):
       if fault := fault_of(item, **field.metadata):
         raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {_shown(item)}, {fault}")
     try:
-      field.metadata.get("path") and local_path(value)
+      field.metadata.get("path") and storage.local_path(value)
     except ValueError as e:
       raise ValueError(f"config field {name!r} is {e}") from e
   for name, fault in getattr(settings, "faults", tuple)():
@@ -291,11 +292,10 @@ def _run(path, overrides):
     config = get_config and get_config(*[preset] if preset else [])
   except Exception as e:  # any error of the file's own code
     raise ValueError(f"config file {file}: {type(e).__name__}: {e}") from e
-  if get_config is None:
-    raise ValueError(f"config file {file}: has no function get_config()")
   if not isinstance(config, ConfigDict):
-    raise ValueError(f"config file {file}: get_config() returned a {type(config).__name__}, "
-                     "not an ml_collections.ConfigDict")
+    what = (f"get_config() returned a {type(config).__name__}, not an ml_collections.ConfigDict"
+            if get_config else "has no function get_config()")
+    raise ValueError(f"config file {file}: {what}")
   return config, overrides
 
 

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 
-from irg_jax import storage
+from irg_jax import messages, storage
 
 _HELD = {"model": "checkpoint that irg reads", "dataset": "mode of IRGL"}
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?")
@@ -71,7 +71,7 @@ def _info(where, revision):
   except errors.HfHubHTTPError:
     raise
   except (errors.HTTPError, OSError) as e:
-    print(f"note: the hub cannot be reached ({storage.message(e)}); its cache is tried",
+    print(f"note: the hub cannot be reached ({messages.message(e)}); its cache is tried",
           file=sys.stderr)
     return None
 
@@ -102,4 +102,4 @@ def _reason(error):
                                        "reached: connect once, or give a folder")):
     if isinstance(error, kind):
       return text
-  return f"the hub does not serve it ({storage.message(error).splitlines()[0]})"
+  return f"the hub does not serve it ({messages.message(error).splitlines()[0]})"

@@ -11,7 +11,6 @@ folder there removes it: the temporary files of living processes are locked.
 """
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import importlib
@@ -105,6 +104,17 @@ def read_file(file) -> bytes:
   return file.read_bytes()
 
 
+def read_text(file) -> str:
+  """Text of a UTF-8 file, with \\n for all ends of lines; ValueError for another encoding."""
+  try:
+    text = read_file(file).decode("utf-8-sig")
+  except UnicodeDecodeError as e:
+    raise ValueError(f"not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+  if "\0" in text:  # UTF-16 without a mark is valid UTF-8 with such bytes
+    raise ValueError("has bytes of 0, as UTF-16 has; save it as UTF-8")
+  return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_range(path, start: int, stop: int) -> bytes:
   """Bytes [start, stop) of a file; fewer at its end on disk, OSError in a bucket."""
   if not is_local(path):
@@ -187,23 +197,6 @@ def naming(path):
     if e.errno in _FULL:
       raise OSError(e.errno, os.strerror(e.errno), str(path)) from e
     raise
-
-
-def message(error) -> str:
-  """The text of an error for users; of an error of the system "PATH: No space left on device"."""
-  if not isinstance(error, OSError) or error.errno is None:
-    text = str(error)  # it may quote a file
-    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
-  full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-  what = f"{error.strerror}{'; free some space and start again' if full else ''}"
-  return what if error.filename is None else f"{error.filename}: {what}"
-
-
-def guess(word, known) -> str:
-  """" (did you mean X?)" for a mistyped word, or nothing where none of the known ones is close."""
-  words = {str(x).lower(): str(x) for x in known}
-  near = difflib.get_close_matches(str(word).lower(), words, 1, cutoff=0.7)
-  return f" (did you mean {words[near[0]]}?)" if near else ""
 
 
 @contextlib.contextmanager

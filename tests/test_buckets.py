@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bucket_server import broken, bucket  # noqa: F401 (fixture)
 
-from irg_jax import commands, config, holders, leases, runs, sharding, storage, weights
+from irg_jax import commands, config, holders, leases, messages, runs, sharding, storage, weights
 from irg_jax.weights import CheckpointError, init, ranges
 
 pytestmark = bucket_server.needed
@@ -117,7 +117,7 @@ def test_denied_and_missing_objects_are_one_error_that_names_them(bucket, fault,
     for action in (at("x/y").read_bytes, lambda: at("x/y").write_bytes(b"")):
       with pytest.raises(error) as caught:
         action()
-      assert f"gs://bucket/x/y: {message}" in storage.message(caught.value)
+      assert f"gs://bucket/x/y: {message}" in messages.message(caught.value)
     if fault != 404:  # not taken for a missing file
       with pytest.raises(error):
         at("x/y").exists()
@@ -127,7 +127,7 @@ def test_a_store_that_is_away_ends_in_an_error_that_names_the_object(bucket, mon
   monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 1.0)
   with broken(bucket, lambda *_: 503), pytest.raises(OSError) as caught:
     at("x").write_bytes(b"")
-  assert "gs://bucket/x: the store did not answer for" in storage.message(caught.value)
+  assert "gs://bucket/x: the store did not answer for" in messages.message(caught.value)
   with pytest.raises(OSError, match="object is shorter"):
     at("short").write_bytes(b"123")
     at("short").read_range(1, 9)
@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(bucket, local, remote, fault,
             "bucket", name))
   with broken(bucket, rule), pytest.raises((CheckpointError, OSError)) as caught:
     weights.load_checkpoint(folder)
-  text = storage.message(caught.value)
+  text = messages.message(caught.value)
   assert message in text and f"gs://bucket/damaged/{fault}/ae.safetensors" in text
 
 

@@ -19,7 +19,7 @@ LAYERS = ("commands", "mini", "evaluate", "plan", "train", "generate", "data", "
           "reports")
 # The modules at the root, from top to bottom; they import no package.
 GROUND = ("chips", "sharding", "hub", "runs", "leases", "holders", "tokenizer", "flow", "images",
-          "progress", "config", "storage", "buckets", "tokens")
+          "progress", "config", "storage", "buckets", "messages", "tokens")
 
 # Reading order of one prompt, from the command line to the compiled steps.
 PROMPT_PATH = ("commands/generate.py", "generate/run.py", "generate/generator.py",
@@ -138,6 +138,12 @@ def test_no_file_is_long():
   sizes = sorted(((lines(path), module(path)) for path in files()), reverse=True)
   print(f"\nlongest files: {sizes[:3]}")
   assert sizes[0][0] <= 350
+
+
+def test_lines_are_short():
+  long = [f"{module(path)}:{number}" for path in files()
+          for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+  assert not long
 
 
 def test_functions_are_short():

@@ -6,6 +6,7 @@ The oracles are numpy and this file's own writers, not the readers' code.
 import base64
 import io
 import os
+import pathlib
 import struct
 import zlib
 
@@ -55,6 +56,15 @@ def test_a_prompt_file_has_one_prompt_a_line_whatever_its_characters(tmp_path):
     mark = str(rng.choice(["", "\ufeff"]))
     path.write_bytes((mark + text[:len(text) - int(rng.integers(2))]).encode())
     assert generate._read_prompts([], path) == tuple(prompts), seed
+
+
+def test_files_are_split_at_line_feeds_alone():
+  package = pathlib.Path(images.__file__).parent
+  used = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")
+          if "splitlines()" in path.read_text()}
+  # Answers, as the published scripts do, and texts of libraries.
+  assert used <= {"evaluate/answers", "evaluate/wise", "evaluate/tiif", "hub", "mini/report",
+                  "plan/__init__", "plan/cost", "weights/orbax"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le", "latin-1"])

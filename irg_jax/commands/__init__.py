@@ -13,7 +13,7 @@ import irg_jax
 from irg_jax.commands import convert, data, fetch, generate, init, mini, plan, train
 from irg_jax.commands import eval as eval_verb
 from irg_jax.commands.flags import Parser
-from irg_jax.storage import message
+from irg_jax.messages import message
 
 VERBS = (generate, fetch, convert, init, train, data, eval_verb, mini, plan)
 

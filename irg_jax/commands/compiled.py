@@ -4,7 +4,7 @@ import os
 import pathlib
 import sys
 
-from irg_jax import storage
+from irg_jax import messages, storage
 
 _LIMIT = 2 * 2**30  # bytes; beyond it, programs go that were not used for longest
 
@@ -27,7 +27,7 @@ def keep_programs() -> None:
       raise ValueError(f"{place}: belongs to another user")
     _tidy(place)
   except (OSError, ValueError, RuntimeError) as e:
-    print(f"note: compiled programs are not kept: {storage.message(e)}; set "
+    print(f"note: compiled programs are not kept: {messages.message(e)}; set "
           "JAX_COMPILATION_CACHE_DIR to a folder for them", file=sys.stderr)
     return
   jax.config.update("jax_compilation_cache_dir", str(place))
@@ -65,5 +65,5 @@ def _put(cache, key: str, value: bytes) -> None:
   try:
     storage.write_bytes(pathlib.Path(cache.path, f"{key}-cache"), value)
   except OSError as e:
-    print(f"note: compiled programs are not kept: {storage.message(e)}", file=sys.stderr)
+    print(f"note: compiled programs are not kept: {messages.message(e)}", file=sys.stderr)
     cache.put = lambda *_: None

@@ -4,7 +4,7 @@ import pathlib
 import tomllib
 
 from irg_jax.commands import flags
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 
 _TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("data.toml").read_text(encoding="utf-8"))
 

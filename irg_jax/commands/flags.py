@@ -9,7 +9,7 @@ import re
 import tomllib
 
 from irg_jax import hub, storage
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 
 _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 # Metavars that stand for a path.
@@ -248,16 +248,13 @@ def read_settings(args, overrides, checkpoint, default=None):
 
 
 def read_text(flag: str, path: pathlib.Path) -> str:
-  """Reads a flag's UTF-8 text file, with \\n for all ends of lines; ValueError names the flag."""
+  """Reads a flag's text file, see `storage.read_text`; ValueError names the flag."""
   try:
-    text = storage.read_file(path).decode("utf-8-sig")
-  except UnicodeDecodeError as e:
-    raise ValueError(f"{flag} {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+    return storage.read_text(path)
+  except ValueError as e:
+    raise ValueError(f"{flag} {path}: {e}") from e
   except OSError as e:
     raise ValueError(f"{flag} {path}: cannot be read ({e.strerror})") from e
-  if "\0" in text:  # UTF-16 without a mark is valid UTF-8 with such bytes
-    raise ValueError(f"{flag} {path}: has bytes of 0, as UTF-16 has; save it as UTF-8")
-  return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def checkpoint(path: pathlib.Path | None) -> pathlib.Path:

@@ -52,7 +52,7 @@ def _read_prompts(arguments, path) -> tuple[str, ...]:
   lines = [] if path is None else flags.read_text("--prompts-file", path).split("\n")
   if (longest := max(map(len, lines), default=0)) > LONGEST_TEXT:
     raise ValueError(f"--prompts-file {path}: line {[*map(len, lines)].index(longest) + 1} has "
-                     f"{longest} characters, more than the {LONGEST_TEXT} that are read; shorten it")
+                     f"{longest} characters, more than {LONGEST_TEXT}; shorten it")
   found = [line.strip() for line in lines if line.strip()]
   if path is not None and not found:
     raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line")

@@ -8,7 +8,7 @@ import sys
 
 from irg_jax import chips
 from irg_jax.commands import flags
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 
 _STEPS = ("append_text", "append_image", "think", "denoise", "decode_pixels", "encode_pixels")
 _OLD = {"read_text": "append_text", "read_picture": "append_image", "draw": "denoise"}

@@ -13,7 +13,7 @@ import pathlib
 import re
 import tomllib
 
-from irg_jax import storage
+from irg_jax import messages, storage
 from irg_jax.evaluate import questions
 
 FILES = pathlib.Path(__file__).parent / "files"
@@ -120,8 +120,8 @@ class Benchmark:
     """The items of some tasks, the first `limit` of them; ValueError for an unknown task."""
     known = dict.fromkeys(task for item in items for task in self.tasks(item))
     if unknown := [task for task in tasks or () if task not in known]:
-      raise ValueError(f"--tasks {unknown[0]}: no such task{storage.guess(unknown[0], known)}; there "
-                       f"are {', '.join(known) or f'none ({self.tasks_help})'}")
+      raise ValueError(f"--tasks {unknown[0]}: no such task{messages.guess(unknown[0], known)}; "
+                       f"there are {', '.join(known) or f'none ({self.tasks_help})'}")
     return [i for i in items if not tasks or set(tasks) & set(self.tasks(i))][:limit]
 
   def image_path(self, item: Item, image: int, round: int) -> pathlib.PurePath:

@@ -139,8 +139,8 @@ def read_detections(paths, names=None, aliases=None):
       found = (record or {}).get("detections")
       if names and (record or number == 1) and not (
           isinstance(found, dict) or {"error", "correct"} & set(record or ())):
-        raise ValueError(f"{where}: neither a record of \"filename\", \"metadata\" and \"detections\", "
-                         "an object of boxes by class, nor a line of the official results.jsonl")
+        raise ValueError(f"{where}: neither a record with \"filename\", \"metadata\" and "
+                         "\"detections\" (boxes by class), nor one of the official results.jsonl")
       if names and isinstance(found, dict):
         ours = {n: n if n in names else ALIASES.get(n, n) for n in found}
         if unknown := [n for n in found if ours[n] not in names]:

@@ -208,8 +208,8 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   Each process compiles its programs anew, unless JAX's cache is on (JAX_COMPILATION_CACHE_DIR).
 
   Args:
-    checkpoint: folder in the published layout or Orbax, or `owner/name[@revision]` on the hub; None:
-      the mini world's in the package.
+    checkpoint: folder in the published layout or Orbax, or `owner/name[@revision]` on the hub;
+      None: the mini world's in the package.
     mesh: a mesh, or sizes by axis name for `sharding.generation_mesh`; None: its default.
     dtype: of parameters and arithmetic; None: the checkpoint's own.
     attention: see `ModelConfig.attention`.

@@ -24,7 +24,8 @@ import unicodedata
 
 from irg_jax.config import setting
 
-_RULES, _LENGTH, _WORDS = 300, 100_000, 64  # rules, characters in all, words of a prompt that is read
+_RULES, _LENGTH = 300, 100_000  # characters in all
+_WORDS = 64  # of a prompt that is read
 _STEPS, _DEPTH = 100_000, 150  # of one derivation
 _CLOSE = 0.82  # likeness by which an unknown word passes for a known one
 

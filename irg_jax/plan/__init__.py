@@ -156,7 +156,8 @@ def report(estimates: list[Estimate], slice_: Slice, headroom: float) -> str:
   head = ["program", "arguments", "temporaries", f"peak of {chip.hbm_gib:g} GiB", "free", "FLOPs",
           "needed", *_resources(slice_), "at least", "utilisation"]
   return "\n\n".join([
-      f"{slice_.name}{f', {slice_.count} slices' if slice_.count > 1 else ''}: {slice_.chips} chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
+      f"{slice_.name}{f', {slice_.count} slices' if slice_.count > 1 else ''}: {slice_.chips} "
+      f"chips of {chip.hbm_gib:g} GiB, {chip.tflops:g} TFLOP/s, "
       f"HBM {chip.hbm_gbs:g} GB/s, links {chip.link_gbs:g} GB/s each way",
       table(head, [_row(x, slice_) for e in estimates for x in (e, *e.others)], numbers=True,
             padded=True),
@@ -181,7 +182,8 @@ def _row(e, slice_):
   memory = [f"{e.arguments / GIB:.2f}", f"{e.temporaries / GIB:.2f}", peak, free]
   needed = e.case.needed_flops and e.case.needed_flops / max(flops, 1) / slice_.chips
   return [name if not e.case.label else f"{name}, {e.case.label}", *memory, f"{flops:.3g}",
-          share(needed), *(f"{e.seconds[x]:.3g}" if x in e.seconds else "" for x in _resources(slice_)),
+          share(needed),
+          *(f"{e.seconds[x]:.3g}" if x in e.seconds else "" for x in _resources(slice_)),
           f"{max(e.seconds.values()):.3g} s", share(e.utilisation)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
-from irg_jax import storage
+from irg_jax import messages, storage
 from irg_jax.train.distributed import gather, thread_barrier
 from irg_jax.weights import orbax
 from irg_jax.weights.names import CheckpointError
@@ -61,7 +61,7 @@ class Checkpoints:
           self._report(str(e))
     named = isinstance(first, CheckpointError) or not steps_in(self.folder)
     if isinstance(first, (OSError, ValueError)) and not named:
-      raise ValueError(f"{storage.message(first)}; {self.last_good()}") from first
+      raise ValueError(f"{messages.message(first)}; {self.last_good()}") from first
     if first is not error:
       raise first
 

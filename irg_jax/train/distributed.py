@@ -15,7 +15,7 @@ import numpy as np
 from jax._src.distributed import global_state  # private: there is no public one
 from jax.experimental import multihost_utils
 
-from irg_jax import storage
+from irg_jax import messages
 
 FAILED = 2  # exit status after an error, of this process or of another one
 PREEMPTED = 128 + signal.SIGTERM  # what a shell reports, and schedulers restart
@@ -105,7 +105,7 @@ def _message(error) -> str:
   if isinstance(error, KeyboardInterrupt):
     return "interrupted"
   if isinstance(error, (ValueError, OSError)) and os.environ.get("IRG_DEBUG") != "1":
-    return storage.message(error)
+    return messages.message(error)
   traceback.print_exception(error)
   return f"{type(error).__name__}: {error}"
 

@@ -73,7 +73,8 @@ def row_blocks(rows: int, mesh) -> list[list[int]]:
   split = math.prod(mesh.shape[axis] for axis in RULES["global_batch"])
   if len(by_process) > 1 and rows % split:
     raise ValueError(f"config field 'data.rows' is {rows}, but must be a multiple of the "
-                     f"{split} devices along {', '.join(RULES['global_batch'])}, so that no host feeds another's rows")
+                     f"{split} devices along {', '.join(RULES['global_batch'])}, so that no host "
+                     "feeds another's rows")
   if sum(map(len, blocks)) != rows or len(set(map(len, blocks))) > 1:
     raise ValueError(f"mesh {dict(mesh.shape)}: hosts share some of their rows, but not all; "
                      "make sequence and tensor a multiple or a divisor of a host's devices")

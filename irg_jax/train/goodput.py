@@ -131,7 +131,8 @@ class Clock:
       self.starts, self.redone = int(record["starts"]) + 1, int(record["updates_redone"])
       self._reached = {stage: int(step) for stage, step in record["reached"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-      raise ValueError(f"{self._path}: not the times of a run ({e}); remove it to count anew") from e
+      raise ValueError(f"{self._path}: not the times of a run ({e}); remove it to count "
+                       "anew") from e
 
 
 def _duration(seconds):

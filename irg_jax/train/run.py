@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
-from irg_jax import chips, runs, sharding, storage, weights
+from irg_jax import chips, messages, runs, sharding, storage, weights
 from irg_jax.data import held_out, sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
@@ -312,8 +312,8 @@ def export(run: Run, stage: str, ema) -> None:
         progress(f"writing the weights of {stage}", step=1)
         published.save(target, exported(run, stage, ema), run.settings.model, source=run.base)
     except OSError as e:
-      raise ValueError(f"{storage.message(e)}; what was trained is in {run.out / stage / 'checkpoints'}, "
-                       "and the same command exports it") from e
+      raise ValueError(f"{messages.message(e)}; what was trained is in "
+                       f"{run.out / stage / 'checkpoints'}, and the same command exports it") from e
   sync_global_devices(f"{stage} written")
   note(f"wrote {target}; to generate with it: irg generate PROMPT --checkpoint {target}")
 

@@ -61,8 +61,9 @@ class Validation:
     rows = pack(samples, sizes)
     block, _ = row_block(data.rows, self._mesh)
     own = row_blocks(data.rows, self._mesh)[block]
-    return [self._batch([rows[i] if i < len(rows) else None for i in range(first, first + data.rows)],
-                        own) for first in range(0, len(rows), data.rows)]
+    row = lambda i: rows[i] if i < len(rows) else None
+    return [self._batch([row(i) for i in range(first, first + data.rows)], own)
+            for first in range(0, len(rows), data.rows)]
 
   def _batch(self, rows, own):
     """A batch of the rows with numbers `own`; None stands for a row without weight."""

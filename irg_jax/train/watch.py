@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax import config as config_lib
-from irg_jax import storage
+from irg_jax import messages, storage
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Defaults, Settings, check_prompts, read_defaults
 from irg_jax.images import encode_image, read_image
@@ -58,11 +58,11 @@ def read_drawing(settings: TrainSettings, base) -> Drawing:
   if not settings.eval_every or not watch.prompts:
     return Drawing((), defaults)
   try:
-    lines = storage.read_file(watch.prompts).decode("utf-8-sig").splitlines()
+    lines = storage.read_text(watch.prompts).split("\n")
     prompts = check_prompts([line for line in lines if line.strip()])
   except (OSError, ValueError) as e:
-    raise ValueError(f"config field 'watch.prompts' is {watch.prompts!r}, but must be a text with a "
-                     f"prompt on each line ({storage.message(e)})") from e
+    raise ValueError(f"config field 'watch.prompts' is {watch.prompts!r}, but must be a text with "
+                     f"a prompt on each line ({messages.message(e)})") from e
   drawing = config_lib.read(defaults.settings, watch.generate or None)
   drawing.validate(settings.model)
   return Drawing(prompts, dataclasses.replace(defaults, settings=drawing))
@@ -164,8 +164,8 @@ class Watch:
     if not drawing.prompts:
       return samples, images
     vae = jax.device_put(run.vae, NamedSharding(run.mesh, PartitionSpec()))
-    loaded = generator.Generator(run.base, "", drawing.defaults, run.tokenizer, run.mesh, self._model,
-                                 {"transformer": params, "vae": vae})
+    loaded = generator.Generator(run.base, "", drawing.defaults, run.tokenizer, run.mesh,
+                                 self._model, {"transformer": params, "vae": vae})
     count, size = len(drawing.prompts), min(self._settings.watch.batch_size, len(drawing.prompts))
     for rows in generator.batches(count, size):
       seeds = [(self._settings.seed + i) % 2**32 for i in rows]
@@ -198,7 +198,8 @@ class Watch:
     shown = ", ".join(f"{name} {losses[name]:.4f}" for name in _LOSSES
                       if name in losses) or "no held-out records (data.held_out)"
     page = f"; images: {self._run.out / 'samples.html'}" if record["samples"] else ""
-    return (f"{self._stage}, step {step}: moving average evaluated in {sum(seconds.values()):.1f} s "
+    return (f"{self._stage}, step {step}: moving average evaluated in "
+            f"{sum(seconds.values()):.1f} s "
             f"({', '.join(f'{name} {x:.1f}' for name, x in seconds.items())}): {shown}{page}")
 
 
@@ -233,5 +234,5 @@ def write_page(out) -> None:
       prompts.setdefault(sample["prompt"], []).append({"name": name, "rounds": rounds})
   shown = next(iter(prompts.values()), None)
   storage.write_text(out / "samples.html", pages.render(
-      "samples", head=["", *_LOSSES, *(f"{part} took" for part in _COSTS)], rows=rows, prompts=prompts,
-      small=bool(shown) and pages.small(out / shown[0]["rounds"][0]["src"])))
+      "samples", head=["", *_LOSSES, *(f"{part} took" for part in _COSTS)], rows=rows,
+      prompts=prompts, small=bool(shown) and pages.small(out / shown[0]["rounds"][0]["src"])))

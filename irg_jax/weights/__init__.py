@@ -119,7 +119,8 @@ def needed(files) -> list[str]:
     return [name for name in files if not name.startswith(".")]
   if "llm_config.json" not in files:
     return []
-  stem = "ema" if any(re.fullmatch(r"ema\.safetensors(\.index\.json)?", f) for f in files) else "model"
+  averaged = any(re.fullmatch(r"ema\.safetensors(\.index\.json)?", f) for f in files)
+  stem = "ema" if averaged else "model"
   weights = rf"({stem}|ae)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|vit\.safetensors"
   return [name for name in files if name in configs.NAMES + configs.TOKENIZER_FILES
           or re.fullmatch(weights, name)]

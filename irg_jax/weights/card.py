@@ -1,4 +1,4 @@
-"""Model cards: README.md of a checkpoint folder, filled in with what the files say of themselves."""
+"""Model cards: README.md of a checkpoint folder, with what the files say of themselves."""
 
 import math
 import re

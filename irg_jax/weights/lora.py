@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from irg_jax.config import ModelConfig, setting
-from irg_jax.storage import guess
+from irg_jax.messages import guess
 from irg_jax.weights import names
 
 A, B = "lora_a", "lora_b"

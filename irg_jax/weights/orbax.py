@@ -25,7 +25,8 @@ import orbax.checkpoint as ocp
 from irg_jax import config as config_lib
 from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.storage import message, read_json, write_json
+from irg_jax.messages import message
+from irg_jax.storage import read_json, write_json
 from irg_jax.weights import lora, names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, in_groups, listing
