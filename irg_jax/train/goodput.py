@@ -11,7 +11,6 @@ A preemption costs the updates made again, and starting, restoring and compiling
 """
 
 import contextlib
-import pathlib
 import threading
 import time
 
@@ -33,7 +32,7 @@ class Clock:
   """
 
   def __init__(self, folder=None):
-    self._path = folder and pathlib.Path(folder) / FILE
+    self._path = folder and storage.path(folder) / FILE
     self.seconds, self.starts, self.redone = dict.fromkeys(PHASES, 0.0), 1, 0
     self._reached = {}  # last step made, by stage
     self._phase, self._since, self._compiled = "other", time.monotonic(), []

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import html
 import importlib
-import pathlib
 import uuid
 
 from irg_jax import storage
@@ -32,7 +31,7 @@ def sink(run, stage: str, folder):
   """A context manager for `logs.Log`, or None without a project, or without a folder."""
   if not run.settings.wandb.project or folder is None:
     return None
-  return _run(run.settings, stage, pathlib.Path(folder), logs.made(folder, stage)[0])
+  return _run(run.settings, stage, storage.path(folder), logs.made(folder, stage)[0])
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ class Watch:
     for rows in generator.batches(count, size):
       seeds = [(self._settings.seed + i) % 2**32 for i in rows]
       drawn = loaded.batch([drawing.prompts[i] for i in rows], seeds, drawing.settings,
-                           drawing.defaults.system_prompt, size=size)
+                           drawing.defaults.system_prompt.strip(), size=size)
       for i, seed, trajectory in zip(rows, seeds, drawn):
         named = {f"{i + 1}_{n}.png": x.image for n, x in enumerate(trajectory.rounds, 1)}
         images |= named
@@ -219,7 +219,7 @@ def open_watch(run, stage: str, log) -> Watch:
 
 def write_page(out) -> None:
   """Writes samples.html from all evaluations in the folder of a run."""
-  out = pathlib.Path(out)
+  out = storage.path(out)
   found = [storage.read_json(path) for path in out.glob(f"{FOLDER}/*/*/{RECORD}")]
   found.sort(key=lambda record: (STAGES.index(record["stage"]), record["step"]), reverse=True)
   prompts, rows = {}, []
