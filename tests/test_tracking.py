@@ -73,6 +73,7 @@ def test_offline_numbers_images_and_texts_are_written_into_the_folder(tmp_path, 
   with tracking.sink(run(project="p", mode="offline"), "stage1", tmp_path) as add:
     add(1, {"loss": 0.5, "samples/1/round1": np.zeros((8, 8, 3), np.uint8),
             "samples/1/thoughts": "a <b> thought"})
+  tracking.client().teardown()  # as at the end of a process: waits for what is written beside it
   folder, = (tmp_path / "wandb").glob("offline-run-*")
   content = next(folder.glob("*.wandb")).read_bytes()
   assert b"stage1/loss" in content and b"stage1/samples/1/round1" in content
