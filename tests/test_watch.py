@@ -228,6 +228,7 @@ def test_a_run_without_prompts_or_held_out_records_has_the_other_half(
 
 @pytest.mark.parametrize("fields, message", [
     ({"watch__prompts": "nowhere.txt"}, "config field 'watch.prompts' is 'nowhere.txt', but must"),
+    ({"watch__prompts": "", "data__held_out": 0.0}, "there is nothing to evaluate: set watch.prom"),
     ({"watch__generate": "nowhere.py"}, "config file nowhere.py: no such file"),
     ({"watch__generate": train_runs.ROOT / "configs" / "generate.py"}, "more than the 128 pixels"),
 ])
