@@ -106,6 +106,9 @@ def test_nothing_is_written_before_a_stage_begins_and_a_damaged_file_is_named(tm
     with goodput.Clock(folder) as clock:
       clock.point()
   assert not list(tmp_path.iterdir())
-  (tmp_path / goodput.FILE).write_text('{"seconds": []}')
-  with pytest.raises(ValueError, match="goodput.json: not the times of a run"):
-    goodput.Clock(tmp_path)
+  rest = '"starts": 1, "updates_redone": 0, "reached": {}}'
+  for content in ('{"seconds": []}', "", "[]", '{"seconds": {"steps": NaN}, ' + rest,
+                  '{"seconds": {"steps": -1}, ' + rest, '{"seconds": {}, ' + rest.replace("1", "1e999")):
+    (tmp_path / goodput.FILE).write_text(content)
+    with pytest.raises(ValueError, match="goodput.json: not the times of a run"):
+      goodput.Clock(tmp_path)

@@ -368,6 +368,8 @@ HEAD = "base_model.model.llm2vae.lora_"
     (lambda f: change(f, lora_alpha=None), "adapter_config.json: lora_alpha is None"),
     (lambda f: change(f, use_dora=True), "adapter_config.json: use_dora is True; only False"),
     (lambda f: change(f, modules_to_save=["lm_head"]), "modules_to_save is "),
+    (lambda f: change(f, init_lora_weights="pissa_niter_4"), "init_lora_weights is pissa_niter_4"),
+    (lambda f: change(f, lora_bias=True), "lora_bias is True; only False"),
     (lambda f: change(f, rank_pattern={"q_proj": 2}), "rank_pattern is "),
     (lambda f: (f / peft.CONFIG).unlink(), "adapter_config.json: no such file"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such f"),

@@ -11,6 +11,7 @@ A preemption costs the updates made again, and starting, restoring and compiling
 """
 
 import contextlib
+import math
 import threading
 import time
 
@@ -37,7 +38,7 @@ class Clock:
     self._reached = {}  # last step made, by stage
     self._phase, self._since, self._compiled = "other", time.monotonic(), []
     if folder is not None and self._path.is_file():
-      self._continue(storage.read_json(self._path))
+      self._continue()
 
   def __enter__(self):
     self._thread = threading.get_ident()
@@ -124,12 +125,15 @@ class Clock:
     self.seconds[self._phase] -= duration - sum(inside)
     self.seconds["compiling"] += duration - sum(inside)
 
-  def _continue(self, record):
+  def _continue(self):
     try:
+      record = storage.read_json(self._path)
       self.seconds |= {name: float(record["seconds"].get(name, 0)) for name in PHASES}
+      if not all(0 <= spent < math.inf for spent in self.seconds.values()):
+        raise ValueError("seconds that are no times")
       self.starts, self.redone = int(record["starts"]) + 1, int(record["updates_redone"])
       self._reached = {stage: int(step) for stage, step in record["reached"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError) as e:
       raise ValueError(f"{self._path}: not the times of a run ({e}); remove it to count "
                        "anew") from e
 

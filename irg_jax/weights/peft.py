@@ -28,6 +28,10 @@ _SIDES = {"lora_A": lora.A, "lora_B": lora.B}
 # Fields with the only values that are read: what else they may hold changes the arithmetic.
 _FIXED = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
           "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+_NEWER = {"lora_bias": False, "use_qalora": False, "layer_replication": None,
+          "trainable_token_indices": None}  # the same, of which older readers know nothing
+# Ways to begin that change the base weights too, by the first word.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +104,12 @@ def load(folder, config: ModelConfig) -> tuple[dict, float]:
 
 def _read_config(path) -> tuple[int, float]:
   fields = read_json(path)
-  for name, value in _FIXED.items():
+  for name, value in (_FIXED | _NEWER).items():
     if (fields.get(name) or value) != value:
       raise CheckpointError(f"{path}: {name} is {str(fields[name])[:80]}; only {value} is read")
+  if str(begin := fields.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+    raise CheckpointError(f"{path}: init_lora_weights is {str(begin)[:80]}, which changes the base "
+                          "weights too; convert the adapters to plain LoRA as PEFT's docs say")
   rank, alpha = fields.get("r"), fields.get("lora_alpha")
   if type(rank) is not int or rank < 1:
     raise CheckpointError(f"{path}: r is {str(rank)[:80]}; expected a rank of at least 1")
