@@ -29,6 +29,7 @@ import urllib.parse
 from etils.epath import gpath
 
 PATIENCE = float(os.environ.get("IRG_BUCKET_PATIENCE", 600))  # seconds
+_LAST = 5.0  # seconds, once the patience has ended, until the store answers again
 _TIMEOUTS = {"total": None, "sock_connect": 30, "sock_read": 60}  # seconds
 _PART = 32 * 2**20  # bytes of a part of a large upload
 _SHORT, _LONG = 0.5, 30.0  # seconds between two attempts
@@ -103,8 +104,11 @@ class Path(gpath.PosixGPath):
         yield self / name.rpartition("/")[2]
 
   def glob(self, pattern: str):
-    """The entries of this folder whose names match; `pattern` has no slash."""
-    return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+    """The entries of this folder, and with slashes of those below, whose names match."""
+    pattern, _, below = pattern.partition("/")
+    for path in self.iterdir():
+      if fnmatch.fnmatchcase(path.name, pattern):
+        yield from path.glob(below) if below else [path]
 
   def rglob(self, pattern: str):
     """The objects below, at any depth, whose names match."""
@@ -178,6 +182,14 @@ class Path(gpath.PosixGPath):
     for path in list(self.rglob("*")):
       path.unlink(missing_ok=True)
 
+  def rename(self, target):
+    """Copies all objects below to a folder, and removes them here; a kill leaves some at each."""
+    for path in list(self.rglob("*")):
+      to = target / path.relative_to(self).as_posix()
+      self.fs.cp_file(str(path), str(to))
+      path.unlink(missing_ok=True)
+    return target
+
   def look(self) -> Look | None:
     """Content and version of an object, which belong together; None without one."""
     while True:
@@ -228,6 +240,7 @@ class Path(gpath.PosixGPath):
 
 
 _FILESYSTEMS, _making = {}, threading.Lock()
+_given_up = threading.Event()  # a request has ended without an answer, and none was answered since
 
 
 def _filesystem(scheme):
@@ -269,8 +282,11 @@ async def _patiently(attempt, name, known):
   """The result of a request, made again while the store does not answer; else OSError."""
   start, pause = time.monotonic(), _SHORT
   while True:
+    patience = min(PATIENCE, _LAST) if _given_up.is_set() else PATIENCE
     try:
-      return await attempt()
+      answer = await attempt()
+      _given_up.clear()
+      return answer
     except FileNotFoundError:
       raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", name) from None
     except FileExistsError:
@@ -286,14 +302,15 @@ async def _patiently(attempt, name, known):
       if not again:
         raise OSError(errno.EIO, f"the store refuses ({fault})", name) from e
       waited = time.monotonic() - start
-      if waited > PATIENCE:
+      if waited > patience:
+        _given_up.set()
         raise OSError(errno.EIO, f"the store did not answer for {waited:.0f} s ({fault})",
                       name) from e
       if pause > 4:
         print(f"note: {name}: the store does not answer ({fault}); asking again for at most "
-              f"{PATIENCE - waited:.0f} s", file=sys.stderr, flush=True)
+              f"{patience - waited:.0f} s", file=sys.stderr, flush=True)
       await asyncio.sleep(pause)
-      pause = min(2 * pause, _LONG, max(PATIENCE - waited, _SHORT))
+      pause = min(2 * pause, _LONG, max(patience - waited, _SHORT))
 
 
 def _object_name(path, args, options) -> str:

@@ -180,7 +180,7 @@ def check(settings, prefix: str = ""):
       if fault := fault_of(item, **field.metadata):
         raise ValueError(f"config field {f'{name}.{key}'.rstrip('.')!r} is {_shown(item)}, {fault}")
     try:
-      field.metadata.get("path") and storage.local_path(value)
+      field.metadata.get("path") and storage.path(value)
     except ValueError as e:
       raise ValueError(f"config field {name!r} is {e}") from e
   for name, fault in getattr(settings, "faults", tuple)():

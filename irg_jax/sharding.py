@@ -30,7 +30,6 @@ RULES = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "width": ("fsdp",),  # the model width of a parameter
-    "adapter": ("tensor", "fsdp"),  # the side of an adapter that is not the model width
     "embed": (),  # the model width of an activation
     "layers": (),
 }
@@ -223,8 +222,7 @@ def _parameter_axes(name, shape):
     return ()
   if name.endswith(("/lora_a", "/lora_b")):  # one side of their kernel, and the rank
     *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", shape)
-    side = lambda axis: axis if axis in ("width", None) else "adapter"
-    return (*lead, side(first), None) if name.endswith("a") else (*lead, None, side(last))
+    return (*lead, first, None) if name.endswith("a") else (*lead, None, last)
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
       return axes or (None,) * len(shape)

@@ -1,8 +1,7 @@
 """Files and folders, on disk or in buckets: atomic writes, and JSON that others wrote.
 
-`path` makes the one type of path for all: `pathlib.Path` on this machine, `buckets.Path` in a
-bucket, with the same methods. What follows is of disks: an object of a bucket is atomic by itself,
-and folders of a bucket are in `runs.new_folder`.
+`path` makes the one type of path for all: `pathlib.Path`, or `buckets.Path` with the same methods.
+What follows is of disks: an object of a bucket is atomic; for its folders see `leases.new_folder`.
 
 A write goes to a temporary file or folder beside the target, renamed when it is complete, so a
 reader finds the earlier content or the new one, never half of it. Temporary names look like
@@ -51,8 +50,6 @@ def parse_json(text, **options):
 
 def path(text) -> pathlib.PurePath:
   """The path that a flag or setting names; ValueError for a scheme that is not read."""
-  if isinstance(text, pathlib.Path):
-    return text
   if not (scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(text))):
     return pathlib.Path(text)
   if scheme[1] not in BUCKETS or not re.match(r"\w+://[^/]", str(text)):
@@ -73,8 +70,7 @@ def is_there(path) -> bool:
 def local_path(text) -> pathlib.Path:
   """A path of this machine; ValueError for one with a scheme, such as gs://bucket/folder."""
   if re.match(r"[A-Za-z][\w+.-]+:/", str(text)):
-    raise ValueError(f"{text}: a path on this machine is wanted; copy what is there, and give that "
-                     "path")
+    raise ValueError(f"{text}: a path on this machine is wanted; copy what is there, and give it")
   return pathlib.Path(text)
 
 
@@ -132,9 +128,8 @@ def writer(path):
 def cache_folder(name: str) -> pathlib.Path:
   """A folder in the user's for caches, which may not exist. RuntimeError without a home."""
   root, usual = os.environ.get("XDG_CACHE_HOME", ""), {"darwin": "Library/Caches"}
-  if not os.path.isabs(root):
-    root = pathlib.Path.home() / usual.get(sys.platform, ".cache")
-  return pathlib.Path(root, "irg_jax", name)
+  home = lambda: pathlib.Path.home() / usual.get(sys.platform, ".cache")
+  return pathlib.Path(root if os.path.isabs(root) else home(), "irg_jax", name)
 
 
 def partial_name() -> str:
@@ -149,9 +144,8 @@ def is_partial(name: str) -> bool:
 
 def remove_partials(folder) -> None:
   """Removes the temporary files and folders directly in `folder` that killed processes left."""
-  if not is_local(folder):
-    return
-  for path in filter(lambda p: is_partial(p.name), pathlib.Path(folder).glob(".*")):
+  found = pathlib.Path(folder).glob(".*") if is_local(folder) else ()
+  for path in filter(lambda p: is_partial(p.name), found):
     with contextlib.suppress(OSError), _locked(path):
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -213,8 +207,7 @@ def temporary_file(parent):
 def atomic_file(path, temporary_folder=None):
   """Yields a temporary path to write to; renames it to `path` on success, else removes it.
 
-  The folder of `path` must exist; `temporary_folder`, by default the same, is of its file system.
-  """
+  `temporary_folder`, by default that of `path`, must be on its file system."""
   if not is_local(path):
     with scratch_folder(cache_folder("scratch")) as scratch:
       yield scratch / path.name
@@ -278,8 +271,8 @@ def atomic_folder(folder):
 def atomic_files(folder):
   """Yields a temporary folder; its files replace those of the same names in `folder` on success.
 
-  A folder that exists may be a mount point, which cannot be renamed: there, and in a bucket, each
-  file is moved by itself, in the order of the names. A new folder appears at once.
+  A new folder appears at once. In one that exists, and may be a mount point, and in a bucket, each
+  file is moved by itself, in the order of the names.
   """
   folder = path(folder).absolute()
   if not is_local(folder):

@@ -123,7 +123,7 @@ def checkpoint(reference):
 
 # Files that take longest, first: else one process ends long after the others (launch/test.sh keeps
 # this order).
-LONGEST = ("test_watch", "test_mini_checkpoint", "test_train_faults", "test_generate", "test_mini_texts",
+LONGEST = ("test_mini_checkpoint", "test_train_faults", "test_generate", "test_mini_texts",
            "test_optimized", "test_mini_run", "test_step", "test_train_run", "test_plan",
            "test_before", "test_packing", "test_cli_run")
 

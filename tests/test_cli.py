@@ -95,8 +95,8 @@ def test_every_flag_that_names_a_path_refuses_a_scheme_that_it_cannot_read():
 @pytest.mark.parametrize("field", ["data.path", "checkpoint"])
 def test_a_setting_that_is_a_path_refuses_a_scheme(capsys, tmp_path, field):
   line = _fails(capsys, "train", "--config", ROOT / "configs" / "irgl.py:tiny",
-                f"--config.{field}=gs://bucket/x", "--out", tmp_path / "run")
-  assert f"config field '{field}' is gs://bucket/x: a path on this machine is wanted" in line
+                f"--config.{field}=hf://owner/x", "--out", tmp_path / "run")
+  assert f"config field '{field}' is hf://owner/x: only paths of this machine" in line
   assert not list(tmp_path.iterdir())
 
 

@@ -101,7 +101,7 @@ def test_a_second_kill_before_the_first_ones_last_step_forgets_nothing(tmp_path)
   assert clock.redone == 3
 
 
-def test_nothing_is_written_before_a_stage_begins_and_a_damaged_file_is_named(tmp_path):
+def test_nothing_is_written_before_a_stage_begins_or_by_others_and_a_damaged_file_is_named(tmp_path):
   for folder in (tmp_path, None):
     with goodput.Clock(folder) as clock:
       clock.point()

@@ -1,6 +1,5 @@
 """Units of a training run: rows by process, FLOPs, the log."""
 
-import contextlib
 import errno
 import io
 import json
@@ -168,36 +167,6 @@ def test_curves_have_their_points_and_hide_those_that_are_made_again(tmp_path):
     assert {(event.step, v.tag, v.simple_value) for event in seen for v in event.summary.value} == {
         (start + 1, "loss", 0.5), (start + 1, "packing/und", 2.0)}
     assert [e.step for e in seen if e.HasField("session_log")] == [5] * (start > 0)
-
-
-def test_curves_take_images_and_texts(tmp_path):
-  with logs.curves(tmp_path, 0) as add:
-    add(3, {"round1": np.full((4, 6, 3), 7, np.uint8), "thoughts": "a plan"})
-  path, = tmp_path.iterdir()
-  image, text = (v for event in events(path) for v in event.summary.value)
-  assert (image.image.height, image.image.width) == (4, 6)
-  assert text.tensor.string_val == [b"a plan"]
-
-
-def test_an_evaluation_is_logged_and_its_time_counts_for_no_step(tmp_path, monkeypatch):
-  clock = iter([1, 2, 90, 93, 94])
-  monkeypatch.setattr(logs, "time", types.SimpleNamespace(
-      monotonic=lambda: next(clock), time=lambda: 0.0))
-  seen = []
-  with logs.Log(tmp_path, "stage1", sharding.make_mesh(), start=0, total=4, every=9,
-                step_flops=lambda values: 0.0, peak_flops=0.0, stream=io.StringIO(),
-                sink=contextlib.nullcontext(lambda *x: seen.append(x)),
-                more=lambda: {"time/steps": 0.5}) as log:
-    for step in (1, 2):
-      log.step(step, VALUES, [])
-    log.evaluation(2, {"validation/loss": 0.25}, "evaluated", evaluation={"losses": {}})
-    for step in (3, 4):
-      log.step(step, VALUES, [])
-  lines = [json.loads(line) for line in (tmp_path / logs.FILE).read_text().splitlines()]
-  assert [line.get("seconds") for line in lines] == [None, 1, None, 3, 1]
-  assert lines[-1]["time/steps"] == 0.5
-  assert seen[0] == (2, {"validation/loss": 0.25}) and seen[1][1]["time/steps"] == 0.5
-  assert logs.made(tmp_path, "stage1") == (4, {2}) and logs.made(tmp_path, "stage2") == (0, set())
 
 
 def events(path):

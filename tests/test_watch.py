@@ -1,4 +1,4 @@
-"""Watching a run: evaluations change no number of training, are made once, the same anywhere."""
+"""Watching a run: evaluations change no number of training, and are made once, the same anywhere."""
 
 import json
 import pathlib
@@ -13,9 +13,7 @@ import train_runs
 from PIL import Image
 from train_runs import cache, data
 
-import irg_jax
-from irg_jax import commands, config
-from irg_jax.generate.settings import read_defaults
+from irg_jax import commands
 from irg_jax.train import checkpoints, logs, watch
 
 PROMPTS = ("a red circle", "a blue square", "two triangles", "a fox")  # split over the mesh
@@ -93,7 +91,7 @@ def test_both_rounds_of_every_prompt_are_drawn_and_written_with_their_thoughts(w
   for step, record in records(watched).items():
     assert [sample["prompt"] for sample in record["samples"]] == list(PROMPTS)
     for sample in record["samples"]:
-      assert [type(x["think"]) for x in sample["rounds"]] == [str, str]
+      assert len(sample["rounds"]) == 2 and all(isinstance(x["think"], str) for x in sample["rounds"])
     assert set(record["seconds"]) == {"losses", "images", "compiling"}
   assert len(images(watched)) == 2 * 4 * 2
   assert all(image.shape == (32, 32, 3) for image in images(watched).values())
@@ -145,28 +143,12 @@ def assert_same(out, watched):
     assert other.keys() == line["losses"].keys()
     for name, x in line["losses"].items():
       np.testing.assert_allclose(other[name], x, rtol=2e-5, err_msg=name)
-  thoughts = lambda out: [x["think"] for record in records(out).values()
-                          for sample in record["samples"] for x in sample["rounds"]]
+  thoughts = lambda out: {step: [x["think"] for sample in record["samples"] for x in sample["rounds"]]
+                          for step, record in records(out).items()}
   assert thoughts(out) == thoughts(watched)
   for name, image in images(watched).items():
     far = np.abs(image.astype(int) - images(out)[name])
     assert far.max() <= 2, name
-
-
-def test_the_average_of_adapters_draws_what_the_exported_weights_draw(data, cache, tmp_path):
-  assert train(data, tmp_path / "out", lora__rank=2, lora__targets="('und','gen','vit')") == 0
-  found = evaluations(tmp_path / "out")
-  assert found[4]["losses"]["ce"] < found[2]["losses"]["ce"]
-  weights = tmp_path / "out" / "stage1" / "weights"
-  settings = config.read(read_defaults(weights).settings, data / "draw.py")
-  loaded = irg_jax.load(weights, mesh=train_runs.MESH, dtype="float32")
-  for number, result in enumerate(loaded.generate(
-      list(PROMPTS), seed=0, batch_size=4, settings=settings), 1):
-    sample = records(tmp_path / "out")["4"]["samples"][number - 1]
-    assert [x["think"] for x in sample["rounds"]] == result.thoughts
-    for n, image in enumerate(result.images, 1):
-      drawn = images(tmp_path / "out")[f"samples/stage1/4/{number}_{n}.png"]
-      assert np.abs(image.astype(int) - drawn).max() <= 2
 
 
 class Killed(BaseException):
@@ -179,7 +161,7 @@ def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_other_one_twice(
     watched, data, cache, tmp_path, monkeypatch, name):
   out, drawn = tmp_path / "out", []
   draw = watch.Watch._draw
-  monkeypatch.setattr(watch.Watch, "_draw", lambda *args: drawn.append(1) or draw(*args))
+  monkeypatch.setattr(watch.Watch, "_draw", lambda self, params: drawn.append(1) or draw(self, params))
   place = {"write_json": watch.storage, "write_page": watch, "_publish": watch.Watch,
            "evaluation": logs.Log}[name]
   before = getattr(place, name)
@@ -215,8 +197,8 @@ def test_an_evaluation_after_the_last_checkpoint_is_logged_again_but_not_made_ag
   assert clock["starts"] == 2 and clock["updates_redone"] == 2
 
 
-def test_a_run_without_prompts_or_held_out_records_has_the_other_half(
-    watched, data, cache, tmp_path, capsys):
+def test_a_run_without_prompts_or_held_out_records_has_the_other_half(watched, data, cache, tmp_path,
+                                                                      capsys):
   assert train(data, tmp_path / "a", watch__prompts="", watch__generate="") == 0
   record = records(tmp_path / "a")["4"]
   assert record["samples"] == [] and record["losses"] == records(watched)["4"]["losses"]
@@ -227,10 +209,9 @@ def test_a_run_without_prompts_or_held_out_records_has_the_other_half(
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"watch__prompts": "nowhere.txt"}, "config field 'watch.prompts' is 'nowhere.txt', but must"),
-    ({"watch__prompts": "", "data__held_out": 0.0}, "there is nothing to evaluate: set watch.prom"),
+    ({"watch__prompts": "nowhere.txt"}, "config field 'watch.prompts' is 'nowhere.txt', but must be"),
     ({"watch__generate": "nowhere.py"}, "config file nowhere.py: no such file"),
-    ({"watch__generate": train_runs.ROOT / "configs" / "generate.py"}, "more than the 128 pixels"),
+    ({"watch__generate": train_runs.ROOT / "configs" / "generate.py"}, "is more than the 128 pixels"),
 ])
 def test_prompts_and_settings_that_cannot_work_are_named_before_anything_is_written(
     data, tmp_path, capsys, fields, message):

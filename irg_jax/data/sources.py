@@ -32,7 +32,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from irg_jax.data import parquet
 from irg_jax.data.records import MODES, ImagePart, Record, TextPart
-from irg_jax.storage import atomic_file, scratch_folder
+from irg_jax.storage import atomic_file, local_path, scratch_folder
 
 NAME = "irgl"
 VERSION = "1.0.0"
@@ -61,6 +61,7 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
   """
   if mode not in MODES:
     raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+  path = local_path(path)
   built = mode_folder(path, mode)
   if built.parent.is_dir():
     return BuiltSource(built, mode)

@@ -105,8 +105,6 @@ def generate_images(request: Request) -> Result:
   notes = {"checkpoint": str(request.checkpoint), "batch_size": request.batch_size,
            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
            "versions": generator.versions()}
-  if request.lora:
-    notes |= {"lora": str(request.lora), "lora_scale": request.lora_scale}
   with open_run(request.out, identity(request), notes, process) as folder:
     done = lambda: sum(_is_done(request, folder, *row) for row in rows)
     before = done()

@@ -227,7 +227,7 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
   if not isinstance(mesh, jax.sharding.Mesh):
     mesh = sharding.generation_mesh(mesh, config.llm)
   tokenizer = load_tokenizer(checkpoint, config.llm.vocab_size)
-  adapters = lora and peft.Source(storage.path(lora), lora_scale)
+  adapters = lora and peft.Source(pathlib.Path(lora), lora_scale)
   with jax.set_mesh(mesh):
     model, params = load_model(checkpoint, mesh, dtype, on_progress or (lambda *_: None), attention,
                                adapters)

@@ -24,7 +24,7 @@ _OPTIONS = {False: {}, True: {"xla_gpu_enable_triton_gemm": False}}
 _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
-              "smaller buffers (--config.{stage}.sizes); adapters alone (--config.lora.rank=64)"),
+              "smaller buffers (--config.{stage}.sizes)"),
     "generate": ("give it more chips; fewer prompts (--batch); a smaller cache (--cache) or "
                  "image (--size); more of the mesh to `tensor` (--mesh fsdp=4,tensor=2)"),
 }

@@ -10,6 +10,7 @@ import jinja2
 import markupsafe
 from PIL import Image
 
+from irg_jax import storage
 from irg_jax.images import FORMATS
 
 _LONGEST = 20_000  # characters of a text in a page
@@ -72,8 +73,8 @@ def small(image) -> bool:
   False where it cannot be read.
   """
   try:
-    file = io.BytesIO(image) if isinstance(image, bytes) else image
-    with Image.open(file, formats=FORMATS) as opened:
+    data = image if isinstance(image, bytes) else storage.read_file(image)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
       return opened.width < 256
   except Exception:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
     return False

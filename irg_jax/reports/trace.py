@@ -125,8 +125,7 @@ def finish_trace(folder) -> dict:
       path.unlink()
   last = next(filter(None, reversed(names)), None)
   return {"folder": folder.name, "prompt": record["prompt"], "rounds": len(names),
-          "seed": record.get("seed"), "image": last,
-          "small": pages.small(last and storage.read_file(folder / last))}
+          "seed": record.get("seed"), "image": last, "small": pages.small(last and folder / last)}
 
 
 def write_index(folder, entries: list[dict]) -> None:

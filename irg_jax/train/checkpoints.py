@@ -1,11 +1,11 @@
 """Checkpoints of one stage: the state, the position in the data, and checksums of both.
 
 Orbax writes each checkpoint in the background, into a folder of another name that it renames
-when complete. A kill at any time leaves the earlier checkpoints as they were.
+when complete. A kill at any time leaves the earlier checkpoints as they were. In a bucket, where
+nothing can be renamed, a mark that is written last makes it complete.
 """
 
 import json
-import pathlib
 import sys
 import zlib
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # private: no public one
 
 from irg_jax import messages, storage
 from irg_jax.train.distributed import gather, thread_barrier
@@ -21,6 +22,7 @@ from irg_jax.weights import orbax
 from irg_jax.weights.names import CheckpointError
 
 DAMAGED = "damaged"  # folder for checkpoints that cannot be read
+COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
 
 
 class Checkpoints:
@@ -36,16 +38,18 @@ class Checkpoints:
   """
 
   def __init__(self, folder, keep: int, report=print):
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = storage.path(folder).absolute()
     self._report, self._saving = report, None
     orbax.quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
         cleanup_tmp_directories=True,  # of a killed save: a checkpoint is large
+        temporary_path_class=None if storage.is_local(self.folder) else CommitFileTemporaryPath,
         async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier_unless_failed,
                                                **orbax.FOLDERS_FIRST))
     self._manager = ocp.CheckpointManager(self.folder, options=options,
                                           item_names=("state", "run"))
+    self._known = steps_in(self.folder)
 
   def __enter__(self):
     return self
@@ -59,7 +63,7 @@ class Checkpoints:
         first = first or e
         if first is not e and end == self.wait:
           self._report(str(e))
-    named = isinstance(first, CheckpointError) or not steps_in(self.folder)
+    named = isinstance(first, CheckpointError) or not self._steps()
     if isinstance(first, (OSError, ValueError)) and not named:
       raise ValueError(f"{messages.message(first)}; {self.last_good()}") from first
     if first is not error:
@@ -67,9 +71,13 @@ class Checkpoints:
 
   def last_good(self) -> str:
     """Names the newest complete checkpoint in words."""
-    steps = steps_in(self.folder)
+    steps = self._steps()
     return f"the last good checkpoint is {self.folder / str(steps[-1])}" if steps else (
         f"there is no good checkpoint in {self.folder}")
+
+  def _steps(self):
+    """`steps_in`; of a bucket, which may be away, those that were complete when last heard of."""
+    return steps_in(self.folder) if storage.is_local(self.folder) else self._known
 
   def save(self, step: int, state, data: dict) -> None:
     """Starts a save; returns once the state is copied and may be donated.
@@ -83,7 +91,7 @@ class Checkpoints:
       CheckpointError: this save, or the one before it, failed; names the last good one.
     """
     self.wait()
-    if step in steps_in(self.folder):
+    if step in self._steps():
       return
     data = gather(data)
     run = {"data": data, "sums": _all_checksums(state, data)}
@@ -103,6 +111,8 @@ class Checkpoints:
       CheckpointError: as `save`.
     """
     self._try(self._manager.wait_until_finished)
+    if self._saving is not None:
+      self._known = sorted({*self._known, self._saving})
     self._saving = None
 
   def restore(self, abstract):
@@ -168,7 +178,9 @@ class Checkpoints:
       target = self.folder / DAMAGED / str(step)
       target.parent.mkdir(exist_ok=True)
       copies = sum(p.name.split("-")[0] == str(step) for p in target.parent.iterdir())
+      (self.folder / str(step) / COMMITTED).unlink(missing_ok=True)  # first: it moves bit by bit
       (self.folder / str(step)).rename(target.with_name(f"{step}-{copies}") if copies else target)
+    self._known = [known for known in self._known if known != step]
     sync_global_devices(f"step {step} set aside")
     self._manager.reload()
 
@@ -197,7 +209,9 @@ def _barrier_unless_failed(*, key, timeout_ms):
 
 def steps_in(folder) -> list[int]:
   """Steps of the complete checkpoints in a folder, oldest first; [] if there is no folder."""
-  return sorted(int(p.name) for p in pathlib.Path(folder).glob("*") if p.name.isdigit())
+  folder = storage.path(folder)
+  complete = lambda path: storage.is_local(path) or (path / COMMITTED).is_file()
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and complete(p))
 
 
 def checksums(tree) -> dict[str, int]:

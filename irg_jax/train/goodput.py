@@ -45,8 +45,9 @@ class Clock:
     jax.monitoring.register_event_duration_secs_listener(self._compiles)
     return self
 
-  def __exit__(self, *_):
-    self.save()
+  def __exit__(self, error, *_):
+    with contextlib.suppress(*[OSError] * (error is not None)):  # that of a bucket, say, is shown
+      self.save()
     jax.monitoring.unregister_event_duration_listener(self._compiles)
 
   @contextlib.contextmanager

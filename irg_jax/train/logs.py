@@ -159,6 +159,36 @@ class Log(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
+def written(out):
+  """Yields (folder for the logs of a run, function that copies what is new in it to `out`).
+
+  It is `out` itself, and there is nothing to copy, but for a run in a bucket, where nothing can be
+  appended to: then it is a folder on this machine, copied at the end, too, and gone after that.
+  """
+  if storage.is_local(out):
+    yield out, lambda: None
+    return
+  known, state = {}, lambda path: (path.stat().st_size, path.stat().st_mtime_ns)
+  with storage.scratch_folder(storage.cache_folder("logs")) as folder:
+    def copy():
+      for path in sorted(folder.rglob("*")):
+        if path.is_file() and known.get(path) != (now := state(path)):
+          (out / path.relative_to(folder).as_posix()).upload(path)
+          known[path] = now
+
+    if jax.process_index() == 0 and (out / FILE).is_file():
+      (out / FILE).download(folder / FILE)
+      known[folder / FILE] = state(folder / FILE)
+    try:
+      yield folder, copy
+    except BaseException:
+      with contextlib.suppress(OSError):  # of the first error
+        copy()
+      raise
+    copy()
+
+
+@contextlib.contextmanager
 def curves(folder, start: int):
   """Yields add(step, values by name), which adds points to curves in a TensorBoard file.
 

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
-from irg_jax import chips, messages, runs, sharding, storage, weights
+from irg_jax import chips, leases, messages, runs, sharding, storage, weights
 from irg_jax.data import held_out, sample_set
 from irg_jax.data import sources as sources_lib
 from irg_jax.data.latents import Encoder
@@ -78,7 +78,7 @@ def run_train(settings: TrainSettings, out) -> int:
   Raises:
     ValueError, OSError: with a message for the user.
   """
-  out = pathlib.Path(out)
+  out = storage.path(out)
   with preemption() as stopping, held(out), Clock(None if jax.process_index() else out) as clock:
     run = prepare(settings, out, stopping, clock)
     ema, finished = None, True  # the first stage starts from the base weights
@@ -111,7 +111,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) 
   row_block(settings.data.rows, mesh)
   recorded = check_folder(out, settings)
   fingerprint = check_base(settings, recorded)
-  base = pathlib.Path(settings.checkpoint or out / BASE)
+  base = storage.path(settings.checkpoint or out / BASE)
   drawing = watch.read_drawing(settings, base)
   tracking.check(settings.wandb)
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
@@ -127,7 +127,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) 
       runs.write(out / RUN_FILE, {
           "settings": dataclasses.asdict(settings), **found,
           "base": settings.checkpoint and str(base.absolute()), "fingerprint": fingerprint})
-      if not base.exists():
+      if not leases.is_finished(base):
         init.write_random_checkpoint(base, settings.model, settings.seed)
     sync_global_devices("started")
     progress("read")
@@ -149,12 +149,20 @@ def print_rejected(sources: dict) -> None:
 
 
 def data_folder(settings: TrainSettings, out: pathlib.Path) -> pathlib.Path:
-  """The folder of the data. For data.path "sample", OUT/.sample, which is made if missing."""
+  """The folder of the data. For data.path "sample", OUT/.sample, which is made if missing.
+
+  For a run in a bucket, each machine has the sample set in its folder for caches.
+  """
   if settings.data.path != sample_set.NAME:
-    return pathlib.Path(settings.data.path)
-  folder = out / f".{sample_set.NAME}"
-  if jax.process_index() == 0 and not folder.exists():
-    sample_set.write(folder)
+    return storage.path(settings.data.path)
+  here = storage.is_local(out)
+  folder = out / f".{sample_set.NAME}" if here else storage.cache_folder(sample_set.NAME)
+  if not (here and jax.process_index()) and not folder.exists():
+    try:
+      sample_set.write(folder)
+    except OSError:
+      if not folder.exists():  # another process of this machine was first
+        raise
   sync_global_devices("data written")
   return folder
 
@@ -251,21 +259,24 @@ def load_frozen(run: Run) -> dict:
   return names.unflatten(leaves)
 
 
-def open_log(run: Run, stage: str, start: int) -> logs.Log:
+@contextlib.contextmanager
+def open_log(run: Run, stage: str, start: int):
   """The log of a stage, continued after step `start`; its lines of later steps are removed."""
-  settings, s, folder = run.settings, run.settings.stages[stage], None
-  if jax.process_index() == 0:
-    folder = run.out
-    run.clock.resume(stage, start, logs.made(folder, stage)[0])
-    logs.forget_after(folder, stage, start)
+  settings, s, first = run.settings, run.settings.stages[stage], jax.process_index() == 0
   rows = settings.data.rows * settings.data.accumulate
   used = lambda values: {name.removeprefix("packing/"): x for name, x in values.items()}
-  return logs.Log(
-      folder, stage, run.mesh, start=start, total=s.steps, every=settings.log_every,
-      step_flops=lambda values: rows * row_flops(settings.model, s.sizes, used(values),
-                                                settings.lora),
-      peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12,
-      sink=tracking.sink(run, stage, folder), more=run.clock.point)
+  with logs.written(run.out) as (folder, copy):
+    if first:
+      run.clock.resume(stage, start, logs.made(folder, stage)[0])
+      logs.forget_after(folder, stage, start)
+    with logs.Log(
+        folder if first else None, stage, run.mesh, start=start, total=s.steps,
+        every=settings.log_every, step_flops=lambda values: rows * row_flops(
+            settings.model, s.sizes, used(values), settings.lora),
+        peak_flops=sum(chips.peak_tflops(d.device_kind) for d in jax.devices()) * 1e12,
+        sink=tracking.sink(run, stage, folder if first else None), more=run.clock.point) as log:
+      log.folder, log.copy = folder, copy
+      yield log
 
 
 def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoints: Checkpoints,
@@ -281,7 +292,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoint
   train_step, evaluate = None, watch.open_watch(run, stage, log)
   base = [load_frozen(run)] * bool(settings.lora.rank)
   evaluate(start, state.ema, *base)
-  for step in logs.traced(range(start + 1, s.steps + 1), run.out / stage / "profile",
+  for step in logs.traced(range(start + 1, s.steps + 1), log.folder / stage / "profile",
                           settings.profile_at, PROFILED_STEPS, log.flush):
     with run.clock("waiting for data"):
       batch, data = next(batches)
@@ -296,6 +307,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoint
     if stopping or step == s.steps or step % settings.checkpoint_every == 0:
       log.flush()  # raises before a state that has diverged is saved
       with run.clock("saving"):
+        log.copy()  # before the checkpoint, which is of no use without its lines
         checkpoints.save(step, state, data)
     if stopping:  # an evaluation that is due is made on the next start
       break
@@ -306,7 +318,7 @@ def loop(run: Run, stage: str, optimizer, state, start: int, batches, checkpoint
 def export(run: Run, stage: str, ema) -> None:
   """Writes the weights of a finished stage to STAGE/weights, unless they are there."""
   target = run.out / stage / "weights"
-  if not target.exists():
+  if not leases.is_finished(target):
     try:
       with Progress() as progress:
         progress(f"writing the weights of {stage}", step=1)
@@ -323,7 +335,7 @@ def exported(run: Run, stage: str, ema) -> dict:
   settings = run.settings
   if not settings.lora.rank:
     return {"transformer": ema, "vae": run.vae}
-  if not (adapters := run.out / stage / "adapters").exists():
+  if not leases.is_finished(adapters := run.out / stage / "adapters"):
     peft.save(adapters, ema, settings.model, settings.lora, str(run.base))
   params = load_base(run, None, part="")
   return params | {"transformer": lora.merge(params["transformer"], ema, settings.lora.scale)}

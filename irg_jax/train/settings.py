@@ -177,9 +177,6 @@ class TrainSettings:
     return {name: getattr(self, name) for name in names}
 
   def faults(self):
-    if self.eval_every and not (self.watch.prompts or self.data.held_out):
-      yield "eval_every", (f"is {self.eval_every}, but there is nothing to evaluate: set "
-                           "watch.prompts or data.held_out")
     for name, stage in self.stages.items():
       if not any(stage.mixture.values()):
         yield f"{name}.mixture", "has no mode of a weight above 0"

@@ -31,11 +31,11 @@ def sink(run, stage: str, folder):
   """A context manager for `logs.Log`, or None without a project, or without a folder."""
   if not run.settings.wandb.project or folder is None:
     return None
-  return _run(run.settings, stage, storage.path(folder), logs.made(folder, stage)[0])
+  return _run(run.settings, stage, folder, run.out, logs.made(folder, stage)[0])
 
 
 @contextlib.contextmanager
-def _run(settings, stage, folder, reached):
+def _run(settings, stage, folder, out, reached):
   """Yields add(step, values) as `logs.curves` does; no step is logged twice after a kill.
 
   Steps up to `reached` were logged before, and are the same when they are made again.
@@ -43,7 +43,7 @@ def _run(settings, stage, folder, reached):
   wandb, options = client(), settings.wandb
   wandb_run = wandb.init(
       project=options.project, entity=options.entity or None, mode=options.mode, dir=str(folder),
-      id=_id(folder), name=folder.absolute().name, resume="allow",
+      id=_id(out), name=out.absolute().name, resume="allow",
       config=dataclasses.asdict(settings), settings=wandb.Settings(silent=True))
   wandb_run.define_metric(f"{stage}/step")
   wandb_run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

@@ -170,7 +170,7 @@ class Watch:
     for rows in generator.batches(count, size):
       seeds = [(self._settings.seed + i) % 2**32 for i in rows]
       drawn = loaded.batch([drawing.prompts[i] for i in rows], seeds, drawing.settings,
-                           drawing.defaults.system_prompt.strip(), size=size)
+                           drawing.defaults.system_prompt, size=size)
       for i, seed, trajectory in zip(rows, seeds, drawn):
         named = {f"{i + 1}_{n}.png": x.image for n, x in enumerate(trajectory.rounds, 1)}
         images |= named
@@ -213,7 +213,7 @@ def cast(settings: TrainSettings, mesh, ema):
 
 def open_watch(run, stage: str, log) -> Watch:
   """The `Watch` of a stage; what the log holds already is not made again."""
-  seen = {"steps": sorted(logs.made(run.out, stage)[1])} if jax.process_index() == 0 else {}
+  seen = {"steps": sorted(logs.made(log.folder, stage)[1])} if jax.process_index() == 0 else {}
   return Watch(run, stage, log, gather(seen)["steps"])
 
 

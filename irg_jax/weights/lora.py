@@ -118,10 +118,7 @@ def applied(scale: float):
 
 
 def merge(params: dict, adapters: dict, scale: float) -> dict:
-  """Parameters with W + scale * A @ B for each adapter; these kernels are donated.
-
-  In W's dtype, but in bfloat16 for one of 8 bits.
-  """
+  """Parameters with W + scale * A @ B for each adapter, in W's dtype; these kernels are donated."""
   leaves, parts = names.flatten(params), names.flatten(adapters)
   for path in [path for path in parts if path.endswith(A)]:
     root = path.removesuffix(A)
@@ -135,7 +132,6 @@ def merge(params: dict, adapters: dict, scale: float) -> dict:
 def _merge_on(sharding):
   def merged(kernel, a, b, scale):
     change = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
-    wide = kernel.dtype if kernel.dtype.itemsize > 1 else jnp.bfloat16
-    return (kernel.astype(jnp.float32) + scale * change).astype(wide)
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
 
   return jax.jit(merged, out_shardings=sharding, donate_argnums=0)
