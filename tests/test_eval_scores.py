@@ -288,6 +288,27 @@ def test_a_prompt_without_a_vqascore_is_absent_not_zero():
   assert got["unscored"]["by_reason"] == {"unparsable": 1, "out of range": 1}
 
 
+@pytest.mark.parametrize("numbers", ["[0.7]", "[true]", "[-1]", "[1e999]", '["x"]', "3", "[[1]]"])
+def test_a_skill_of_no_prompt_numbers_is_refused(tmp_path, numbers):
+  (tmp_path / "genai_skills.json").write_text(f'{{"basic": {numbers}}}')
+  with pytest.raises(ValueError, match="genai_skills.json: must be a JSON object of lists"):
+    genai_bench.read_skills(tmp_path / "genai_skills.json")
+
+
+@pytest.mark.parametrize("question, parents, found", [
+    ('{"1": "a?", "2": "b?"}', '{"1": ["0"], "2": ["1"]}', {"000": ({1: "a?", 2: "b?"}, {1: [0], 2: [1]})}),
+    ("{}", "{}", {}), ('{"1": "a?"}', '{"1": 0}', None), ('{"1": 5}', '{"1": [0]}', None),
+    ('{"1": "a?"}', '{"1": ["x"]}', None), ('["a?"]', '{"1": [0]}', None)])
+def test_questions_and_their_parents_are_read_by_number_or_refused(tmp_path, question, parents, found):
+  path = tmp_path / "anime.json"
+  path.write_text(f'{{"000": {{"question": {question}, "dependency": {parents}}}}}')
+  if found is None:
+    with pytest.raises(ValueError, match="anime.json: prompt 000: question and dependency"):
+      oneig.read_questions(path)
+  else:
+    assert oneig.read_questions(path) == found
+
+
 @pytest.mark.parametrize("change, message", [
     ({"attribute": [5]}, "attribute.*prompt 5"), ({"attribute": "1"}, "not a list"),
     ({"attribute": None}, "no tag 'attribute'")])
@@ -369,6 +390,9 @@ def test_the_oneig_overall_needs_all_five_parts():
     ('{"round": 1, "part": "style", "id": "anime/000", "values": [0.5]}', "line 1"),
     ('{"round": 1, "part": "vqascore", "id": "x", "values": [0.5]}', "vqascore"),
     ('{"round": 1, "part": "reasoning", "id": "x", "values": [NaN]}', "not a number"),
+    ('{"round": 1, "part": "reasoning", "id": "x", "values": [85]}', "line 1: 85 is not from -1.01"),
+    ('{"round": 1, "part": "style", "id": "x", "values": [[0.2, 90]]}', "line 1: 90 is not from"),
+    ('{"round": 1, "part": "diversity", "id": "x", "values": [-0.5]}', "line 1: -0.5 is not from"),
     ('{"round": 1, "id": "x", "values": []}', "part"), ("{", "line 1"),
     ('{"round": 1, "part": "reasoning", "id": "x", "values": []}\n' * 2, "line 2.*already")])
 def test_a_measurement_that_cannot_be_is_refused_with_its_line(tmp_path, line, message):

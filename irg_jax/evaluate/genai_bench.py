@@ -57,9 +57,10 @@ def read_skills(path) -> dict[str, list[int]]:
   """{tag: [number of a prompt, ...]} of an official genai_skills.json."""
   try:
     skills = storage.read_json(path)
-    for numbers in skills.values():
-      list(map(int, numbers))
-  except (OSError, ValueError, TypeError, OverflowError) as e:
+    if wrong := [n for numbers in skills.values() for n in numbers
+                 if isinstance(n, bool) or not re.fullmatch("[0-9]{1,9}", str(n))]:
+      raise ValueError(f"{str(wrong[0])[:80]!r} is no number of a prompt")
+  except (OSError, ValueError, TypeError) as e:
     raise ValueError(f"{path}: must be a JSON object of lists of prompt numbers ({e})") from e
   return skills
 

@@ -119,9 +119,18 @@ class TextSummary:
             "prompts": self._prompts, "unscored": self.unscored.summary()}
 
 
-# Parts that other models measure: an entry of their values to a number.
-MEASURED = {"reasoning": lambda value: value, "style": lambda pair: style_cell(*pair),
-            "diversity": lambda value: value}
+def _within(low, value, high):
+  """The value; ValueError for one that is no such measurement, as of percent."""
+  if base.is_number(value) and not low <= value <= high:
+    raise ValueError(f"{value} is not from {low:.3g} to {high:.3g}")
+  return value
+
+
+# Parts that other models measure: an entry of their values to a number. Similarities may be a
+# little above 1, by rounding.
+MEASURED = {"reasoning": lambda value: _within(-1.01, value, 1.01),
+            "style": lambda pair: style_cell(*(_within(-1.01, value, 1.01) for value in pair)),
+            "diversity": lambda value: _within(-0.01, value, 2.01)}
 
 
 def overall(parts: dict[str, float | None]) -> float | None:
@@ -213,12 +222,15 @@ def read_questions(path) -> dict[str, tuple[dict, dict]]:
   for key, entry in table.items():
     try:
       asked, dependency = by_number(entry["question"]), by_number(entry["dependency"])
+      dependency = {n: [int(p) for p in parents] for n, parents in dependency.items()}
+      if not all(isinstance(question, str) for question in asked.values()):
+        raise ValueError("a question is no text")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
       raise ValueError(f"{path}: prompt {key}: question and dependency must be objects by number "
                        f"({e})") from e
     if set(asked) != set(dependency):
       raise ValueError(f"{path}: prompt {key}: questions and dependencies differ in number")
-    result[key] = asked, dependency
+    result |= {key: (asked, dependency)} if asked else {}
   return result
 
 

@@ -168,7 +168,10 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
     try:
       entry = found.setdefault((record["round"], record["id"]), {})
       part = record["part"]
-      values = [parts[part](value) for value in record["values"]]
+      read = parts[part]
+      values = [read(value) for value in record["values"]]
+    except ValueError as e:
+      raise ValueError(f"{where}: {e}") from e
     except (KeyError, TypeError) as e:
       raise ValueError(f"{where}: must be an object with round, part ({' or '.join(parts)}), id "
                        "and values, which are numbers, or pairs where the part needs them "
