@@ -20,6 +20,7 @@ from train_runs import cache, data
 from irg_jax import commands, runs, weights
 from irg_jax.train import checkpoints
 from irg_jax.train import run as train_run
+from irg_jax.weights.lora import LoraSettings
 from irg_jax.weights.names import flatten
 
 PAIR = {"fsdp": 2, "tensor": 2}  # two devices in each of two processes
@@ -124,7 +125,7 @@ def test_an_export_that_fails_names_the_full_path_and_where_the_trained_state_is
 
   monkeypatch.setattr(train_run.published, "save", full)
   run = types.SimpleNamespace(out=tmp_path, vae=None, base=None,
-                              settings=types.SimpleNamespace(model=None))
+                              settings=types.SimpleNamespace(model=None, lora=LoraSettings()))
   with pytest.raises(ValueError) as caught:
     train_run.export(run, "stage1", None)
   assert str(caught.value).startswith(f"{path}: No space left on device")
