@@ -5,8 +5,8 @@ Imported by `storage.path` alone, where a path names a bucket; its packages are 
 nothing can be renamed. A write may depend on the state of its object, of which `Look.version` (GCS:
 generation, S3: ETag) changes with every write: `Path.put_if`.
 
-A store that does not answer is asked again for `PATIENCE` seconds; then OSError names the object.
-Each answer of a range is checked to be complete.
+A store that does not answer is asked again for `PATIENCE` seconds, or `_FIRST` if it never has;
+then OSError names the object. Each answer of a range is checked to be complete.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ import urllib.parse
 from etils.epath import gpath
 
 PATIENCE = float(os.environ.get("IRG_BUCKET_PATIENCE", 600))  # seconds
+_FIRST = 10.0  # seconds, before the store has answered at all: it may be out of reach for good
 _LAST = 5.0  # seconds, once the patience has ended, until the store answers again
 _TIMEOUTS = {"total": None, "sock_connect": 30, "sock_read": 60}  # seconds
 _PART = 32 * 2**20  # bytes of a part of a large upload
@@ -240,6 +241,7 @@ class Path(gpath.PosixGPath):
 
 
 _FILESYSTEMS, _making = {}, threading.Lock()
+_answered = threading.Event()  # a request was answered
 _given_up = threading.Event()  # a request has ended without an answer, and none was answered since
 
 
@@ -282,12 +284,15 @@ async def _patiently(attempt, name, known):
   """The result of a request, made again while the store does not answer; else OSError."""
   start, pause = time.monotonic(), _SHORT
   while True:
-    patience = min(PATIENCE, _LAST) if _given_up.is_set() else PATIENCE
+    patience = min(PATIENCE, _LAST if _given_up.is_set() else
+                   PATIENCE if _answered.is_set() else _FIRST)
     try:
       answer = await attempt()
+      _answered.set()
       _given_up.clear()
       return answer
     except FileNotFoundError:
+      _answered.set()
       raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", name) from None
     except FileExistsError:
       raise FileExistsError(errno.EEXIST, "has changed", name) from None

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import bucket_server
 import jax
@@ -128,6 +129,12 @@ def test_a_store_that_is_away_ends_in_an_error_that_names_the_object(bucket, mon
   with broken(bucket, lambda *_: 503), pytest.raises(OSError) as caught:
     at("x").write_bytes(b"")
   assert "gs://bucket/x: the store did not answer for" in messages.message(caught.value)
+  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 600.0)
+  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "_FIRST", 1.0)
+  for name in ("_answered", "_given_up"):  # as in a new process
+    monkeypatch.setattr(sys.modules["irg_jax.buckets"], name, threading.Event())
+  with broken(bucket, lambda *_: 503), pytest.raises(OSError, match="did not answer for"):
+    at("x").read_bytes()
   with pytest.raises(OSError, match="object is shorter"):
     at("short").write_bytes(b"123")
     at("short").read_range(1, 9)
