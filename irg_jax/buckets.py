@@ -63,7 +63,7 @@ class Path(gpath.PosixGPath):
   @property
   def parent(self):
     """The folder above; a bucket's is itself."""
-    return super().parent if self.place[1] else self
+    return super().parent if self.place[1] or not self._uri_scheme else self
 
   def absolute(self):
     return self
@@ -127,6 +127,10 @@ class Path(gpath.PosixGPath):
   def mkdir(self, mode=None, parents: bool = False, exist_ok: bool = False) -> None:
     """Nothing: a folder is there with its first object."""
 
+  def open(self, mode: str = "r", **_):
+    """A file that reads pieces of about 4 MB; to write, see `writer`."""
+    return self.fs.open(str(self), mode, block_size=2**22)
+
   def read_bytes(self) -> bytes:
     return self.fs.cat_file(str(self))
 
@@ -183,12 +187,16 @@ class Path(gpath.PosixGPath):
     for path in list(self.rglob("*")):
       path.unlink(missing_ok=True)
 
+  def replace(self, target):
+    """Moves an object; a kill leaves it at both places."""
+    self.fs.cp_file(str(self), str(target))
+    self.unlink(missing_ok=True)
+    return target
+
   def rename(self, target):
     """Copies all objects below to a folder, and removes them here; a kill leaves some at each."""
     for path in list(self.rglob("*")):
-      to = target / path.relative_to(self).as_posix()
-      self.fs.cp_file(str(path), str(to))
-      path.unlink(missing_ok=True)
+      path.replace(target / path.relative_to(self).as_posix())
     return target
 
   def look(self) -> Look | None:

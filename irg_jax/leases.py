@@ -59,6 +59,13 @@ def is_finished(folder) -> bool:
   return folder.exists() and (storage.is_local(folder) or not (folder / UNFINISHED).exists())
 
 
+def check_finished(folder) -> None:
+  """ValueError for a folder that is there and not complete."""
+  if folder.exists() and not is_finished(folder):
+    raise ValueError(f"{folder}: not complete: the command that writes it is at work, or was "
+                     "killed; wait for it, or start it again")
+
+
 def _clear(folder):
   for path in list(folder.rglob("*")):
     if path != folder / UNFINISHED:

@@ -24,6 +24,8 @@ import urllib.parse
 
 import pytest
 
+from irg_jax import holders
+
 BUCKET = "bucket"
 try:
   from gcp_storage_emulator import server as emulator
@@ -174,6 +176,11 @@ def bucket():
       patch.setenv(name, value)
     yield server
   server.close()
+
+
+def dead_holder() -> bytes:
+  """The lock of a process of this machine that was killed."""
+  return json.dumps(holders.me() | {"pid": 2**22 + 1, "key": "0" * 32}).encode()
 
 
 @contextlib.contextmanager

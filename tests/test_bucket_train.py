@@ -12,7 +12,7 @@ import train_runs
 from bucket_server import broken, bucket
 from train_runs import cache, data
 
-from irg_jax import commands, holders, leases, runs, storage, weights
+from irg_jax import commands, leases, runs, storage, weights
 
 pytestmark = bucket_server.needed
 WEIGHTS = ("ema.safetensors", "ae.safetensors", "tokenizer.json")
@@ -72,9 +72,8 @@ def test_what_a_kill_leaves_half_written_is_made_again(bucket, data, whole):
   step = out / "stage1" / "checkpoints" / "4"
   (step / "commit_success.txt").unlink()
   next(iter((step / "state" / "d").iterdir())).unlink()
-  dead = json.dumps(holders.me() | {"pid": 2**22 + 1, "key": "0" * 32}).encode()
   for lock in (out / ".lock", out / "stage1" / "weights" / leases.UNFINISHED):
-    lock.write_bytes(dead)
+    lock.write_bytes(bucket_server.dead_holder())
   (out / "stage1" / "weights" / "ema.safetensors").write_bytes(b"half")
   with pytest.raises(weights.CheckpointError, match="not complete"):
     weights.read_config(out / "stage1" / "weights")
@@ -139,7 +138,7 @@ def test_a_bucket_that_stays_away_ends_the_run_with_the_last_good_checkpoint_nam
   err = capsys.readouterr().err
   assert "the store did not answer for" in err
   assert "the last good checkpoint is gs://bucket/gone/stage1/checkpoints/2" in err
-  storage.path("gs://bucket/gone/.lock").write_bytes(json.dumps(
-      holders.me() | {"pid": 2**22 + 1, "key": "0" * 32}).encode())  # it could not remove it
+  storage.path("gs://bucket/gone/.lock").write_bytes(
+      bucket_server.dead_holder())  # it could not remove it
   assert train(data, "gs://bucket/gone", log_every=1) == 0
   assert_same(bucket, "gone", whole)

@@ -208,8 +208,8 @@ def test_a_new_folder_is_refused_until_it_is_complete_and_cleared_after_a_failur
   with pytest.raises(KeyError), leases.new_folder(at("new/failed")) as failed:
     (failed / "a").write_bytes(b"half")
     raise KeyError
-  (at("new/killed") / leases.UNFINISHED).write_bytes(json.dumps(
-      holders.me() | {"pid": 2**22 + 1, "key": "0" * 32}).encode())
+  (at("new/killed") / leases.UNFINISHED).write_bytes(
+      bucket_server.dead_holder())
   (at("new/killed") / "left").write_bytes(b"")
   with leases.new_folder(at("new/killed")) as again:
     (again / "whole").write_bytes(b"")

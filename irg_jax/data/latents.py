@@ -10,15 +10,15 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import pathlib
 
 import einops
 import jax
 import numpy as np
 
-from irg_jax import runs, sharding
+from irg_jax import runs, sharding, storage
 from irg_jax.config import ModelConfig
 from irg_jax.data import sources as sources_lib
+from irg_jax.data.array_records import INFO
 from irg_jax.data.records import ImagePart
 from irg_jax.data.samples import posterior_latents
 from irg_jax.images import ImageTransform, decode_image
@@ -101,8 +101,9 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
   """Writes the records of `sources` again, with the moments of the images that the VAE sees.
 
   Every process writes each `process_count`-th file of a mode into OUT/.encoding. The process that
-  finds all files complete makes them the dataset OUT/irgl/MODE. Files of a run that was killed
-  are kept, and the same call continues it. Processes share `out` and nothing else.
+  finds all files complete makes them the dataset OUT/irgl/MODE, where they are from the start in
+  a bucket. Files of a run that was killed are kept, and the same call continues it. Processes share
+  `out` and nothing else.
 
   Args:
     sources: see `sources.open_sources`.
@@ -120,20 +121,22 @@ def encode_dataset(sources, out, encoder: Encoder, transform: ImageTransform, *,
   settings = {"vae_transform": dataclasses.asdict(transform), "moments": dtype,
               "vae": encoder.fingerprint()}
   encode = lambda records: _with_moments(records, encoder, transform, dtype)
-  return {mode: _encode_mode(mode, source, pathlib.Path(out), encode, settings, shard_records,
+  return {mode: _encode_mode(mode, source, storage.path(out), encode, settings, shard_records,
                              slice(process_index, None, process_count), progress)
           for mode, source in sources.items()}
 
 
 def _encode_mode(mode, source, out, encode, settings, shard_records, own, progress):
-  home = sources_lib.mode_folder(out, mode)
-  folder = sources_lib.mode_folder(out / _UNFINISHED, mode)
+  home = folder = sources_lib.mode_folder(out, mode)
+  done = home / INFO[-1]  # in a bucket, where a folder is not renamed
+  if storage.is_local(out):
+    folder, done = sources_lib.mode_folder(out / _UNFINISHED, mode), home.parent
   metadata = dict(getattr(source, "metadata", {})) | settings
   # Offenders are named by path, which may differ between hosts.
   same = {name: value for name, value in metadata.items() if name != "offenders"}
   rows = {"source": sources_lib.fingerprint(source)}  # records of older versions lack it
   plan = {"records": len(source), "shard_records": shard_records} | rows | same
-  if home.parent.exists():
+  if done.exists():
     runs.check_same(rows | runs.read(home / _PLAN), plan, str(home.parent))
     return "there"
   runs.create(folder / _PLAN, plan)
@@ -185,13 +188,18 @@ def _finish(out, mode, shards, metadata):
   home, folder, unfinished = (
       sources_lib.mode_folder(out, mode), shards[0][0].parent, out / _UNFINISHED)
   if not all(path.exists() for path, _ in shards):
-    return "there" if home.exists() else "waiting"
+    return "there" if home.exists() and home != folder else "waiting"
+  lengths = [len(records) for _, records in shards]
+  size = sum(path.stat().st_size for path, _ in shards)
+  if home == folder:  # in a bucket
+    with storage.atomic_files(home) as made:
+      sources_lib.write_info(out, mode, lengths, size, metadata, made)
+    return "written"
   try:
     with scratch_folder(unfinished) as scratch:
       made = sources_lib.mode_folder(scratch, mode)
       made.mkdir(parents=True)
-      size = sum(path.stat().st_size for path, _ in shards)
-      sources_lib.write_info(scratch, mode, [len(r) for _, r in shards], size, metadata)
+      sources_lib.write_info(scratch, mode, lengths, size, metadata)
       for file in made.iterdir():
         os.replace(file, folder / file.name)
       home.parent.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from irg_jax import storage
 from irg_jax.data.records import Record, Rejected, parse_conversation
 
 COLUMN = "conversation"
@@ -49,7 +50,7 @@ class Tally:
       raise ValueError("max_rejected is the share of rows that may be unusable, 0 to 1, not "
                        f"{max_rejected}")
     self.mode, self.files = mode, mode_files(path, mode)
-    self.total = sum(pq.read_metadata(file).num_rows for file in self.files)
+    self.total = sum(_metadata(file).num_rows for file in self.files)
     self.metadata = {"rows": self.total, "rejected": {}, "offenders": []}
     self._max_rejected, self._listed = max_rejected, listed
 
@@ -85,7 +86,7 @@ def summary(mode: str, metadata: dict) -> str:
 
 def mode_files(path, mode: str) -> list[pathlib.Path]:
   """The parquet files of a mode by name; ValueError if there are none or one is not usable."""
-  folder = pathlib.Path(path) / mode
+  folder = storage.path(path) / mode
   files = sorted(folder.glob("[!.]*.parquet"))  # hidden ones are not data, as macOS's ._x.parquet
   if not files:
     raise ValueError(f"{folder}: no parquet files")
@@ -101,13 +102,20 @@ def mode_files(path, mode: str) -> list[pathlib.Path]:
 
 def open_file(path) -> pq.ParquetFile:
   """Opens a parquet file for reading in small pieces; ValueError if it cannot be read."""
-  if not pathlib.Path(path).is_file():
+  path = storage.path(path)
+  if not path.is_file():
     raise ValueError(f"{path}: not a file, but a folder, pipe or device; move it away")
   try:
     # Without a buffer size, or with pre_buffer, pyarrow fetches whole row groups.
-    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    file = path if storage.is_local(path) else path.open("rb")
+    return pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
   except (pa.ArrowException, OSError) as e:
     raise ValueError(f"{path}: not a parquet file that can be read: {e}") from e
+
+
+def _metadata(file):
+  with open_file(file) as parquet:
+    return parquet.metadata
 
 
 def iterate_texts(file, group: int | None = None):
@@ -159,7 +167,7 @@ class PublishedSource:
     self._good = np.asarray(good)
     self._groups = []  # (file, number in the file, rows) of every row group
     for file in tally.files:
-      meta = pq.read_metadata(file)
+      meta = _metadata(file)
       self._groups += [(file, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
     self._starts = np.cumsum([0] + [rows for _, _, rows in self._groups])
     self._open()
@@ -203,9 +211,10 @@ def write(folder, rows) -> None:
   with contextlib.ExitStack() as stack:
     for mode, row in rows:
       if mode not in files:
-        path = pathlib.Path(folder) / mode / "00000.parquet"
+        path = storage.path(folder) / mode / "00000.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files[mode] = stack.enter_context(pq.ParquetWriter(path, _SCHEMA))
+        aside = stack.enter_context(storage.atomic_file(path))
+        files[mode] = stack.enter_context(pq.ParquetWriter(aside, _SCHEMA))
       waiting[mode].append(row if isinstance(row, str) else json.dumps(row))
       if len(waiting[mode]) == _GROUP_ROWS:
         files[mode].write_table(pa.table({COLUMN: waiting.pop(mode)}, _SCHEMA))

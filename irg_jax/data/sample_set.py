@@ -8,10 +8,10 @@ import json
 
 from PIL import Image, ImageDraw
 
+from irg_jax import leases
 from irg_jax.data import parquet
 from irg_jax.data.records import MODES, assistant, image_part, text_part, user
 from irg_jax.images import encode_image
-from irg_jax.storage import atomic_folder
 
 NAME = "sample"  # the value of data.path that stands for this set
 ROWS = 12
@@ -31,7 +31,7 @@ def write(folder) -> None:
   Raises:
     FileExistsError: `folder` exists and is not empty.
   """
-  with atomic_folder(folder) as partial:
+  with leases.new_folder(folder) as partial:
     for mode, spoil in _UNUSABLE.items():
       *good, last = (conversation(mode, number) for number in range(ROWS + 1))
       parquet.write(partial, [(mode, row) for row in (*good, spoil(last))])

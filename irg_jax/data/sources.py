@@ -17,8 +17,6 @@ A mode is read from either of two forms; the first one wins.
 """
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -30,19 +28,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from irg_jax.data import parquet
-from irg_jax.data.records import MODES, ImagePart, Record, TextPart
-from irg_jax.storage import atomic_file, local_path, scratch_folder
+from irg_jax import leases, storage
+from irg_jax.data import array_records, parquet
+from irg_jax.data.examples import (
+    NAME, SPLIT, VERSION, features, from_example, mode_folder, shard_path, to_example)
+from irg_jax.data.records import MODES, Record, TextPart
+from irg_jax.storage import atomic_file, scratch_folder
 
-NAME = "irgl"
-VERSION = "1.0.0"
-SPLIT = "train"
 SHARD_BYTES = 512 * 2**20
 
 # One record a group: reading a record reads no other. Images and moments do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_EMPTY_PART = {"text": "", "picture": b"", "need_loss": False, "need_vae": False,
-               "need_vit": False, "moments": b""}
+
 
 
 def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
@@ -61,11 +58,11 @@ def open_source(path, mode: str, *, max_rejected: float = 0.01, progress=None):
   """
   if mode not in MODES:
     raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-  path = local_path(path)
+  path = storage.path(path)
   built = mode_folder(path, mode)
   if built.parent.is_dir():
-    return BuiltSource(built, mode)
-  if not (pathlib.Path(path) / mode).is_dir():
+    return (BuiltSource if storage.is_local(built) else array_records.BucketSource)(built, mode)
+  if not (path / mode).is_dir():
     raise ValueError(f"{path}: no mode {mode}: neither {built.relative_to(path).parent} (from "
                      f"irg data build) nor {mode} (parquet files) is a folder there")
   return parquet.PublishedSource(path, mode, max_rejected, progress)
@@ -191,12 +188,15 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
   Returns `parquet.Tally.metadata` by mode. Raises ValueError if a mode has no files, exists
   already, or has too many unusable rows.
   """
-  out = pathlib.Path(out)
+  out = storage.path(out)
   for mode in modes:
     parquet.mode_files(source, mode)
-    if mode_folder(out, mode).parent.exists():
+    if leases.is_finished(mode_folder(out, mode).parent):
       raise ValueError(f"{mode_folder(out, mode).parent} exists already; remove it, or choose "
                        "another folder")
+  if not storage.is_local(out):
+    return {mode: _build_in_bucket(source, out, mode, max_rejected, shard_bytes, workers, progress)
+            for mode in modes}
   config = tfds.download.DownloadConfig(manual_dir=os.fspath(source), try_download_gcs=False)
   reports = {}
   with scratch_folder(out) as scratch:
@@ -214,42 +214,17 @@ def build(source, out, modes=MODES, *, max_rejected: float = 0.01, workers: int 
   return reports
 
 
-def mode_folder(path, mode: str) -> pathlib.Path:
-  """Folder of the ArrayRecord files of a mode under `path`."""
-  return pathlib.Path(path) / NAME / mode / VERSION
-
-
-def shard_path(folder, number: int, count: int) -> pathlib.Path:
-  """File `number` of `count` of a mode, named as by tfds."""
-  return pathlib.Path(folder) / f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{count:05d}"
-
-
-@functools.cache
-def features() -> tfds.features.FeaturesDict:
-  """Features of an example: numbers and bytes, which need no TensorFlow.
-
-  A part with an empty `picture` is a text. `moments` is empty, or `ImagePart.moments` in numpy's
-  file format.
-  """
-  binary = tfds.features.Tensor(shape=(), dtype=np.object_)
-  flag = tfds.features.Scalar(np.bool_)
-  return tfds.features.FeaturesDict({
-      "index": tfds.features.Scalar(np.int64),
-      "parts": tfds.features.Sequence({
-          "text": tfds.features.Text(), "picture": binary, "need_loss": flag,
-          "need_vae": flag, "need_vit": flag, "moments": binary}),
-  })
-
-
-def from_example(example: dict, mode: str) -> Record:
-  """Decoded example -> record."""
-  columns = zip(*(example["parts"][name] for name in _EMPTY_PART))
-  return Record(mode, int(example["index"]), tuple(_to_part(*column) for column in columns))
-
-
-def to_example(record: Record) -> dict:
-  """Record -> example of `features`; its mode is in the folder's name."""
-  return {"index": record.index, "parts": [_from_part(part) for part in record.parts]}
+def _build_in_bucket(source, out, mode, max_rejected, shard_bytes, workers, progress) -> dict:
+  """Builds one mode, file by file; its folder is refused until it is complete."""
+  folder, tally = mode_folder(out, mode), parquet.Tally(source, mode, max_rejected)
+  with leases.new_folder(folder.parent):
+    good = parquet.read_good(tally, workers=workers, progress=progress)
+    lengths, size = write_shards(folder, (record for _, record in good), shard_bytes)
+    if not lengths:
+      raise ValueError(f"{source}: none of the {tally.total} rows of mode {mode} can be used")
+    with storage.atomic_files(folder) as scratch:
+      write_info(out, mode, lengths, size, tally.metadata, scratch)
+  return tally.metadata
 
 
 def write_shard(path, records, shard_bytes: float = math.inf) -> tuple[int, int]:
@@ -283,26 +258,27 @@ def write_shards(folder, records, shard_bytes: int) -> tuple[list[int], int]:
 
   Returns the number of records of each file, and of bytes of all.
   """
-  folder, sizes = pathlib.Path(folder), []
+  folder, sizes = storage.path(folder), []
   for first in records:
     rest = itertools.chain([first], records)
     sizes.append(write_shard(folder / f"{len(sizes)}", rest, shard_bytes))
   for number in range(len(sizes)):  # each name has the number of files, which is known only now
-    os.replace(folder / f"{number}", shard_path(folder, number, len(sizes)))
+    (folder / f"{number}").replace(shard_path(folder, number, len(sizes)))
   return [count for count, _ in sizes], sum(size for _, size in sizes)
 
 
-def write_info(path, mode: str, shard_lengths: list[int], num_bytes: int, metadata: dict) -> None:
+def write_info(path, mode: str, shard_lengths: list[int], num_bytes: int, metadata: dict,
+               into=None) -> None:
   """Writes the descriptions that make a dataset of the files in `mode_folder(path, mode)`.
 
   `shard_lengths` and `num_bytes` are the records of each file and the bytes of all, as returned by
-  `write_shard`; `metadata` is that of the source.
+  `write_shard`; `metadata` is that of the source; `into` is another folder to write to.
   """
   folder = mode_folder(path, mode)
-  builder = Irgl(config=mode, data_dir=path, file_format="array_record")
+  builder = Irgl(config=mode, data_dir=into or path, file_format="array_record")
   builder.info.set_splits(tfds.core.SplitDict([_split_info(folder, shard_lengths, num_bytes)]))
   builder.info.metadata.update(metadata)
-  builder.info.write_to_directory(folder)
+  builder.info.write_to_directory(into or folder)
 
 
 def _split_info(folder, lengths, size):
@@ -320,21 +296,3 @@ def _disk_errors(path):
     yield
   except RuntimeError as e:
     raise OSError(f"{path}: cannot be written: {e}") from e
-
-
-def _from_part(part):
-  if isinstance(part, TextPart):
-    return _EMPTY_PART | dataclasses.asdict(part)
-  moments = io.BytesIO()
-  if part.moments is not None:
-    np.save(moments, part.moments, allow_pickle=False)
-  return _EMPTY_PART | {"picture": part.data, "need_loss": part.need_loss,
-                        "need_vae": part.need_vae, "need_vit": part.need_vit,
-                        "moments": moments.getvalue()}
-
-
-def _to_part(text, image, need_loss, need_vae, need_vit, moments):
-  if not image:
-    return TextPart(text.decode("utf-8"), bool(need_loss))
-  array = np.load(io.BytesIO(moments), allow_pickle=False) if moments else None
-  return ImagePart(image, bool(need_loss), bool(need_vae), bool(need_vit), array)

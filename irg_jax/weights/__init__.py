@@ -166,9 +166,10 @@ def _mark(folder):
   """The file that says which layout `folder` has."""
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder")
-  if not leases.is_finished(folder):
-    raise CheckpointError(f"{folder}: not complete: the command that writes it is at work, or was "
-                          "killed; wait for it, or start it again")
+  try:
+    leases.check_finished(folder)
+  except ValueError as e:
+    raise CheckpointError(str(e)) from e
   for mark in _READERS:
     if (folder / mark).is_file():
       return mark
