@@ -342,11 +342,12 @@ def test_kill_9_and_build_again_gives_what_a_build_gives_that_was_not_stopped(tm
   took, killed = time.monotonic() - start, 0
   content = lambda out: ({name: len(data) for name, data in tree(out / "irgl").items()},
                          list(sources.open_source(out, MODE)))
-  for number in range(10):
+  for number in range(40):
     out = tmp_path / f"out{number}"
     process = subprocess.Popen([*command, out], cwd=ROOT, env=environment)
     try:
       process.wait(rng.uniform(0.2, 1) * took)
+      took *= 0.8  # the machine is less busy now
     except subprocess.TimeoutExpired:
       process.kill()
       killed += process.wait() == -signal.SIGKILL
@@ -354,4 +355,6 @@ def test_kill_9_and_build_again_gives_what_a_build_gives_that_was_not_stopped(tm
       subprocess.run([*command, out], cwd=ROOT, check=True, env=environment)
       assert [p.name for p in out.iterdir()] == ["irgl"]  # nothing of the killed one is left
     assert content(out) == content(tmp_path / "whole")
-  assert killed > 5
+    if killed == 10:
+      return
+  assert False, f"only {killed} kills came in time"
