@@ -62,7 +62,7 @@ class Path(gpath.PosixGPath):
 
   @property
   def parent(self):
-    """The folder above; a bucket's is itself."""
+    """The folder above; a bucket is its own."""
     return super().parent if self.place[1] or not self._uri_scheme else self
 
   def absolute(self):
@@ -125,7 +125,7 @@ class Path(gpath.PosixGPath):
     probe.unlink(missing_ok=True)
 
   def mkdir(self, mode=None, parents: bool = False, exist_ok: bool = False) -> None:
-    """Nothing: a folder is there with its first object."""
+    """Does nothing: in a bucket, a folder exists once it holds an object."""
 
   def open(self, mode: str = "r", **_):
     """A file that reads pieces of about 4 MB; to write, see `writer`."""

@@ -1,4 +1,4 @@
-"""Who holds a lock: processes, told apart across machines, containers and boots."""
+"""Holders of locks: processes, told apart across machines, containers and boots."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def alive(holder) -> bool:
 
 
 def _started(pid) -> int | None:
-  """When a process started, in ticks since the boot; None if it has ended, 0 if not known."""
+  """Start time of a process, in ticks since the boot; None if it has ended, 0 if unknown."""
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, TypeError, OverflowError):

@@ -5,7 +5,7 @@ import errno
 
 
 def message(error) -> str:
-  """The text of an error for users; of an error of the system "PATH: No space left on device"."""
+  """Text of an error for users; an OSError becomes "PATH: No space left on device"."""
   if not isinstance(error, OSError) or error.errno is None:
     text = str(error)  # it may quote a file
     return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
@@ -15,7 +15,7 @@ def message(error) -> str:
 
 
 def guess(word, known) -> str:
-  """" (did you mean X?)" for a mistyped word, or nothing where none of the known ones is close."""
+  """" (did you mean X?)" for a mistyped word; "" if no known word is close."""
   words = {str(x).lower(): str(x) for x in known}
   near = difflib.get_close_matches(str(word).lower(), words, 1, cutoff=0.7)
   return f" (did you mean {words[near[0]]}?)" if near else ""

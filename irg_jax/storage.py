@@ -184,7 +184,7 @@ def _temporary(parent, make):
 
 @contextlib.contextmanager
 def naming(path):
-  """Names `path` in the error of a full disk, which else says of no file that it was."""
+  """Adds `path` to the error of a full disk, which the system may raise without a file name."""
   try:
     yield
   except OSError as e:

@@ -38,7 +38,7 @@ def keep_programs() -> None:
 
 
 def folder() -> pathlib.Path:
-  """Where programs are kept: in the user's folder for caches. RuntimeError without a home."""
+  """Folder of the compiled programs, in the user's cache folder. RuntimeError without a home."""
   return storage.cache_folder("programs")
 
 

@@ -70,7 +70,7 @@ class BucketSource:
 
 
 def positions(path) -> list[int]:
-  """Where the chunk of each record begins in the file, and where the last one ends."""
+  """Positions in the file: the start of each record's chunk, and the end of the last one."""
   size = path.stat().st_size
   last = (size - 1) // _BLOCK * _BLOCK
   footer = _fields(_records(_chunk(path.read_range(last, size), last))[0])[1]

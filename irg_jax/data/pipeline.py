@@ -222,7 +222,7 @@ class _MappedIterator(grain.DatasetIterator):
 
 
 def _next_that_fits(mode, sizes, max_sample_tokens, records, samples):
-  """The next sample that a row can hold; it names those left out before it, as `skipped`."""
+  """The next sample that fits a row, with those left out before it as `skipped`."""
   skipped = []
   while len(skipped) < records:
     sample = next(samples)

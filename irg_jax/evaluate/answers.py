@@ -266,13 +266,13 @@ def _said(line):
 
 
 def _by_line(text):
-  """Answers of lines that have no number; none where numbered ones answer, too."""
+  """Answers of unnumbered lines; empty where numbered lines answer as well."""
   lines = [x for x in text.splitlines() if "|" not in x and _said(x) and not _in_line(x)]
   return [] if any(map(_AT_START.match, lines)) else list(map(_said, lines))
 
 
 def _numbered(text, item):
-  """Answers of items numbered 1, 2, ...: of the last such list; none if one is not clear."""
+  """Answers of the last list numbered 1, 2, ...; empty if any of them is unclear."""
   marks, run = list(item.finditer(text)), []  # [(number, text)]
   for mark, after in zip(marks, [*marks[1:], None]):
     number, part = int(mark[1]), text[mark.end() : after.start() if after else len(text)]
@@ -321,7 +321,7 @@ def _by_row(text):
 
 
 def _in_line(line):
-  """Answers of a line of nothing but several of them."""
+  """Answers of a line that holds only answers, two or more."""
   words = re.findall(r"\w+", re.sub(r"^[\W_]*answers?\s*:", "", line, flags=re.IGNORECASE).lower())
   either = re.search(r"yes\s*/\s*no", line, re.IGNORECASE)
   return words if len(words) > 1 and set(words) <= {"yes", "no"} and not either else []

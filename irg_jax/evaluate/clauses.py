@@ -86,7 +86,7 @@ class TaskSummary:
     self._prompts = {}  # digest: any image right
 
   def add(self, correct: bool, task: str, prompt: str) -> None:
-    """Adds an image; `prompt` tells prompts apart."""
+    """Adds an image; images with the same `prompt` are of one prompt."""
     self._tasks[task].add(correct)
     key = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     self._prompts[key] = self._prompts.get(key, False) or correct
@@ -257,7 +257,7 @@ def _overlap(a, b):
 
 
 def _detected(path, metadata, classes, detect, classify, cache, names):
-  """The end of an image's record: "detections", or "error"."""
+  """The last field of an image's record: "detections", or "error"."""
   try:
     data = storage.read_file(path)
   except OSError as e:

@@ -96,7 +96,7 @@ async def _bound(response):
 def _bounded(stream, encoding, most):
   """A stream of the first `most` bytes of another, decompressed."""
   class Bounded(httpx.AsyncByteStream):
-    """Bytes as asked for; a stream of an encoding that was not asked for has none."""
+    """The stream's bytes, decompressed; Fault for an unknown encoding."""
 
     async def __aiter__(self):
       left, unzip = most, None
@@ -118,7 +118,7 @@ def _bounded(stream, encoding, most):
 
 
 def parse(body, question, asked_model):
-  """{"text", "probability", "model"} of an answer; raises Fault where there are no words in it."""
+  """{"text", "probability", "model", ...} of an answer; Fault for one without words."""
   if len(body) > LARGEST_BODY:
     raise Fault("malformed", f"an answer of more than {LARGEST_BODY} bytes", again=False)
   try:

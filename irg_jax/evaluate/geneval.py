@@ -179,7 +179,7 @@ def score_detections(folder, found, options: clauses.Options, extra: dict,
 
 
 class _Round:
-  """A round's summary, images without a verdict, and which images came: a bit each."""
+  """One round: its summary, its images without a verdict, and a bit for each image that came."""
 
   def __init__(self):
     self.summary, self.unscored = clauses.TaskSummary(TASKS), base.Unscored()

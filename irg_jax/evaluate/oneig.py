@@ -120,7 +120,7 @@ class TextSummary:
 
 
 def _within(low, value, high):
-  """The value; ValueError for one that is no such measurement, as of percent."""
+  """Returns `value`; ValueError if it is out of range, as percentages are."""
   if base.is_number(value) and not low <= value <= high:
     raise ValueError(f"{value} is not from {low:.3g} to {high:.3g}")
   return value
@@ -329,7 +329,7 @@ def _checked_id(entry, number):
 
 
 def _find(folder, name):
-  """A file of the official scripts, where it lies there or side by side."""
+  """A file of the official scripts, in their subfolders or in one folder."""
   for path in (folder / part / name for part in ("alignment", "text", ".")):
     if path.is_file():
       return path

@@ -193,12 +193,12 @@ def images_there(folder: ImageFolder):
 
 
 def item_line(answer, scores: dict, why: str | None = None) -> dict:
-  """The end of a line of items.jsonl: scores, or why there are none, and the judge's words."""
+  """Last fields of a line of items.jsonl: scores, or why there are none, and the judge's words."""
   return {"scores": scores, "why": why, "words": getattr(answer, "text", None)}
 
 
 def no_score(unscored: base.Unscored, item: str, answer, why: str) -> dict:
-  """Counts an item without a score; returns the end of its line. `why`: "reason: detail"."""
+  """Counts an item without a score; returns its `item_line`. `why`: "reason: detail"."""
   unscored.add(item, *why.partition(": ")[::2])
   return item_line(answer, {}, why)
 

@@ -40,7 +40,7 @@ class Unparsable(answers_lib.NoAnswer):
 
 
 def parse(text: str, questions: int) -> list[str]:
-  """One "yes" or "no" a question, as the official script reads a text: of the lines so beginning.
+  """One "yes" or "no" for each question, from the lines that begin so, as the official script does.
 
   Raises Unparsable where they are more or fewer than the questions; the item is then asked again.
   """

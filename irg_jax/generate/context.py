@@ -49,7 +49,7 @@ class Context:
 
 
 def rung(length: int, name: str = "a text") -> int:
-  """The padded length of an appended text; ValueError calls one that is too long `name`."""
+  """Padded length of an appended text; ValueError, with `name`, if the text is too long."""
   for step in LADDER:
     if length <= step:
       return step

@@ -189,7 +189,7 @@ class Generator:
         "rounds": [round_record(r, settings.think, r.image) for r in trajectory.rounds]}
 
   def _fingerprint(self, images):
-    """Digest of all that a result follows from and that a record names only: weights, images."""
+    """Digest of the inputs that a record only names: weights and images."""
     digest = hashlib.sha256(self.fingerprint.encode())
     for image in images:
       digest.update(f"{image.shape}".encode() + image.tobytes())

@@ -310,7 +310,7 @@ def look(job: Job, ctx: Context, encoded: dict) -> Context:
 
 
 def _replay(job, history):
-  """A new context as if the conversation had only the rounds of `history`."""
+  """Rebuilds the context from the rounds of `history` alone."""
   ctx = begin(job)
   for number, (thoughts, encoded) in enumerate(history):
     ctx = look(job, read_thoughts(job, ctx, thoughts, after_image=number > 0), encoded)
@@ -343,7 +343,7 @@ def _parts(job, kind, number, total):
 
 
 def _lap(start, seconds, name, value):
-  """Waits for `value`, then books the time since `start` that is not booked, once a phase."""
+  """Waits for `value`, then books the time since the last phase as that of `name`, once."""
   jax.block_until_ready(value)
   if name not in seconds:
     seconds[name] = time.perf_counter() - start - sum(seconds.values())

@@ -47,7 +47,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class PromptForm:
-  """What a checkpoint says of the prompts and images that it was trained on."""
+  """A checkpoint's own description of its training prompts and images."""
 
   rules: tuple[str, ...] = setting(
       (), "grammar of its prompts, see irg_jax/generate/prompts.py; empty: prompts stay as typed")

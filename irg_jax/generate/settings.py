@@ -135,7 +135,7 @@ class Defaults:
       None, "dtype of the arithmetic; not set: that of the weights", choices=config_lib.DTYPES)
 
   def read(self, prompt: str, settings: Settings, edits: bool = False) -> Reading:
-    """What the model reads for a prompt, and a note; `edits`: the prompt is on images to edit."""
+    """The prompt as the model reads it, with a note; `edits`: it is on images to edit."""
     return read(self.prompts, prompt, (settings.width, settings.height), edits)
 
 

@@ -139,7 +139,7 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
 
 
 def defaults(settings: Settings) -> generate_settings.Defaults:
-  """What the checkpoints of a run say of themselves."""
+  """The `generate.json` of a run's checkpoints."""
   form = prompts.PromptForm(
       rules=world.prompt_rules(), most=world.MAX_THINGS, note=_NOTE,
       sizes=(f"{settings.generate.width}x{settings.generate.height}",), editing=False)

@@ -102,7 +102,7 @@ def read_rounds(folder, trace: dict) -> list[dict]:
     for entry in record["rounds"]:
       if not all(isinstance(entry[name], kind) for name, kind in _KINDS.items()):
         break
-      found.append(entry | {"picture": _read_picture(folder, entry)})
+      found.append(entry | {"picture": _read_image(folder, entry)})
       if found[-1]["picture"] is None:
         break
     return found
@@ -143,7 +143,7 @@ def with_pngs(trace) -> list[dict]:
   return [entry | {"png": _png(entry.get("picture"))} for entry in trace["rounds"]]
 
 
-def _read_picture(folder, entry):
+def _read_image(folder, entry):
   """The image of a round in trace.json; None where there is none or its file was changed."""
   if not (name := entry["picture"]) or not _OWN_FILES.fullmatch(name):
     return None

@@ -1,4 +1,4 @@
-"""What is checked before a run is started or continued: its folder, its data, its base weights."""
+"""Checks before a run starts or continues: its folder, its data, its base weights."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, kept across restarts in OUT/goodput.json.
+"""Time accounting of a run by phase, kept across restarts in OUT/goodput.json.
 
 All time of the main thread belongs to one phase:
 

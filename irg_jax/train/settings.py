@@ -116,7 +116,7 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-  """What is made every `eval_every` steps (docs/watching.md). Changes no number of training."""
+  """Evaluation every `eval_every` steps (docs/watching.md). Changes no number of training."""
 
   prompts: str = setting(
       "", "file of the prompts to draw, one a line; empty: nothing is drawn", path=True)

@@ -39,7 +39,7 @@ _LOSSES, _COSTS = ("loss", "ce", "mse"), ("losses", "images", "compiling")
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """What the moving average draws, and how."""
+  """Prompts and settings of the samples that the moving average draws."""
 
   prompts: tuple[str, ...]
   defaults: Defaults  # of generation

@@ -51,7 +51,7 @@ def target_rows(config: ModelConfig, settings: LoraSettings) -> list[names.Row]:
 
 
 def stem(row: names.Row) -> str:
-  """What the paths of a row's adapter begin with: "decoder/layers/gen/q/"."""
+  """Common start of the paths of a row's adapter: "decoder/layers/gen/q/"."""
   return row.path.removeprefix("transformer/").removesuffix("kernel")
 
 
@@ -104,7 +104,7 @@ def beside(params: dict, adapters: dict) -> dict:
 
 @contextlib.contextmanager
 def applied(scale: float):
-  """Meanwhile, a linear layer of any model with an adapter beside its kernel adds it."""
+  """Context in which each linear layer with an adapter beside its kernel adds that adapter."""
   def intercept(call, args, kwargs, context):
     y, layer = call(*args, **kwargs), context.module
     if not (isinstance(layer, nn.Dense) and context.method_name == "__call__"

@@ -44,7 +44,7 @@ BASE = "base"  # likewise, if it started from random weights
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a training run's record says of its weights."""
+  """The weights' part of a training run's record."""
 
   model: ModelConfig
   base: pathlib.Path  # folder that it started from
