@@ -45,6 +45,7 @@ def assert_same(bucket, name, whole):
   assert not list(storage.cache_folder("logs").glob("*"))
 
 
+@pytest.mark.long
 def test_with_a_store_that_fails_now_and_then_it_ends_in_the_bytes_of_a_local_run(
     bucket, data, whole):
   dice, met = random.Random(0), collections.Counter()

@@ -31,6 +31,7 @@ def by_part(content, part):
   return [row for row in content["rows"] if row["part"] == part]
 
 
+@pytest.mark.long
 def test_a_run_prints_its_tables_and_writes_device_versions_and_rows(benchmark, tmp_path, capsys):
   timed = benchmark.report.timed
 

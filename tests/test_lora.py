@@ -224,6 +224,7 @@ def finished(data, start, cache, on_one_device, tmp_path_factory):
   return out / "stage1"
 
 
+@pytest.mark.long
 def test_stage_two_goes_on_with_the_average_of_the_adapters_of_stage_one(finished):
   first, second = (safetensors.numpy.load_file(folder / "adapters" / "adapter_model.safetensors")
                    for folder in (finished, finished.with_name("stage2")))

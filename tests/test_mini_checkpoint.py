@@ -92,6 +92,7 @@ def test_a_batch_draws_what_one_draws(alone, one_device, size):
   assert_same(draw(model, params, words, mesh, prompts, seeds)[place], alone)
 
 
+@pytest.mark.long
 def test_a_batch_on_eight_devices_draws_what_one_draws_alone(one_device):
   """A short thought, cut at the limit, and few steps."""
   short = dict(rounds=1, think_limit=24, steps=5)

@@ -284,6 +284,7 @@ def test_scaling_the_latents_leaves_the_reconstruction_as_it_was():
   np.testing.assert_allclose(np.sqrt((shifted**2).mean((0, 1, 2))), 1.0, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_the_autoencoder_goes_on_where_it_was_stopped(tmp_path):
   config = config_lib.VaeConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)
   options = dict(batch=1, learning_rate=1e-3, images=4, seed=0)

@@ -81,7 +81,8 @@ def test_each_token_costs_what_one_expert_needs(benchmark, sizes):
   assert needed * 0.99 < made < needed * 1.05
 
 
-@pytest.mark.parametrize("name", [pytest.param("stage1", marks=pytest.mark.long), "stage2"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_the_plan_counts_the_blocks_that_the_kernel_visits_in_such_rows(benchmark, name):
   settings = benchmark["load_settings"]()
   rows = [next(benchmark["open_rows"](settings, settings.stages[name], moments=True, bins=1))]

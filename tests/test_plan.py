@@ -270,11 +270,12 @@ SMALL_ROWS = [f"--config.stage2.sizes.{name}={size}"
               for name, size in {"und": 160, "gen": 96, "text": 96, "vit": 24}.items()]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                     reason="libtpu is not installed (pip install 'irg_jax[tpu]')")
 @pytest.mark.parametrize("programs, rows, forms", [
     (["train"], SMALL_ROWS, ["dense (a short row)"]),
-    pytest.param(["train", "append_text"], [], ["kernel", "kernel"], marks=pytest.mark.long)],
+    (["train", "append_text"], [], ["kernel", "kernel"])],
     ids=["short rows", "the rows of tiny"])
 def test_the_tiny_model_compiles_for_a_real_slice(programs, rows, forms):
   done = subprocess.run(

@@ -233,7 +233,7 @@ def test_a_result_shows_itself(loaded):
                          ids=lambda thing: thing.__name__)
 def test_help_fits_a_screen(thing):
   lines = pydoc.render_doc(thing, renderer=pydoc.plaintext).splitlines()
-  assert 4 <= len(lines) <= 50
+  assert 4 <= len(lines) <= 60  # that of the package ends with its modules
   assert len(lines) <= 30 or thing is irg_jax
 
 

@@ -154,9 +154,9 @@ def losses_on_one_device():
 
 
 @pytest.mark.parametrize("shape", [
-    {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
     *(pytest.param(shape, marks=pytest.mark.long) for shape in (
-        {"fsdp": 8}, {"slice": 2, "fsdp": 2, "sequence": 2}, {"slice": 4, "fsdp": 2})),
+        {"fsdp": 8}, {"fsdp": 4, "sequence": 2}, {"slice": 2, "fsdp": 2, "sequence": 2}, {"slice": 4, "fsdp": 2})),
 ], ids=lambda shape: "-".join(f"{axis}{n}" for axis, n in shape.items()))
 def test_every_mesh_gives_the_same_losses_and_keeps_the_state_in_pieces(shape, capfd):
   want = losses_on_one_device()
@@ -369,7 +369,7 @@ def test_only_a_change_of_switches_compiles_again(monkeypatch):
   assert traced == [Switches(), Switches(frozen=("gen",))]
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_gradients_cross_the_slices_once_an_update_however_many_batches_it_has(parts):
   mesh = sharding.make_mesh({"slice": 2, "fsdp": 4})
   state = jax.eval_shape(lambda p: init_state(p, optimizer()), StandIn().params())

@@ -44,7 +44,7 @@ def rows_of(processes, monkeypatch, rows=8, mesh=None):
   devices = {Device(i, p): (slice(i * each, (i + 1) * each),) for i, p in enumerate(processes)}
   monkeypatch.setattr(feed, "_row_sharding", lambda *_: types.SimpleNamespace(
       devices_indices_map=lambda shape: devices))
-  shape = {"data": 1, "fsdp": len(processes)} | (mesh or {})
+  shape = {"slice": 1, "data": 1, "fsdp": len(processes)} | (mesh or {})
   return feed.row_blocks(rows, types.SimpleNamespace(shape=shape))
 
 

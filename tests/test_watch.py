@@ -75,6 +75,7 @@ def watched(data, cache, tmp_path_factory):
   return out
 
 
+@pytest.mark.long
 def test_evaluations_change_no_number_of_training(watched, data, cache, tmp_path):
   out = tmp_path / "out"
   assert train(data, out, eval_every=0) == 0
@@ -127,6 +128,7 @@ def test_the_shares_of_the_time_are_logged_and_make_a_whole(watched):
   assert sum(shares.values()) == pytest.approx(1) and shares["time/evaluating"] > 0
 
 
+@pytest.mark.long
 def test_evaluations_on_one_device_are_those_on_eight(watched, data, cache, tmp_path, monkeypatch):
   first = jax.devices()[:1]
   for name in ("devices", "local_devices"):
@@ -155,8 +157,8 @@ class Killed(BaseException):
   """Stands for kill -9: nothing handles it."""
 
 
-@pytest.mark.parametrize("name", ["write_json", "evaluation", *(
-    pytest.param(name, marks=pytest.mark.long) for name in ("write_page", "_publish"))])
+@pytest.mark.parametrize("name", ["evaluation", *(
+    pytest.param(name, marks=pytest.mark.long) for name in ("write_json", "write_page", "_publish"))])
 def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_other_one_twice(
     watched, data, cache, tmp_path, monkeypatch, name):
   out, drawn = tmp_path / "out", []
@@ -184,6 +186,7 @@ def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_other_one_twice(
     np.testing.assert_array_equal(images(out)[path], image)
 
 
+@pytest.mark.long
 def test_an_evaluation_after_the_last_checkpoint_is_logged_again_but_not_made_again(
     watched, data, cache, tmp_path, monkeypatch):
   out = tmp_path / "out"
@@ -197,6 +200,7 @@ def test_an_evaluation_after_the_last_checkpoint_is_logged_again_but_not_made_ag
   assert clock["starts"] == 2 and clock["updates_redone"] == 2
 
 
+@pytest.mark.long
 def test_a_run_without_prompts_or_held_out_records_has_the_other_half(watched, data, cache, tmp_path,
                                                                       capsys):
   assert train(data, tmp_path / "a", watch__prompts="", watch__generate="") == 0
