@@ -112,7 +112,7 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
   if missing or surplus:
     raise CheckpointError(
         f"{path}: not the keys of this model; missing: {listing(missing) or 'none'}; surplus: "
-        f"{listing(surplus) or 'none'}{_layer_hint(tensors, table)}")
+        f"{listing(surplus) or 'none'}{_key_hint(tensors, table, missing)}")
   for key, shape in shapes.items():
     if tensors[key].shape != shape:
       raise CheckpointError(
@@ -129,15 +129,17 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
       raise CheckpointError(f"{first.path}: {first.key} is float64; choose dtype float32")
 
 
-def _layer_hint(tensors, table) -> str:
-  """End of a message: the file has another number of layers than the config, if it has."""
+def _key_hint(tensors, table, missing) -> str:
+  """End of a message on wrong keys: another number of layers than the config's, or what to do."""
   count = collections.Counter(re.sub(r"\.\d+\.", ".{layer}.", key, count=1) for key in tensors)
   for row in table:
     if row.layers and count[row.key] not in (0, row.layers):
       return (f". {row.config_file} makes {row.layers} layers, the file has {count[row.key]} of "
               f"{row.key}; use the config of these weights")
   configs = " and ".join(sorted({row.config_file for row in table}))
-  return f"; complete the file, or use the {configs} of these weights"
+  what = ("complete the file" if missing else
+          "leave out what is no weight of BAGEL, such as heads that it does not use")
+  return f"; {what}, or use the {configs} of these weights"
 
 
 def _load_row(row: Row, layers: list[Tensor], sharding, dtype):

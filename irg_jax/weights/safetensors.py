@@ -40,7 +40,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # CPU's cache.
 CHUNK = 4 * 2**20
 ROWS = 256
-_HEADER_BYTES = 2**24  # of a file of 100,000 tensors
+_HEADER_BYTES = 2**22  # of a file of 25,000 tensors; a real one has some 1,500
 # A key that every file of this stem holds: what stands before it is a prefix.
 _ANCHORS = {"ema": "vae2llm.weight", "ae": "decoder.conv_in.weight"}
 # Wrappers of PyTorch, anywhere in a key.
@@ -202,7 +202,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   for key, entry in header.items():
     if entry["dtype"] not in DTYPES and not _IGNORED.fullmatch(key):
       raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}; expected one of "
-                            f"{', '.join(DTYPES)}")
+                            f"{', '.join(DTYPES)}; save quantized weights as bfloat16")
   return {key: Tensor(path, key, DTYPES.get(entry["dtype"]), tuple(entry["shape"]),
                       8 + length + entry["data_offsets"][0]) for key, entry in header.items()}
 
