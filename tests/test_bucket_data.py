@@ -125,6 +125,7 @@ def test_data_in_a_bucket_are_checked_with_a_page_there(bucket, built):
   assert b"<html" in bucket.content("pages/check.html")
 
 
+@pytest.mark.long
 def test_a_run_on_data_in_a_bucket_ends_in_the_bytes_of_one_on_disk(
     bucket, data, built, cache, tmp_path):
   """Worker processes read records by themselves; the batches follow from seed and streams."""

@@ -109,6 +109,7 @@ def test_a_second_run_is_refused_and_other_settings_are_named(bucket, data, caps
   assert bucket.names("used") == [] and bucket.names("other") == ["other/x"]
 
 
+@pytest.mark.long
 def test_a_bucket_that_is_away_is_waited_for(bucket, data, whole):
   away = [None]
 
