@@ -15,7 +15,7 @@ from irg_jax.data.records import assistant, image_part, text_part
 from irg_jax.images import encode_image
 from irg_jax.mini import thoughts, verifier, world
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("on_one_device")]
 MODE, ROWS, TEST = "initial_full_learning", 2000, 48
 SIZES = {"und": 224, "gen": 64, "vit": 0, "text": 1, "samples": 2}
 SETTINGS = {
