@@ -8,6 +8,7 @@ A folder is marked as unfinished, by such a lock in it, until it is complete.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -81,10 +82,9 @@ def leased(path, refusal: str, touched: float = 5.0, void: float = 60.0):
   """
   me, done, state = holders.me(), threading.Event(), {}
   holders.held.add(me["key"])
-  data = json.dumps(me).encode()
-  thread = threading.Thread(target=_renew, args=(path, data, state, touched, done), daemon=True)
+  thread = threading.Thread(target=_renew, args=(path, me, state, touched, done), daemon=True)
   try:
-    state["version"] = _take(path, data, refusal, touched, void)
+    state["version"] = _take(path, json.dumps(me).encode(), refusal, touched, void)
     thread.start()
     yield
   finally:
@@ -92,7 +92,7 @@ def leased(path, refusal: str, touched: float = 5.0, void: float = 60.0):
     if thread.ident:
       thread.join()
       with contextlib.suppress(OSError):
-        if (found := path.look()) and found.content == data:
+        if (found := path.look()) and holder_in(found.content)["key"] == me["key"]:
           path.unlink(missing_ok=True)
     holders.held.remove(me["key"])
 
@@ -105,7 +105,7 @@ def _take(path, data, refusal, touched, void) -> str:
     holder, known = (holder_in(x.content) if x else {} for x in (found, first))
     here = holder.get("machine") == holders.machine()
     moved = found and first and found.version != first.version
-    if found and (holders.alive(holder) if here else moved and holder == known):
+    if found and (holders.alive(holder) if here else moved and holder["key"] == known["key"]):
       raise refused(refusal, holder)
     if not found or here or not moved and time.monotonic() > end:
       if version := path.put_if(data, found and found.version):
@@ -119,14 +119,18 @@ def _take(path, data, refusal, touched, void) -> str:
     time.sleep(touched / 10)
 
 
-def _renew(path, data, state, touched, done):
+def _renew(path, me, state, touched, done):
   """Writes the lock anew until `done`; ends the process if another one has written it."""
-  while not done.wait(touched):
+  for beat in itertools.count():
+    if done.wait(touched):
+      return
+    data = json.dumps(me | {"beat": beat}).encode()  # S3's version is a digest of the content
     with contextlib.suppress(OSError):  # the store may be away for a while
       version = path.put_if(data, state["version"])
-      if version is None:
-        found = path.look()
-        give_way(path, holder_in(found.content) if found else {})
+      if version is None and (found := path.look()):
+        if (holder := holder_in(found.content))["key"] != me["key"]:
+          give_way(path, holder)
+        version = found.version  # of an earlier write, whose answer was lost
       state["version"] = version
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import threading
 
 import bucket_server
@@ -185,6 +186,30 @@ def test_a_holder_elsewhere_is_known_by_its_signs_and_finds_out_that_it_lost(buc
     os.kill(process.pid, 18)
     assert process.wait(20) == 2 and "taken over by process" in process.stderr.read()
     assert json.loads(path.read_bytes())["pid"] == os.getpid()
+
+
+def test_a_holder_whose_sign_was_written_but_not_answered_goes_on(bucket, monkeypatch):
+  path = at("locks/e/.lock")
+  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 0.1)
+  lost = lambda method, name: "lost" if method == "POST" and name.endswith("e/.lock") else None
+  with leases.leased(path, "busy", 0.05, 60):
+    before = path.look().version
+    with broken(bucket, lost):
+      while path.look().version == before:
+        pass
+      time.sleep(1.5)
+    after = path.look().version
+    while path.look().version == after:  # it goes on, and has not given way to itself
+      pass
+  assert not path.exists()
+
+
+def test_each_sign_of_life_has_another_content(bucket):
+  """The version of an object may be a digest of its content, as in S3."""
+  path, seen = at("locks/d/.lock"), set()
+  with leases.leased(path, "busy", 0.05, 60):
+    while len(seen) < 3:
+      seen.add(path.read_bytes())
 
 
 def test_of_many_that_come_at_once_one_gets_the_lock(bucket):
