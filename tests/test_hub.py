@@ -5,15 +5,17 @@ import json
 import pathlib
 import shutil
 
+import bucket_server
 import hub_server
 import jax
 import pytest
 import yaml
+from bucket_server import bucket
 from conftest import ROOT
 from huggingface_hub import constants
 
 import irg_jax
-from irg_jax import commands, hub, weights
+from irg_jax import commands, hub, storage, weights
 from irg_jax.data import sources
 from irg_jax.generate import generator
 from irg_jax.storage import SHIPPED
@@ -101,6 +103,16 @@ def test_a_server_that_stumbles_never_gives_a_torn_file(server, faults):
       assert "owner/tiny" in str(e)
   for name in NEEDED:
     assert (folder / name).read_bytes() == (SHIPPED / name).read_bytes()
+
+
+@bucket_server.needed
+def test_fetch_writes_into_a_bucket_and_leaves_nothing_here(server, bucket, capsys):
+  assert commands.main(["fetch", "owner/tiny", "--to", "gs://bucket/weights"]) == 0
+  assert bucket.names() == [f"weights/{name}" for name in NEEDED]
+  assert bucket.content("weights/ema.safetensors") == (SHIPPED / "ema.safetensors").read_bytes()
+  assert not list(storage.cache_folder("scratch").glob("*"))
+  assert commands.main(["fetch", "owner/tiny", "--to", "gs://bucket/weights"]) == 2
+  assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
 def test_fetch_writes_a_folder_and_goes_on(server, capsys):

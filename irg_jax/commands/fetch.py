@@ -2,7 +2,7 @@
 
 import argparse
 
-from irg_jax import hub, storage
+from irg_jax import hub, leases, storage
 
 
 def add(verbs) -> None:
@@ -25,4 +25,15 @@ def _run(args, _):
     from irg_jax.data.sources import needed
   else:
     from irg_jax.weights import needed
-  print(hub.fetch(args.name, needed, "dataset" if args.dataset else "model", args.to))
+  kind = "dataset" if args.dataset else "model"
+  if args.to is None or storage.is_local(args.to):
+    print(hub.fetch(args.name, needed, kind, args.to))
+    return
+  aside = storage.cache_folder("scratch")
+  with leases.new_folder(args.to) as folder, storage.scratch_folder(aside) as scratch:
+    hub.fetch(args.name, needed, kind, scratch)
+    for path in sorted(scratch.rglob("*")):
+      name = path.relative_to(scratch)
+      if path.is_file() and not name.parts[0].startswith("."):  # the client's notes
+        (folder / name.as_posix()).upload(path)
+  print(args.to)
