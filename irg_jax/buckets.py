@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -315,10 +316,11 @@ async def _patiently(attempt, name, known):
       if not again:
         raise OSError(errno.EIO, f"the store refuses ({fault})", name) from e
       waited = time.monotonic() - start
-      if waited > patience:
+      unknown = isinstance(getattr(e, "os_error", None), socket.gaierror)  # offline, most likely
+      if waited > patience or unknown and not _answered.is_set():
         _given_up.set()
-        raise OSError(errno.EIO, f"the store did not answer for {waited:.0f} s ({fault})",
-                      name) from e
+        after = f" for {waited:.0f} s" if waited >= 1 else ""
+        raise OSError(errno.EIO, f"the store did not answer{after} ({fault})", name) from e
       if pause > 4:
         print(f"note: {name}: the store does not answer ({fault}); asking again for at most "
               f"{patience - waited:.0f} s", file=sys.stderr, flush=True)
