@@ -13,6 +13,7 @@ succeeds only where nobody else has written since, see `leases`.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -162,6 +163,27 @@ def locked(path, refusal: str):
         if _read(path) == me:
           path.unlink()
       holders.held.remove(me["key"])
+
+
+@contextlib.contextmanager
+def own_folder(path):
+  """Path of a folder that is not there and that nobody else is given meanwhile.
+
+  Yields `path`, or else PATH-2, PATH-3, ... The folder is not made, so a command that is refused
+  leaves nothing; a lock keeps its name. For names that no user chose, such as a date: two commands
+  of one second must not share a folder.
+  """
+  path = storage.path(path)
+  for number in itertools.count(1):
+    own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    with contextlib.ExitStack() as stack:
+      try:
+        stack.enter_context(locked(own.with_name(f".{own.name}.name.lock"), f"{own} is taken"))
+      except Held:
+        continue
+      if not storage.is_there(own):
+        yield own
+        return
 
 
 def remove_void(folder) -> None:

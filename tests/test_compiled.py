@@ -5,13 +5,17 @@ That `irg generate` compiles once is tested in test_cli_run.
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from irg_jax.commands import compiled
+import irg_jax
+from conftest import ROOT
+from irg_jax import compiled
 
 NAMES = ("jax_enable_compilation_cache", "jax_compilation_cache_dir",
          "jax_persistent_cache_min_compile_time_secs")
@@ -40,6 +44,33 @@ def compile_anew(number=1.5):
 
 def kept(programs):
   return {path.name for path in programs.iterdir()}
+
+
+def test_python_keeps_programs_once_it_is_told_to_and_not_before(programs):
+  """Even after other programs were compiled; they are found by a process that is told to as well."""
+  assert compile_anew() == 4 and not programs.exists()
+  assert "keep_programs" in dir(irg_jax)
+  irg_jax.keep_programs()
+  assert compile_anew(2.5) == 6 and kept(programs)
+  found, events = kept(programs), []
+  listen = lambda event, **_: events.append(event.rpartition("/")[2])
+  jax.monitoring.register_event_listener(listen)
+  assert compile_anew(2.5) == 6
+  jax.monitoring.unregister_event_listener(listen)
+  assert "cache_hits" in events and "cache_misses" not in events and kept(programs) == found
+
+
+def test_neither_importing_nor_loading_changes_settings_of_jax():
+  code = """
+import jax
+before = dict(jax.config.values)
+import irg_jax
+irg_jax.load()
+changed = {name for name, value in jax.config.values.items() if before[name] != value}
+assert not changed, changed
+"""
+  kept_variables = {k: v for k, v in os.environ.items() if not k.startswith("JAX_ENABLE")}
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=kept_variables)
 
 
 def test_settings_of_jax_win(programs, tmp_path, monkeypatch):

@@ -252,6 +252,31 @@ def test_a_second_generate_into_the_same_folder_is_refused_and_writes_nothing(
   assert not [p for p in tmp_path.rglob(".*")]
 
 
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_without_out_commands_of_the_same_second_have_folders_of_their_own(
+    engine, checkpoint, tmp_path, capsys, monkeypatch, kind):
+  argv = [a for a in arguments(checkpoint, "x", *PROMPTS[kind]) if a not in ("--out", "x")]
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(time, "strftime", lambda *_: "20260101-120000")
+  inside = []
+
+  def draw(*args, **options):
+    if not inside:  # another one, while this one is at work and nothing is written yet
+      inside.append(None)
+      assert not content(pathlib.Path("out", "20260101-120000")).keys() - {".lock"}
+      assert commands.main(argv) == 0
+    return stand_in(*args, **options)
+
+  monkeypatch.setattr(irg, "generate", draw)
+  assert commands.main(argv) == 0 and commands.main(argv) == 0
+  assert commands.main([*argv, "--steps", "0"]) == 2  # refused: leaves nothing
+  names = [f"20260101-120000{end}" for end in ("", "-2", "-3")]
+  assert sorted(p.name for p in pathlib.Path("out").iterdir()) == names
+  assert len({tuple(content(pathlib.Path("out", name))) for name in names}) == 1
+  said = capsys.readouterr().out
+  assert all(f"open out/{name}/" in said for name in names)
+
+
 def eval_arguments(checkpoint, out):
   return ["eval", "generate", "geneval", "--checkpoint", str(checkpoint), "--out", str(out),
           *test_eval_generate.TINY, "--limit", "1"]

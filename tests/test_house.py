@@ -18,8 +18,8 @@ PACKAGE = ROOT / "irg_jax"
 LAYERS = ("commands", "mini", "evaluate", "plan", "train", "generate", "data", "weights", "model",
           "reports")
 # The modules at the root, from top to bottom; they import no package.
-GROUND = ("chips", "sharding", "hub", "runs", "leases", "holders", "tokenizer", "flow", "images",
-          "progress", "config", "storage", "buckets", "messages", "tokens")
+GROUND = ("compiled", "chips", "sharding", "hub", "runs", "leases", "holders", "tokenizer", "flow",
+          "images", "progress", "config", "storage", "buckets", "messages", "tokens")
 
 # Reading order of one prompt, from the command line to the compiled steps.
 PROMPT_PATH = ("commands/generate.py", "generate/run.py", "generate/generator.py",

@@ -231,6 +231,42 @@ def test_of_many_processes_that_are_killed_now_and_then_one_at_a_time_holds_it(
   assert all(re.fullmatch(r"\.[0-9a-f]{8}\.partial|\.lock-.*", name) for name in left)
 
 
+OWN = """
+import pathlib, sys, time
+from irg_jax import runs
+with runs.own_folder(pathlib.Path(sys.argv[1])) as own:
+  print(own.name, flush=True)
+  sys.stdin.readline()
+  if sys.argv[2] == "make":
+    own.mkdir()
+"""
+
+
+def test_a_name_that_no_user_chose_is_given_once_to_processes_of_one_moment(tmp_path):
+  processes = [subprocess.Popen(
+      [sys.executable, "-c", OWN, tmp_path / "x" / "now", what], stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+      for what in ("make", "leave", "make", "kill")]
+  names = [process.stdout.readline().strip() for process in processes]
+  assert sorted(names) == ["now", "now-2", "now-3", "now-4"]
+  processes[3].kill()
+  for process in processes:
+    process.communicate("\n")
+  made = {names[0], names[2]}
+  assert {p.name for p in (tmp_path / "x").glob("[!.]*")} == made
+  with runs.own_folder(tmp_path / "x" / "now") as own:  # what is left, and what was killed, is free
+    assert own.name not in made and own.name in names and not own.exists()
+  runs.remove_void(tmp_path / "x")
+  assert {p.name for p in (tmp_path / "x").iterdir()} == made
+
+
+def test_a_refusal_while_a_name_is_held_is_not_taken_for_a_name_that_is_taken(tmp_path):
+  with pytest.raises(runs.Held, match="^the body's own"):
+    with runs.own_folder(tmp_path / "x" / "now"):
+      raise runs.Held("the body's own")
+  assert not list(tmp_path.iterdir())
+
+
 def test_void_locks_beside_a_folder_are_removed_and_those_of_others_stay(tmp_path):
   left_behind(tmp_path / ".a.lock")
   left_behind(tmp_path / ".b.lock", machine="other")

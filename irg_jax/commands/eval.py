@@ -13,7 +13,7 @@ import pathlib
 import sys
 import tomllib
 
-from irg_jax.commands import compiled, flags
+from irg_jax.commands import flags
 
 _TEXTS = tomllib.loads(pathlib.Path(__file__).with_name("eval.toml").read_text(encoding="utf-8"))
 # Of the published evaluation; all else is as in irg generate. A checkpoint with a generate.json
@@ -163,6 +163,7 @@ def _generate(args, overrides):
   if not args.subset:
     benchmark.check_counts(items)
   selected = benchmark.select(items, args.tasks, args.limit)
+  from irg_jax import compiled
   from irg_jax.evaluate import generate
   from irg_jax.generate.settings import Settings
   settings, system_prompt = flags.read_settings(

@@ -1,9 +1,12 @@
 """`irg generate`: thoughts, images and traces of prompts."""
 
+import contextlib
+import dataclasses
 import pathlib
 import time
 
-from irg_jax.commands import compiled, flags
+from irg_jax import runs
+from irg_jax.commands import flags
 
 
 def add(verbs) -> None:
@@ -14,9 +17,11 @@ def add(verbs) -> None:
 
 def _run(args, overrides):
   inputs = make_inputs(args, overrides)
+  from irg_jax import compiled
   from irg_jax.generate import run
   compiled.keep_programs()
-  run.run_generate(inputs)
+  with contextlib.nullcontext(inputs.out) if args.out else runs.own_folder(inputs.out) as out:
+    run.run_generate(dataclasses.replace(inputs, out=out))
 
 
 def make_inputs(args, overrides):

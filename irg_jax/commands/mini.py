@@ -1,6 +1,5 @@
 """`irg mini`: trains and measures the whole method in a small world of shapes, on two cores."""
 
-from irg_jax.commands import compiled
 from irg_jax.mini import STEPS
 
 
@@ -15,12 +14,14 @@ def add(verbs) -> None:
 
 
 def _run(args, overrides):
+  from irg_jax import compiled
   from irg_jax.mini import run
   compiled.keep_programs()
   return run.run(run.load(args.config, overrides), args.out, args.until)
 
 
 def _report(args, _):
+  from irg_jax import compiled
   from irg_jax.mini import report
   compiled.keep_programs()
   page = report.run(args.out)

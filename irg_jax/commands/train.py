@@ -7,7 +7,7 @@ import runpy
 import sys
 
 from irg_jax import hub
-from irg_jax.commands import compiled, flags
+from irg_jax.commands import flags
 
 
 def add(verbs) -> None:
@@ -26,7 +26,7 @@ def add(verbs) -> None:
 
 
 def _run(args, overrides):
-  from irg_jax import config
+  from irg_jax import compiled, config
   from irg_jax.train import distributed, run, settings
   _connect(args)
   with distributed.fail_together("irg train"):

@@ -1,6 +1,7 @@
 """`load`: a checkpoint that generates. The command line, the benchmarks and Python all use it."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import numbers
@@ -205,7 +206,7 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
          lora=None, lora_scale: float = 1.0, on_progress=None) -> Generator:
   """Reads a checkpoint onto the devices.
 
-  Each process compiles its programs anew, unless JAX's cache is on (JAX_COMPILATION_CACHE_DIR).
+  Each process compiles its programs anew, unless `irg_jax.keep_programs()` was called before.
 
   Args:
     checkpoint: folder in the published layout or Orbax, or `owner/name[@revision]` on the hub;
@@ -261,13 +262,15 @@ def batches(count: int, size: int) -> list[range]:
 
 def versions() -> dict[str, str]:
   """Versions of the packages that decide a result, by name."""
-  found = {}
-  for name in ("irg_jax", "jax", "jaxlib", "flax"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed"  # a source tree on the path
-  return found
+  return {name: _version(name) for name in ("irg_jax", "jax", "jaxlib", "flax")}
+
+
+@functools.cache  # it takes a millisecond to read, and each record has them all
+def _version(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"  # a source tree on the path
 
 
 def round_record(drawn: irg.Round, thinks: bool, image) -> dict:

@@ -1,8 +1,11 @@
-"""The cache of compiled programs: JAX's own, on for the verbs that compile."""
+"""The cache of compiled programs: JAX's own, on for the verbs that compile; Python asks for it."""
 
 import os
 import pathlib
 import sys
+
+import jax
+from jax._src import lru_cache  # private: JAX writes in place, and keeps a torn file for good
 
 from irg_jax import messages, storage
 
@@ -10,13 +13,15 @@ _LIMIT = 2 * 2**30  # bytes; beyond it, programs go that were not used for longe
 
 
 def keep_programs() -> None:
-  """Lets JAX read the programs that earlier commands compiled, and keep those of this one.
+  """Lets JAX read the programs that earlier processes compiled, and keep those of this one.
 
-  They are in `folder()`, unless JAX's settings name another one (JAX_COMPILATION_CACHE_DIR) or
+  Every verb that compiles calls it. It changes JAX for the whole process, so in Python it is a line
+  of its own, `irg_jax.keep_programs()`; neither importing the package nor `load` does it.
+
+  Programs are in `folder()`, unless JAX's settings name another one (JAX_COMPILATION_CACHE_DIR) or
   switch its cache off (JAX_ENABLE_COMPILATION_CACHE=false). Where that folder cannot be used, says
   so, and nothing is kept.
   """
-  import jax
   if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
     return
   try:
@@ -33,7 +38,6 @@ def keep_programs() -> None:
   jax.config.update("jax_compilation_cache_dir", str(place))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  from jax._src import lru_cache  # private: JAX writes in place, and keeps a torn file for good
   lru_cache.LRUCache.put = _put
 
 
