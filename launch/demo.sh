@@ -14,7 +14,8 @@ fi
 
 cat >&2 <<END
 The small model of the package thinks, draws, looks at its image, and draws again. The first time,
-the installation takes one to three minutes and compiling half a minute; later, ten seconds in all.
+the installation takes one to three minutes and compiling half a minute; later, about six seconds
+in all.
 END
 irg_install ""
 "$IRG_VENV/bin/irg" generate "$prompt" --out "$IRG_ROOT/out/demo" "$@"
