@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import unicodedata
 
 import numpy as np
 import tokenizers
@@ -37,6 +38,7 @@ _LINEAR = re.compile(r"(?!.*\\[gk])(?:(?:\(\?[i:=!]*)?[^()*+?{}]*\)?|"
                      r"[^()*+?{}]*\??[^()*+?{}]*(?:[*+]|\{\d,\d\})?[^()*+?{}]*)", re.DOTALL)
 _QWEN2_PARTS = set(re.sub(r"\\[pP]\{\w+\}", "P", (
     _QWEN2["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])).split("|"))
+_HELD = 4  # characters of an unfinished text that later ones may still change
 LONGEST_TEXT = 2**18  # characters; a row of 16384 tokens is shorter
 
 
@@ -85,6 +87,29 @@ class Tokenizer:
       raise ValueError(f"the text is not valid Unicode at character {e.start} (lone surrogate "
                        f"{text[e.start]!r}); check the encoding of its source") from e
     return self._backend.encode(text, add_special_tokens=False).ids
+
+
+class Speller:
+  """Cuts a growing text into pieces that together are the text, to show it as it is decoded."""
+
+  def __init__(self):
+    self._sent = ""
+
+  def piece(self, text: str, whole: bool = False) -> str:
+    """What is new of the text so far, or with `whole` of all of it.
+
+    The last characters are held back while they may change: bytes may be missing, and normalization
+    joins marks with the letter before them.
+    """
+    if not whole:
+      end = max(0, len(text.rstrip("\ufffd")) - _HELD)
+      while end and unicodedata.combining(text[end]):
+        end -= 1
+      text = text[:end]
+    if len(text) <= len(self._sent) or not text.startswith(self._sent):
+      return ""
+    new, self._sent = text[len(self._sent):], text
+    return new
 
 
 def load_tokenizer(folder, vocab_size: int) -> Tokenizer:

@@ -14,7 +14,7 @@ from irg_jax import sharding
 from irg_jax.config import SpecialTokens
 from irg_jax.data.batch import LENGTH_FEATURES, BufferSizes, pack_row, stack_rows
 from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
-from irg_jax.generate import context, irg, steps
+from irg_jax.generate import answer, context, irg, steps
 from irg_jax.generate.settings import Guidance, Settings
 from irg_jax.images import ImageTransform
 from irg_jax.model.unified import UnifiedTransformer
@@ -288,13 +288,61 @@ def test_one_image_in_a_list_is_one_image_and_several_need_room_in_the_cache():
 
 def test_answers_about_images_and_chat():
   tokenizer = IdTokenizer()
-  ask = functools.partial(irg.answer, MODEL, params(), tokenizer, PROMPTS, seeds=[0] * 4,
+  ask = functools.partial(answer.answer, MODEL, params(), tokenizer, seeds=[0] * 4,
                           settings=dataclasses.replace(SETTINGS, temperature=0.0))
   rng = np.random.default_rng(0)
   image = rng.integers(0, 255, (4, 32, 48, 3), dtype=np.uint8)
-  about = ask(images=list(image))
+  about = ask([[*row] for row in zip(image, PROMPTS)])
   assert len(about) == 4 and all(len(a.ids) == 11 or not a.hit_limit for a in about)
-  assert [a.ids for a in about] != [a.ids for a in ask()]
+  assert [a.ids for a in about] != [a.ids for a in ask([[prompt] for prompt in PROMPTS])]
+
+
+def test_a_conversation_is_read_in_its_order_and_rows_do_not_depend_on_each_other():
+  image = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), dtype=np.uint8)
+  ask = lambda *rows: [x.ids for x in answer.answer(
+      MODEL, params(), IdTokenizer(), list(rows), seeds=[3] * len(rows),
+      settings=dataclasses.replace(SETTINGS, temperature=0.0))]
+  first, second = ([PROMPTS[i], x, PROMPTS[i + 1]] for i, x in enumerate(image))
+  assert ask(first, second) == [*ask(first), *ask(second)]
+  assert ask(first) != ask([first[1], first[0], first[2]])
+
+
+@pytest.mark.parametrize("rows, fault", [
+    ([[]], "empty"),
+    ([[PROMPTS[0]], [PROMPTS[0], PROMPTS[1]]], "differ in the places"),
+    ([[np.zeros((16, 16, 3), np.uint8)], [np.zeros((32, 16, 3), np.uint8)]], "one size"),
+    ([[[5] * 100]], "text 1 of the conversation has 100 tokens"),
+])
+def test_conversations_that_cannot_be_read_are_refused(rows, fault):
+  with pytest.raises(ValueError, match=fault):
+    answer.answer(MODEL, params(), IdTokenizer(), rows, seeds=[0] * len(rows), settings=SETTINGS)
+
+
+def test_a_listener_hears_each_text_as_it_grows_and_then_as_it_is_returned():
+  heard = []
+  drawn = generate(PROMPTS[:2], SEEDS[:2], SETTINGS,
+                   on_text=lambda number, texts: heard.append((number, *texts)))
+  for number in range(SETTINGS.rounds):
+    for row in range(2):
+      texts = [x[1 + row] for x in heard if x[0] == number]
+      assert all(list(b)[:len(a)] == list(a) for a, b in zip(texts, texts[1:]))
+      assert list(texts[-1]) == list(drawn[row].rounds[number].thought.text)
+
+
+def test_room_for_longer_thoughts_and_schedules_changes_no_result_and_compiles_nothing():
+  room = irg.Room(thought=40, times=30)
+  settings = dataclasses.replace(ONE_ROUND, first=Guidance(interval=(0.0, 1.0)))
+  wanted = generate(PROMPTS[:1], SEEDS[:1], settings)[0]
+  got = generate(PROMPTS[:1], SEEDS[:1], settings, room=room)[0]
+  assert got.rounds[0].thought == wanted.rounds[0].thought
+  np.testing.assert_allclose(got.rounds[0].latents, wanted.rounds[0].latents, atol=1e-5)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+  generate(PROMPTS[:1], SEEDS[:1], dataclasses.replace(
+      settings, steps=settings.steps + 3, think_limit=settings.think_limit - 3, temperature=1.5,
+      cache_size=context.plan_cache(CONFIG, settings, 3)[0]), room=room)
+  assert not compiled
 
 
 def test_later_prompts_of_any_length_compile_nothing():

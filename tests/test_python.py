@@ -17,7 +17,7 @@ import irg_jax
 from conftest import ROOT
 from engine import SYSTEM_PROMPT, TINY, make_checkpoint, stand_in
 from irg_jax import commands
-from irg_jax.generate import generator, irg
+from irg_jax.generate import answer, generator, irg
 from irg_jax.generate.settings import Guidance
 
 
@@ -118,14 +118,14 @@ def test_an_edit_gives_what_the_command_line_gives_whatever_holds_the_image(
 def test_a_question_reaches_the_engine_with_the_defaults_of_the_checkpoint(
     loaded, photo, monkeypatch):
   calls = []
-  monkeypatch.setattr(irg, "answer", lambda *args, **options: (
+  monkeypatch.setattr(answer, "answer", lambda *args, **options: (
       calls.append((args[3], options)), [irg.Thought("a fox")])[1])
   assert loaded.ask(" what is it ", photo, seed=5, think_limit=9) == "a fox"
-  (questions, options), = calls
-  np.testing.assert_array_equal(options.pop("images")[0], [Image.open(photo)])
-  assert questions == ["what is it"] and options == {
+  (((image, question),), options), = calls
+  np.testing.assert_array_equal(image, Image.open(photo))
+  assert question == "what is it" and options == {
       "seeds": [5], "settings": dataclasses.replace(TINY, think_limit=9),
-      "system_prompt": SYSTEM_PROMPT}
+      "system_prompt": SYSTEM_PROMPT, "on_text": None}
 
 
 @pytest.mark.long
@@ -133,9 +133,9 @@ def test_an_answer_is_that_of_the_engine(loaded, photo):
   for images in ([], [photo]):
     arrays, _ = generator.read_images(images)
     with jax.set_mesh(loaded.mesh):
-      wanted, = irg.answer(
-          loaded.model, loaded.params, loaded.tokenizer, ["what is it"], seeds=[5], settings=TINY,
-          system_prompt=SYSTEM_PROMPT, images=[arrays] if arrays else None)
+      wanted, = answer.answer(
+          loaded.model, loaded.params, loaded.tokenizer, [[*arrays, "what is it"]], seeds=[5],
+          settings=TINY, system_prompt=SYSTEM_PROMPT)
     assert loaded.ask(" what is it", *images, seed=5) == wanted.text
 
 

@@ -23,12 +23,13 @@ _SHORT = (
     ("steps", int, "points of the flow schedule, N - 1 updates", 50),
     ("text_scale", float, "text guidance of all rounds", 4.0),
     ("image_scale", float, "image guidance of the rounds after an image", 2.0),
-    ("think_limit", int, "longest thought in tokens", 1000),
-    ("temperature", float, "sampling temperature of thoughts", 0.3),
+    ("think_limit", int, "longest thought, or answer, in tokens", 1000),
+    ("temperature", float, "sampling temperature of text", 0.3),
     ("top_k", int, "sample from the N likeliest tokens; 0: all", 0),
     ("top_p", float, "sample from the likeliest tokens of this total probability", 1.0),
     ("window", int, "earlier rounds that a round can see", None),
 )
+_TEXT = ("think_limit", "temperature", "top_k", "top_p")  # those that matter for an answer
 # Fields of the settings that a short flag sets.
 SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
     "text_scale": ("first.text_scale", "later.text_scale"), "image_scale": ("later.image_scale",),
@@ -52,6 +53,10 @@ class Parser(argparse.ArgumentParser):
     self.add_table(table)
     if run is not None:
       self.set_defaults(run=run)
+
+  def add_shared(self, name):
+    """Adds the flags of the section `name` of help.toml, which several verbs share."""
+    self.add_table(_HELP[name]["flags"])
 
   def add_table(self, table, **values):
     """Adds the flags of a TOML file; `values` are for the braces in their help."""
@@ -142,6 +147,13 @@ def number(text: str) -> float:
   return value
 
 
+def seconds(text: str) -> float:
+  """Parses a number above 0."""
+  if not 0 < (value := float(text)) < 1e9:
+    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+  return value
+
+
 def share(text: str) -> float:
   """Parses a number from 0 to 1."""
   value = float(text)
@@ -155,11 +167,12 @@ def address(text: str) -> str:
   return _matched(text, r"\S+:\d+", "an address; write host0:1234")[0]
 
 
-_TYPES = {kind.__name__: kind for kind in (int, float, count, mesh, share)}  # in the TOML files
+# Types in the TOML files.
+_TYPES = {kind.__name__: kind for kind in (int, float, count, mesh, seconds, share)}
 
 
-def add_generation(parser, think_limit: int = 1000) -> None:
-  """Adds the flags of `read_settings`, and those of the model.
+def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None:
+  """Adds the flags of `read_settings`, and those of the model; without `images`, those for text.
 
   --help shows the defaults of the checkpoint that the command line names; `think_limit` is that of
   checkpoints without generate.json.
@@ -180,15 +193,18 @@ def add_generation(parser, think_limit: int = 1000) -> None:
   group = parser.add_argument_group("short flags of settings")
   add = group.add_argument
   actions = {name: add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (%(shown)s)",
-                       metavar="N" if kind is int else "X") for name, kind, text, _ in _SHORT}
-  actions["size"] = add("--size", type=size, metavar="S or WxH",
-                        help="pixels, multiples of 16 (%(shown)s)")
+                       metavar="N" if kind is int else "X")
+             for name, kind, text, _ in _SHORT if images or name in _TEXT}
+  if images:
+    actions["size"] = add("--size", type=size, metavar="S or WxH",
+                          help="pixels, multiples of 16 (%(shown)s)")
   parser.before_help = lambda args: _show_defaults(args, think_limit, group, actions)
   parser.before_help([])
   add("--greedy", dest="temperature", action="store_const", const=0.0,
       help="take the likeliest token: temperature 0")
-  add("--no-think", dest="think", action="store_const", const=False,
-      help="generate images without thoughts")
+  if images:
+    add("--no-think", dest="think", action="store_const", const=False,
+        help="generate images without thoughts")
 
 
 def add_lora(add) -> None:
@@ -237,8 +253,8 @@ def read_settings(args, overrides, checkpoint, default=None):
   if unknown := set(args.mesh or ()) - set(sharding.MESH_AXES):
     raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}"
                      f"{guess(min(unknown), sharding.MESH_AXES)}; known: {sharding.MESH_AXES}")
-  fields = {f: getattr(args, name) for name, names in SHORTHANDS.items() for f in names}
-  fields["width"], fields["height"] = args.size or (None, None)
+  fields = {f: getattr(args, name, None) for name, names in SHORTHANDS.items() for f in names}
+  fields["width"], fields["height"] = getattr(args, "size", None) or (None, None)
   short = [f"{field}={value}" for field, value in fields.items() if value is not None]
   defaults = read_defaults(checkpoint, default or Settings())
   settings = config.read(defaults.settings, args.config, [*overrides, *short])

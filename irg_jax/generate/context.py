@@ -148,8 +148,7 @@ def guidance_views(guidance) -> tuple[int, ...]:
   return (FULL, NO_TEXT, NO_IMAGE) if guidance.image_scale > 1 else (FULL, NO_TEXT)
 
 
-def plan_cache(config: ModelConfig, settings, system_tokens: int, images=(),
-               understand=False) -> tuple[int, int]:
+def plan_cache(config: ModelConfig, settings, system_tokens: int, images=()) -> tuple[int, int]:
   """Slots of the cache for each row, and the number of earlier rounds that fit into it.
 
   Both follow from the `settings.Settings` and the length of the system prompt, not from the texts
@@ -157,7 +156,6 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, images=(),
 
   Args:
     images: (height, width) of each input image of a row.
-    understand: text output only, see `irg.answer`.
 
   Raises:
     ValueError: an image with more pixels than the model has positions for, a system prompt that
@@ -166,20 +164,41 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, images=(),
   s, thought = settings, rung(settings.think_limit + 1)
   prompt = rung(s.max_prompt_tokens + 2)
   base = rung(system_tokens + 2, "a system prompt") + prompt + thought
-  base += sum(_image_slots(config, s, *size, vae=not understand) for size in images)
-  if images and not understand:
+  base += sum(_image_slots(config, s, *size) for size in images)
+  if images:
     base += prompt + thought  # appended twice: private slots of NO_IMAGE
-  earlier = 0 if understand else s.rounds - 1
+  earlier = s.rounds - 1
   copies = 2 if NO_IMAGE in guidance_views(s.later) else 1  # of a thought after an image
   one_round = copies * thought + _image_slots(config, s, s.height, s.width) if earlier else 0
   window = min(earlier, s.window or s.rounds)
   if s.cache_size is not None:
     window = min(window, (s.cache_size - base) // max(one_round, 1))
-    need = base + one_round
-    if s.cache_size < need:
-      raise ValueError(f"cache_size {s.cache_size} is too small: these settings need at least "
-                       f"{need} slots a row; raise cache_size, or lower think_limit or the size")
+    _check_fits(s, base + one_round)
   return s.cache_size or base + one_round * window, window
+
+
+def plan_answer(config: ModelConfig, settings, system_tokens: int, texts: int, images=()) -> int:
+  """Slots of the cache for each row of `answer.answer`, of conversations with `texts` texts.
+
+  Other arguments and errors as of `plan_cache`.
+  """
+  need = rung(system_tokens + 2, "a system prompt") + rung(settings.think_limit + 1)
+  need += texts * rung(longest_text(settings, texts) + 2)
+  need += sum(_image_slots(config, settings, *size, vae=False) for size in images)
+  _check_fits(settings, need)
+  return settings.cache_size or need
+
+
+def longest_text(settings, texts: int) -> int:
+  """Tokens of the longest text in a conversation of `texts` texts; answers may be among several."""
+  prompt = settings.max_prompt_tokens
+  return prompt if texts == 1 else max(prompt, settings.think_limit)
+
+
+def _check_fits(settings, need):
+  if (settings.cache_size or need) < need:
+    raise ValueError(f"cache_size {settings.cache_size} is too small: these settings need at least "
+                     f"{need} slots a row; raise cache_size, or lower think_limit or the size")
 
 
 def _image_slots(config, settings, height, width, vae=True):

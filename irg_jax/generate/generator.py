@@ -14,7 +14,7 @@ from PIL import Image
 
 from irg_jax import config as config_lib
 from irg_jax import hub, sharding, storage, weights
-from irg_jax.generate import irg
+from irg_jax.generate import answer, irg
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Defaults, Settings, check_prompts, expand, read_defaults
 from irg_jax.images import read_image, to_rgb
@@ -125,7 +125,7 @@ class Generator:
     for rows in batches(len(prompts), batch_size):
       drawn = self.batch(
           [prompts[i] for i in rows], [seed + i for i in rows], settings, system_prompt,
-          size=min(batch_size, len(prompts)), images=arrays, on_progress=on_progress)
+          size=min(batch_size, len(prompts)), images=[arrays] * len(rows), on_progress=on_progress)
       results += [
           Result(self.record(t, settings, system_prompt, seed + i, batch_size, arrays, paths))
           for i, t in zip(rows, drawn)]
@@ -136,39 +136,46 @@ class Generator:
     return self.generate(instruction, images=images, **options)
 
   def ask(self, question: str, *images, seed: int = 0, settings=None, system_prompt=None,
-          **changes) -> str:
+          on_text=None, **changes) -> str:
     """Answers in text: chat, or with images (see `read_images`) a question about them.
 
-    Settings that matter are `think_limit`, the longest answer, and those of sampling.
+    Settings that matter are `think_limit`, the longest answer, and those of sampling. `on_text` is
+    told the answer so far, see `irg.Job`.
     """
     question, = check_prompts([question])
     settings, system_prompt = self._chosen(settings, system_prompt, changes)
     arrays, _ = read_images(images)
+    thought, = self.answers([[*arrays, question]], [seed], settings, system_prompt, size=1,
+                           on_text=on_text)
+    return thought.text
+
+  def answers(self, conversations, seeds, settings: Settings, system_prompt: str, *, size: int,
+              **options) -> list[irg.Thought]:
+    """`answer.answer` for at most `size` conversations, padded to `size` as in `batch`."""
+    padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
     with jax.set_mesh(self.mesh):
-      answer, = irg.answer(
-          self.model, self.params, self.tokenizer, [question],
-          seeds=[seed], settings=settings, system_prompt=system_prompt,
-          images=[arrays] if arrays else None)
-    return answer.text
+      return answer.answer(
+          self.model, self.params, self.tokenizer, padded(conversations), seeds=padded(seeds),
+          settings=settings, system_prompt=system_prompt, **options)[:len(conversations)]
 
   def batch(self, prompts, seeds, settings: Settings, system_prompt: str, *, size: int,
-            images=(), on_progress=None, done=(), on_result=None) -> list[irg.Trajectory]:
+            images=(), done=(), on_result=None, **options) -> list[irg.Trajectory]:
     """`irg.generate` for at most `size` prompts, padded to `size`, as the model reads them.
 
     A short batch repeats its last row: another size would compile again, and no row's result
-    depends on its neighbours. `images`, arrays, are for every row. `on_result` gets the
-    trajectories so far.
+    depends on its neighbours. `images` are lists of arrays, one for each prompt. `on_result` gets
+    the trajectories so far.
     """
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
     named = lambda rounds: [irg.Trajectory(p, list(row)) for p, row in zip(prompts, zip(*rounds))]
-    texts = [self.defaults.read(p, settings, bool(images)).text for p in prompts]
+    edits = any(map(len, images))
+    texts = [self.defaults.read(p, settings, edits).text for p in prompts]
     with jax.set_mesh(self.mesh):
       drawn = irg.generate(
           self.model, self.params, self.tokenizer, padded(texts), seeds=padded(seeds),
           settings=settings, system_prompt=system_prompt,
-          images=[images] * size if images else None, on_progress=on_progress,
-          done=list(map(padded, done)),
-          on_result=on_result and (lambda rounds: on_result(named(rounds))))
+          images=padded(images) if edits else None, done=list(map(padded, done)),
+          on_result=on_result and (lambda rounds: on_result(named(rounds))), **options)
     return [dataclasses.replace(t, prompt=p) for t, p in zip(drawn, prompts)]
 
   def record(self, trajectory: irg.Trajectory, settings: Settings, system_prompt: str, seed: int,

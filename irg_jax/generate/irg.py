@@ -21,7 +21,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from irg_jax import config as config_lib
 from irg_jax import flow, sharding
 from irg_jax.generate import steps
 from irg_jax.generate.context import (
@@ -32,6 +31,7 @@ from irg_jax.images import patchify, to_pixels
 from irg_jax.model.unified import UnifiedTransformer
 
 _REPORTS = 25  # of a phase to a listener; a run without one is not interrupted
+_TOKENS = 8  # between two calls of `Job.on_text`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Trajectory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+  """Sizes of compiled programs, for runs whose settings differ to share them; 0: as needed."""
+
+  thought: int = 0  # tokens of a thought, at least think_limit - 1
+  times: int = 0  # points of the flow schedule, at least `Settings.steps`
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
   """A batch of B rows with everything that stays constant while it runs; made by `prepare`."""
 
@@ -77,13 +85,14 @@ class Job:
   # "posterior" (of the VAE) or "input" (of the VAE, for input images after the first, numbered)
   noise: Callable | None = None
   on_progress: Callable | None = None  # (kind, round, step, total), called on the host
-  understand: bool = False  # text is the only output, see `answer`
+  on_text: Callable | None = None  # (round, texts of the rows so far), every few tokens
+  room: Room = Room()
 
   @property
   def cache(self) -> tuple[int, int]:
     """(slots of a row, earlier rounds that fit), see `context.plan_cache`."""
     return plan_cache(self.model.config, self.settings, len(self.system_ids),
-                      [image.shape[1:3] for image in self.images], self.understand)
+                      [image.shape[1:3] for image in self.images])
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -99,7 +108,8 @@ class Job:
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
              settings: Settings = Settings(), system_prompt="", images=None, noise=None,
-             on_progress=None, done=(), on_result=None) -> list[Trajectory]:
+             on_progress=None, on_text=None, room=Room(), done=(),
+             on_result=None) -> list[Trajectory]:
   """Thinks and draws an image, `settings.rounds` times for every prompt.
 
   Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`; editing is
@@ -115,7 +125,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       uint8 [Y, X, 3], equally many and of equal sizes for all prompts. The prompts are then
       instructions, and `settings.later` guides every round.
     noise: see `Job`; None derives it from the seeds.
-    on_progress: see `Job`; `progress.Progress` is one. Compiled programs do not depend on it.
+    on_progress, on_text, room: see `Job`. Compiled programs do not depend on listeners.
     done: rounds of an earlier run with the same arguments, lists of B `Round`s, which are read, not
       made again. The last one may lack its images.
     on_result: told all rounds so far, such lists, after each thought and each image but the last.
@@ -125,7 +135,8 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   """
   settings.validate(model.config)
   job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
-                system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress)
+                system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress,
+                on_text=on_text, room=room)
   _, window = job.cache
   tell = on_result or (lambda _: None)
   ctx, history, results = begin(job), [], []
@@ -158,41 +169,25 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
 
 
-def answer(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
-           settings: Settings = Settings(), system_prompt="", images=None,
-           on_progress=None) -> list[Thought]:
-  """Text output only: chat, or with `images` a question about them (read by the ViT alone).
-
-  Arguments and errors as in `generate`; `settings.think_limit` limits the answer.
-  """
-  config_lib.check(settings)
-  job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
-                system_prompt=system_prompt, images=images, on_progress=on_progress,
-                understand=True)
-  return think(job, begin(job), 0)
-
-
 def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt="", images=None,
-            noise=None, on_progress=None, understand=False) -> Job:
-  """Checks and encodes the inputs of `generate` or `answer`; arguments and errors as there."""
+            noise=None, on_progress=None, on_text=None, room=Room()) -> Job:
+  """Checks and encodes the inputs of `generate`; arguments and errors as there."""
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
   if not all(0 <= seed < 2**32 for seed in seeds):
     raise ValueError(f"seeds must be from 0 to 2**32 - 1: {list(seeds)}")
-  columns = () if images is None else _check_images(images, prompts)
   images = tuple(np.stack([settings.vae_transform(image) for image in column])
-                 for column in columns)
+                 for column in ([] if images is None else check_images(images, prompts)))
   prompt_ids = [tokenizer.encode(p) for p in prompts]
   for number, ids in enumerate(prompt_ids):
     if len(ids) > settings.max_prompt_tokens:
-      raise ValueError(
-          f"prompt {number} has {len(ids)} tokens, but the cache is made for "
-          f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
+      raise ValueError(f"prompt {number} has {len(ids)} tokens, but the cache is made for "
+                       f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
   return Job(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-             prompt_ids, images, noise or steps.seeded_noise(seeds), on_progress, understand)
+             prompt_ids, images, noise or steps.seeded_noise(seeds), on_progress, on_text, room)
 
 
-def _check_images(images, prompts):
+def check_images(images, prompts) -> list:
   """The first images of all prompts, their second ones, ..."""
   rows = [[row] if getattr(row, "ndim", 0) == 3 else list(row) for row in images]
   if len(rows) != len(prompts) or len(set(map(len, rows))) > 1:
@@ -210,35 +205,36 @@ def _check_images(images, prompts):
 
 def begin(job: Job) -> Context:
   """A new context with the system prompt, the input images if any, and the prompts."""
-  B = len(job.prompt_ids)
   job.report("prompt", 0)
-  ctx = new_context(job.model.config, B, job.cache[0])
-  if job.system_ids:
-    ctx = _append(job, ctx, [job.system_ids] * B, VIEWS)
+  ctx = open_context(job, job.cache[0])
   if not job.images:
-    return _append(job, ctx, job.prompt_ids, (FULL, NO_IMAGE))
+    return append(job, ctx, job.prompt_ids, (FULL, NO_IMAGE))
   for i, images in enumerate(job.images):
-    kind = "input" if i else "posterior"
-    ctx = look(job, ctx, encode(job, images, i, vae=not job.understand, kind=kind))
-  ctx = fork(ctx, FULL, NO_TEXT)
-  ctx = _append(job, ctx, job.prompt_ids, (FULL,))
-  return ctx if job.understand else _append(job, ctx, job.prompt_ids, (NO_IMAGE,))
+    ctx = look(job, ctx, encode(job, images, i, kind="input" if i else "posterior"))
+  ctx = append(job, fork(ctx, FULL, NO_TEXT), job.prompt_ids, (FULL,))
+  return append(job, ctx, job.prompt_ids, (NO_IMAGE,))
 
 
 def think(job: Job, ctx: Context, number: int) -> list[Thought]:
   """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
-  s, tokenizer, total = job.settings, job.tokenizer, job.settings.think_limit - 1
+  s, tokenizer, limit = job.settings, job.tokenizer, job.settings.think_limit - 1
   keys_B = steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
-  draft = steps.new_draft(job.model.config, len(job.seeds), total, tokenizer.special)
-  for _, stop in _parts(job, "think", number, total):
+  draft = steps.new_draft(job.model.config, len(job.seeds), max(limit, job.room.thought),
+                          tokenizer.special)
+  written = lambda: [tokenizer.decode(ids_T[:count].tolist()) for ids_T, count in zip(
+      sharding.to_host(draft.ids), sharding.to_host(draft.count))]
+  for _, stop in _parts(job, "think", number, limit, _TOKENS if job.on_text else limit):
     draft = jax.block_until_ready(steps.think(
         job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
         special=tokenizer.special))
+    if job.on_text is not None:
+      job.on_text(number, written())
+      if sharding.to_host(draft.ended).all():
+        break
   thoughts = []
-  for ids_T, count, ended in zip(*map(sharding.to_host, (draft.ids, draft.count, draft.ended))):
-    text = tokenizer.decode(ids_T[:count].tolist())
+  for text, ended in zip(written(), sharding.to_host(draft.ended)):
     ids = tokenizer.encode(text)
-    thoughts.append(Thought(text, tuple(ids[:total]), not ended, max(0, len(ids) - total)))
+    thoughts.append(Thought(text, tuple(ids[:limit]), not ended, max(0, len(ids) - limit)))
   return thoughts
 
 
@@ -246,10 +242,10 @@ def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Contex
   """Appends thoughts; after an image, a second time for the view without images."""
   texts = [thought.ids for thought in thoughts]
   if not after_image and not job.images:
-    return _append(job, ctx, texts, (FULL, NO_IMAGE))
-  ctx = _append(job, ctx, texts, (FULL,))
+    return append(job, ctx, texts, (FULL, NO_IMAGE))
+  ctx = append(job, ctx, texts, (FULL,))
   guided = NO_IMAGE in guidance_views(job.settings.later)
-  return _append(job, ctx, texts, (NO_IMAGE,)) if guided else ctx
+  return append(job, ctx, texts, (NO_IMAGE,)) if guided else ctx
 
 
 def denoise(job: Job, ctx: Context, number: int):
@@ -259,6 +255,7 @@ def denoise(job: Job, ctx: Context, number: int):
   views = guidance_views(guidance)
   times = flow.schedule(s.steps, s.timestep_shift)
   guided = flow.guided(times, guidance.interval) & (len(views) > 1)
+  times = np.pad(times, (0, max(0, job.room.times - len(times))))  # `denoise` stops before these
   shape = (len(job.seeds), job.grid[0] * job.grid[1], job.model.config.latent_dim)
   x_BPC = job.noise("noise", number, shape)
   for part in _parts(job, "draw", number, total):
@@ -317,8 +314,14 @@ def _replay(job, history):
   return ctx
 
 
-def _append(job, ctx, texts, views):
-  """Appends a text to each row, padded to a rung of the ladder."""
+def open_context(job: Job, slots: int) -> Context:
+  """A new context with the system prompt, if any, for all views."""
+  ctx, B = new_context(job.model.config, len(job.seeds), slots), len(job.seeds)
+  return append(job, ctx, [job.system_ids] * B, VIEWS) if job.system_ids else ctx
+
+
+def append(job: Job, ctx: Context, texts, views) -> Context:
+  """Appends a text, token ids, to each row for `views`, padded to a rung of the ladder."""
   special = job.tokenizer.special
   rows = [[special.text_start, *ids, special.text_end] for ids in texts]
   ids_BT = np.zeros((len(rows), rung(max(map(len, rows)))), np.int32)
@@ -329,13 +332,10 @@ def _append(job, ctx, texts, views):
                            view_mask(views))
 
 
-def _parts(job, kind, number, total):
-  """Yields (start, stop) of a phase of `total` steps, in one go if nobody listens.
-
-  With a listener, the phase runs in at most `_REPORTS` parts, each reported once it is done.
-  """
+def _parts(job, kind, number, total, most=None):
+  """Yields (start, stop) of parts of at most `most` steps; with a listener `_REPORTS`, reported."""
   job.report(kind, number, 0, total)
-  size = total if job.on_progress is None else -(-total // _REPORTS)
+  size = min(most or total, total if job.on_progress is None else -(-total // _REPORTS))
   for start in range(0, total, size or 1):
     stop = min(start + size, total)
     yield start, stop

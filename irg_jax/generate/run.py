@@ -123,7 +123,8 @@ def _run_batch(inputs, loaded, rows, folders, images, progress):
   if not all(complete):  # rows stay together: a row's last bits may depend on the batch's size
     write(loaded.batch(
         [inputs.prompts[i] for i in rows], seeds, inputs.settings, inputs.system_prompt,
-        size=min(inputs.batch_size, len(inputs.prompts)), images=images, on_progress=progress,
+        size=min(inputs.batch_size, len(inputs.prompts)), images=[images] * len(rows),
+        on_progress=progress,
         done=_common(read, loaded.tokenizer, inputs.settings),
         on_result=lambda trajectories: write(trajectories, unfinished=True)))
   return list(map(trace.finish_trace, folders))

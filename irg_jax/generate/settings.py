@@ -64,9 +64,11 @@ class Guidance:
       yield "interval", f"is {self.interval}, but must be two times, the lower one first"
 
 
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["temperature"], meta_fields=["top_k", "top_p"])
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Sampling of the next token."""
+  """Sampling of the next token. Temperatures share a compiled program."""
 
   temperature: float = 0.3
   top_k: int = 0

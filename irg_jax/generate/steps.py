@@ -123,8 +123,7 @@ def new_draft(config: ModelConfig, batch: int, size: int, special: SpecialTokens
                kv=new_kv(config, batch, size))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "special"),
-                   donate_argnames=("draft",))
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("draft",))
 def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: Sampling,
           special: SpecialTokens) -> Draft:
   """Writes a text in the FULL view, each row until `<|im_end|>`, up to step `stop`.
@@ -183,16 +182,16 @@ def _noise(seeds_B, kind: str, number, shape):
 
 def next_token(logits_BV, keys_B, sampling: Sampling):
   """Samples a token from float32 logits for each row, int32 [B], independently of other rows."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  logits_BV = logits_BV / sampling.temperature
+  likeliest_B = jnp.argmax(logits_BV, -1)
+  logits_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
   if sampling.top_k:
     kept = lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0]
     logits_BV = jnp.where(logits_BV < kept[:, -1:], -jnp.inf, logits_BV)
   if sampling.top_p < 1:
     logits_BV = jnp.where(logits_BV < _nucleus_bound(logits_BV, sampling.top_p), -jnp.inf,
                           logits_BV)
-  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+  return jnp.where(sampling.temperature > 0, drawn_B, likeliest_B).astype(jnp.int32)
 
 
 def _nucleus_bound(logits_BV, top_p):

@@ -9,7 +9,7 @@ import pytest
 from conftest import relative_error
 from irg_jax import flow
 from irg_jax.config import SpecialTokens
-from irg_jax.generate import irg, steps
+from irg_jax.generate import answer, irg, steps
 from irg_jax.generate.context import FULL, NO_TEXT, fork, guidance_views
 from irg_jax.generate.settings import Guidance, Sampling, Settings
 from irg_jax.images import ImageTransform
@@ -216,9 +216,9 @@ def test_two_rounds_end_to_end(reference, checkpoint):
 
 def test_a_text_that_ends_by_itself(reference, checkpoint):
   ids = reference["stop/greedy_ids"].tolist()
-  thought = irg.answer(
+  thought = answer.answer(
       checkpoint.model, checkpoint.params, IdTokenizer(checkpoint.special),
-      [reference["stop/prompt_ids"]], seeds=[0],
+      [[reference["stop/prompt_ids"]]], seeds=[0],
       settings=Settings(think_limit=len(ids) + 30, temperature=0.0))[0]
   assert not thought.hit_limit
   assert list(thought.ids) == ids
@@ -228,9 +228,9 @@ def test_image_understanding(reference, checkpoint):
   ids = reference["chat/greedy_ids"].tolist()
   side = checkpoint.config.vit.grid_size * checkpoint.config.vit.patch_size
   patch, stride = checkpoint.config.vit.patch_size, checkpoint.config.pixel_stride
-  thought = irg.answer(
+  thought = answer.answer(
       checkpoint.model, checkpoint.params, IdTokenizer(checkpoint.special),
-      [reference["chat/question_ids"]], seeds=[0], images=[reference["chat/image"]],
+      [[reference["chat/image"], reference["chat/question_ids"]]], seeds=[0],
       settings=Settings(think_limit=len(ids) + 1, temperature=0.0,
                         vae_transform=ImageTransform(64 * stride, stride, stride),
                         vit_transform=ImageTransform(side, 2 * patch, patch)))[0]

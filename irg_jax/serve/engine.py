@@ -1,0 +1,343 @@
+"""The engine: one thread that owns the devices, and rows of many requests that run side by side.
+
+A row (`Work`) is an image to draw or a question to answer. It waits; it runs one turn, that is one
+round or one answer, beside all waiting rows whose compiled programs and settings agree; then it
+waits for its next round. So rows join and leave at each round. A turn reads the earlier rounds
+again (`done` of `irg.generate`), so nothing stays on the devices between turns. Rows never depend
+on each other, see `irg.generate`.
+"""
+
+import collections
+import dataclasses
+import functools
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+
+from irg_jax import messages
+from irg_jax.config import update
+from irg_jax.generate import context, irg
+from irg_jax.generate.context import LADDER, rung
+from irg_jax.generate.generator import Generator
+from irg_jax.generate.settings import Settings, expand
+
+_GATHER = 0.02  # seconds that a turn waits for rows that come at the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What one server accepts; compiled shapes, memory and waiting follow from these."""
+
+  sizes: tuple[tuple[int, int], ...]  # of images, (width, height)
+  batch_size: int = 8  # rows side by side
+  rounds: int = 2
+  steps: int = 100  # points of the flow schedule
+  images: int = 1  # to edit or ask about, in one request
+  n: int = 8  # images of one request
+  queue: int = 64  # rows that wait or run
+  pixels: int = 2**24  # of an image that is sent
+  body: int = 2**25  # bytes of a request
+  seconds: float = 600.0  # of a request, waiting included
+  read_seconds: float = 30.0  # until a request has arrived
+
+  @property
+  def batch_sizes(self) -> tuple[int, ...]:
+    """Compiled numbers of rows: powers of four, and the largest."""
+    powers = [4**i for i in range(self.batch_size.bit_length()) if 4**i < self.batch_size]
+    return (*powers, self.batch_size)
+
+  def settings(self, generator: Generator, settings: Settings, system_prompt: str) -> Settings:
+    """`settings` with a cache in which all that is accepted fits, so that it has one shape.
+
+    ValueError names a setting that cannot work.
+    """
+    rounds = self.rounds if settings.think else 1
+    most = dataclasses.replace(settings, rounds=rounds, steps=max(self.steps, settings.steps))
+    slots, tokens = settings.cache_size or 0, len(generator.tokenizer.encode(system_prompt))
+    for width, height in self.sizes:
+      sized = dataclasses.replace(most, width=width, height=height)
+      sized.validate(generator.model.config)
+      sizes = [settings.vae_transform.size(width, height)[::-1]] * self.images
+      plan = lambda found: context.plan_cache(generator.model.config, sized, tokens, found)[0]
+      slots = max(slots, plan(()), plan(sizes))
+    return dataclasses.replace(settings, cache_size=slots, rounds=min(settings.rounds, rounds))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """One row: a prompt to draw, `settings.rounds` times, or a conversation to answer."""
+
+  settings: Settings
+  system_prompt: str
+  seed: int
+  prompt: str = ""
+  images: tuple[np.ndarray, ...] = ()  # to edit, of sizes in `Limits.sizes`
+  # texts and images in their order; None: draw
+  conversation: tuple[str | np.ndarray, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """What a row tells its listener.
+
+  kind       value
+  "text"     the text of a thought, or an answer, so far
+  "round"    an `irg.Round`, complete
+  "done"     all rounds, or the answer as an `irg.Thought`; the last event
+  "failed"   an exception; the last event
+  """
+
+  kind: str
+  value: object
+  round: int = 0
+
+
+class Row:
+  """A `Work` on its way; `cancel` frees its place."""
+
+  def __init__(self, work: Work, tell: Callable):
+    self.work, self.tell, self.rounds, self.cancelled = work, tell, [], False
+
+  def cancel(self):
+    self.cancelled = True
+
+  @property
+  def key(self):
+    """Rows with equal keys can run side by side."""
+    work, shape = self.work, lambda part: getattr(part, "shape", "text")
+    settings = dataclasses.replace(work.settings, rounds=len(self.rounds) + 1)
+    parts = work.images if work.conversation is None else work.conversation
+    return (work.conversation is None, settings, work.system_prompt, tuple(map(shape, parts)))
+
+
+class Full(Exception):
+  """The queue is full; the argument is after how many seconds to try again."""
+
+
+class Closing(Exception):
+  """The server finishes what runs and takes nothing new."""
+
+
+class _Abandoned(Exception):
+  """Nobody waits for any row of a turn."""
+
+
+class Engine:
+  """Runs rows on the devices of a `Generator`, in a thread of its own.
+
+  Args:
+    generator: the checkpoint.
+    settings: of `Limits.settings`; requests change some of them.
+    system_prompt: of requests that have none.
+    limits: what is accepted.
+    metrics: told of turns, see `metrics.Metrics`.
+  """
+
+  def __init__(self, generator: Generator, settings: Settings, system_prompt: str, limits: Limits,
+               metrics):
+    self.generator, self.settings, self.limits = generator, settings, limits
+    self.system_prompt, self.metrics = system_prompt, metrics
+    self.ready = threading.Event()  # all programs are compiled
+    self.failure = None  # of the first programs: nothing can be served
+    self._room = irg.Room(thought=settings.think_limit - 1, times=limits.steps)
+    self._waiting, self._running = collections.deque(), []
+    self._changed, self._closing = threading.Condition(), False
+    self._turn_seconds = 1.0  # of a turn lately
+    self._sizes = ()  # numbers of rows whose programs are compiled
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+  def start(self, on_progress=None) -> None:
+    """Starts to compile, and then to serve; `on_progress` as of `irg.Job`."""
+    self._on_progress = on_progress or (lambda *_: None)
+    self._thread.start()
+
+  def close(self) -> None:
+    """Waits for all rows that were accepted; takes no more."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify_all()
+    self._thread.join()
+
+  @property
+  def load(self) -> tuple[int, int]:
+    """Rows that (wait, run)."""
+    return len(self._waiting), len(self._running)
+
+  def submit(self, works, tell) -> list[Row]:
+    """Accepts all rows of a request, or none.
+
+    Args:
+      works: `Work`s.
+      tell: called as `tell(number of the row, Event)` in the engine's thread.
+
+    Raises:
+      Full: they would not fit the queue.
+      Closing: after `close`.
+    """
+    rows = [Row(work, lambda event, i=i: tell(i, event)) for i, work in enumerate(works)]
+    with self._changed:
+      if self._closing:
+        raise Closing
+      held = sum(not row.cancelled for row in (*self._waiting, *self._running))
+      if held + len(rows) > self.limits.queue:
+        raise Full(max(1, round(self._turn_seconds * (held / self.limits.batch_size + 1))))
+      self._waiting.extend(rows)
+      self._changed.notify_all()
+    return rows
+
+  def _run(self):
+    """Serves what waits; compiles the rest of what requests can reach when nothing does."""
+    cases = collections.deque(self._cases())
+    total = len(cases)
+    while (rows := self._take(wait=not cases)) is not None:
+      if rows:
+        self._guarded(rows)
+      elif cases:
+        self._on_progress("compiling what requests can reach", 0, total - len(cases), total)
+        size, case = cases.popleft()
+        if not self._warmed(size, case):
+          cases = collections.deque(x for x in cases if x[0] < size)
+        elif size == 1 or not cases or cases[0][0] > size:  # one row is served at once
+          self._sizes = (*(n for n in self._sizes if n < size), size)
+      if not cases and not self.ready.is_set():
+        self._on_progress("compiling what requests can reach", 0, total, total)
+        self.ready.set()
+
+  def _take(self, wait):
+    """The oldest row and all that can run beside it; [] if there is none, None once closed.
+
+    With `wait`, waits for one.
+    """
+    with self._changed:
+      while True:
+        self._waiting = collections.deque(row for row in self._waiting if not row.cancelled)
+        if self._waiting and self._sizes or not wait and not self._closing:
+          break
+        if self._closing:
+          return None
+        self._changed.wait()
+      if not self._waiting or not self._sizes:
+        return []
+      most = self._sizes[-1]
+      if len(self._waiting) < most and not self._waiting[0].rounds:
+        self._changed.wait(_GATHER)
+      key = self._waiting[0].key
+      rows = [row for row in self._waiting if row.key == key][:most]
+      self._waiting = collections.deque(row for row in self._waiting if row not in rows)
+      self._running = rows
+      return rows
+
+  def _guarded(self, rows):
+    """A turn; its failure is told to its rows alone."""
+    start = time.monotonic()
+    try:
+      self._turn(rows)
+    except _Abandoned:
+      pass
+    except Exception as e:
+      traceback.print_exc()
+      for row in rows:
+        row.tell(Event("failed", e))
+    self._turn_seconds += (time.monotonic() - start - self._turn_seconds) / 4
+    self._running = []
+
+  def _turn(self, rows):
+    """Runs one round, or the answers, of rows with one key, and tells their listeners."""
+    self.metrics.batch_size.observe(len(rows))
+    run = self._draw if rows[0].work.conversation is None else self._answer
+    size = min(n for n in self._sizes if n >= len(rows))
+    waiting = run(rows, size, lambda *_: self._heed(rows), self._listener(rows))
+    with self._changed:  # in front: those who came first leave first
+      self._waiting.extendleft(reversed(waiting))
+
+  def _draw(self, rows, size, heed, listen):
+    """Draws the next image of each row; returns the rows that have rounds to come."""
+    work, number = rows[0].work, len(rows[0].rounds)
+    drawn = self.generator.batch(
+        [row.work.prompt for row in rows], [row.work.seed for row in rows],
+        dataclasses.replace(work.settings, rounds=number + 1), work.system_prompt, size=size,
+        images=[row.work.images for row in rows], done=list(zip(*(row.rounds for row in rows))),
+        on_progress=heed, on_text=listen, room=self._room)
+    for row, trajectory in zip(rows, drawn):
+      last = dataclasses.replace(trajectory.rounds[-1], latents=None)
+      row.rounds.append(last)
+      row.tell(Event("round", last, number))
+      if len(row.rounds) == row.work.settings.rounds:
+        row.tell(Event("done", row.rounds))
+    self.metrics.phases(rows[0].rounds[-1].seconds)
+    return [row for row in rows if len(row.rounds) < row.work.settings.rounds]
+
+  def _answer(self, rows, size, heed, listen):
+    start, work = time.monotonic(), rows[0].work
+    thoughts = self.generator.answers(
+        [row.work.conversation for row in rows], [row.work.seed for row in rows], work.settings,
+        work.system_prompt, size=size, on_progress=heed, on_text=listen, room=self._room)
+    for row, thought in zip(rows, thoughts):
+      row.tell(Event("done", thought))
+    self.metrics.phases({"answer": time.monotonic() - start})
+    return []
+
+  def _heed(self, rows):
+    if all(row.cancelled for row in rows):
+      raise _Abandoned
+
+  def _listener(self, rows):
+    def listen(number, texts):
+      for row, text in zip(rows, texts):
+        row.tell(Event("text", text, number))
+    return listen
+
+  def _cases(self):
+    """(number of rows, function that runs some programs that requests reach), smallest first."""
+    for size in self.limits.batch_sizes:
+      for width, height in self.limits.sizes:
+        for work in self._samples(width, height):
+          yield size, functools.partial(self._sample, work, size)
+      longest = rung(max(self.settings.max_prompt_tokens + 2, self.settings.think_limit + 1))
+      for length in (step for step in LADDER if step <= longest):
+        yield size, functools.partial(self._read_thought, length - 2, size)
+
+  def _samples(self, width, height):
+    """Works of one update that reach the programs of images of a size."""
+    base = dataclasses.replace(
+        self.settings, width=width, height=height, steps=2, think_limit=2, think=True,
+        rounds=min(2, self.limits.rounds))
+    for scales in ((1.0, 1.0), (2.0, 1.0), (2.0, 2.0)):
+      guidance = expand(dict(zip(("text_scale", "image_scale"), scales)))
+      work = Work(settings=update(base, guidance), system_prompt=self.system_prompt, seed=0,
+                  prompt="a")
+      yield work
+    image = np.zeros((height, width, 3), np.uint8)
+    if self.limits.images:
+      yield dataclasses.replace(work, images=(image,) * self.limits.images)
+      yield dataclasses.replace(work, conversation=(image, "a"))
+
+  def _sample(self, work, size):
+    row, silent = Row(work, lambda *_: None), lambda *_: None
+    run = self._draw if work.conversation is None else self._answer
+    while run([row], size, silent, silent):
+      pass
+
+  def _read_thought(self, tokens, size):
+    """Reads a thought of a length, and draws."""
+    settings = dataclasses.replace(self.settings, rounds=1, steps=2, think=True)
+    self.generator.batch(
+        ["a"], [0], settings, self.system_prompt, size=size, room=self._room,
+        done=[[irg.Round(irg.Thought("", (0,) * tokens), None, None, {})]])
+
+  def _warmed(self, size, case):
+    """Whether a case runs; where it does not, smaller batches must do."""
+    try:
+      case()
+      return True
+    except Exception as e:
+      if not self._sizes:
+        self.failure = e
+        self._closing = True
+      print(f"note: {size} rows side by side do not run here, at most "
+            f"{max(self._sizes, default=0)} do: {messages.message(e)}", file=sys.stderr)
+      return False
