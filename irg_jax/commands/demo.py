@@ -1,6 +1,7 @@
 """`irg demo`: a web page on which the model thinks, draws, looks and draws again."""
 
-from irg_jax.commands import compiled, serve
+from irg_jax import compiled
+from irg_jax.commands import serve
 
 
 def add(verbs) -> None:

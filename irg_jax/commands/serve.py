@@ -2,7 +2,8 @@
 
 import importlib.util
 
-from irg_jax.commands import compiled, flags
+from irg_jax import compiled
+from irg_jax.commands import flags
 
 
 def add(verbs) -> None:
