@@ -2,7 +2,6 @@
 
 import sys
 
-from irg_jax import compiled
 from irg_jax.commands import flags
 
 
@@ -20,6 +19,7 @@ def _run(args, overrides):
     raise ValueError(f"--seed {args.seed}: must be 0 or more and below 2**32")
   checkpoint = flags.checkpoint(args.checkpoint)
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
+  from irg_jax import compiled
   from irg_jax.generate import generator
   from irg_jax.generate.settings import check_prompts
   from irg_jax.progress import Progress

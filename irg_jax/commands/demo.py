@@ -1,6 +1,5 @@
 """`irg demo`: a web page on which the model thinks, draws, looks and draws again."""
 
-from irg_jax import compiled
 from irg_jax.commands import serve
 
 
@@ -12,6 +11,7 @@ def add(verbs) -> None:
 def _run(args, overrides):
   serve.check_installed("demo", "gradio")
   inputs = serve.make_inputs(args, overrides)
+  from irg_jax import compiled
   from irg_jax.serve import demo, run
   compiled.keep_programs()
   run.run_serve(inputs, demo.page)

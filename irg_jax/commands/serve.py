@@ -2,7 +2,6 @@
 
 import importlib.util
 
-from irg_jax import compiled
 from irg_jax.commands import flags
 
 
@@ -21,6 +20,7 @@ def add_flags(parser) -> None:
 
 def _run(args, overrides):
   inputs = make_inputs(args, overrides)
+  from irg_jax import compiled
   from irg_jax.serve import run
   compiled.keep_programs()
   run.run_serve(inputs)
