@@ -5,7 +5,7 @@ import numpy as np
 
 from irg_jax import config as config_lib
 from irg_jax.generate import irg
-from irg_jax.generate.context import FULL, longest_text, plan_answer
+from irg_jax.generate.context import FULL, plan_answer
 from irg_jax.generate.settings import Settings
 from irg_jax.model.unified import UnifiedTransformer
 
@@ -42,13 +42,14 @@ def answer(model: UnifiedTransformer, params, tokenizer, conversations, *, seeds
 
 def plan(config, tokenizer, settings: Settings, system_prompt: str, parts) -> int:
   """Slots of the cache for a conversation of `answer`; ValueError if it does not fit."""
-  texts = [part for part in parts if not _is_image(part)]
-  limit = longest_text(settings, len(texts))
-  for number, text in enumerate(texts, 1):
-    if (count := len(tokenizer.encode(text))) > limit:
+  counts = [len(tokenizer.encode(part)) for part in parts if not _is_image(part)]
+  # Answers may be among several texts.
+  limit = max(settings.max_prompt_tokens, settings.think_limit if len(counts) > 1 else 0)
+  for number, count in enumerate(counts, 1):
+    if count > limit:
       raise ValueError(f"text {number} of the conversation has {count} tokens, but the cache is "
                        f"made for {limit}: shorten it or raise max_prompt_tokens")
-  return plan_answer(config, settings, len(tokenizer.encode(system_prompt)), len(texts),
+  return plan_answer(config, settings, len(tokenizer.encode(system_prompt)), counts,
                      [part.shape[:2] for part in parts if _is_image(part)])
 
 

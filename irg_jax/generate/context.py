@@ -177,22 +177,18 @@ def plan_cache(config: ModelConfig, settings, system_tokens: int, images=()) -> 
   return s.cache_size or base + one_round * window, window
 
 
-def plan_answer(config: ModelConfig, settings, system_tokens: int, texts: int, images=()) -> int:
-  """Slots of the cache for each row of `answer.answer`, of conversations with `texts` texts.
+def plan_answer(config: ModelConfig, settings, system_tokens: int, texts, images=()) -> int:
+  """Slots of the cache for a row of `answer.answer`, a conversation.
 
-  Other arguments and errors as of `plan_cache`.
+  `texts` are the tokens of its texts; a lone one gets room for the longest prompt. Other arguments
+  and errors as of `plan_cache`.
   """
+  lengths = [settings.max_prompt_tokens] if len(texts) == 1 else texts
   need = rung(system_tokens + 2, "a system prompt") + rung(settings.think_limit + 1)
-  need += texts * rung(longest_text(settings, texts) + 2)
+  need += sum(rung(length + 2) for length in lengths)
   need += sum(_image_slots(config, settings, *size, vae=False) for size in images)
   _check_fits(settings, need)
   return settings.cache_size or need
-
-
-def longest_text(settings, texts: int) -> int:
-  """Tokens of the longest text in a conversation of `texts` texts; answers may be among several."""
-  prompt = settings.max_prompt_tokens
-  return prompt if texts == 1 else max(prompt, settings.think_limit)
 
 
 def _check_fits(settings, need):

@@ -66,10 +66,7 @@ def run_serve(inputs: Inputs, page=None) -> None:
 
     api = Server(engine, inputs.name, os.environ.get(KEY) or None)
     app = api.app(lifespan)
-    server = uvicorn.Server(uvicorn.Config(
-        page(api, app) if page else app, log_level="warning", http=_Protocol, ws="none",
-        h11_max_incomplete_event_size=_HEADERS, limit_concurrency=_CONNECTIONS, lifespan="on",
-        server_header=False))
+    server = uvicorn.Server(config(page(api, app) if page else app))
     print(f"listening on http://{inputs.host}:{listener.getsockname()[1]}; requests wait until "
           "their programs are compiled", file=sys.stderr, flush=True)
     with _handled_signals():
@@ -77,6 +74,13 @@ def run_serve(inputs: Inputs, page=None) -> None:
   metrics.close()
   if engine.failure is not None:
     raise ValueError(f"one image does not run here: {messages.message(engine.failure)}")
+
+
+def config(app) -> uvicorn.Config:
+  """The HTTP server's bounds."""
+  return uvicorn.Config(
+      app, log_level="warning", http=_Protocol, ws="none", lifespan="on", server_header=False,
+      h11_max_incomplete_event_size=_HEADERS, limit_concurrency=_CONNECTIONS)
 
 
 def _listening(host, port):
