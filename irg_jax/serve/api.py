@@ -63,8 +63,10 @@ class Server:
           self._authorize(request)
         reply = await run(request)
       except Refused as e:
+        # What is left of a body is not waited for.
+        headers = {"Connection": "close"} if e.status in (408, 413) else None
         reply = JSONResponse(replies.error(str(e), "invalid_request_error", e.field, e.code),
-                             e.status)
+                             e.status, headers)
       except Full as e:
         reply = JSONResponse(replies.error("the queue is full; try again later", "rate_limit_error",
                                            code="queue_full"), 429, {"Retry-After": str(e.args[0])})
@@ -246,8 +248,9 @@ class Server:
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip()
     if kind != "application/json":
       raise Refused(f"content type {kind!r:.80}: send application/json", None, 415)
+    data = await self._body(request)
     try:
-      body = json.loads(await self._body(request))
+      body = json.loads(data)
     except (ValueError, RecursionError) as e:
       raise Refused(f"the body is not JSON: {e}") from e
     if not isinstance(body, dict):

@@ -14,6 +14,7 @@ import re
 import typing
 
 import numpy as np
+from PIL import Image
 
 from irg_jax import images as images_lib
 from irg_jax.config import setting, update
@@ -139,7 +140,6 @@ def drawings(engine: Engine, fields: Drawing, prompt: str, images,
   reading = engine.generator.defaults.read(prompt, settings, bool(images)).text
   images = tuple(fitted(image, limits.sizes) for image in images)
   try:
-    settings.validate(engine.generator.model.config)
     check_lengths(engine.generator.model.config, engine.generator.tokenizer, settings, system,
                   [reading], images)
   except ValueError as e:
@@ -185,9 +185,11 @@ def settings_of(engine: Engine, fields: Drawing) -> Settings:
                     f"{most if name == 'rounds' else most - 1}", given)
   width, height = _size(fields.size, limits.sizes, (base.width, base.height))
   try:
-    return check_bounds(update(base, expand(changes | {"size": (width, height)})))
+    settings = update(base, expand(changes | {"size": (width, height)}))
+    settings.validate(engine.generator.model.config)
+    return settings
   except ValueError as e:
-    raise Refused(str(e)) from e
+    raise Refused(str(e).replace("config field ", "")) from e
 
 
 def fitted(image: np.ndarray, sizes) -> np.ndarray:
@@ -202,12 +204,14 @@ def read_image(data: bytes, name: str, pixels: int) -> np.ndarray:
   """Decodes an image of at most so many pixels, uint8 [Y, X, 3]; `name` is that of its field."""
   try:
     with images_lib.open_image(data) as image:
-      width, height = image.size
+      large = image.width * image.height > pixels
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    large = True
   except Exception as e:  # decoders raise errors of all kinds
     raise Refused(f"{name}: not an image that can be read; send PNG, JPEG or WebP", name) from e
-  if width * height > pixels:
-    raise Refused(f"{name}: {width} x {height} is more than the {pixels:,} pixels that are read "
-                  "here; make the image smaller", name, code="too_large")
+  if large:
+    raise Refused(f"{name}: more than the {pixels:,} pixels that are read here; make the image "
+                  "smaller", name, code="too_large")
   try:
     return images_lib.decode_image(data, name)
   except ValueError as e:
@@ -283,7 +287,7 @@ def _system(engine, text):
 def _size(text, sizes, default):
   if text == "auto":
     return default
-  match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+  match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
   if not match or (int(match[1]), int(match[2])) not in sizes:
     known = ", ".join(f"{width}x{height}" for width, height in sizes)
     raise Refused(f"size {text!r:.40}: this server draws {known}", "size")
