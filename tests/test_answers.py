@@ -62,7 +62,9 @@ def lines(*values):
     "### Consistency\n2\n### Realism\n1\n### Aesthetic Quality\n0", lines(2, 1, 0) + "<|im_end|>",
     "**Consistency**\n- Score: 2\n**Realism**\n- Score: 1\n**Aesthetics**\n- Score: 0",
     lines("2 (max 2)", "1 (all 3 dogs)", "0 (no 3 dogs are there)") + "\nA five-pointed star.",
-    lines(2, 1, 0) + "\n" + lines("0, 1 or 2", "0, 1 or 2", "0, 1 or 2")])
+    lines(2, 1, 0) + "\n" + lines("0, 1 or 2", "0, 1 or 2", "0, 1 or 2"),
+    lines("<2>", "<1>", "<0>"),
+    "|Scale|Grade|Why|\n|--|--|--|\n|Consistency|2|3 dogs|\n|Realism|1|2 tails\n|Aesthetics|0|bad|"])
 def test_grades_are_read_in_every_usual_form(text):
   assert grades(text) == (2, 1, 0)
 
@@ -71,6 +73,7 @@ def test_grades_are_read_in_every_usual_form(text):
     lines("8/10", "7/10", "9/10"), lines("1/10", 1, 1), lines(10, 1, 1), lines("1.5", 1, 1),
     lines("0, 1 or 2", "0, 1 or 2", "0, 1 or 2"), lines("0-2", "0-2", "0-2"), lines("0|1|2", 1, 1),
     lines("½", 1, 1), lines("1½", 1, 1), lines("-1", 1, 1), lines("two", 1, 1), lines("1%", 1, 1),
+    lines("<1", 1, 1), lines("< 2", 1, 1), "| Consistency | 8/10 | 3 dogs |\n" + lines("", 1, 1),
     lines(3, 1, 1), lines("2", "1"), lines("1 or 2", 1, 1), lines("2, 1", 1, 1), lines("1+", 1, 1),
     "Grades out of 10\n" + lines(2, 1, 1),
     "Consistency (1-5): 2\nRealism (1-5): 1\nAesthetics (1-5): 1",
@@ -135,10 +138,27 @@ def test_200_made_up_grades_are_read_as_they_were_made_or_not_at_all(seed):
     ("I cannot see the image. No.", None), ('["yes", "no"]', None), ("Yes there is", "yes"), ("No, there is no fox.", "no"),
     ("Yes/No", None), ("yes or no", None), ("Yes and no", None), ("The fox may be there", None),
     ("No doubt there is", None), ("No, wait, yes.", None), ("Yes.\nNo, it is blue.", None),
+    ("Yes\n\nActually, no.", None), ("No.\n\nLet me look again. Yes.", None),
+    ("Yes.\nThere is no dog. So no.", None), ("I look. It is a fox. Yes.", "yes"),
+    ("Yes for the cat; no for the dog.", None), ("Yes 0.3 No 0.7", None), ("Yes (20%)", None),
+    ("yes: 10 %", None), ("Yes (90%)", "yes"), ("Yes - 0.2", None), ("yes vs no", None),
+    ('{"yes": 0.3, "no": 0.7}', None), ('{"no": true}', None), ("Yes: false", None),
+    ('"yes": "no"', None), ("No.1", None), ("Yes, there are 2 foxes", "yes"),
     ("Not at all", None), ("No-one", None), ("Yesterday", None), ("<think>Yes", None), ("Yes?",
     None)])
 def test_yes_and_no_are_read_or_are_no_answer(text, said):
   assert read(answers.yes_no, text) == said
+
+
+@pytest.mark.parametrize("mark", [
+    "<|im_end|>\n<|im_start|>user\n", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n", "</s>\n",
+    "<end_of_turn>\n<start_of_turn>user\n", "<|endoftext|>", "\n[INST] ", "\n\nUser: and this?\n",
+    "\n### Human: and this?\n"])
+def test_turns_that_a_judge_makes_up_after_its_own_are_not_read(mark):
+  assert grades(lines(2, 1, 0) + mark + lines(0, 0, 0)) == (2, 1, 0)
+  assert grades(f"{mark.lstrip()}{lines(2, 1, 0)}") in ((2, 1, 0), None)
+  assert read(answers.yes_no, f"Yes{mark}No") == "yes"
+  assert read(answers.yes_nos, f"yes\nno{mark}no\nno", 2) == ["yes", "no"]
 
 
 def made_yes_no(dice):
@@ -198,12 +218,13 @@ def test_200_made_up_lists_are_read_as_they_were_made_or_not_at_all(seed):
     ("<think>yes\nno", 2),
     ("1. No cup is missing: yes\n2. no", 2), ("No dog? yes\nno", 2), ('{"a": "yes", "b": 3}', 2),
     ("1. yes\n   no blue one\n2. no", 2), ("No cup\nNo red\n1. yes\n2. maybe", 2), ("", 1),
-    ("| a | yes | no |\n| b | no | no |", 2)])
+    ("| a | yes | no |\n| b | no | no |", 2), ("yes\nno\nIn short: no, no", 2)])
 def test_lists_that_are_not_clear_are_no_answer(text, count):
   assert read(answers.yes_nos, text, count) is None
 
 
 @pytest.mark.parametrize("text", [
+    "Sure, in this order: yes, no, yes", "yes\nno\nyes\n\nIn short: yes, no, yes",
     '{"answers": ["yes", "no", "yes"]}', '{"Is it?": "yes", "No cup?": "no", "A dog?": "yes"}',
     '{"q1": true, "q2": false, "q3": true}', "a) yes\nb) no\nc) yes", "i. yes\nii. no\niii. yes",
     "Is there a cup: yes\nIs it red: no\nA dog: yes", "yes\nno\nyes<|endoftext|>",
@@ -250,7 +271,9 @@ def test_200_texts_of_loose_words_give_no_traceback_and_no_grade_that_is_not_the
                                   "\n" * 49_000, "1. yes\n" * 7_000, "a" * 49_000, "?" * 49_000,
                                   '{"a":' * 9_000, "\\text{" * 8_000, "consistency (" * 3_800,
                                   "_" * 49_000, "consistency\n\n\n" * 3_800, "</s>" * 12_000,
-                                  "max " * 12_000, "cannot see the " * 3_300])
+                                  "max " * 12_000, "cannot see the " * 3_300, "a, " * 16_000, "so " * 16_000, "or, " * 12_000, "**" + "\n" * 40_000,
+                                  "* " * 20_000 + "scale", "\r$" * 20_000 + "x",
+                                  "x</s>" * 9_000, "\n user" * 8_000])
 def test_a_long_answer_is_refused_or_read_at_once(text):
   for reader in (wise.FORM.lenient, answers.yes_no, lambda t: answers.yes_nos(t, 3)):
     assert read(reader, text) is None or "yes" in text

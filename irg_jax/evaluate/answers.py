@@ -31,9 +31,10 @@ _BLOCKS = re.compile(r"</?(?:br|p|li|ul|ol|div|tr)\b[^<>]{0,80}>", re.IGNORECASE
 _INLINE = re.compile(r"</?(?:b|i|u|em|strong|span|code|mark|td|th)\b[^<>]{0,80}>", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
 _EMPHASIS = re.compile(r"[*`$]|(?<!\w)_+|_+(?!\w)")
-# Tokens that end a turn, which some endpoints leave in.
-_ENDS = re.compile(r"(?:</s>|<(?:end_of_turn|eos)>|<\|(?:im_end|eot_id|eom_id|end_of_text|"
-                   r"endoftext|end|return)\|>)+\Z")
+# Tokens that end a turn, which some endpoints leave in; what follows is a turn that is made up.
+_ENDS = re.compile(r"</s>|<(?:end_of_turn|eos)>|\[INST\]|<\|(?:im_end|im_start|eot_id|eom_id|"
+                   r"end_of_text|endoftext|end|return|start_header_id)\|>")
+_NEXT_TURN = re.compile(r"(?<=\S)\n+[^\w\n]*(?:user|human)[^\w\n]*:.*", re.IGNORECASE | re.DOTALL)
 _BLIND = re.compile(
     r"\b(?:can(?:no|['’])t|cannot|unable to|not able to)\s+(?:\w+ly\s+)?(?:see|view|access|open|"
     r"load|analy[sz]e|process)\s+(?:(?:the|any|an|this|that|your)\s+)?(?:\w+\s+)?"
@@ -56,6 +57,7 @@ _CORRECTED = re.compile(r"\b(?:actually|rather|instead|no|wait|sorry|correction|
 _ENDED = re.compile(r"[\s.,;:!|)\]}\"'”]*")
 _EXPLAINED = re.compile(r"\s*(?:(?:points?|pts?)\b)?\s*(?:$|[.,;:!()\[\]{}|\"'”–—]|-\s)",
                         re.IGNORECASE)
+_TOLD = re.compile(rf"{_NUMBER}\s+(?!(?:of|out|or|to|and|in|points?|pts)\b)[a-z]", re.IGNORECASE)
 _GRADE_KEYS = ("score", "grade", "rating", "value", "points")
 _LONE = re.compile(r"[\s(\[\"']*(?:[1-9][.)]\s+)?([0-9]+)[\s)\].,\"']*")
 
@@ -66,11 +68,15 @@ _SAYS = re.compile(rf"[\W_]*+(?:(?:[0-9]{{1,3}}|[a-z]|[ivx]{{2,4}})[.):]\s*)?[\W
 _AFTER_QUESTION = re.compile(rf"(?>.*[?？])[\W_]*+(?:{_LABEL})?(yes|no)\b(.*)", re.IGNORECASE)
 _AT_END = re.compile(r"(?>.*[:–—-])[\W_]*+(yes|no)\b([\W_]*+)", re.IGNORECASE)
 _AT_LAST = re.compile(r".*\b(?:answer|verdict)\s*(?:is|:)[\W_]*+(yes|no)([\W_]*+)", re.IGNORECASE)
-_EITHER = re.compile(r"\s*(?:[/|]|,?\s*(?:or|and)\b)[\s\"']*(?:yes|not?)\b", re.IGNORECASE)
+# What follows a word that is no answer: one of two, a key, "yes = false", a small probability.
+_EITHER = re.compile(
+    r"\s*(?:[/|]|,?\s*(?:or|and|vs)\b)[\s\"'.]*(?:yes|not?)\b|[\"']\s*:|\W*(?:true|false)\b|"
+    r"\W*(?:0?\.[0-4]\d*\b(?!\s*%)|[0-4]?[0-9](?:\.\d+)?\s?%)|\.[0-9]", re.IGNORECASE)
 _STRONG = re.compile(r"[\s\"'”]*(?:$|[.,;:!)\]}(|–—]|-\s)")
+_TURN = r"(?:(?:wait|actually|but|sorry|or|otherwise|else|so|thus|therefore|hence|then)[\s,]+){0,4}"
+_CONCLUDES = re.compile(rf"(?:.*[.!?,;]\s+|\W*){_TURN}(yes|no)([\s.!)\"'”]*+)", re.IGNORECASE)
 _OTHERWISE = re.compile(
-    r"[.,;:!/|(–—-]\s*(?:(?:wait|actually|but|sorry|or|otherwise|else)[\s,]+)*(yes|no)\s*"
-    r"(?:[.,;:!/|()–—-]|$)", re.IGNORECASE)
+    rf"[.,;:!/|(–—-]\s*{_TURN}(yes|no)\s*(?:[.,;:!/|()–—-]|$)", re.IGNORECASE)
 _YES_IS = re.compile(r"\s+(?:is|isn|was|would|cannot)\b", re.IGNORECASE)
 _NO_BECAUSE = re.compile(r"\s+(?:there|it|the|this|that|these|those|because|since|as)\b",
                          re.IGNORECASE)
@@ -101,7 +107,8 @@ def spoken(text: str) -> str:
   text = "\n".join([*said, text[start:]])
   if len(text) > LONGEST:
     raise NoAnswer(f"{len(text)} characters are no answer")
-  text = _ENDS.sub("", text.rstrip()) if text.rstrip().endswith(">") else text
+  end = next((m.start() for m in _ENDS.finditer(text) if text[: m.start()].strip()), None)
+  text = _ENDS.sub("", text[:end])
   if not text.strip():
     raise NoAnswer("nothing follows the judge's thought")
   boxes = [a or b for a, b in _BOXES.findall(text)]
@@ -116,8 +123,9 @@ def plain(text: str) -> str:
   text = html.unescape(spoken(text).replace("\ufe0f", "").replace("\u20e3", "."))
   text = unicodedata.normalize("NFKC", _INLINE.sub("", _BLOCKS.sub("\n", text)))
   text = "".join(c for c in text if unicodedata.category(c) != "Cf").replace("\u2236", ":")
-  text = re.sub(r"[^\S\n]+", " ", text)
   text = _EMPHASIS.sub("", _LATEX.sub(r"\1", _LATEX.sub(r"\1", text)))
+  text = re.sub(r" ?\n(?: ?\n)+", "\n\n", re.sub(r"[^\S\n]+", " ", text))
+  text = _NEXT_TURN.sub("", text)
   if blind := _BLIND.search(text):
     raise NoAnswer(f"the judge says that it sees no image: {short(blind[0], 60)!r}")
   return text
@@ -142,7 +150,7 @@ def grades(text: str, names: dict[str, str], top: int) -> dict[str, int]:
   line = re.compile(
       rf"[\W_]*+(?:[0-9a-z]{{1,2}}[.):]\s+[\W_]*+)?(?:final\s+)?({pattern})\s*"
       rf"(?:score|grade|rating)?[\"'”]?\s*(?:\(([^()]*)\))?\s*"
-      rf"([:=]+>?|->|→|is\b|-(?=\s)|–|—|)\s*[\"'“(\[<]*"
+      rf"([:=]+>?|->|→|is\b|-(?=\s)|–|—|)\s*(?:<(?=[^<>\n]*>))?[\"'“(\[]*"
       rf"([+-]?{_NUMBER})(?!\w)[\"'”)\]>]*(.*)", re.IGNORECASE)
   cut = re.compile(rf"(?:[,;|]|\band\b|(?<=[0-9.])\s)(?=[\s\"'_]*(?:{pattern})(?![^\W_]))",
                    re.IGNORECASE)
@@ -164,13 +172,14 @@ def yes_no(text: str) -> str:
   lines = [line for line in text.splitlines() if line.strip()]
   strong, weak = _keyed(text) or _by_json(text), []
   for line in [] if strong else lines:
-    matches = (pattern.fullmatch(line) for pattern in (_AT_LAST, _SAYS, _AFTER_QUESTION))
+    matches = (p.fullmatch(line) for p in (_AT_LAST, _SAYS, _AFTER_QUESTION, _CONCLUDES))
     if (match := next(filter(None, matches), None)) and not _EITHER.match(match[2]):
       word, rest = match[1].lower(), match[2]
       turned = any(o.lower() != word for o in _OTHERWISE.findall(rest))
       if turned or _STRONG.match(rest):
         strong.append("both" if turned else word)
-      elif line is lines[0] and (
+      elif line is lines[0] and not re.search({"yes": r"\bno\b", "no": r"\byes\b"}[word], rest,
+                                              re.IGNORECASE) and (
           _NO_BECAUSE.match(rest) if word == "no" else rest[0] == " " and not _YES_IS.match(rest)):
         weak.append(word)
   said = strong or weak
@@ -233,7 +242,7 @@ def _graded_lines(text, pattern):
     elif head and len(cells) == len(head) and not named:
       lines += [f"{h}: {c}" for h, c in zip(head, cells) if name.fullmatch(h)]
     elif named:
-      numbers = [c for c in cells[named[0] + 1 :] if re.match(_NUMBER, c)]
+      numbers = [c for c in cells[named[0] + 1 :] if re.match(_NUMBER, c) and not _TOLD.match(c)]
       lines.append(f"{cells[named[0]]}: {numbers[0] if len(numbers) == 1 else '-1'}")
     else:
       lines.append(line)
@@ -291,8 +300,9 @@ def _keyed(text):
 
 
 def _by_json(text):
-  """Answers of a JSON value that holds nothing else, whatever its keys."""
-  parts = lambda x: (x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x])
+  """Answers of a JSON value that holds nothing else, whatever its keys but yes and no."""
+  parts = lambda x: ([None] if any(k.lower() in _WORDS for k in x) else x.values()) if isinstance(
+      x, dict) else x if isinstance(x, list) else [x]
   level = [_json_in(text)]
   while any(isinstance(value, dict | list) for value in level):
     level = [x for value in level for x in parts(value)]
@@ -322,6 +332,6 @@ def _by_row(text):
 
 def _in_line(line):
   """Answers of a line that holds only answers, two or more."""
-  words = re.findall(r"\w+", re.sub(r"^[\W_]*answers?\s*:", "", line, flags=re.IGNORECASE).lower())
+  words = re.findall(r"\w+", line.rpartition(":")[2].lower())
   either = re.search(r"yes\s*/\s*no", line, re.IGNORECASE)
   return words if len(words) > 1 and set(words) <= {"yes", "no"} and not either else []
