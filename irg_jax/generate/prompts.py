@@ -12,7 +12,8 @@ reads, with <1>, <2>, ... for what the rules of the pattern give (without it: th
 `#` the number of things that it asks for; after `!` the end of a sentence "this model ...", the
 note. An alternative may be empty. Of several derivations the one with the fewest notes wins, then
 the alternative that stands first. After `!!` is a note on a special case of another alternative:
-such a derivation wins over all without it.
+such a derivation wins over all without it. The text that the model reads is derived once more, for
+such notes: a rule on it needs only the plainest form, not every phrasing.
 """
 
 import dataclasses
@@ -52,6 +53,7 @@ class PromptForm:
   rules: tuple[str, ...] = setting(
       (), "grammar of its prompts, see irg_jax/generate/prompts.py; empty: prompts stay as typed")
   most: int = setting(0, "things that a prompt may ask for in all; 0: any number", low=0)
+  sure: int = setting(0, "things that it mostly draws right; more get a note; 0: any number", low=0)
   note: str = setting("", "what it knows, in a sentence that ends every note")
   sizes: tuple[str, ...] = setting((), "sizes of its images (\"64x64\"); empty: any size")
   editing: bool = setting(True, "it was trained to edit images")
@@ -117,7 +119,10 @@ def _translated(form, prompt):
     return _joined(words) or prompt, tuple(faults) or ("was not trained on prompts of this form",)
   if form.most and found.count > form.most:
     faults.append(f"draws at most {form.most} things, and this prompt asks for {found.count}")
-  return _joined(found.text), (*faults, *found.faults)
+  elif form.sure and found.count > form.sure:
+    faults.append(f"often draws more than {form.sure} things wrong")
+  again = _derive(form.rules, found.text)
+  return _joined(found.text), (*faults, *found.faults, *(again.faults if again else ()))
 
 
 def _words(prompt):

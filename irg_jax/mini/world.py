@@ -166,11 +166,21 @@ def prompt_rules() -> tuple[str, ...]:
       "slip": [f"{shape} -> {plural}" for shape, plural in zip(SHAPES, plurals)],
       "color": [color for color in COLORS if color not in vowel], "vowel_color": vowel,
       "relation": [*itertools.chain(*_SAID.values()), "<other_relation>"],
-      "alike": [f"<any_{s}> <is> <relation> <any_{s}> -> <1> <3> <4>" for s in SHAPES]}
+      "alike": [f"<any_{s}> <is> <relation> <any_{s}> -> <1> <3> <4>" for s in SHAPES],
+      "same": [form.format(f"<any_{c}>") for c in COLORS for form in _SAME]}
+  rules |= {f"any_{c}": (f"<one> {c} <shape> -> {noun(1, '<2>', c)} # 1",
+                         f"<digit> {c} <any_plural> -> <1> {c} <2>") for c in COLORS}
   rules |= {f"any_{shape}": (f"<one> {shape} -> a {shape} # 1", f"<digit> {plural}")
             for shape, plural in zip(SHAPES, plurals)}
   rules |= tomllib.loads((_FILES / "prompts.toml").read_text())["rules"]
   return tuple(f"{name} = {' | '.join(options)}" for name, options in rules.items())
+
+
+# Kinds of things of one colour, which is put in.
+_SAME = ("{0} <is> <relation> {0} -> <1> <3> <4>", "{0} <joined> {0} -> <1> and <3>",
+         "{0} <joined> {0} <joined> <thing> -> <1> , <3> and <5>",
+         "{0} <joined> <thing> <joined> {0} -> <1> , <3> and <5>",
+         "<thing> <joined> {0} <joined> {0} -> <1> , <3> and <5>")
 
 
 def _clause(shape, count=1, color=None, position=None):
