@@ -7,6 +7,7 @@ from irg_jax.config import ModelConfig
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import run as mini_run
 from irg_jax.reports.pages import table
+from irg_jax.serve.fields import ChatFields, ImageFields
 from irg_jax.train.settings import TrainSettings
 
 FILE = pathlib.Path(__file__).with_suffix(".md")
@@ -25,6 +26,17 @@ Of `irg generate` and `irg eval generate`. A checkpoint's `generate.json` takes 
 defaults, and `irg eval generate` allows thoughts of 4096 tokens.
 
 {generate}
+
+## Server
+
+Fields of requests to `irg serve` ([serve.md](serve.md)); where none is given, the server's settings
+of generation hold, and its flags may bound a field further. First of both endpoints of images:
+
+{images}
+
+Of chats, beside `messages`, `modalities` and the fields of drawing above:
+
+{chat}
 
 ## Training
 
@@ -51,7 +63,9 @@ Of `irg init`, and the group `model` of training; the defaults are BAGEL-7B-MoT.
 def render() -> str:
   """The text of docs/settings.md."""
   mini = [row for row in _rows(mini_run.load(MINI)) if row[0] != "`config`"]
-  return _TEXT.format(generate=_table(_rows(Settings())),
+  images, chat = _rows(ImageFields()), _rows(ChatFields())
+  return _TEXT.format(generate=_table(_rows(Settings())), images=_table(images),
+                      chat=_table([row for row in chat if row not in images]),
                       train=_table(_without(_rows(TrainSettings()), "model")),
                       mini=_table(_without(mini, "model")), model=_table(_rows(ModelConfig())))
 

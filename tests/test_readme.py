@@ -37,6 +37,8 @@ PARSED = {
     "irg plan": "compiles for TPUs, see tests/test_plan.py",
     "irg eval": "official files and a judge, see tests/test_eval_whole.py",
     "irg mini": "hours, see tests/test_mini_run.py",
+    "irg serve": "serves until it is stopped, see tests/test_serve_process.py",
+    "irg demo": "likewise, see tests/test_demo.py",
 }
 LONG = ("irg train --config configs/irgl.py:tiny", "bash launch/demo.sh")  # minutes
 RUN = [c for c in COMMANDS if not c.startswith(tuple(PARSED))]
@@ -71,7 +73,7 @@ def quick(clone, monkeypatch):
 def test_the_commands_are_found():
   verbs = {c.split()[1] for c in COMMANDS if c.startswith("irg ")}
   assert verbs >= {"generate", "data", "train", "plan", "eval", "mini"}
-  assert len(COMMANDS) >= 15 and len(QUICK) >= 5 and len(SNIPPETS) == 1
+  assert len(COMMANDS) >= 15 and len(QUICK) >= 5 and len(SNIPPETS) == 2
   for start in (*PARSED, *LONG):
     assert any(c.startswith(start) for c in COMMANDS), start
 
@@ -95,7 +97,7 @@ def test_a_quick_command_runs_as_it_stands(quick, command):
 
 
 def test_the_snippet_runs_as_it_stands(quick, capsys):
-  exec(SNIPPETS[0], {"__name__": "__main__"})
+  exec(next(text for text in SNIPPETS if "irg_jax" in text), {"__name__": "__main__"})
   assert len(capsys.readouterr().out.split()) == 2  # thoughts
   assert {"round1.png", "round2.png", "trace.json", "trace.html"} == {
       path.name for path in (quick / "out" / "stars").iterdir()}

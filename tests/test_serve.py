@@ -5,9 +5,12 @@ The server is real, and so are the connections; what it draws is made by `servin
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
+import re
+import subprocess
 import time
 
 import httpx
@@ -16,7 +19,9 @@ import openai
 import pytest
 from PIL import Image
 
+from conftest import ROOT
 from engine import SYSTEM_PROMPT, make_checkpoint
+from irg_jax import commands
 from irg_jax.config import update
 from irg_jax.generate.settings import expand
 from irg_jax.images import encode_image
@@ -325,3 +330,25 @@ def test_a_stopped_server_finishes_what_runs(checkpoint, monkeypatch):
     assert running.result().status_code == 200
     with pytest.raises(httpx.ConnectError):
       httpx.get(f"{url}/health")
+
+
+def test_the_lines_of_the_readme_and_of_help_work_as_they_stand(
+    served, settings, tmp_path, monkeypatch):
+  readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("http://127.0.0.1:8000", served[1])
+  snippet = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+  curl = re.search(r"^    (curl .*?\n.*?)$", readme, re.MULTILINE)[1]
+  monkeypatch.chdir(tmp_path)
+  exec(snippet, {})
+  assert Image.open("star.png").size == (settings.width, settings.height)
+  shown = subprocess.run(["bash", "-c", curl], capture_output=True, check=True)
+  prompt = "two red circles left of a blue star"
+  assert json.loads(shown.stdout)["data"][0]["revised_prompt"] == text_of(prompt, 0, 1)
+  text = help_of("serve")
+  for line in (*snippet.splitlines(), *curl.splitlines()):
+    assert line.strip().replace(served[1], "http://127.0.0.1:8000") in text
+
+
+def help_of(verb):
+  with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+    commands.make_parser().parse_args([verb, "--help"])
+  return out.getvalue()
