@@ -46,6 +46,7 @@ def box(score=0.95, corners=(10, 10, 50, 50)):
     {"mouse": box(), "computer mouse": box()}, {"computer mouse": box(corners=(300, 300, 40, 40))},
     {"computer mouse": box(corners=(0, 9, 5, 3))}, {"computer mouse": box(95)}, {"dog": box(1.2)},
     {"dog": box(-0.1)}, {"dog": [[1, 2, 3, 4, 0.5]]}, {"dog": box("high")}, {"dog": None},
+    {"dog": box("0.9")}, {"dog": box(True)}, {"dog": box(corners=(False, False, True, True))},
     {"dog": box(corners=(1, 2, 3))}, {"dog": box(corners=(10**400, 0, 1, 1))},
     {"dog": box(corners=(0, 0, 1e39, 1))}, None, [], [{"class": "dog", "box": [1, 2, 3, 4]}]])
 def test_a_class_or_box_that_cannot_be_is_refused_with_its_line(tmp_path, capfd, detections):

@@ -138,7 +138,10 @@ def box_rows(name: str, entries) -> np.ndarray:
   """The boxes of class `name` as float32 [N, 5], see `Box`; Unscorable for a malformed one."""
   try:
     with np.errstate(over="ignore"):  # refused below
-      rows = np.array([(*entry["box"], entry["score"]) for entry in entries], np.float32)
+      rows = [(*entry["box"], entry["score"]) for entry in entries]
+      if any(isinstance(value, bool | str) for row in rows for value in row):
+        raise TypeError("a corner or score is no number")
+      rows = np.array(rows, np.float32)
   except (KeyError, TypeError, ValueError, OverflowError) as e:
     raise Unscorable("malformed box", f"{name}: {e!r}") from e
   rows = rows.reshape(len(entries), -1) if entries else np.empty((0, 5), np.float32)
