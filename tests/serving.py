@@ -13,8 +13,9 @@ import uvicorn
 from irg_jax.generate import answer, generator, irg
 from irg_jax.serve import run
 from irg_jax.serve.api import Server
-from irg_jax.serve.engine import Engine, Limits
+from irg_jax.serve.engine import Engine
 from irg_jax.serve.metrics import Metrics
+from irg_jax.serve.work import Limits
 
 THOUGHT = "a plan for {} — naïve, 第{} — with seed {} and {} images, so it may be drawn"
 

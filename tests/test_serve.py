@@ -255,6 +255,28 @@ def test_requests_that_agree_run_side_by_side_and_each_gets_its_own(client, draw
   assert max(len(set(prompts)) for prompts, *_ in drawer.batches) == 4
 
 
+def test_the_largest_batch_goes_first_but_the_oldest_row_waits_two_turns_at_most(
+    checkpoint, monkeypatch):
+  drawer = Drawer()
+  with serving(checkpoint, monkeypatch, drawer) as (api, url):
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      def post(prompt, **more):
+        before = sum(api.engine.load)
+        sent = pool.submit(httpx.post, f"{url}/v1/images/generations", timeout=30,
+                           json={"prompt": prompt, "rounds": 1} | more)
+        assert eventually(lambda: sum(api.engine.load) > before)
+        return sent
+
+      drawer.gate.clear()
+      sent = [post("first")]
+      assert eventually(lambda: api.engine.load == (0, 1))
+      sent += [post("old", num_inference_steps=3), *(post("new") for _ in range(14))]
+      drawer.gate.set()
+      assert all(reply.result().status_code == 200 for reply in sent)
+  assert [prompts[0] for prompts, *_ in drawer.batches] == [
+      "first", "new", "new", "old", "new", "new"]
+
+
 def test_a_client_that_hangs_up_frees_its_place(served, client, drawer):
   for stream in (False, True):
     drawer.gate.clear()

@@ -37,8 +37,8 @@ def make_inputs(args, overrides):
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
   if not 0 <= args.port < 2**16:
     raise ValueError(f"--port {args.port}: must be from 0 (any free one) to 65535")
-  from irg_jax.serve.engine import Limits
   from irg_jax.serve.run import Inputs
+  from irg_jax.serve.work import Limits
   limits = Limits(
       sizes=tuple(dict.fromkeys([(settings.width, settings.height), *(args.also_size or ())])),
       batch_size=args.batch_size, rounds=max(args.max_rounds or 0, settings.rounds),

@@ -14,104 +14,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 
 import numpy as np
 
 from irg_jax import messages
 from irg_jax.config import update
-from irg_jax.generate import context, irg
+from irg_jax.generate import irg
 from irg_jax.generate.context import LADDER, rung
 from irg_jax.generate.generator import Generator
 from irg_jax.generate.settings import Settings, expand
+from irg_jax.serve.work import Event, Limits, Row, Work
 
-_GATHER = 0.02  # seconds that a turn waits for rows that come at the same time
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What one server accepts; compiled shapes, memory and waiting follow from these."""
-
-  sizes: tuple[tuple[int, int], ...]  # of images, (width, height)
-  batch_size: int = 8  # rows side by side
-  rounds: int = 2
-  steps: int = 100  # points of the flow schedule
-  images: int = 1  # to edit or ask about, in one request
-  n: int = 8  # images of one request
-  queue: int = 64  # rows that wait or run
-  pixels: int = 2**24  # of an image that is sent
-  body: int = 2**25  # bytes of a request
-  seconds: float = 600.0  # of a request, waiting included
-  read_seconds: float = 30.0  # until a request has arrived
-
-  @property
-  def batch_sizes(self) -> tuple[int, ...]:
-    """Compiled numbers of rows: powers of four, and the largest."""
-    powers = [4**i for i in range(self.batch_size.bit_length()) if 4**i < self.batch_size]
-    return (*powers, self.batch_size)
-
-  def settings(self, generator: Generator, settings: Settings, system_prompt: str) -> Settings:
-    """`settings` with a cache in which all that is accepted fits, so that it has one shape.
-
-    ValueError names a setting that cannot work.
-    """
-    rounds = self.rounds if settings.think else 1
-    most = dataclasses.replace(settings, rounds=rounds, steps=max(self.steps, settings.steps))
-    slots, tokens = settings.cache_size or 0, len(generator.tokenizer.encode(system_prompt))
-    for width, height in self.sizes:
-      sized = dataclasses.replace(most, width=width, height=height)
-      sized.validate(generator.model.config)
-      sizes = [settings.vae_transform.size(width, height)[::-1]] * self.images
-      plan = lambda found: context.plan_cache(generator.model.config, sized, tokens, found)[0]
-      slots = max(slots, plan(()), plan(sizes))
-    return dataclasses.replace(settings, cache_size=slots, rounds=min(settings.rounds, rounds))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-  """One row: a prompt to draw, `settings.rounds` times, or a conversation to answer."""
-
-  settings: Settings
-  system_prompt: str
-  seed: int
-  prompt: str = ""
-  images: tuple[np.ndarray, ...] = ()  # to edit, of sizes in `Limits.sizes`
-  # texts and images in their order; None: draw
-  conversation: tuple[str | np.ndarray, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """What a row tells its listener.
-
-  kind       value
-  "text"     the text of a thought, or an answer, so far
-  "round"    an `irg.Round`, complete
-  "done"     all rounds, or the answer as an `irg.Thought`; the last event
-  "failed"   an exception; the last event
-  """
-
-  kind: str
-  value: object
-  round: int = 0
-
-
-class Row:
-  """A `Work` on its way; `cancel` frees its place."""
-
-  def __init__(self, work: Work, tell: Callable):
-    self.work, self.tell, self.rounds, self.cancelled = work, tell, [], False
-
-  def cancel(self):
-    self.cancelled = True
-
-  @property
-  def key(self):
-    """Rows with equal keys can run side by side."""
-    work, shape = self.work, lambda part: getattr(part, "shape", "text")
-    settings = dataclasses.replace(work.settings, rounds=len(self.rounds) + 1)
-    parts = work.images if work.conversation is None else work.conversation
-    return (work.conversation is None, settings, work.system_prompt, tuple(map(shape, parts)))
+_GATHER = 0.03  # seconds that a turn waits for rows that come at the same time
+_PATIENCE = 2  # turns for which the oldest row lets larger batches go first
 
 
 class Full(Exception):
@@ -208,10 +123,7 @@ class Engine:
         self.ready.set()
 
   def _take(self, wait):
-    """The oldest row and all that can run beside it; [] if there is none, None once closed.
-
-    With `wait`, waits for one.
-    """
+    """Rows for the next turn; [] if there are none, None once closed. With `wait`, waits."""
     with self._changed:
       while True:
         self._waiting = collections.deque(row for row in self._waiting if not row.cancelled)
@@ -222,14 +134,24 @@ class Engine:
         self._changed.wait()
       if not self._waiting or not self._sizes:
         return []
-      most = self._sizes[-1]
-      if len(self._waiting) < most and not self._waiting[0].rounds:
-        self._changed.wait(_GATHER)
-      key = self._waiting[0].key
-      rows = [row for row in self._waiting if row.key == key][:most]
+      most, end = self._sizes[-1], time.monotonic() + _GATHER
+      while len(self._waiting) < most and (left := end - time.monotonic()) > 0:
+        self._changed.wait(left)
+      self._running = rows = self._chosen(most)
       self._waiting = collections.deque(row for row in self._waiting if row not in rows)
-      self._running = rows
       return rows
+
+  def _chosen(self, most):
+    """The most rows that can run side by side, but the oldest ones if they were passed over."""
+    groups = collections.defaultdict(list)
+    for row in self._waiting:
+      groups[row.key].append(row)
+    first = self._waiting[0]
+    rows = max(groups.values(), key=lambda rows: min(len(rows), most))
+    if first.passed >= _PATIENCE:
+      rows = groups[first.key]
+    first.passed = 0 if first in rows else first.passed + 1
+    return rows[:most]
 
   def _guarded(self, rows):
     """A turn; its failure is told to its rows alone."""

@@ -1,4 +1,4 @@
-"""Fields of requests: their types and bounds, and the `engine.Work`s that they ask for.
+"""Fields of requests: their types and bounds, and the `work.Work`s that they ask for.
 
 Fields have OpenAI's names, and for what OpenAI's API lacks those of other servers of image models.
 docs/serve.md lists them from the classes below. A field that is unknown, or that asks for something
@@ -22,7 +22,8 @@ from irg_jax.config import check as check_bounds
 from irg_jax.generate import answer
 from irg_jax.generate.generator import check_lengths
 from irg_jax.generate.settings import Settings, check_prompts, expand
-from irg_jax.serve.engine import Engine, Work
+from irg_jax.serve.engine import Engine
+from irg_jax.serve.work import Work
 
 
 class Refused(ValueError):

@@ -18,8 +18,9 @@ from irg_jax.generate import generator
 from irg_jax.generate.settings import Settings
 from irg_jax.progress import Progress
 from irg_jax.serve.api import Server
-from irg_jax.serve.engine import Engine, Limits
+from irg_jax.serve.engine import Engine
 from irg_jax.serve.metrics import Metrics
+from irg_jax.serve.work import Limits
 
 KEY = "IRG_API_KEY"  # environment variable: the key that clients must send
 _HEADERS = 2**15  # bytes of a request's headers

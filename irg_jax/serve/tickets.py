@@ -33,7 +33,7 @@ class Ticket:
     self._rows = engine.submit(works, tell)
 
   async def events(self):
-    """Yields (number of the row, `engine.Event`) until all are done; raises a row's failure."""
+    """Yields (number of the row, `work.Event`) until all are done; raises a row's failure."""
     left = len(self.works)
     try:
       while left:
