@@ -175,7 +175,7 @@ def test_64_requests_at_once_each_get_their_own_image_and_nothing_is_compiled_or
       right += verifier.score(image, records[i]).correct
       crossed += verifier.score(image, other).correct
       total += 1
-  assert total > 80 and right > 0.9 * total and crossed < 0.2 * total, (right, crossed, total)
+  assert total >= 64 and right > 0.85 * total and crossed < 0.1 * total, (right, crossed, total)
   assert figure(url, "irg_compilations_total") == compiled
   assert resident(running) < memory + 64, (memory, resident(running))
   end = time.monotonic() + 30

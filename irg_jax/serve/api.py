@@ -46,8 +46,8 @@ class Server:
 
   def app(self, lifespan=None) -> Starlette:
     """The ASGI application."""
-    post = lambda path, run: Route(path, self._endpoint(run), methods=["POST"])
-    get = lambda path, run: Route(path, self._endpoint(run), methods=["GET"])
+    post = lambda path, run: Route(path, self._endpoint(path, run), methods=["POST"])
+    get = lambda path, run: Route(path, self._endpoint(path, run), methods=["GET"])
     return Starlette(lifespan=lifespan, exception_handlers={
         HTTPException: http_error, Exception: server_error}, routes=[
             post("/v1/images/generations", self._generate), post("/v1/images/edits", self._edit),
@@ -55,7 +55,7 @@ class Server:
             get("/v1/models/{name:path}", self._model), get("/health", self._health),
             get("/metrics", self._figures), get("/images/{name}", self._image)])
 
-  def _endpoint(self, run):
+  def _endpoint(self, path, run):
     """An endpoint that counts requests and turns errors into the API's form."""
     async def endpoint(request: Request):
       try:
@@ -77,7 +77,6 @@ class Server:
         reply = JSONResponse(late(self._limits.seconds), 504)
       except Gone:
         reply = Response(status_code=499)  # nobody reads it
-      path = getattr(request.scope.get("route"), "path", "other")
       self._metrics.requests.labels(path, str(reply.status_code)).inc()
       return reply
     return endpoint
