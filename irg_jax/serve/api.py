@@ -41,6 +41,7 @@ class Server:
 
   def __init__(self, engine: Engine, name: str, key: str | None = None):
     self.engine, self.name, self.links = engine, name, replies.Links()
+    self.stopping = asyncio.Event()  # set when the server has been told to stop
     self._key, self._born = key, int(time.time())
     self._metrics, self._limits = engine.metrics, engine.limits
 
@@ -81,9 +82,18 @@ class Server:
       return reply
     return endpoint
 
+  @property
+  def locked(self) -> bool:
+    """Whether clients must send a key."""
+    return self._key is not None
+
+  def accepts(self, key: str) -> bool:
+    """Whether it is the key that clients must send."""
+    return self.locked and hmac.compare_digest(key.encode(), self._key.encode())
+
   def _authorize(self, request):
-    sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    if self._key is not None and not hmac.compare_digest(sent, self._key.encode()):
+    sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if self.locked and not self.accepts(sent):
       raise Refused("the API key is missing or wrong: send Authorization: Bearer KEY", None, 401,
                     "invalid_api_key")
 

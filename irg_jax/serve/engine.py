@@ -82,6 +82,11 @@ class Engine:
     """Rows that (wait, run)."""
     return len(self._waiting), len(self._running)
 
+  @property
+  def serves(self) -> bool:
+    """Whether rows run already; programs of larger batches may still be compiled."""
+    return bool(self._sizes)
+
   def submit(self, works, tell) -> list[Row]:
     """Accepts all rows of a request, or none.
 

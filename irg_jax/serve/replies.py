@@ -15,14 +15,14 @@ import time
 from irg_jax.images import encode_image
 
 class Links:
-  """Images behind URLs: held in memory only, the oldest dropped beyond `limit` bytes."""
+  """Files behind URLs: held in memory only, the oldest dropped beyond `limit` bytes."""
 
   def __init__(self, limit: int = 2**26):
     self._limit, self._files, self._lock = limit, collections.OrderedDict(), threading.Lock()
 
-  def add(self, data: bytes) -> str:
-    """Name of an image, not to be guessed."""
-    name = f"{secrets.token_urlsafe(16)}.png"
+  def add(self, data: bytes, suffix: str = ".png") -> str:
+    """Name of a file, not to be guessed."""
+    name = f"{secrets.token_urlsafe(16)}{suffix}"
     with self._lock:
       self._files[name] = data
       while sum(map(len, self._files.values())) > self._limit and len(self._files) > 1:

@@ -67,7 +67,7 @@ def run_serve(inputs: Inputs, page=None) -> None:
 
     api = Server(engine, inputs.name, os.environ.get(KEY) or None)
     app = api.app(lifespan)
-    server = uvicorn.Server(config(page(api, app) if page else app))
+    server = _Server(api, config(page(api, app) if page else app))
     print(f"listening on http://{inputs.host}:{listener.getsockname()[1]}; requests wait until "
           "their programs are compiled", file=sys.stderr, flush=True)
     with _handled_signals():
@@ -111,6 +111,18 @@ def _handled_signals():
   finally:
     for name, handler in old.items():
       signal.signal(name, handler)
+
+
+class _Server(uvicorn.Server):
+  """Tells an `api.Server` when it begins to stop, so that streams without an end close."""
+
+  def __init__(self, api, config):
+    super().__init__(config)
+    self._api = api
+
+  async def shutdown(self, sockets=None):
+    self._api.stopping.set()
+    await super().shutdown(sockets)
 
 
 class _Protocol(H11Protocol):

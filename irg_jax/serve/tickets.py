@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse
 
 from irg_jax.serve import replies
 from irg_jax.serve.engine import Engine
+from irg_jax.serve.work import Event
 
 _ALIVE = 10.0  # seconds between signs of life on a stream
 
@@ -57,6 +58,11 @@ class Ticket:
     """Frees the places of all rows."""
     for row in self._rows:
       row.cancel()
+
+  def end(self, error: Exception) -> None:
+    """Frees the places of all rows, and `events` raises `error`. In the event loop."""
+    self.cancel()
+    self._queue.put_nowait((0, Event("failed", error)))
 
 
 async def watched(receive, ticket: Ticket, seconds: float) -> list:
