@@ -284,7 +284,7 @@ def round_record(drawn: irg.Round, thinks: bool, image) -> dict:
   """The record of a round for `trace.json`; `image` stands for its image there."""
   return {"think": drawn.thought.text if thinks else None, "think_tokens": len(drawn.thought.ids),
           "hit_limit": drawn.thought.hit_limit, "tokens_cut": drawn.thought.cut, "picture": image,
-          "seconds": drawn.seconds}
+          "passes": drawn.passes, "seconds": drawn.seconds}
 
 
 def read_images(images) -> tuple[list[np.ndarray], list]:

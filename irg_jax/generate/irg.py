@@ -14,18 +14,18 @@ result does not depend on its neighbours.
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from irg_jax import flow, sharding
+from irg_jax import sharding
 from irg_jax.generate import steps
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung,
     view_mask)
+from irg_jax.generate.denoise import denoise, passes
 from irg_jax.generate.settings import Settings
 from irg_jax.images import patchify, to_pixels
 from irg_jax.model.unified import UnifiedTransformer
@@ -53,6 +53,7 @@ class Round:
   latents: np.ndarray | None = dataclasses.field(repr=False)
   image: np.ndarray | None = dataclasses.field(repr=False)  # uint8 [height, width, 3]
   seconds: dict[str, float]  # of the whole batch by phase: think, draw (denoise), decode, encode
+  passes: int = 0  # times that the decoder ran for the image, see `denoise.passes`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,18 @@ class Job:
     """(rows, columns) of the latent tokens of an image."""
     stride = self.model.config.pixel_stride
     return self.settings.height // stride, self.settings.width // stride
+
+  def parts(self, kind: str, number: int, total: int, most: int | None = None):
+    """Yields (start, stop) of parts of at most `most` of `total` steps, and reports each.
+
+    A run without a listener is not interrupted but for `most`.
+    """
+    self.report(kind, number, 0, total)
+    size = min(most or total, total if self.on_progress is None else -(-total // _REPORTS))
+    for start in range(0, total, size or 1):
+      stop = min(start + size, total)
+      yield start, stop
+      self.report(kind, number, stop, total)
 
   def report(self, kind: str, number: int, step: int = 0, total: int = 0):
     """Tells the listener, if any, how far a phase is; step 0 announces it."""
@@ -156,7 +169,8 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       results.append(rows)
     else:
       latents, images = _draw(job, ctx, number, lap)
-      results.append([Round(*row, seconds) for row in zip(thoughts, latents, images)])
+      count = passes(settings, number, bool(job.images))
+      results.append([Round(*row, seconds, count) for row in zip(thoughts, latents, images)])
       if number + 1 < settings.rounds:
         tell(results)
     if number + 1 < settings.rounds:
@@ -223,7 +237,7 @@ def think(job: Job, ctx: Context, number: int) -> list[Thought]:
                           tokenizer.special)
   written = lambda: [tokenizer.decode(ids_T[:count].tolist()) for ids_T, count in zip(
       sharding.to_host(draft.ids), sharding.to_host(draft.count))]
-  for _, stop in _parts(job, "think", number, limit, _TOKENS if job.on_text else limit):
+  for _, stop in job.parts("think", number, limit, _TOKENS if job.on_text else limit):
     draft = jax.block_until_ready(steps.think(
         job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
         special=tokenizer.special))
@@ -246,29 +260,6 @@ def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Contex
   ctx = append(job, ctx, texts, (FULL,))
   guided = NO_IMAGE in guidance_views(job.settings.later)
   return append(job, ctx, texts, (NO_IMAGE,)) if guided else ctx
-
-
-def denoise(job: Job, ctx: Context, number: int):
-  """The clean latent tokens of round `number`, float32 [B, P, latent_dim]."""
-  s, total = job.settings, job.settings.steps - 1
-  guidance = s.first if number == 0 and not job.images else s.later
-  views = guidance_views(guidance)
-  times = flow.schedule(s.steps, s.timestep_shift)
-  guided = flow.guided(times, guidance.interval) & (len(views) > 1)
-  times = np.pad(times, (0, max(0, job.room.times - len(times))))  # `denoise` stops before these
-  shape = (len(job.seeds), job.grid[0] * job.grid[1], job.model.config.latent_dim)
-  x_BPC = job.noise("noise", number, shape)
-  for part in _parts(job, "draw", number, total):
-    # Steps with and without guidance are loops of their own. A branch within one loop would cost a
-    # copy of all weights in every step on a CPU; all rounds share the loop without guidance.
-    for with_guidance, run in itertools.groupby(range(*part), guided.__getitem__):
-      start, stop = (run := list(run))[0], run[-1] + 1
-      x_BPC = steps.denoise(
-          job.model, job.params["transformer"], ctx, x_BPC, times,
-          guidance if with_guidance else None, start, stop, grid=job.grid,
-          special=job.tokenizer.special, views=views if with_guidance else (FULL,))
-    jax.block_until_ready(x_BPC)
-  return x_BPC
 
 
 def _draw(job, ctx, number, lap):
@@ -330,16 +321,6 @@ def append(job: Job, ctx: Context, texts, views) -> Context:
   count_B = np.array([len(ids) for ids in rows], np.int32)
   return steps.append_text(job.model, job.params["transformer"], ctx, ids_BT, count_B,
                            view_mask(views))
-
-
-def _parts(job, kind, number, total, most=None):
-  """Yields (start, stop) of parts of at most `most` steps; with a listener `_REPORTS`, reported."""
-  job.report(kind, number, 0, total)
-  size = min(most or total, total if job.on_progress is None else -(-total // _REPORTS))
-  for start in range(0, total, size or 1):
-    stop = min(start + size, total)
-    yield start, stop
-    job.report(kind, number, stop, total)
 
 
 def _lap(start, seconds, name, value):

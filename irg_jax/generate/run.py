@@ -139,7 +139,8 @@ def _common(read, tokenizer, settings):
       images = [None] * len(images)
     if images[0] is None and not settings.think:
       break
-    done.append([irg.Round(_thought(entry, tokenizer, settings), None, image, entry["seconds"])
+    done.append([irg.Round(_thought(entry, tokenizer, settings), None, image, entry["seconds"],
+                           entry.get("passes", 0))
                  for entry, image in zip(entries, images)])
     if images[0] is None:
       break

@@ -64,6 +64,15 @@ class Guidance:
       yield "interval", f"is {self.interval}, but must be two times, the lower one first"
 
 
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+  """Updates of the flow without the decoder (see `forecast`)."""
+
+  interval: int = setting(1, "the decoder runs in every so many updates; 1: in all", low=1, high=100)
+  order: int = setting(2, "highest order of the differences in between", low=0, high=6)
+  first: int = setting(5, "updates at the beginning in which it always runs", low=1)
+
+
 @functools.partial(jax.tree_util.register_dataclass,
                    data_fields=["temperature"], meta_fields=["top_k", "top_p"])
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +105,7 @@ class Settings:
       1.0, "sample from the likeliest tokens that reach this probability together", above=0, high=1)
   first: Guidance = Guidance()
   later: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
+  forecast: Forecast = Forecast()
   window: int | None = setting(
       None, "earlier rounds that a round can see; not set: all that fit the cache", low=1,
       high=1000)

@@ -24,6 +24,7 @@ from irg_jax import tokens as tokens_lib
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, Context, cached, claim, new_kv, seen_before, view_mask, write)
+from irg_jax.generate.forecast import extrapolate, learn
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
 from irg_jax.model.attention import KeyValues
@@ -218,22 +219,63 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
   Returns:
     float32 [B, P, latent_dim]; clean latent tokens if `stop` is M - 1.
   """
-  at = functools.partial(velocities, model, params, ctx, grid=grid, special=special)
-
-  def velocity(x_BPC, t):
-    v = at(x_BPC, t, views=views)
-    if len(views) == 1:
-      return v["full"]
-    return flow.guide(v, guidance.text_scale, guidance.image_scale, guidance.renorm,
-                      guidance.renorm_min)
-
   def step(state):
     i, x_BPC = state
-    return i + 1, x_BPC - velocity(x_BPC, times_M[i]) * (times_M[i] - times_M[i + 1])
+    v = velocities(model, params, ctx, x_BPC, times_M[i], grid=grid, special=special, views=views)
+    return i + 1, _updated(x_BPC, v, times_M, i, guidance)
 
   # The static bound tells `plan` the most turns that the loop can take.
   more = lambda state: (state[0] < len(times_M) - 1) & (state[0] < stop)
   return lax.while_loop(more, step, (jnp.int32(start), x_BPC.astype(jnp.float32)))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "passes"),
+                   donate_argnames=("known",))
+def denoise_forecast(model, params, ctx: Context, x_BPC, known, times_M, schedules, guidance, start,
+                     stop, *, grid, special: SpecialTokens, passes):
+  """`denoise` that runs the decoder in some updates only, and forecasts the others.
+
+  Args:
+    known: {view: hidden state and differences [order + 1, B, P, D]}, see `forecast`, for the views
+      of `guidance`; zeros before the first pass.
+    schedules: {view: `forecast.Schedule`}, padded to the length of `times_M`.
+    passes: static, the views that the decoder runs for in an update in which it runs.
+
+  Returns:
+    (float32 [B, P, latent_dim], `known` after the last update).
+  """
+  run_M = functools.reduce(jnp.logical_or, [schedules[view].passes for view in passes],
+                           jnp.zeros(times_M.shape, bool))
+  velocity = lambda h_BPD: model.apply({"params": params}, h_BPD, True, method="velocity")
+  at_most = jnp.minimum(stop, len(times_M) - 1)
+
+  def update(i, x_BPC, known):
+    v = {VIEW_NAMES[view]: velocity(extrapolate(f_OBPD, schedules[view].since[i]))
+         for view, f_OBPD in known.items()}
+    return _updated(x_BPC, v, times_M, i, guidance)
+
+  def forecasts(state):
+    step = lambda state: (state[0] + 1, update(*state), state[2])
+    return lax.while_loop(lambda state: (state[0] < at_most) & ~run_M[state[0]], step, state)
+
+  def turn(state):
+    i, x_BPC, known = state
+    hidden = _hidden(model, params, ctx, x_BPC, times_M[i], grid, special, passes)
+    known = known | {view: learn(known[view], hidden[view], schedules[view].order[i],
+                                 schedules[view].distance[i]) for view in passes}
+    return forecasts((i + 1, update(i, x_BPC, known), known))
+
+  state = forecasts((jnp.int32(start), x_BPC.astype(jnp.float32), known))
+  if passes:
+    state = lax.while_loop(lambda state: state[0] < at_most, turn, state)
+  return state[1:]
+
+
+def _updated(x_BPC, v, times_M, i, guidance):
+  """x after Euler step `i` along velocities `v` by view."""
+  v_BPC = v["full"] if len(v) == 1 else flow.guide(
+      v, guidance.text_scale, guidance.image_scale, guidance.renorm, guidance.renorm_min)
+  return x_BPC - v_BPC * (times_M[i] - times_M[i + 1])
 
 
 def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialTokens, views):
@@ -241,6 +283,14 @@ def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialT
 
   All views run as one batch of R = B * W query rows against one cache.
   """
+  hidden = _hidden(model, params, ctx, x_BPC, t, grid, special, views)
+  rows_BWPD = jnp.stack([hidden[view] for view in views], 1)
+  v_BWPC = model.apply({"params": params}, rows_BWPD, True, method="velocity")
+  return {VIEW_NAMES[view]: v_BWPC[:, i] for i, view in enumerate(views)}
+
+
+def _hidden(model, params, ctx, x_BPC, t, grid, special, views):
+  """The hidden states of the latent tokens before the last norm, {view: [B, P, D]}."""
   apply = functools.partial(model.apply, {"params": params})
   B, P, _ = x_BPC.shape
   W = len(views)
@@ -253,10 +303,9 @@ def velocities(model, params, ctx: Context, x_BPC, t, *, grid, special: SpecialT
   tokens = Tokens(sample=zeros_RT, index=index_RT, split=zeros_RT, kind=zeros_RT + NOISE)
   position_RT = zeros_RT + rearrange(ctx.position[:, list(views)], "b w -> (b w) 1")
   buffers, _ = _decode(model, params, {"und": _image_ends(apply, special, B * W), "gen": gen_RPD},
-                       tokens, position_RT, cached(ctx, views), loop=True)
-  v_RPC = apply(buffers["gen"], method="velocity")
-  v_BWPC = rearrange(v_RPC, "(b w) p c -> b w p c", w=W)
-  return {VIEW_NAMES[view]: v_BWPC[:, i] for i, view in enumerate(views)}
+                       tokens, position_RT, cached(ctx, views), loop=True, norm=False)
+  gen_BWPD = rearrange(buffers["gen"], "(b w) p d -> b w p d", w=W)
+  return {view: gen_BWPD[:, i] for i, view in enumerate(views)}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "grid"))
@@ -284,8 +333,8 @@ def encode_pixels(config: ModelConfig, params, pixels_BYXC, noise_BYXC=None):
                           config.latent_patch_size)
 
 
-def _decode(model, params, buffers, tokens, position_RT, *caches, loop: bool = False):
-  return model.apply({"params": params}, buffers, tokens, position_RT, caches, loop,
+def _decode(model, params, buffers, tokens, position_RT, *caches, loop=False, norm=True):
+  return model.apply({"params": params}, buffers, tokens, position_RT, caches, loop, norm,
                      method="decode")
 
 

@@ -81,8 +81,12 @@ class Decoder(nn.Module):
 
   config: ModelConfig
 
+  def setup(self):
+    self.und_norm, self.gen_norm = rms_norm(self.config), rms_norm(self.config)
+
   @nn.compact
-  def __call__(self, buffers, tokens: Tokens, position_RT, caches=(), loop: bool = False):
+  def __call__(self, buffers, tokens: Tokens, position_RT, caches=(), loop: bool = False,
+               norm: bool = True):
     """Runs the layers on one or both buffers.
 
     Args:
@@ -93,6 +97,7 @@ class Decoder(nn.Module):
       caches: sequence of KeyValues with k and v [L, B, K, S, H] (see `attention.KeyValues` for
         B and R); read, never written.
       loop: static, whether this is the body of a loop over tokens or flow steps.
+      norm: static, whether the final norms are applied.
 
     Returns:
       (buffers after the final norms, (k, v) of these tokens, each [L, R, K, T, H], K times
@@ -109,8 +114,8 @@ class Decoder(nn.Module):
     layers = scan_layers(Layer, llm.num_layers, c.remat,
                          in_axes=(0, *[nn.broadcast] * 4), loop=loop, config=c)
     buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens, prepared)
-    norms = {name: rms_norm(c, f"{name}_norm") for name in buffers}
-    return {name: norms[name](x_RTD) for name, x_RTD in buffers.items()}, kv
+    norms = {"und": self.und_norm, "gen": self.gen_norm}
+    return {name: norms[name](x) if norm else x for name, x in buffers.items()}, kv
 
 
 def _slices(buffers):

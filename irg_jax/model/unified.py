@@ -86,16 +86,20 @@ class UnifiedTransformer(nn.Module):
     place_RPD = sincos_2d(position_RP, c.vit.grid_size, c.llm.hidden_size).astype(c.dtype)
     return self.connector(self.vit(patches_RPC, position_RP, image_RP)) + place_RPD
 
-  def decode(self, buffers, tokens, position_RT, caches=(), loop: bool = False):
+  def decode(self, buffers, tokens, position_RT, caches=(), loop: bool = False, norm: bool = True):
     """See `decoder.Decoder`."""
-    return self.decoder(buffers, tokens, position_RT, caches, loop)
+    return self.decoder(buffers, tokens, position_RT, caches, loop, norm)
 
   def text_logits(self, und_D):
     """Next-token logits, float32 [..., V], of hidden states [..., D]."""
     return self.heads.text(und_D).astype(jnp.float32)
 
-  def velocity(self, gen_D):
-    """Flow velocity, float32 [..., latent_dim], of hidden states [..., D]."""
+  def velocity(self, gen_D, norm: bool = False):
+    """Flow velocity, float32 [..., latent_dim], of hidden states [..., D].
+
+    `norm`, static: they come from `decode` without its final norms.
+    """
+    gen_D = self.decoder.gen_norm(gen_D) if norm else gen_D
     return self.heads.velocity(gen_D).astype(jnp.float32)
 
   def __call__(self, batch, latents_BGC, timestep_BG):

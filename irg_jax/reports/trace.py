@@ -13,6 +13,7 @@ A trace is a plain dict:
                "think_tokens": int, "hit_limit": bool, "tokens_cut": int (optional),
                "picture": uint8 [H, W, 3], or None in a round without an image,
                "sha256": str (optional), digest of its file, added on writing,
+               "passes": int (optional), times that the decoder ran for the image,
                "seconds": {"think": float, "draw": float, ...}}]}
 
 Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an existing one, each file.
