@@ -29,11 +29,12 @@ _SHORT = (
     ("top_p", float, "sample from the likeliest tokens of this total probability", 1.0),
     ("window", int, "earlier rounds that a round can see", None),
 )
+_FAST = 3  # forecast.interval of --fast
 _TEXT = ("think_limit", "temperature", "top_k", "top_p")  # those that matter for an answer
 # Fields of the settings that a short flag sets.
 SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
     "text_scale": ("first.text_scale", "later.text_scale"), "image_scale": ("later.image_scale",),
-    "think": ("think",)}
+    "think": ("think",), "fast": ("forecast.interval",)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -205,6 +206,8 @@ def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None
   if images:
     add("--no-think", dest="think", action="store_const", const=False,
         help="generate images without thoughts")
+    add("--fast", action="store_const", const=_FAST,
+        help="forecast most updates of an image: 2.4 times fewer passes (docs/cheaper.md)")
 
 
 def add_lora(add) -> None:

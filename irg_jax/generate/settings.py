@@ -68,7 +68,8 @@ class Guidance:
 class Forecast:
   """Updates of the flow without the decoder (see `forecast`)."""
 
-  interval: int = setting(1, "the decoder runs in every so many updates; 1: in all", low=1, high=100)
+  interval: int = setting(
+      1, "the decoder runs in every so many updates; 1: in all", low=1, high=100)
   order: int = setting(2, "highest order of the differences in between", low=0, high=6)
   first: int = setting(5, "updates at the beginning in which it always runs", low=1)
 
