@@ -1,10 +1,13 @@
-"""Locks and new folders in buckets, where nothing can be renamed.
+"""Locks, new folders and local copies of files in buckets, where nothing can be renamed.
 
 A lock is an object that says who holds it. Its holder writes it anew every few seconds, and each
 write succeeds only where nobody else has written since (see `buckets.Path.put_if`), so a lock whose
 holder gave no sign of life for a minute has one new holder, and the old one finds out.
 
 A folder is marked as unfinished, by such a lock in it, until it is complete.
+
+A file that grows record by record, such as a database, is written in a local copy, see `borrowed`,
+which `Saver` copies out every few seconds; a kill loses what came since, some seconds at most.
 """
 
 import contextlib
@@ -12,13 +15,16 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
 
-from irg_jax import holders, storage
+from irg_jax import holders, messages, storage
 
 UNFINISHED = ".unfinished"  # the lock in a folder that is being made
+_PAUSE = 5.0  # seconds between two copies, or three times what one takes if that is longer
+_UNSAVED = "unsaved"  # folder in the user's caches for what no bucket would take
 
 
 class Held(ValueError):
@@ -154,3 +160,76 @@ def holder_in(data: bytes) -> dict:
     if isinstance(content, dict) and re.fullmatch("[0-9a-f]{32}", str(content.get("key"))):
       return content
   return {"key": "damaged"}
+
+
+@contextlib.contextmanager
+def borrowed(there):
+  """Yields the path of a local copy of the object `there`, which may be missing.
+
+  Holds a lock in the bucket meanwhile. Nothing is copied back, see `Saver`; the local copy is gone
+  at the end.
+  """
+  lock = there.with_name(f".{there.name}.lock")
+  with leased(lock, f"{there}: another process is writing it"):
+    with storage.scratch_folder(storage.cache_folder("scratch")) as scratch:
+      if there.is_file():
+        there.download(scratch / there.name)
+      yield scratch / there.name
+
+
+class Saver(contextlib.AbstractContextManager):
+  """Copies a growing file into a bucket, in a thread of its own."""
+
+  def __init__(self, there, snapshot, local):
+    """
+    Args:
+      there: the object.
+      snapshot: writes the state of the file to a path; called from the thread.
+      local: a path for that.
+    """
+    self._there, self._snapshot, self._local = there, snapshot, local
+    self._news, self._over = threading.Event(), threading.Event()
+    self._changed, self._error = False, None
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def changed(self) -> None:
+    """Has the file copied soon; OSError where that has failed."""
+    self._changed = True
+    self._news.set()
+    if self._error:
+      raise self._error
+
+  def __exit__(self, *_):
+    """Copies what is new; OSError names a file that keeps it where the bucket does not take it."""
+    self._over.set()
+    self._news.set()
+    self._thread.join()
+    if not self._changed:
+      return
+    self._copy()
+    if self._error:
+      kept = storage.cache_folder(_UNSAVED) / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._there.name}"
+      kept.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(self._local, kept)
+      raise OSError(f"{messages.message(self._error)}. Its newest content is in {kept}: copy that "
+                    f"to {self._there}, then start the same command again") from self._error
+
+  def _run(self):
+    while not self._over.is_set():
+      self._news.wait()
+      self._news.clear()
+      begin = time.monotonic()
+      if self._changed and not self._over.is_set():
+        self._copy()
+      self._over.wait(max(_PAUSE, 3 * (time.monotonic() - begin)))
+
+  def _copy(self):
+    self._changed = False  # before the snapshot: what comes during it is in the next one
+    try:
+      self._snapshot(self._local)
+      self._there.upload(self._local)
+      self._error = None
+    except Exception as e:  # of several libraries
+      self._changed = True
+      self._error = e if isinstance(e, OSError) else OSError(f"{self._there}: {e}")

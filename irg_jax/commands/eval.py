@@ -206,7 +206,7 @@ def _check_flags(args, parser):
     if value != parser.get_default(attribute) and args.benchmark not in names:
       raise ValueError(f"{name} is for {', '.join(names)} only")
     for path in value if isinstance(value, list) else [value]:
-      if (isinstance(path, pathlib.Path) and name not in ("--questions", "--judge-cache")
+      if (isinstance(path, pathlib.PurePath) and name not in ("--questions", "--judge-cache")
           and not path.is_file()):
         raise ValueError(f"{path}: no such file")
 

@@ -84,7 +84,7 @@ class Benchmark:
     """
     if path is None and self.packaged is None:
       raise ValueError(f"--prompts: give the path of your copy of {self.name}'s prompts")
-    path = pathlib.Path(self.packaged if path is None else path)
+    path = storage.path(self.packaged if path is None else path)
     if not path.exists():
       raise ValueError(f"--prompts {path}: no such file or folder")
     items = self.read_items(path)
@@ -215,7 +215,7 @@ def read_trace(out, item: Item, image: int) -> dict | None:
   "think_tokens", "hit_limit", "tokens_cut", "picture": path under `out`, or None if it
   failed, "seconds": of the whole batch by phase}]}
   """
-  path = pathlib.Path(out) / trace_path(item, image)
+  path = storage.path(out) / trace_path(item, image)
   try:
     trace = storage.read_json(path)
     kinds = {"think": str | None, "picture": str | None, "seconds": dict}
@@ -226,8 +226,22 @@ def read_trace(out, item: Item, image: int) -> dict | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError, TypeError, LookupError) as e:
+    if isinstance(e, OSError) and not storage.is_local(path):
+      raise  # the store's fault, not the trace's
     raise ValueError(f"{path}: not a trace ({type(e).__name__}: {e}); remove it to generate its "
                      "images again") from e
+
+
+def listing(folder):
+  """A function: whether a file, by its path in `folder`, is there; in a bucket, as of now.
+
+  There, asking about each of thousands of files takes minutes, and listing them seconds.
+  """
+  folder = storage.path(folder)
+  if storage.is_local(folder):
+    return lambda path: (folder / path).is_file()
+  names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+  return lambda path: pathlib.PurePath(path).as_posix() in names
 
 
 class Mean:

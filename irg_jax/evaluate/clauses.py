@@ -26,7 +26,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 from PIL import Image
@@ -186,7 +185,7 @@ def records(images, classes, detect, classify, cache_path, names: str):
   with records_lib.Cache(cache_path) as cache:
     for path, filename, metadata in images:
       record = {"filename": filename, "metadata": metadata} | _detected(
-          pathlib.Path(path), metadata, tuple(classes), detect, classify, cache, names)
+          storage.path(path), metadata, tuple(classes), detect, classify, cache, names)
       failures = failures + 1 if record.get("error", "").startswith("detector") else 0
       if failures >= base.GIVE_UP_AFTER:
         raise ValueError(f"the detector failed at {failures} images in a row, lastly at {path}: "
@@ -262,9 +261,9 @@ def _overlap(a, b):
 def _detected(path, metadata, classes, detect, classify, cache, names):
   """The last field of an image's record: "detections", or "error"."""
   try:
-    data = storage.read_file(path)
-  except OSError as e:
-    return {"error": f"picture: {path}: {e.strerror or e}"}
+    data = questions.read_image(path)
+  except questions.Unusable as e:
+    return {"error": f"picture: {e}"}
   colored = sorted({c["class"] for c in metadata.get("include", ()) if "color" in c})
   asked = repr((names, classes, metadata.get("tag"), colored)).encode()
   digest = hashlib.sha256(hashlib.sha256(data).digest() + asked).hexdigest()

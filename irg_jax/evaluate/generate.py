@@ -4,7 +4,8 @@
   OUT/roundN/...      images where the official scorer expects them, every round under its own root
   OUT/traces/...      thoughts and seeds, a JSON file an image
   OUT/cells/...       images of a grid until it is complete
-  OUT/.aside/...      files being written, each renamed into its place when it is complete
+  OUT/.aside/...      files being written, each renamed into its place when it is complete; in a
+                      bucket, where objects appear whole, the lock alone
 
 The unit of work is an image with all its rounds. Its files come first and its trace last, so an
 image with a trace is done, and a start after a kill at any time generates only the others.
@@ -22,7 +23,6 @@ import typing
 import einops
 import jax
 import numpy as np
-from PIL import Image
 
 from irg_jax import runs, sharding, storage, weights
 from irg_jax.evaluate import base
@@ -30,7 +30,7 @@ from irg_jax.evaluate.score import RUN
 from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Settings
-from irg_jax.images import encode_image
+from irg_jax.images import encode_image, read_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
 from irg_jax.weights import peft
@@ -74,20 +74,36 @@ class OutFolder:
   """Writes complete files into `out`, which any number of processes may share."""
 
   def __init__(self, out: pathlib.Path, aside: pathlib.Path):
-    self.out, self._aside = out, aside
+    self.out, self._aside, self._there = out, aside, base.listing(out)
+    self._new, self._traces = set(), {}
 
   def write(self, relative, data: bytes) -> None:
     """Writes a file atomically."""
     path = self.out / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write_bytes(path, data, self._aside)
+    self._new.add(path)
 
   def write_image(self, relative: pathlib.PurePath, image: np.ndarray) -> None:
     """Writes an RGB image in the format of its name."""
     self.write(relative, encode_image(image, **_FORMATS[relative.suffix]))
 
+  def remove(self, relative) -> None:
+    """Removes a folder and all that is in it."""
+    if storage.is_local(path := self.out / relative):
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.rmtree()
+
   def exists(self, relative) -> bool:
-    return (self.out / relative).is_file()
+    return self.out / relative in self._new or self._there(relative)
+
+  def trace(self, item: base.Item, image: int) -> dict | None:
+    """`base.read_trace`, read once: nobody changes the trace of an image that is done."""
+    key = item.id, image
+    if key not in self._traces and self.exists(base.trace_path(item, image)):
+      self._traces[key] = base.read_trace(self.out, item, image)
+    return self._traces.get(key)
 
 
 def generate_images(request: Request) -> Result:
@@ -117,7 +133,7 @@ def generate_images(request: Request) -> Result:
     for item in share:
       _paste(request, folder, item)
     failed = [f"{item.id}, image {image}, round {number}" for item, image in rows
-              for number, entry in enumerate(base.read_trace(folder.out, item, image)["rounds"], 1)
+              for number, entry in enumerate(folder.trace(item, image)["rounds"], 1)
               if entry["picture"] is None]
     return Result(done() - before, before, failed)
 
@@ -144,20 +160,23 @@ def open_run(out, settings: dict, notes: dict, process: str):
     notes: JSON; recorded beside them, not compared.
     process: names this process among those that share the folder; ValueError if it is at work.
   """
-  out = pathlib.Path(out)
+  out = storage.path(out)
   _check_run(out, settings)
   aside = out / _ASIDE / process
   with runs.locked(aside.with_suffix(".lock"), f"--out {out}: another process with the same "
                     "--process-id and --num-processes is at work in it"):
-    aside.mkdir(exist_ok=True)
-    for left in aside.iterdir():  # by a run that was killed
-      left.unlink()
+    if local := storage.is_local(out):
+      aside.mkdir(exist_ok=True)
+      for left in aside.iterdir():  # by a run that was killed
+        left.unlink()
     runs.create(out / RUN, {"settings": settings, "notes": notes})
     _check_run(out, settings)  # another process may have been first
     yield OutFolder(out, aside)
-    shutil.rmtree(aside)
-  with contextlib.suppress(OSError):  # others are at work in it
-    aside.parent.rmdir()
+    if local:
+      shutil.rmtree(aside)
+  if local:
+    with contextlib.suppress(OSError):  # others are at work in it
+      aside.parent.rmdir()
 
 
 def _check_run(out, settings):
@@ -180,7 +199,7 @@ def _check_prompts(request, tokenizer):
 
 
 def _is_done(request, folder, item, image):
-  record = base.read_trace(folder.out, item, image)
+  record = folder.trace(item, image)
   return record is not None and all(
       entry["picture"] is None or folder.exists(entry["picture"])
       or request.benchmark.grid and folder.exists(_cell_path(item, image, number))
@@ -242,7 +261,7 @@ def _cell_path(item, image, round):
 
 def _paste(request, folder, item):
   """Writes the grids of a prompt when all their cells are there, then removes the cells."""
-  traces = [base.read_trace(folder.out, item, image) for image in range(item.images)]
+  traces = [folder.trace(item, image) for image in range(item.images)]
   if not (request.benchmark.grid and all(traces)):
     return
   # An image that failed is a black cell, which official code leaves out.
@@ -254,7 +273,7 @@ def _paste(request, folder, item):
     if not folder.exists(place):
       if not all(path is None or folder.exists(path) for path in paths):
         continue
-      cells = [black if path is None else np.array(Image.open(folder.out / path)) for path in paths]
+      cells = [black if path is None else read_image(folder.out / path) for path in paths]
       folder.write_image(place, einops.rearrange(
           cells, "(row column) h w c -> (row h) (column w) c", row=2))
-    shutil.rmtree(folder.out / _cell_path(item, 0, number).parent, ignore_errors=True)
+    folder.remove(_cell_path(item, 0, number).parent)

@@ -15,11 +15,11 @@ import collections
 import contextlib
 import itertools
 import json
-import pathlib
 import re
 
 import numpy as np
 
+from irg_jax import storage
 from irg_jax.evaluate import base, clauses, records, score
 from irg_jax.progress import counting
 
@@ -118,7 +118,7 @@ GENEVAL = GenEval()
 
 def class_names(path) -> tuple[str, ...]:
   """The names of an object_names.txt, one a line; ValueError unless there are 80 different ones."""
-  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+  lines = storage.path(path).read_text(encoding="utf-8").split("\n")
   names = tuple(line.strip() for line in lines if line.strip())
   if len(names) != 80 or len(set(names)) != 80:
     raise ValueError(f"{path}: holds {len(set(names))} different names, but GenEval has 80 classes")

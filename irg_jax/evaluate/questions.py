@@ -198,7 +198,7 @@ class Unusable(ValueError):
 class Cell(typing.NamedTuple):
   """Cell number `index`, row by row, of the grid in the image at `path`."""
 
-  path: pathlib.Path
+  path: pathlib.PurePath
   columns: int
   rows: int
   index: int
@@ -217,6 +217,21 @@ class Encoded(typing.NamedTuple):
   digest: str  # SHA-256 of the bytes
 
 
+def read_image(path) -> bytes:
+  """Content of an image's file; Unusable where it is missing or cannot be read.
+
+  OSError where a bucket does not answer: such an image is not to count as missing.
+  """
+  try:
+    return storage.read_file(path)
+  except FileNotFoundError:
+    raise Unusable(f"{path} is missing") from None
+  except OSError as e:
+    if not storage.is_local(path):
+      raise
+    raise Unusable(f"{path} cannot be read ({e})") from e
+
+
 def encode(image) -> Encoded:
   """The image to send of a path or a Cell; raises Unusable, which names the file.
 
@@ -224,9 +239,9 @@ def encode(image) -> Encoded:
   that endpoints take is sent unchanged.
   """
   cell = isinstance(image, Cell)
-  path = image.path if cell else pathlib.Path(image)
+  path = image.path if cell else storage.path(image)
+  data = read_image(path)
   try:
-    data = storage.read_file(path)
     with images.open_image(data) as opened:
       images.load_whole(opened, data)  # a truncated file must not be judged
       kind = opened.format
@@ -234,8 +249,6 @@ def encode(image) -> Encoded:
         pixels, out, kind = images.to_rgb(opened), io.BytesIO(), "JPEG" if cell else "PNG"
         (image.crop(pixels) if cell else pixels).save(out, format=kind)
         data = out.getvalue()
-  except FileNotFoundError:
-    raise Unusable(f"{path} is missing") from None
   except BROKEN as e:
     raise Unusable(f"{path} cannot be read ({e})") from e
   url = f"data:{_TYPES[kind]};base64,{base64.b64encode(data).decode()}"
@@ -247,12 +260,12 @@ def cells(path, columns: int = 2, rows: int = 2) -> list[Cell]:
 
   Of a grid that cannot be read, all cells: asking about them reports why.
   """
-  every = [Cell(pathlib.Path(path), columns, rows, i) for i in range(columns * rows)]
+  every = [Cell(storage.path(path), columns, rows, i) for i in range(columns * rows)]
   try:
-    with images.open_image(storage.read_file(path)) as opened:
+    with images.open_image(read_image(path)) as opened:
       pixels = images.to_rgb(opened)
       return [cell for cell in every if cell.crop(pixels).getbbox()]
-  except BROKEN:
+  except (Unusable, *BROKEN):
     return every
 
 

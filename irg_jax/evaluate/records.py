@@ -13,7 +13,7 @@ import re
 import sqlite3
 import typing
 
-from irg_jax import storage
+from irg_jax import leases, storage
 
 _BETWEEN = re.compile(r"[\s,:]*")
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
@@ -34,7 +34,7 @@ class Entry(typing.NamedTuple):
   record: dict
 
 
-def file_in(path: pathlib.Path, name: str) -> pathlib.Path:
+def file_in(path, name: str) -> pathlib.PurePath:
   """`path` itself, or the file `name` in the folder `path`."""
   file = path / name if path.is_dir() else path
   if not file.is_file():
@@ -47,7 +47,8 @@ def read_lines(path):
 
   Blank lines are skipped. A last line without its end is what a killed writer leaves.
   """
-  with open(path, encoding="utf-8", errors="replace") as file:
+  opened = storage.path(path).open("rb")
+  with io.TextIOWrapper(opened, encoding="utf-8", errors="replace") as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
         continue
@@ -133,18 +134,31 @@ def check_unique(entries, ids) -> None:
 class Cache(contextlib.AbstractContextManager):
   """An sqlite3 file of records by their "digest". All are kept; the last of a digest counts.
 
-  A record is in the file when `add` returns, so a killed run loses none. Threads may share a
-  cache, processes may not. Caches of older versions were JSON lines: the first opening imports
-  the `.jsonl` file that lies at or beside the path, and leaves it as it is. `lost` counts the
-  lines of it that could not be read.
+  A record is in the file when `add` returns, so a killed run loses none; of a file in a bucket it
+  loses those of the last seconds, see `leases.Saver`. Threads may share a cache, processes may not.
+  Caches of older versions were JSON lines: the first opening imports the `.jsonl` file that lies at
+  or beside the path, and leaves it as it is. `lost` counts the lines of it that could
+  not be read.
   """
 
   def __init__(self, path):
     """Opens or makes the file; ValueError where another process has it open, or of another kind."""
-    self.path, old = _cache_paths(pathlib.Path(path))
+    self.path, old = _cache_paths(storage.path(path))
     lines, self.lost = _old_records(old)
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+    with contextlib.ExitStack() as stack:
+      local, self._saver = self.path, None
+      if not storage.is_local(self.path):
+        local = stack.enter_context(leases.borrowed(self.path))
+      local.parent.mkdir(parents=True, exist_ok=True)
+      self._open(local, lines)
+      stack.callback(self._db.close)
+      if local is not self.path:
+        self._saver = stack.enter_context(leases.Saver(
+            self.path, self._write_copy, local.with_name("snapshot")))
+      self._opened = stack.pop_all()
+
+  def _open(self, file, lines):
+    self._db = sqlite3.connect(file, timeout=0, isolation_level=None, check_same_thread=False)
     try:
       for statement in _OPEN:
         self._db.execute(statement)
@@ -161,7 +175,7 @@ class Cache(contextlib.AbstractContextManager):
       raise ValueError(f"{self.path}: {why}") from None
 
   def __exit__(self, *_):
-    self._db.close()
+    self._opened.close()
 
   def get(self, digest: str) -> dict | None:
     """The last record of that digest, or None."""
@@ -175,11 +189,20 @@ class Cache(contextlib.AbstractContextManager):
       self._db.execute(_INSERT, (record["digest"], json.dumps(record)))
     except sqlite3.Error as e:
       raise OSError(f"{self.path}: cannot be written ({e})") from e
+    if self._saver:
+      self._saver.changed()
+
+  def _write_copy(self, path):
+    try:
+      with contextlib.closing(sqlite3.connect(path)) as copy:
+        self._db.backup(copy)
+    except sqlite3.Error as e:
+      raise OSError(f"{path}: cannot be written ({e})") from e
 
 
 def _read(path):
   try:
-    return pathlib.Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    return storage.path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
   except UnicodeDecodeError as e:
     line = e.object.count(b"\n", 0, e.start) + 1
     raise ValueError(f"{path}, line {line}: not UTF-8 text") from e

@@ -1,6 +1,7 @@
 """The report of scored runs: the main table in Markdown, JSON and HTML, and pages with the images.
 
-Images are linked, not copied: a page shows them as long as the runs' folders stay in place.
+Images are linked, not copied: a page shows them as long as the runs' folders stay in place. Only
+where a run and the report are not in the same bucket, or not both on this machine, are they copied.
 """
 
 import collections
@@ -12,12 +13,11 @@ import pathlib
 import re
 import urllib.parse
 
-from irg_jax import evaluate
+from irg_jax import evaluate, storage
 from irg_jax.evaluate import base
 from irg_jax.evaluate.records import read_lines
 from irg_jax.evaluate.score import ITEMS, SCORES
 from irg_jax.reports import pages
-from irg_jax.storage import write_json, write_text
 
 _PROMPTS_A_PAGE = 50
 
@@ -46,7 +46,7 @@ def load(folders) -> list[Scored]:
     ValueError: no scores there, or two runs of one benchmark.
   """
   found = {}
-  for out in map(pathlib.Path, folders):
+  for out in map(storage.path, folders):
     path = out / SCORES
     try:
       scores = json.loads(path.read_text(encoding="utf-8"))
@@ -95,12 +95,12 @@ def build(runs: list[Scored]) -> dict:
 
 def write(runs: list[Scored], folder) -> dict:
   """Writes report.json, report.md, report.html and pages/; returns the report, see `build`."""
-  folder, report = pathlib.Path(folder), build(runs)
+  folder, report = storage.path(folder), build(runs)
   (folder / "pages").mkdir(parents=True, exist_ok=True)
   links = {run.benchmark.name: write_pages(run, folder / "pages") for run in runs}
-  write_json(folder / "report.json", report, indent=1, ensure_ascii=False)
-  write_text(folder / "report.md", markdown(report))
-  write_text(folder / "report.html", pages.render(
+  storage.write_json(folder / "report.json", report, indent=1, ensure_ascii=False)
+  storage.write_text(folder / "report.md", markdown(report))
+  storage.write_text(folder / "report.html", pages.render(
       "evaluation", sections=sections(report), links=links, notes=report["notes"],
       caveats=report["caveats"]))
   return report
@@ -177,17 +177,18 @@ def show(value: float | None, column: str = "") -> str:
 
 def write_pages(run: Scored, folder) -> list[str]:
   """Writes the pages of a run's prompts into `folder`; returns their names, in order."""
-  folder, name, names = pathlib.Path(folder), run.benchmark.name, []
-  by_id = collections.defaultdict(list)
+  folder, name, names = storage.path(folder), run.benchmark.name, []
+  by_id, there = collections.defaultdict(list), base.listing(run.out)
   for _, line in read_lines(run.out / ITEMS):
     path = run.out / line["file"]
-    link = urllib.parse.quote(os.path.relpath(path, folder)) if path.is_file() else None
-    by_id[line["id"]].append(line | {"link": link, "said": _words(line), "small": pages.small(path),
-                                     "thoughts": list(_thoughts(run, line))})
+    link = _link(path, folder, folder / name / line["file"]) if there(line["file"]) else None
+    by_id[line["id"]].append(line | {
+        "link": link, "said": _words(line), "small": link is not None and pages.small(path),
+        "thoughts": list(_thoughts(run, line))})
   for start in range(0, len(by_id), _PROMPTS_A_PAGE):
     chosen = list(by_id.values())[start : start + _PROMPTS_A_PAGE]
     names.append(f"{name}-{start // _PROMPTS_A_PAGE + 1:03d}.html")
-    write_text(folder / names[-1], pages.render(
+    storage.write_text(folder / names[-1], pages.render(
         "evaluation_prompts", total=len(by_id), prompts=chosen, rounds=list(run.rounds),
         title=f"{run.benchmark.title}, prompts {start + 1} to {start + len(chosen)}",
         seed=functools.partial(base.seed, name)))
@@ -195,6 +196,17 @@ def write_pages(run: Scored, folder) -> list[str]:
     if re.fullmatch(rf"{name}-\d{{3,}}\.html", path.name) and path.name not in names:
       path.unlink()
   return names
+
+
+def _link(path, folder, copy):
+  """Address of an image for the pages in `folder`; of one in another bucket, or on this machine
+  while they are in a bucket, that of its `copy`."""
+  place = lambda p: None if storage.is_local(p) else str(p).split("/")[:3]
+  if place(path) != place(folder):
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(copy, storage.read_file(path))
+    path = copy
+  return urllib.parse.quote(os.path.relpath(path, folder))
 
 
 def _thoughts(run, line):

@@ -21,10 +21,9 @@ import pathlib
 import re
 import sys
 
-from irg_jax import runs
+from irg_jax import runs, storage
 from irg_jax.evaluate import base, questions, records
 from irg_jax.progress import counting
-from irg_jax.storage import atomic_file, remove_partials, write_json
 
 RUN, SCORES, ITEMS = "run.json", "scores.json", "items.jsonl"
 _ROUND = re.compile(r"round([1-9]\d*)")
@@ -49,7 +48,7 @@ class ImageFolder:
 
 def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolder:
   """Finds the rounds of a folder and reads its prompts; ValueError for an unfit folder."""
-  out = pathlib.Path(out)
+  out, there = storage.path(out), base.listing(out)
   if not out.is_dir():
     raise ValueError(f"--out {out}: no such folder; it is what irg eval generate wrote")
   record = runs.read(out / RUN, ("settings", "notes")) if (out / RUN).is_file() else {}
@@ -64,7 +63,7 @@ def open_folder(benchmark: base.Benchmark, out, prompts_path=None) -> ImageFolde
   if (count := settings.get("prompts", {}).get("count", len(every))) != len(every):
     raise ValueError(f"--prompts: has {len(every)} prompts, but {out} was generated from {count}; "
                      "give the same path as to irg eval generate")
-  has_image = lambda item: any((out / benchmark.image_path(item, image, r)).is_file()
+  has_image = lambda item: any(there(benchmark.image_path(item, image, r))
                                for r in rounds for image in range(item.images))
   items = [item for item in every if benchmark.each_image or has_image(item)]
   whole = False
@@ -186,9 +185,10 @@ def read_measurements(path, parts: dict) -> dict[tuple[int, str], dict]:
 
 def images_there(folder: ImageFolder):
   """Yields (item, round, image) of every image that is there."""
+  there = base.listing(folder.out)
   for number, item in itertools.product(folder.rounds, folder.items):
     for image in range(item.images):
-      if folder.path(item, image, number).is_file():
+      if there(folder.benchmark.image_path(item, image, number)):
         yield item, number, image
 
 
@@ -226,17 +226,18 @@ def finish(folder: ImageFolder, summaries: dict, missing: dict, extra: dict) -> 
         "missing": missing[number], "complete": folder.whole and not (missing[number] or unscored)}
   result = {"benchmark": folder.benchmark.name, "prompts": len(folder.items) + folder.absent,
             "rounds": rounds, "run": folder.record, **extra}
-  write_json(folder.out / SCORES, result, indent=1, ensure_ascii=False)
+  storage.write_json(folder.out / SCORES, result, indent=1, ensure_ascii=False)
   return result
 
 
 @contextlib.contextmanager
 def new_text(path):
   """Yields a text file that appears at `path` on success; removes those of killed writers."""
-  path = pathlib.Path(path)
-  remove_partials(path.parent)
-  with atomic_file(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
-    yield file
+  path = storage.path(path)
+  storage.remove_partials(path.parent)
+  with storage.atomic_file(path) as aside:
+    with open(aside, "w", encoding="utf-8", errors="replace") as file:
+      yield file
 
 
 def load_function(spec: str, flag: str):
@@ -261,9 +262,9 @@ def load_function(spec: str, flag: str):
 def _measure(item, path, function, name, cache):
   answer = functools.partial(questions.Answer, item.id, model=name)
   try:
-    image = hashlib.sha256(path.read_bytes()).hexdigest()
-  except OSError as e:
-    return answer(error=f"picture: {path}: {e.strerror or e}")
+    image = hashlib.sha256(questions.read_image(path)).hexdigest()
+  except questions.Unusable as e:
+    return answer(error=f"picture: {e}")
   digest = hashlib.sha256(repr((name, item.prompt, image)).encode()).hexdigest()
   if (kept := cache.get(digest)) is not None:
     return answer(probability=kept["score"], cached=True)

@@ -10,11 +10,11 @@ every .json of a folder, which pools the rounds that IRG's evaluator writes side
   images       roundN/color+2d/irg_jax/short_description/0.png
 """
 
-import pathlib
 import re
 
 import numpy as np
 
+from irg_jax import storage
 from irg_jax.evaluate import answers as answers_lib
 from irg_jax.evaluate import base, questions, records, score
 
@@ -64,7 +64,7 @@ def read_questions(folder, items) -> dict[tuple[str, int], tuple[list[str], list
   """
   found = {}
   for kind in dict.fromkeys(item.extra["attribute"] for item in items):
-    path = pathlib.Path(folder) / f"{kind}_eval_prompts.jsonl"
+    path = storage.path(folder) / f"{kind}_eval_prompts.jsonl"
     if not path.is_file():
       raise ValueError(f"--questions {folder}: no file {path.name} in there; give the folder "
                        "testmini_eval_prompts (or the one that belongs to your prompts)")

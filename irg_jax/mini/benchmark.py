@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from irg_jax import evaluate, images
-from irg_jax.evaluate import base, clauses, records, score
+from irg_jax.evaluate import base, clauses, questions, records, score
 from irg_jax.mini import thoughts, verifier, world
 
 FILES = pathlib.Path(__file__).parent / "files"
@@ -90,8 +90,9 @@ class Verified:
   def add(self, item, path) -> dict:
     """Judges the image at `path`; returns its scores and the faults in words."""
     try:
-      verdict = verifier.score(images.read_image(path), item.extra)
-    except (OSError, ValueError) as e:
+      data = questions.read_image(path)
+      verdict = verifier.score(images.decode_image(data, str(path)), item.extra)
+    except ValueError as e:
       self._unscored.add(str(path), "not an image of the mini world", str(e))
       return {"scores": {}, "why": str(e), "words": None, "grid": None}
     for summary in (self._all, self._splits[item.extra["split"]]):
