@@ -161,8 +161,14 @@ def test_twenty_steps_on_eight_devices_have_the_losses_of_one(shape, capfd):
   np.testing.assert_allclose(got, trained_on_one_device()[1], rtol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, params, base())
   assert "Involuntary full rematerialization" not in capfd.readouterr().err
-  for path, x in names.flatten(state.params).items():
-    assert "/layers/" not in path or not x.is_fully_replicated or x.shape[-1] == LORA.rank, path
+  kernels, cuts = names.flatten(params), set()
+  for path, x in names.flatten(state.params).items():  # each lies like its side of the kernel
+    kernel = kernels[path.replace(lora.A, "kernel").replace(lora.B, "kernel")]
+    side = -2 if path.endswith(lora.A) else -1
+    pieces = [y.shape[side] // y.sharding.shard_shape(y.shape)[side] for y in (x, kernel)]
+    assert pieces[0] == pieces[1], path
+    cuts.add(pieces[0])
+  assert max(cuts) > 1
 
 
 def test_a_run_s_first_adapters_lie_on_its_mesh_in_pieces():

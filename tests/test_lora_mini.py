@@ -54,9 +54,10 @@ def sided_records():
 def test_an_adapter_trained_on_a_new_mode_beats_the_model_without_it(tmp_path):
   parquet.write(tmp_path / "rows", mirrored_rows(np.random.default_rng(0)))
   run = lambda *words: commands.main([*map(str, words)])
-  assert run("data", "build", tmp_path / "rows", "--out", tmp_path / "built") == 0
+  assert run("data", "build", tmp_path / "rows", "--out", tmp_path / "built", "--mode",
+             MODE) == 0
   assert run("data", "encode-latents", tmp_path / "built", "--checkpoint", storage.SHIPPED, "--out",
-             tmp_path / "data", "--size", 64, 64, 16) == 0
+             tmp_path / "data", "--size", 64, 64, 16, "--mode", MODE) == 0
   assert run("train", "--config", f"{ROOT}/configs/mini.py:base", "--data", tmp_path / "data",
              "--checkpoint", storage.SHIPPED, "--out", tmp_path / "run",
              *(f"--config.{name}={value}" for name, value in SETTINGS.items())) == 0
