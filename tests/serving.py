@@ -62,7 +62,7 @@ class Drawer:
         for i, (prompt, seed, text, sources) in enumerate(zip(prompts, seeds, texts, images))]
 
   def answer(self, model, params, tokenizer, conversations, *, seeds, settings, system_prompt,
-             on_progress, on_text, room):
+             on_text, on_progress=lambda *_: None, room=None):
     self.batches.append((list(conversations), 0, settings, system_prompt))
     shown = lambda part: part if isinstance(part, str) else f"<{part.shape[1]}x{part.shape[0]}>"
     texts = [f"{system_prompt} {seed} {settings.think_limit}: " + " / ".join(map(shown, parts))
@@ -83,7 +83,8 @@ def serving(checkpoint, monkeypatch, drawer: Drawer, key=None, **limits):
   limits = Limits(**{"sizes": ((48, 32), (32, 32)), "batch_size": 4, "rounds": 3, "steps": 20,
                      "images": 2, "read_seconds": 2.0} | limits)
   metrics = Metrics()
-  engine = Engine(loaded, limits.settings(loaded, settings, prompt), prompt, limits, metrics)
+  engine = Engine(loaded, limits.settings(
+      loaded.model.config, loaded.tokenizer, settings, prompt), prompt, limits, metrics)
   api = Server(engine, "tiny", key)
 
   @contextlib.asynccontextmanager
@@ -91,7 +92,7 @@ def serving(checkpoint, monkeypatch, drawer: Drawer, key=None, **limits):
     engine.start()
     yield
 
-  server = uvicorn.Server(run.config(api.app(lifespan)))
+  server = uvicorn.Server(run.http_config(api.app(lifespan)))
   with socket.create_server(("127.0.0.1", 0)) as listener:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

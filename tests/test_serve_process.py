@@ -8,6 +8,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import pytest
 from PIL import Image
 
 from engine import make_checkpoint
+from irg_jax import commands
+from irg_jax.generate import generator
 from irg_jax.mini import verifier, world
 from test_serve import pixels
 
@@ -182,3 +185,27 @@ def test_64_requests_at_once_each_get_their_own_image_and_nothing_is_compiled_or
   while httpx.get(f"{url}/health").json()["running"] and time.monotonic() < end:
     time.sleep(0.1)
   assert httpx.get(f"{url}/health").json() == {"status": "ok", "waiting": 0, "running": 0}
+
+
+@pytest.mark.parametrize("argv, fault", [
+    (["--port", "70000"], "--port 70000"), (["--host", "203.0.113.1"], "--host 203.0.113.1"),
+    (["--also-size", "50x50"], "50"), (["--max-steps", "1"], "--max-steps 1"),
+    (["--also-size", "x"], "not a size"), (["--timeout", "0"], "seconds"),
+    (["--checkpoint", "none"], "none"), (["--batch-size", "0"], "1 or more"),
+    (["--config.cache_size=64"], "cache_size"),
+])
+def test_a_server_that_cannot_work_says_so_before_it_reads_weights(monkeypatch, capsys, argv, fault):
+  monkeypatch.setattr(generator, "load", None)
+  try:
+    status = commands.main(["serve", "--port", "0", *argv])
+  except SystemExit as left:
+    status = left.code
+  shown = capsys.readouterr().err
+  assert status == 2 and fault in shown and "Traceback" not in shown
+
+
+def test_a_port_in_use_is_named(capsys):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    assert commands.main(["serve", "--port", str(port)]) == 2
+  assert f"--port {port}: cannot listen there" in capsys.readouterr().err

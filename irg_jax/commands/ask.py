@@ -1,7 +1,5 @@
 """`irg ask`: a question about images, or chat, answered in text."""
 
-import sys
-
 from irg_jax.commands import flags
 
 
@@ -19,18 +17,22 @@ def _run(args, overrides):
     raise ValueError(f"--seed {args.seed}: must be 0 or more and below 2**32")
   checkpoint = flags.checkpoint(args.checkpoint)
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
-  from irg_jax import compiled
-  from irg_jax.generate import generator
+  from irg_jax import compiled, weights
+  from irg_jax.generate import answer, generator
   from irg_jax.generate.settings import check_prompts
   from irg_jax.progress import Progress
-  from irg_jax.tokenizer import Speller
+  from irg_jax.tokenizer import Speller, load_tokenizer
   question, = check_prompts([args.question])
   images, _ = generator.read_images(args.image or ())
+  config = weights.read_config(checkpoint)
+  answer.plan(config, load_tokenizer(checkpoint, config.llm.vocab_size), settings, system_prompt,
+              [*images, question])
+  lora = flags.lora_folder(args)
   compiled.keep_programs()
   with Progress() as progress:
     loaded = generator.load(
         checkpoint, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-        lora=flags.lora_folder(args), lora_scale=args.lora_scale, on_progress=progress)
+        lora=lora, lora_scale=args.lora_scale, on_progress=progress)
   speller = Speller()
   show = lambda text, whole=False: print(speller.piece(text, whole), end="", flush=True)
   show(loaded.ask(question, *images, seed=args.seed, settings=settings,

@@ -13,7 +13,7 @@ import threading
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from irg_jax import messages
+from irg_jax import messages, weights
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Settings
 from irg_jax.progress import Progress
@@ -21,6 +21,7 @@ from irg_jax.serve.api import Server
 from irg_jax.serve.engine import Engine
 from irg_jax.serve.metrics import Metrics
 from irg_jax.serve.work import Limits
+from irg_jax.tokenizer import load_tokenizer
 
 KEY = "IRG_API_KEY"  # environment variable: the key that clients must send
 _HEADERS = 2**15  # bytes of a request's headers
@@ -52,10 +53,12 @@ def run_serve(inputs: Inputs, page=None) -> None:
     ValueError: the checkpoint, settings or limits cannot work.
     OSError: the address cannot be used.
   """
+  config = weights.read_config(inputs.checkpoint)
+  tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
+  settings = inputs.limits.settings(config, tokenizer, inputs.settings, inputs.system_prompt)
   metrics = Metrics()
   with _listening(inputs.host, inputs.port) as listener, Progress() as progress:
     loaded = generator.load(inputs.checkpoint, on_progress=progress, **inputs.load)
-    settings = inputs.limits.settings(loaded, inputs.settings, inputs.system_prompt)
     engine = Engine(loaded, settings, inputs.system_prompt, inputs.limits, metrics)
 
     @contextlib.asynccontextmanager
@@ -67,7 +70,7 @@ def run_serve(inputs: Inputs, page=None) -> None:
 
     api = Server(engine, inputs.name, os.environ.get(KEY) or None)
     app = api.app(lifespan)
-    server = _Server(api, config(page(api, app) if page else app))
+    server = _Server(api, http_config(page(api, app) if page else app))
     print(f"listening on http://{inputs.host}:{listener.getsockname()[1]}; requests wait until "
           "their programs are compiled", file=sys.stderr, flush=True)
     with _handled_signals():
@@ -77,7 +80,7 @@ def run_serve(inputs: Inputs, page=None) -> None:
     raise ValueError(f"one image does not run here: {messages.message(engine.failure)}")
 
 
-def config(app) -> uvicorn.Config:
+def http_config(app) -> uvicorn.Config:
   """The HTTP server's bounds."""
   return uvicorn.Config(
       app, log_level="warning", http=_Protocol, ws="none", lifespan="on", server_header=False,

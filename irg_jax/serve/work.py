@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 
 from irg_jax.generate import context
-from irg_jax.generate.generator import Generator
 from irg_jax.generate.settings import Settings
 
 
@@ -32,19 +31,21 @@ class Limits:
     powers = [4**i for i in range(self.batch_size.bit_length()) if 4**i < self.batch_size]
     return (*powers, self.batch_size)
 
-  def settings(self, generator: Generator, settings: Settings, system_prompt: str) -> Settings:
+  def settings(self, config, tokenizer, settings: Settings, system_prompt: str) -> Settings:
     """`settings` with a cache in which all that is accepted fits, so that it has one shape.
+
+    `config` is the model's.
 
     ValueError names a setting that cannot work.
     """
     rounds = self.rounds if settings.think else 1
     most = dataclasses.replace(settings, rounds=rounds, steps=max(self.steps, settings.steps))
-    slots, tokens = settings.cache_size or 0, len(generator.tokenizer.encode(system_prompt))
+    slots, tokens = settings.cache_size or 0, len(tokenizer.encode(system_prompt))
     for width, height in self.sizes:
       sized = dataclasses.replace(most, width=width, height=height)
-      sized.validate(generator.model.config)
+      sized.validate(config)
       sizes = [settings.vae_transform.size(width, height)[::-1]] * self.images
-      plan = lambda found: context.plan_cache(generator.model.config, sized, tokens, found)[0]
+      plan = lambda found: context.plan_cache(config, sized, tokens, found)[0]
       slots = max(slots, plan(()), plan(sizes))
     return dataclasses.replace(settings, cache_size=slots, rounds=min(settings.rounds, rounds))
 
