@@ -28,6 +28,7 @@ from irg_jax.generate.forecast import extrapolate, learn
 from irg_jax.generate.settings import Guidance, Sampling
 from irg_jax.images import position_ids
 from irg_jax.model.attention import KeyValues
+from irg_jax.model.kernels import cpu
 from irg_jax.model.vae import Vae, patchify_latents, sample_latents, to_uint8, unpatchify_latents
 from irg_jax.sharding import constrain
 from irg_jax.tokens import CAUSAL, NOISE, PADDING, Tokens
@@ -112,7 +113,7 @@ class Draft:
   ids: jax.Array  # int32 [B, T], 0 from the end of the text on
   count: jax.Array  # int32 [B], tokens of text
   ended: jax.Array  # bool [B], whether the row has produced `<|im_end|>`
-  kv: tuple[jax.Array, jax.Array]  # of the decoded tokens, [L, B, K, T, H] each
+  kv: tuple[list, list]  # of the decoded tokens, `cpu.layers` of [L, B, K, T, H] each
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "size", "special"))
@@ -121,7 +122,7 @@ def new_draft(config: ModelConfig, batch: int, size: int, special: SpecialTokens
   zeros_B = jnp.zeros((batch,), jnp.int32)
   return Draft(step=jnp.int32(0), token=zeros_B + special.text_start, count=zeros_B,
                ids=jnp.zeros((batch, size), jnp.int32), ended=zeros_B > 0,
-               kv=new_kv(config, batch, size))
+               kv=tuple(map(cpu.layers, new_kv(config, batch, size))))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("draft",))
@@ -146,16 +147,17 @@ def think(model, params, ctx: Context, draft: Draft, keys_B, stop, *, sampling: 
     position_B1 = ctx.position[:, FULL, None] + d.step
     decoded = seen_before(jnp.broadcast_to(jnp.arange(T) < d.step, (B, T)))
     buffers, kv = _decode(model, params, {"und": und_B1D}, tokens, position_B1, before,
-                          KeyValues(*d.kv, decoded), loop=True)
-    put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, d.step, axis=-2)
+                          KeyValues(*map(jnp.concatenate, d.kv), decoded), loop=True)
     logits_BV = model.apply({"params": params}, buffers["und"][:, 0], method="text_logits")
     step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, d.step))(keys_B)
     token_B = next_token(logits_BV, step_keys_B, sampling)
     ended_B = d.ended | (token_B == special.text_end)
     ids_BT = lax.dynamic_update_slice_in_dim(
         d.ids, jnp.where(ended_B, 0, token_B)[:, None], d.step, axis=1)
+    place = cpu.after(d.step, token_B)
+    put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, place, axis=-2)
     return Draft(step=d.step + 1, token=token_B, ids=ids_BT, count=d.count + ~ended_B,
-                 ended=ended_B, kv=jax.tree.map(put, d.kv, kv))
+                 ended=ended_B, kv=jax.tree.map(put, d.kv, jax.tree.map(cpu.layers, kv)))
 
   # The static bound T tells `plan` the most turns that the loop can take.
   return lax.while_loop(lambda d: (d.step < T) & (d.step < stop) & ~jnp.all(d.ended), step, draft)

@@ -119,9 +119,12 @@ def chunks(queries: int, on: str) -> tuple[int, int]:
 
   A TPU keeps the scores of a block in on-chip memory, so few queries leave room for more keys; not
   for a whole cache, of which decoding reads only the blocks in use.
-  On a CPU, smaller blocks fit its caches and skip more of a long row.
+  On a CPU, smaller blocks fit its caches and skip more of a long row. A block of keys is copied, at
+  a cost that counts next to the products of a single query.
   """
   if on == "cpu":
+    if queries == 1:
+      return 1, 64
     return 288 if queries <= 288 else 256, 288
   return 1024, 512 * max(1, 10 // max(1, queries))
 

@@ -7,6 +7,7 @@ spends much of its time on copies of weights.
 import functools
 
 import jax
+import jax.numpy as jnp
 from einops import pack, rearrange, unpack
 from jax import lax
 
@@ -21,6 +22,24 @@ def on_lone_cpu() -> bool:
 def unroll(length: int) -> int:
   """Number of layers of a stack to unroll: all on a CPU, where `pinned` then applies."""
   return max(1, length) if on_lone_cpu() else 1
+
+
+def layers(x_L):
+  """A stack [L, ...] as a list: of its layers, [1, ...] each, on a CPU, else of itself.
+
+  For keys and values that a loop over tokens writes: the backend copies each layer's slice of a
+  stack in every turn. XLA sees through the concatenation that makes the list a stack again.
+  """
+  return jnp.split(x_L, unroll(len(x_L)))
+
+
+def after(index, token_B):
+  """`index`, on a CPU as a function of the tokens, of which none is negative.
+
+  So what is written there waits for the tokens, and for all that was read to find them. XLA copies
+  a whole array that may be written before it is read.
+  """
+  return index + jnp.minimum(jnp.min(token_B), 0) if on_lone_cpu() else index
 
 
 def pinned(tree):
