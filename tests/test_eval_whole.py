@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import pathlib
 import random
 import signal
@@ -89,7 +90,8 @@ def answer(body):
     return (f"Consistency: {number % 3}\nRealism: {number // 3 % 3}\n"
             f"Aesthetic Quality: {number // 9 % 3}")
   if body.get("logprobs"):
-    top = [{"token": "Yes", "logprob": -1 - number % 100 / 100}]
+    yes = (1 + number % 98) / 100
+    top = [{"token": word, "logprob": math.log(p)} for word, p in (("Yes", yes), ("No", 1 - yes))]
     return {"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}
   if "questions" in text:
     return "\n".join("yes" if number >> bit & 1 else "no" for bit in (0, 1))
