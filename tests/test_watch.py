@@ -5,6 +5,7 @@ import pathlib
 import random
 import shutil
 import time
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,10 @@ import train_runs
 from PIL import Image
 from train_runs import cache, data
 
-from irg_jax import commands
+from irg_jax import commands, evaluate
+from irg_jax.evaluate import base
+from irg_jax.generate import generator
+from irg_jax.mini import benchmark  # registers itself
 from irg_jax.train import checkpoints, logs, watch
 
 PROMPTS = ("a red circle", "a blue square", "two triangles", "a fox")  # split over the mesh
@@ -34,6 +38,7 @@ def flags(data, out, mesh=None, **fields):
   """Arguments of a small watched run of stage 1."""
   (data / "prompts.txt").write_text("\n".join(PROMPTS))
   (data / "draw.py").write_text(_DRAW)
+  (data / "draw_60.py").write_text(_DRAW.replace("max_prompt_tokens=30", "max_prompt_tokens=60"))
   return train_runs.flags(data, out, mesh, **{
       "run_stages": "stage1", "eval_every": 2, "data__held_out": 0.25,
       "watch__prompts": data / "prompts.txt", "watch__generate": data / "draw.py"} | fields)
@@ -255,3 +260,106 @@ def test_real_kills_leave_the_samples_and_losses_of_an_undisturbed_run(watched, 
   assert running.returncode == 0, text
   assert list(evaluations(out)) == [2, 4]
   assert_same(out, watched)
+
+
+# --- a benchmark
+
+
+def examined(monkeypatch, right=lambda item, image: image.mean() > 120 + 10 * len(item.id) % 7):
+  """Lets a benchmark of eight prompts judge images; returns what it is asked."""
+  asked, mini = [], evaluate.get("mini")
+
+  def judge(item, image):
+    asked.append((item.id, image.copy()))
+    return right(item, image)
+
+  monkeypatch.setattr(mini, "right", judge, raising=False)
+  return asked
+
+
+def examine(data, out, mesh=train_runs.MESH, **fields):
+  """A run with the benchmark alone."""
+  return train(data, out, mesh, **{"watch__generate": data / "draw_60.py"} | EXAM | fields)
+
+
+EXAM = {"watch__prompts": "", "data__held_out": 0.0, "watch__benchmark": "mini",
+        "watch__benchmark_limit": 5, "watch__batch_size": 4}
+
+
+def test_the_share_of_right_images_is_each_round_s_and_what_is_not_finite_is_wrong():
+  drawn = lambda *images: types.SimpleNamespace(rounds=[
+      types.SimpleNamespace(image=x, latents=np.array([x], np.float32)) for x in images])
+  stand_in = types.SimpleNamespace(
+      _exam=watch.Exam(("a", "b", "c"), (5, 6, 7), lambda number, image: not image == number),
+      _trajectories=lambda params, prompts, seeds: enumerate(
+          [drawn(0, 1), drawn(2, 2), drawn(np.nan, 1)]))
+  assert watch.Watch._examine(stand_in, None) == {"round1": 1 / 3, "round2": 1.0}
+
+
+@pytest.mark.long
+def test_a_benchmark_s_first_prompts_are_drawn_with_its_seeds_and_judged_round_by_round(
+    data, cache, tmp_path, monkeypatch, capsys):
+  drawn, batch = [], generator.Generator.batch
+  monkeypatch.setattr(generator.Generator, "batch", lambda self, prompts, seeds, *a, **k: (
+      drawn.extend(zip(prompts, seeds)) or batch(self, prompts, seeds, *a, **k)))
+  asked = examined(monkeypatch, lambda item, image: item.id in ("00000", "00003"))
+  assert examine(data, tmp_path / "out", None, stage1__steps=2) == 0
+  items = evaluate.get("mini").read()[:5]
+  assert drawn == [(item.prompt, base.seed("mini", item.id, 0)) for item in items]
+  assert [name for name, _ in asked[1:]] == [item.id for item in items for _ in range(2)]
+  assert evaluations(tmp_path / "out")[2]["benchmark"] == {"round1": 0.4, "round2": 0.4}
+  content = next((tmp_path / "out" / "tensorboard" / "stage1").iterdir()).read_bytes()
+  assert b"benchmark/mini/round2" in content
+  assert "mini round1 0.400, mini round2 0.400" in capsys.readouterr().err
+  assert "round1 0.400, round2 0.400" in (tmp_path / "out" / "samples.html").read_text()
+  assert set(records(tmp_path / "out")["2"]["seconds"]) == {
+      "losses", "images", "benchmark", "compiling"}
+
+
+@pytest.mark.long
+def test_a_benchmark_changes_no_number_of_training_and_resumes_with_the_same_share(
+    data, cache, tmp_path, monkeypatch):
+  """Killed after the folder of the first evaluation was written; on eight devices."""
+  asked = examined(monkeypatch)
+  assert examine(data, tmp_path / "whole") == 0
+  publish = watch.Watch._publish
+  with monkeypatch.context() as patch:
+    patch.setattr(watch.Watch, "_publish", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+      examine(data, tmp_path / "out")
+  count = len(asked)
+  assert examine(data, tmp_path / "out") == 0
+  assert len(asked) == count + 1 + 10  # the check at the start, and the second evaluation alone
+  shares = [{step: line["benchmark"] for step, line in evaluations(tmp_path / name).items()}
+            for name in ("whole", "out")]
+  assert shares[0] == shares[1] and list(shares[0]) == [2, 4]
+  assert train(data, tmp_path / "without", data__held_out=0.0, eval_every=0) == 0
+  name = pathlib.Path("stage1", "weights", "ema.safetensors")
+  assert len({(tmp_path / run / name).read_bytes() for run in ("whole", "out", "without")}) == 1
+
+
+@pytest.mark.long
+def test_a_benchmark_on_one_device_has_the_images_of_eight(data, cache, tmp_path, monkeypatch):
+  asked = examined(monkeypatch)
+  assert examine(data, tmp_path / "eight") == 0
+  eight = asked.copy()
+  asked.clear()
+  first = jax.devices()[:1]
+  for name in ("devices", "local_devices"):
+    monkeypatch.setattr(jax, name, lambda *_: first)
+  monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+  assert examine(data, tmp_path / "one", None) == 0
+  for (name, image), (other, there) in zip(asked, eight, strict=True):
+    assert name == other and np.abs(image.astype(int) - there).max() <= 2
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"watch__benchmark": "wise"}, "no judge and no detector are mini"),
+    ({"watch__benchmark": "mni"}, "did you mean"),
+    ({}, "config field 'watch.benchmark' is 'mini': an image of the mini world is uint8 [64, 64, 3]"),
+])
+def test_a_benchmark_that_cannot_be_scored_is_named_before_anything_is_written(
+    data, tmp_path, capsys, fields, message):
+  assert examine(data, tmp_path / "out", None, **fields) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()

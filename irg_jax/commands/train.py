@@ -42,7 +42,25 @@ def _run(args, overrides):
       made = inspect.signature(runpy.run_path(str(file))["get_config"]).parameters.values()
       preset = next((argument.default for argument in made), file.stem)
     compiled.keep_programs()
-    return run.run_train(read, args.out or pathlib.Path("out", f"train-{preset}"))
+    return run.run_train(read, args.out or pathlib.Path("out", f"train-{preset}"), _open_exam)
+
+
+def _open_exam(name: str, limit: int):
+  """The `watch.Exam` of the first prompts of a benchmark; ValueError for one with a judge."""
+  from irg_jax.commands import eval
+  from irg_jax.evaluate import base
+  from irg_jax.messages import guess
+  from irg_jax.train import watch
+  known = {b.name: b for b in eval.benchmarks().values() if b.right}
+  if name not in known:
+    raise ValueError(f"benchmarks that need no judge and no detector are {', '.join(known)}"
+                     f"{guess(name, known)}")
+  benchmark = known[name]
+  items = benchmark.read()[:limit]
+  return watch.Exam(
+      prompts=tuple(item.prompt for item in items),
+      seeds=tuple(base.seed(name, item.id, 0) for item in items),
+      right=lambda number, image: benchmark.right(items[number], image))
 
 
 def _fields(args) -> list[str]:

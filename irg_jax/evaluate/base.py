@@ -53,6 +53,7 @@ class Benchmark:
   packaged: pathlib.Path | None = None  # its prompt file; None: --prompts is required
   published_counts: dict[str, int] = {}  # number of items by task
   grid = False  # the images of a prompt are the cells of one 2 x 2 grid
+  right = None  # (item, image) -> bool, of benchmarks that need no judge and no detector
   each_image = False  # images are scored one by one; prompts without images count as missing
   # In the report: columns and decimal places, {row, of PUBLISHED: {column or category: figure}},
   # and sentences to read before comparing with published figures.

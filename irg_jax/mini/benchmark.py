@@ -53,6 +53,10 @@ class Mini(clauses.ClauseBenchmark):
   def tasks(self, item):
     return (item.extra["tag"], item.extra["split"])
 
+  def right(self, item, image):
+    """Whether an image, uint8 [64, 64, 3], is what the prompt says."""
+    return verifier.score(image, item.extra).correct
+
   def score(self, folder, options=None, open_judge=None):
     return score.score_images(folder, Verified, {"protocol": protocol()})
 

@@ -65,12 +65,16 @@ class Run:
   encoder: Encoder
   vae: dict  # its frozen parameters
   drawing: watch.Drawing
+  exam: watch.Exam | None
   clock: Clock
   stopping: Callable[[], bool]  # see `distributed.preemption`
 
 
-def run_train(settings: TrainSettings, out) -> int:
+def run_train(settings: TrainSettings, out, open_exam=None) -> int:
   """Trains the stages that the settings name, from where they were left off in folder `out`.
+
+  Args:
+    open_exam: opens the benchmark `watch.benchmark`, see `watch.read_exam`.
 
   Returns:
     exit status: 0, or `distributed.PREEMPTED` after SIGTERM.
@@ -80,7 +84,7 @@ def run_train(settings: TrainSettings, out) -> int:
   """
   out = storage.path(out)
   with preemption() as stopping, held(out), Clock(None if jax.process_index() else out) as clock:
-    run = prepare(settings, out, stopping, clock)
+    run = prepare(settings, out, stopping, clock, open_exam)
     ema, finished = None, True  # the first stage starts from the base weights
     for stage in unfinished_stages(run):
       ema, finished = train_stage(run, stage, ema)
@@ -105,7 +109,8 @@ def held(out: pathlib.Path):
 # --- before the first step
 
 
-def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) -> Run:
+def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock,
+            open_exam=None) -> Run:
   """Checks everything, then makes the folder and opens what all stages need."""
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   row_block(settings.data.rows, mesh)
@@ -113,6 +118,7 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) 
   fingerprint = check_base(settings, recorded)
   base = storage.path(settings.checkpoint or out / BASE)
   drawing = watch.read_drawing(settings, base)
+  exam = watch.read_exam(settings, drawing, open_exam)
   tracking.check(settings.wandb)
   modes = [m for m in MODES if any(m in stage.mixture for stage in settings.stages.values())]
   with Progress() as progress:
@@ -137,8 +143,8 @@ def prepare(settings: TrainSettings, out: pathlib.Path, stopping, clock: Clock) 
   note(watch.places(settings, out, PROFILED_STEPS))
   sources, apart = held_out.split(sources, settings.data.held_out)
   return Run(settings=settings, out=out, mesh=mesh, base=base, tokenizer=tokenizer,
-             sources=sources, held_out=apart, vae=vae, drawing=drawing, clock=clock,
-             stopping=stopping, encoder=Encoder(settings.model, vae, encode_levels))
+             sources=sources, held_out=apart, vae=vae, drawing=drawing, exam=exam,
+             clock=clock, stopping=stopping, encoder=Encoder(settings.model, vae, encode_levels))
 
 
 def print_rejected(sources: dict) -> None:

@@ -126,6 +126,9 @@ class WatchSettings:
   batch_size: int = setting(4, "prompts drawn side by side", low=1)
   records: int = setting(
       16, "held-out records of each mode to compute losses on, see data.held_out", low=1)
+  benchmark: str = setting(
+      "", "benchmark to draw and score, one without judge and detector: mini; empty: none")
+  benchmark_limit: int = setting(50, "number of its first prompts to draw, one image each", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,17 +50,45 @@ class Drawing:
     return self.defaults.settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+  """The prompts of `watch.benchmark` that are drawn, and what judges the images."""
+
+  prompts: tuple[str, ...]
+  seeds: tuple[int, ...]  # of the first image of each, as of `irg eval`
+  right: Callable[[int, np.ndarray], bool]  # number of the prompt, image -> whether it shows it
+
+
+def read_exam(settings: TrainSettings, drawing: Drawing, open_exam) -> Exam | None:
+  """The `Exam` of the settings, or None; `open_exam`: (name, limit) -> Exam, from the command.
+
+  ValueError where it cannot be drawn or judged.
+  """
+  name, size = settings.watch.benchmark, (drawing.settings.height, drawing.settings.width, 3)
+  if not settings.eval_every or not name:
+    return None
+  try:
+    if open_exam is None:
+      raise ValueError("it is for irg train alone")
+    exam = open_exam(name, settings.watch.benchmark_limit)
+    exam.right(0, np.zeros(size, np.uint8))  # a benchmark may want images of one size
+  except ValueError as e:
+    raise ValueError(f"config field 'watch.benchmark' is {name!r}: {e}") from e
+  return exam
+
+
 def read_drawing(settings: TrainSettings, base) -> Drawing:
   """Reads and checks what `settings.watch` names; `base` is the checkpoint to start from.
 
   ValueError names the file, the prompt or the setting.
   """
-  watch, defaults = settings.watch, read_defaults(base)
-  if not settings.eval_every or not watch.prompts:
+  watch, defaults, prompts = settings.watch, read_defaults(base), ()
+  if not settings.eval_every or not (watch.prompts or watch.benchmark):
     return Drawing((), defaults)
   try:
-    lines = storage.read_text(watch.prompts).split("\n")
-    prompts = check_prompts([line for line in lines if line.strip()])
+    if watch.prompts:
+      lines = storage.read_text(watch.prompts).split("\n")
+      prompts = check_prompts([line for line in lines if line.strip()])
   except (OSError, ValueError) as e:
     raise ValueError(f"config field 'watch.prompts' is {watch.prompts!r}, but must be a text with "
                      f"a prompt on each line ({messages.message(e)})") from e
@@ -91,7 +120,12 @@ class Watch:
 
   def __init__(self, run, stage: str, log, evaluated=()):
     self._run, self._stage, self._log, self._done = run, stage, log, set(evaluated)
-    self._settings, self._drawing = run.settings, run.drawing
+    self._settings, self._drawing, self._exam = run.settings, run.drawing, run.exam
+    drawing, asked = run.drawing, [*run.drawing.prompts, *(run.exam.prompts if run.exam else ())]
+    if asked:  # an evaluation that cannot be drawn would end the run hours later
+      texts = [drawing.defaults.read(prompt, drawing.settings).text for prompt in asked]
+      generator.check_lengths(self._settings.model, run.tokenizer, drawing.settings,
+                              drawing.defaults.system_prompt, texts)
     model = dataclasses.replace(self._settings.model, remat="none")
     self._model = UnifiedTransformer(model)
     self._validate = Validation(
@@ -127,7 +161,8 @@ class Watch:
     s, drawing, free = self._settings, self._drawing, ("path", "workers", "max_rejected")
     data = {name: x for name, x in dataclasses.asdict(s.data).items() if name not in free}
     known = [data, dataclasses.asdict(s.stages[self._stage]), dataclasses.asdict(drawing)]
-    text = json.dumps([*known, s.seed, s.watch.batch_size, s.watch.records], sort_keys=True)
+    watch = s.watch.batch_size, s.watch.records, s.watch.benchmark, s.watch.benchmark_limit
+    text = json.dumps([*known, s.seed, *watch], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def _kept(self, folder):
@@ -149,8 +184,13 @@ class Watch:
         losses = {name: float(f"{x:.9g}") for name, x in self._validate(params).items()}
       with lap("images", seconds):
         samples, images = self._draw(params)
+      shares = {}
+      if self._exam:
+        with lap("benchmark", seconds):
+          shares = self._examine(params)
     record = {"stage": self._stage, "step": step, "identity": self._identity(), "losses": losses,
-              "records": self._validate.samples, "samples": samples, "seconds": seconds}
+              "records": self._validate.samples, "samples": samples, "seconds": seconds,
+              "benchmark": shares}
     if jax.process_index() == 0:
       with storage.atomic_files(folder) as partial:
         for name, image in images.items():
@@ -160,29 +200,43 @@ class Watch:
 
   def _draw(self, params):
     """(records of the samples, images by file name), drawn batch by batch."""
-    run, drawing, samples, images = self._run, self._drawing, [], {}
-    if not drawing.prompts:
-      return samples, images
-    vae = jax.device_put(run.vae, NamedSharding(run.mesh, PartitionSpec()))
-    loaded = generator.Generator(run.base, "", drawing.defaults, run.tokenizer, run.mesh,
-                                 self._model, {"transformer": params, "vae": vae})
-    count, size = len(drawing.prompts), min(self._settings.watch.batch_size, len(drawing.prompts))
-    for rows in generator.batches(count, size):
-      seeds = [(self._settings.seed + i) % 2**32 for i in rows]
-      drawn = loaded.batch([drawing.prompts[i] for i in rows], seeds, drawing.settings,
-                           drawing.defaults.system_prompt, size=size)
-      for i, seed, trajectory in zip(rows, seeds, drawn):
-        named = {f"{i + 1}_{n}.png": x.image for n, x in enumerate(trajectory.rounds, 1)}
-        images |= named
-        reading = drawing.defaults.read(trajectory.prompt, drawing.settings)
-        samples.append({"prompt": trajectory.prompt, **reading.record, "seed": seed, "rounds": [
-            generator.round_record(x, drawing.settings.think, name)
-            for x, name in zip(trajectory.rounds, named)]})
+    drawing, samples, images = self._drawing, [], {}
+    seeds = [(self._settings.seed + i) % 2**32 for i in range(len(drawing.prompts))]
+    for i, trajectory in self._trajectories(params, drawing.prompts, seeds):
+      named = {f"{i + 1}_{n}.png": x.image for n, x in enumerate(trajectory.rounds, 1)}
+      images |= named
+      reading = drawing.defaults.read(trajectory.prompt, drawing.settings)
+      samples.append({"prompt": trajectory.prompt, **reading.record, "seed": seeds[i], "rounds": [
+          generator.round_record(x, drawing.settings.think, name)
+          for x, name in zip(trajectory.rounds, named)]})
     return samples, images
+
+  def _examine(self, params) -> dict[str, float]:
+    """The share of right images of the benchmark by round, "round1" and so on."""
+    right = [[np.isfinite(x.latents).all() and self._exam.right(i, x.image)
+              for x in trajectory.rounds]
+             for i, trajectory in self._trajectories(params, self._exam.prompts, self._exam.seeds)]
+    return {f"round{n}": float(np.mean(found)) for n, found in enumerate(zip(*right), 1)}
+
+  def _trajectories(self, params, prompts, seeds):
+    """Yields (number, trajectory) of prompts, drawn batch by batch."""
+    if not prompts:
+      return
+    run, defaults = self._run, self._drawing.defaults
+    vae = jax.device_put(run.vae, NamedSharding(run.mesh, PartitionSpec()))
+    loaded = generator.Generator(run.base, "", defaults, run.tokenizer, run.mesh, self._model,
+                                 {"transformer": params, "vae": vae})
+    size = min(self._settings.watch.batch_size, len(prompts))
+    for rows in generator.batches(len(prompts), size):
+      yield from zip(rows, loaded.batch(
+          [prompts[i] for i in rows], [seeds[i] for i in rows], defaults.settings,
+          defaults.system_prompt, size=size))
 
   def _publish(self, step, folder, record):
     """Curves, images and texts to all places, then the line in log.jsonl."""
     values = {f"validation/{name}": x for name, x in record["losses"].items()}
+    values |= {f"benchmark/{self._settings.watch.benchmark}/{name}": x
+               for name, x in record["benchmark"].items()}
     for number, sample in enumerate(record["samples"], 1):
       for n, entry in enumerate(sample["rounds"], 1):
         values[f"samples/{number}/round{n}"] = read_image(folder / entry["picture"])
@@ -191,12 +245,15 @@ class Watch:
       values[f"samples/{number}/thoughts"] = "\n\n".join([sample["prompt"], *thoughts])
     self._log.evaluation(step, values, self._line(step, record), evaluation={
         "losses": record["losses"], "records": len(record["records"]),
-        "images": len(record["samples"]), "seconds": record["seconds"]})
+        "images": len(record["samples"]), "benchmark": record["benchmark"],
+        "seconds": record["seconds"]})
 
   def _line(self, step, record):
     seconds, losses = record["seconds"], record["losses"]
     shown = ", ".join(f"{name} {losses[name]:.4f}" for name in _LOSSES
                       if name in losses) or "no held-out records (data.held_out)"
+    shown += "".join(f", {self._settings.watch.benchmark} {name} {x:.3f}"
+                     for name, x in record["benchmark"].items())
     page = f"; images: {self._run.out / 'samples.html'}" if record["samples"] else ""
     return (f"{self._stage}, step {step}: moving average evaluated in "
             f"{sum(seconds.values()):.1f} s "
@@ -227,12 +284,13 @@ def write_page(out) -> None:
     name = f"{record['stage']}, step {record['step']}"
     losses = [record["losses"].get(loss) for loss in _LOSSES]
     rows.append([name, *("" if x is None else f"{x:.4f}" for x in losses),
-                 *(f"{record['seconds'][part]:.1f} s" for part in _COSTS)])
+                 *(f"{record['seconds'][part]:.1f} s" for part in _COSTS),
+                 ", ".join(f"{name} {x:.3f}" for name, x in record.get("benchmark", {}).items())])
     for sample in record["samples"]:
       folder = f"{FOLDER}/{record['stage']}/{record['step']}"
       rounds = [x | {"src": f"{folder}/{x['picture']}"} for x in sample["rounds"]]
       prompts.setdefault(sample["prompt"], []).append({"name": name, "rounds": rounds})
   shown = next(iter(prompts.values()), None)
   storage.write_text(out / "samples.html", pages.render(
-      "samples", head=["", *_LOSSES, *(f"{part} took" for part in _COSTS)], rows=rows,
+      "samples", head=["", *_LOSSES, *(f"{part} took" for part in _COSTS), "benchmark"], rows=rows,
       prompts=prompts, small=bool(shown) and pages.small(out / shown[0]["rounds"][0]["src"])))
