@@ -119,11 +119,11 @@ def settings():
   return dataclasses.replace(test_step.settings(), lora=LORA)
 
 
-def train(mesh, steps=20):
+def train(mesh, steps=20, rows=None, adapters=None):
   """(last state, losses, base) of adapters on a mesh."""
-  optimizer = test_step.optimizer()
-  state = test_step.state_on(mesh, lora.new_adapters(CONFIG, LORA, 0))
-  rows = jax.device_put(batch(), step_lib.batch_shardings(batch(), mesh))
+  optimizer, rows = test_step.optimizer(), batch() if rows is None else rows
+  state = test_step.state_on(mesh, adapters or lora.new_adapters(CONFIG, LORA, 0))
+  rows = jax.device_put(rows, step_lib.batch_shardings(rows, mesh))
   params = jax.device_put(base(), sharding.parameter_shardings(base(), mesh))
   step = step_lib.make_train_step(MODEL, optimizer, settings(), mesh, state, rows, params)
   step = step.lower(Switches(), state, rows, KEY, params).compile(
@@ -169,6 +169,17 @@ def test_twenty_steps_on_eight_devices_have_the_losses_of_one(shape, capfd):
     assert pieces[0] == pieces[1], path
     cuts.add(pieces[0])
   assert max(cuts) > 1
+
+
+def test_accumulation_is_one_large_batch_for_adapters_too(monkeypatch):
+  monkeypatch.setattr(step_lib, "sample_noise", test_step.fixed_noise)
+  (one, want, _), (added, got, params) = (
+      train(one_device(), 1, rows, random_adapters()) for rows in (batch(), test_step.split(batch())))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, params, base())
+  mean = lambda state: names.flatten(state.opt_state[1][0].mu)  # a tenth of the gradient
+  for path, x in mean(one).items():
+    assert np.abs(x).max() > 0 and relative_error(mean(added)[path], x) < 1e-4, path
 
 
 def test_a_run_s_first_adapters_lie_on_its_mesh_in_pieces():
@@ -236,6 +247,24 @@ def test_stage_two_goes_on_with_the_average_of_the_adapters_of_stage_one(finishe
                    for folder in (finished, finished.with_name("stage2")))
   for key, x in first.items():
     assert 0 < relative_error(second[key], x) < 0.5, key
+
+
+@pytest.mark.long
+def test_two_processes_train_the_adapters_of_one(finished, data, start, cache, tmp_path):
+  mesh, fields = {"data": 2, "fsdp": 2, "tensor": 2}, FIELDS | {"run_stages": "stage1"}
+  flags = train_runs.flags(data, tmp_path / "out", mesh, checkpoint=start, **fields)
+  for worker in train_runs.two_processes(flags, cache):
+    text, _ = worker.communicate(timeout=500)
+    assert worker.returncode == 0, text
+  got, want = train_runs.steps(tmp_path / "out"), train_runs.steps(finished.parent)
+  for place, line in got.items():
+    assert line["samples"] == want[place]["samples"]
+    np.testing.assert_allclose(line["loss"], want[place]["loss"], rtol=1e-5)
+  assert len(got) == 4
+  pair, one = (safetensors.numpy.load_file(folder / "adapters" / "adapter_model.safetensors")
+               for folder in (tmp_path / "out" / "stage1", finished))
+  for key, x in one.items():
+    assert relative_error(pair[key], x) < 1e-2, key
 
 
 def test_a_checkpoint_holds_the_adapters_alone(finished):
