@@ -1,4 +1,7 @@
-"""An adapter teaches the model in the package a new mode: `pytest -m long tests/test_lora_mini.py`.
+"""An adapter teaches the model in the package a new mode.
+
+`IRG_OPTIMIZED=1 pytest -m long tests/test_lora_mini.py`: it computes for a quarter of an hour on two
+cores, and for much longer without XLA's optimisations, which tests leave out.
 
 The mode is a mirror: things that are asked for on the left are drawn on the right. The adapter is
 of the experts that draw alone, so plans stay as they are.
