@@ -223,6 +223,9 @@ def _parameter_axes(name, shape):
   if name.endswith(("/lora_a", "/lora_b")):  # one side of their kernel, and the rank
     *lead, first, last = _parameter_axes(f"{name[:-7]}/kernel", shape)
     return (*lead, first, None) if name.endswith("a") else (*lead, None, last)
+  if name.endswith("/kernel_scale"):  # one for each output of an int8 kernel
+    *lead, _, last = _parameter_axes(name.removesuffix("_scale"), shape)
+    return (*lead, last)
   for pattern, axes in PARAMETER_AXES:
     if re.search(rf"(^|/){pattern}$", name):
       return axes or (None,) * len(shape)

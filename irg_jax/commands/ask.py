@@ -32,7 +32,7 @@ def _run(args, overrides):
   with Progress() as progress:
     loaded = generator.load(
         checkpoint, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-        lora=lora, lora_scale=args.lora_scale, on_progress=progress)
+        lora=lora, lora_scale=args.lora_scale, weights=args.weights, on_progress=progress)
   speller = Speller()
   show = lambda text, whole=False: print(speller.piece(text, whole), end="", flush=True)
   show(loaded.ask(question, *images, seed=args.seed, settings=settings,

@@ -188,6 +188,7 @@ def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None
       help="devices by axis, such as data=2,fsdp=2,tensor=2 (default: tensor first, then data)")
   add("--dtype", choices=("bfloat16", "float32"),
       help="dtype of the arithmetic (default: the checkpoint's)")
+  add_weights(add)
   add("--attention", choices=("auto", "dense", "chunked", "kernel"), default="auto",
       help="form of attention (default: by platform and length)")
   add_lora(add)
@@ -208,6 +209,12 @@ def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None
         help="generate images without thoughts")
     add("--fast", action="store_const", const=_FAST,
         help="forecast most updates of an image: 2.4 times fewer passes (docs/cheaper.md)")
+
+
+def add_weights(add) -> None:
+  """Adds --weights by `add`, the `add_argument` of a parser."""
+  add("--weights", choices=("int8",), help="int8: matrices of layers take one byte a number, with "
+      "a scale for each output (default: as stored)")
 
 
 def add_lora(add) -> None:

@@ -47,7 +47,7 @@ def make_inputs(args, overrides):
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,
       mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-      lora=flags.lora_folder(args), lora_scale=args.lora_scale)
+      lora=flags.lora_folder(args), lora_scale=args.lora_scale, weights=args.weights)
 
 
 def _read_prompts(arguments, path) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class Request:
   attention: str = "auto"  # see `ModelConfig.attention`
   lora: pathlib.Path | None = None  # folder of adapters
   lora_scale: float = 1.0  # how much they count
+  weights: str | None = None  # as of `generator.load`
   process_id: int = 0  # this process takes every num_processes-th prompt
   num_processes: int = 1
 
@@ -128,7 +129,8 @@ def generate_images(request: Request) -> Result:
       with Progress() as progress:
         loaded = generator.load(request.checkpoint, mesh=mesh, dtype=request.dtype,
                                 attention=request.attention, lora=request.lora,
-                                lora_scale=request.lora_scale, on_progress=progress)
+                                lora_scale=request.lora_scale, weights=request.weights,
+                                on_progress=progress)
         _generate_batches(request, folder, loaded, rows, progress)
     for item in share:
       _paste(request, folder, item)
@@ -147,7 +149,8 @@ def identity(request: Request) -> dict:
           "generation": dataclasses.asdict(request.settings),
           "system_prompt": request.system_prompt,
           "checkpoint": weights.fingerprint(
-              request.checkpoint, request.lora and peft.Source(request.lora, request.lora_scale)),
+              request.checkpoint, request.lora and peft.Source(request.lora, request.lora_scale),
+              request.weights),
           "dtype": request.dtype}
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from irg_jax import config as config_lib
-from irg_jax import hub, sharding, storage, weights
+from irg_jax import hub, sharding, storage
+from irg_jax import weights as weights_lib
 from irg_jax.generate import answer, irg
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Defaults, Settings, check_prompts, expand, read_defaults
@@ -77,6 +78,7 @@ class Generator:
   model: UnifiedTransformer
   params: dict
   adapters: peft.Source | None = None  # merged into the parameters
+  weights: str | None = None  # "int8": quantized as they were read
 
   def __repr__(self):
     count = sum(x.size for x in jax.tree.leaves(self.params))
@@ -188,6 +190,8 @@ class Generator:
         "devices": _devices(self.mesh)}
     if self.adapters:
       used |= {"lora": str(self.adapters.folder), "lora_scale": self.adapters.scale}
+    if self.weights:
+      used |= {"weights": self.weights}
     reading = self.defaults.read(trajectory.prompt, settings, bool(images))
     return {
         "prompt": trajectory.prompt, **reading.record, "system_prompt": system_prompt, "seed": seed,
@@ -210,7 +214,8 @@ class Generator:
 
 
 def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str = "auto",
-         lora=None, lora_scale: float = 1.0, on_progress=None) -> Generator:
+         lora=None, lora_scale: float = 1.0, weights: str | None = None,
+         on_progress=None) -> Generator:
   """Reads a checkpoint onto the devices.
 
   Each process compiles its programs anew, unless `irg_jax.keep_programs()` was called before.
@@ -223,38 +228,40 @@ def load(checkpoint=None, *, mesh=None, dtype: str | None = None, attention: str
     attention: see `ModelConfig.attention`.
     lora: folder of adapters in PEFT's files, merged into the weights; None: none.
     lora_scale: how much they count; 1: as they were trained.
+    weights: "int8": matrices of layers take a byte a number, see `weights.int8`; None: as stored.
     on_progress: told that weights are being read, see `irg.Job`.
 
   Raises:
     ValueError: names the file that is missing or broken, and the mend.
   """
-  checkpoint = hub.local(checkpoint or storage.SHIPPED, weights.needed)
+  checkpoint = hub.local(checkpoint or storage.SHIPPED, weights_lib.needed)
   if not checkpoint.is_dir():
     raise ValueError(f"checkpoint {checkpoint}: no such folder")
-  config = weights.read_config(checkpoint)
+  config = weights_lib.read_config(checkpoint)
   if not isinstance(mesh, jax.sharding.Mesh):
     mesh = sharding.generation_mesh(mesh, config.llm)
   tokenizer = load_tokenizer(checkpoint, config.llm.vocab_size)
   adapters = lora and peft.Source(pathlib.Path(lora), lora_scale)
   with jax.set_mesh(mesh):
     model, params = load_model(checkpoint, mesh, dtype, on_progress or (lambda *_: None), attention,
-                               adapters)
-  return Generator(checkpoint, weights.fingerprint(checkpoint, adapters), read_defaults(checkpoint),
-                   tokenizer, mesh, model, params, adapters)
+                               adapters, weights)
+  return Generator(checkpoint, weights_lib.fingerprint(checkpoint, adapters, weights),
+                   read_defaults(checkpoint), tokenizer, mesh, model, params, adapters, weights)
 
 
 def load_model(checkpoint, mesh, dtype, progress, attention: str = "auto",
-               adapters: peft.Source | None = None) -> tuple[UnifiedTransformer, dict]:
+               adapters: peft.Source | None = None,
+               weights: str | None = None) -> tuple[UnifiedTransformer, dict]:
   """Reads the model and the parameters of a checkpoint onto the devices of `mesh`.
 
   `dtype` is that of parameters and arithmetic, None for the checkpoint's own, with bfloat16
-  arithmetic for weights of 8 bits; `progress` is a `progress.Progress` or another function of a
-  phase.
+  arithmetic for weights of 8 bits; `weights` is as of `load`; `progress` is a `progress.Progress`
+  or another function of a phase.
   """
   progress("read")
   dtype = dtype or read_defaults(checkpoint).dtype
-  config, params = weights.load_checkpoint(
-      checkpoint, dtype=dtype, compute_dtype=dtype, adapters=adapters,
+  config, params = weights_lib.load_checkpoint(
+      checkpoint, dtype=dtype, compute_dtype=dtype, adapters=adapters, weights=weights,
       shardings_fn=lambda shapes: sharding.parameter_shardings(shapes, mesh))
   if dtype is None:  # bfloat16 weights are meant for bfloat16 arithmetic, as are those of 8 bits
     stored = params["transformer"]["embed"]["embedding"].dtype

@@ -32,6 +32,7 @@ class Inputs:
   attention: str = "auto"  # see `ModelConfig.attention`
   lora: pathlib.Path | None = None  # folder of adapters
   lora_scale: float = 1.0  # how much they count
+  weights: str | None = None  # as of `generator.load`
 
 
 def run_generate(inputs: Inputs) -> None:
@@ -58,7 +59,8 @@ def run_generate(inputs: Inputs) -> None:
   with held(inputs), _kept(inputs), Progress() as progress:
     loaded = generator.load(inputs.checkpoint, mesh=mesh, dtype=inputs.dtype,
                             attention=inputs.attention, lora=inputs.lora,
-                            lora_scale=inputs.lora_scale, on_progress=progress)
+                            lora_scale=inputs.lora_scale, weights=inputs.weights,
+                            on_progress=progress)
     for rows in generator.batches(count, min(inputs.batch_size, count)):
       if count > 1:
         numbers = f"s {rows[0] + 1} to {rows[-1] + 1}" if len(rows) > 1 else f" {rows[0] + 1}"

@@ -10,10 +10,42 @@ from irg_jax.model.kernels import cpu
 from irg_jax.model.kernels.blockwise import ATTENTION_OUTPUTS
 
 
+SCALE = "kernel_scale"  # name of the scales of an int8 kernel
+
+
+class Dense(nn.Module):
+  """A linear layer over the last axis.
+
+  A kernel that is int8 has a float32 scale for each output beside it, `SCALE` [F]. The product is
+  that with the whole numbers, which each dtype holds exactly; scale and bias follow in float32. So
+  only one layer's matrix at a time is in the compute dtype.
+  """
+
+  features: int
+  use_bias: bool
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    bias_F = None
+    kernel_DF = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features),
+                           self.param_dtype)
+    if self.use_bias:
+      bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    scale_F = self.get_variable("params", SCALE)
+    x, kernel_DF = (y.astype(self.dtype) for y in (x, kernel_DF))
+    y = cpu.dot_general(x, kernel_DF, (((x.ndim - 1,), (0,)), ((), ())))
+    if scale_F is not None:
+      y = y.astype(jnp.float32) * scale_F
+    if bias_F is not None:
+      y += bias_F.astype(y.dtype)
+    return y.astype(self.dtype)
+
+
 def dense(config: ModelConfig, features: int, bias: bool = True, name: str | None = None):
-  """A linear layer over the last axis, in the dtypes of the config."""
-  return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype,
-                  dot_general=cpu.dot_general, name=name)
+  """A linear layer in the dtypes of the config."""
+  return Dense(features, bias, config.dtype, config.param_dtype, name=name)
 
 
 def rms_norm(config: ModelConfig, name: str | None = None):

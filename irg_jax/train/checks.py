@@ -63,7 +63,7 @@ def check_data(path, sources: dict, recorded: dict) -> dict:
 
 
 def check_base(settings: TrainSettings, recorded: dict) -> str | None:
-  """Refuses weights of another model, and random weights unless the settings ask for them.
+  """Refuses weights of another model or of int8, and random ones unless the settings ask for them.
 
   Also refuses other weights than those that the adapters of the run in `recorded`, {} for a new
   one, belong to. Returns the fingerprint of the weights; None for random ones.
@@ -79,6 +79,10 @@ def check_base(settings: TrainSettings, recorded: dict) -> str | None:
     if wanted != found:
       raise ValueError(f"config field 'model.{part}' is {wanted}, but the weights in "
                        f"{settings.checkpoint} have {found}")
+  if not settings.lora.rank and weights.is_int8(settings.checkpoint):
+    raise ValueError(f"--checkpoint {settings.checkpoint}: its weights are int8, and an update "
+                     "is far less than one of their steps; give the weights that they were made "
+                     "from, or train adapters beside them (--config.lora.rank=16)")
   found, known = weights.fingerprint(settings.checkpoint), recorded.get("fingerprint")
   if settings.lora.rank and known not in (None, found):
     raise ValueError(f"--checkpoint {settings.checkpoint}: has the fingerprint {found}, but the "

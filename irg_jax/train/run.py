@@ -241,10 +241,10 @@ def first_state(run: Run, checkpoints: Checkpoints, optimizer, params):
   return 0, jax.jit(make, out_shardings=placed, donate_argnums=0)(params), None
 
 
-def load_base(run: Run, dtype, part="transformer") -> dict:
+def load_base(run: Run, dtype, part="transformer", merges=()) -> dict:
   """The parameters that training starts from, on the mesh; None: each one's own dtype."""
   return weights.load_checkpoint(
-      run.base, dtype=dtype, part=part,
+      run.base, dtype=dtype, part=part, merges=merges,
       shardings_fn=lambda tree: sharding.parameter_shardings(tree, run.mesh))[1]
 
 
@@ -257,10 +257,10 @@ def new_adapters(run: Run) -> dict:
 
 
 def load_frozen(run: Run) -> dict:
-  """The parameters that stay as they are beside adapters, matrices in the compute dtype."""
+  """The parameters that stay as they are beside adapters, matrices in the compute dtype or int8."""
   leaves = names.flatten(load_base(run, None)["transformer"])
   for path in leaves:  # one by one: the longer forms are let go
-    if path.endswith(MATRICES):
+    if path.endswith(MATRICES) and leaves[path].dtype != np.int8:
       leaves[path] = leaves[path].astype(run.settings.model.dtype)
   return names.unflatten(leaves)
 
@@ -343,5 +343,4 @@ def exported(run: Run, stage: str, ema) -> dict:
     return {"transformer": ema, "vae": run.vae}
   if not leases.is_finished(adapters := run.out / stage / "adapters"):
     peft.save(adapters, ema, settings.model, settings.lora, str(run.base))
-  params = load_base(run, None, part="")
-  return params | {"transformer": lora.merge(params["transformer"], ema, settings.lora.scale)}
+  return load_base(run, None, part="", merges=((ema, settings.lora.scale),))

@@ -127,13 +127,13 @@ def train_step(model, optimizer: Optimizer, switches: Switches, settings: TrainS
 
 
 def cast_kernels(params, dtype):
-  """Casts matrices and embeddings to the compute dtype; scales and biases stay float32.
+  """Casts matrices and embeddings to the compute dtype; scales and biases stay float32, int8 int8.
 
   Once a step and in the sharding of the parameters, so that the mesh gathers the short form.
   """
-  is_matrix = lambda path: path[-1].key in MATRICES
+  is_matrix = lambda path, x: path[-1].key in MATRICES and x.dtype != jnp.int8
   return gather_parameters(constrain_parameters(jax.tree.map_with_path(
-      lambda path, x: x.astype(dtype) if is_matrix(path) else x, params)))
+      lambda path, x: x.astype(dtype) if is_matrix(path, x) else x, params)))
 
 
 def sample_noise(batch, key, shift):

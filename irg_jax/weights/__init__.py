@@ -11,7 +11,7 @@ import re
 from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
 from irg_jax.weights import card as cards
-from irg_jax.weights import configs, lora, names, peft, published
+from irg_jax.weights import configs, int8, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
@@ -33,50 +33,64 @@ _READERS = {
 
 
 def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, shardings_fn=None,
-                    part: str = "", adapters: peft.Source | None = None):
+                    part: str = "", adapters: peft.Source | None = None,
+                    weights: str | None = None, merges=()):
   """Reads a checkpoint folder in any layout.
 
   Args:
     folder: published layout (`llm_config.json`, ...), Orbax (`model_config.json`, `params/`),
       or the checkpoint of a training run, whose moving average is read.
-    dtype: of the parameters; None: each one's own.
+    dtype: of the parameters that are not int8; None: each one's own.
     compute_dtype: of the arithmetic; None: as the folder says, float32 if it says nothing.
     shardings_fn: from the tree of `jax.ShapeDtypeStruct` to a tree of shardings, for example
       `lambda p: sharding.parameter_shardings(p, mesh)`; None uses the default device.
     part: "transformer" or "vae" reads only that one; empty: both.
     adapters: merged into the weights.
+    weights, merges: as of `int8.Form`; `adapters` are merged last.
 
   Returns:
     (ModelConfig, {"transformer": ..., "vae": ...}). CheckpointError names the file and key.
   """
-  folder, shardings = storage.path(folder), None
+  folder, shardings, form = storage.path(folder), None, int8.Form(weights, tuple(merges))
   config = read_config(folder)
   if compute_dtype is not None:
     config = dataclasses.replace(config, dtype=compute_dtype)
   if shardings_fn is not None:
     shardings = shardings_fn(names.abstract_params(config, dtype or config.param_dtype))
-  load = _READERS[_mark(folder)][1]
-  params = load(folder, config, shardings=shardings, dtype=dtype, part=part)
   if adapters is not None and part != "vae":
     found, scale = peft.load(adapters.folder, config)
-    params |= {"transformer": lora.merge(params["transformer"], found, adapters.scale * scale)}
-  return config, params
+    form = form.merging(found, adapters.scale * scale)
+  return config, _load(folder, config, shardings=shardings, dtype=dtype, part=part, form=form)
 
 
-def _load_run(folder, config, *, shardings, dtype, part):
+def _load(folder, config, **how):
+  return _READERS[_mark(folder)][1](folder, config, **how)
+
+
+def _load_run(folder, config, *, shardings, dtype, part, form):
   """The moving average of a run's checkpoint; what the run did not train is that of its base."""
   run, params = _orbax("read_run")(folder), {}
+  how = dict(shardings=shardings, dtype=dtype)
   if run.lora.rank:
     check_fingerprint(run.base, run.fingerprint, folder)
-  if run.lora.rank or part != "transformer":
-    _, params = load_checkpoint(run.base, dtype=dtype, part=part if run.lora.rank else "vae",
-                                shardings_fn=shardings and (lambda _: shardings))
-  if part == "vae":
-    return params
-  if not run.lora.rank:
-    return _orbax("load_average")(folder, config, shardings=shardings, dtype=dtype) | params
-  adapters = _orbax("load_adapters")(folder)
-  return params | {"transformer": lora.merge(params["transformer"], adapters, run.lora.scale)}
+    if part != "vae":
+      own = _orbax("load_adapters")(folder), run.lora.scale
+      form = dataclasses.replace(form, merges=(own, *form.merges))
+    return _load(run.base, config, part=part, form=form, **how)
+  if part != "transformer":
+    params = _load(run.base, config, part="vae", form=form, **how)
+  return params if part == "vae" else params | _orbax("load_average")(
+      folder, config, form=form, **how)
+
+
+def is_int8(folder) -> bool:
+  """Whether matrices of a checkpoint folder are int8; reads no weights."""
+  folder = storage.path(folder)
+  mark = _mark(folder)
+  if mark == _RUN_MARK:
+    run = _orbax("read_run")(folder)
+    return bool(run.lora.rank) and is_int8(run.base)
+  return published.is_int8(folder) if mark == "llm_config.json" else _orbax("is_int8")(folder)
 
 
 def read_config(folder) -> ModelConfig:
@@ -93,7 +107,8 @@ def convert(source, destination, to: str = "orbax", dtype=None, card: bool = Fal
 
   Args:
     to: "orbax", "published", or "peft" for the adapters alone of a training run's checkpoint.
-    dtype: of the parameters written; None: each one's own, bit for bit.
+    dtype: of the parameters written; None: each one's own, bit for bit. "int8": matrices of layers
+      become int8 with scales, the others stay as they are; int8 ones become any other dtype.
     card: writes a model card, README.md, as well.
     adapters: merged into the weights.
   """
@@ -103,14 +118,16 @@ def convert(source, destination, to: str = "orbax", dtype=None, card: bool = Fal
   leases.check_new(destination)
   if to == "peft":
     return _convert_adapters(source, destination)
-  config, params = load_checkpoint(source, dtype=dtype, adapters=adapters)
+  weights, dtype = ("int8", None) if dtype == "int8" else (dtype and "float", dtype)
+  config, params = load_checkpoint(source, dtype=dtype, adapters=adapters, weights=weights)
   run = None
   if _mark(storage.path(source)) == _RUN_MARK:
     run = storage.path(source).absolute().parents[2] / "run.json"
     source = _orbax("base_folder")(source)
   save[to](destination, params, config, source=source)
   if card:
-    cards.write(destination, config, dtype, run)
+    cards.write(destination, config, "int8 with scales, others their own" if weights == "int8" else
+                dtype, run)
 
 
 def needed(files) -> list[str]:
@@ -141,15 +158,17 @@ def check_fingerprint(base, recorded: str | None, whose) -> None:
                           f"trained on weights with {recorded}; put those back")
 
 
-def fingerprint(folder, adapters: peft.Source | None = None) -> str:
+def fingerprint(folder, adapters: peft.Source | None = None, weights: str | None = None) -> str:
   """Digest of a checkpoint: every file's name, size, and first, middle and last MiB.
 
   Copies agree; another layout of the same weights does not. Scores beside the weights do not count.
-  `adapters` that are merged into the weights do.
+  `adapters` that are merged into the weights do, as does `weights`, see `load_checkpoint`.
   """
   folder, digest = storage.path(folder), hashlib.sha256()
   if adapters is not None:
     digest.update(f"{fingerprint(adapters.folder)} {adapters.scale}\n".encode())
+  if weights is not None:
+    digest.update(f"weights {weights}\n".encode())
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
     weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != _SCORES

@@ -3,7 +3,7 @@
 A kernel W [in, out] becomes W + scale * A @ B with A [in, rank] and B [rank, out], stacked over
 layers as W is. Adapters are a tree by the table's paths: "decoder/layers/gen/q/lora_a". Training
 adds two narrow products to the one with W (`applied`), so neither a second W nor a gradient of its
-size ever exists. All else reads `merge`d weights.
+size ever exists. All else reads merged weights (`merge_one`).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import numpy as np
 
 from irg_jax.config import ModelConfig, setting
 from irg_jax.messages import guess
+from irg_jax.model.layers import Dense
 from irg_jax.weights import names
 
 A, B = "lora_a", "lora_b"
@@ -107,7 +108,7 @@ def applied(scale: float):
   """Context in which each linear layer with an adapter beside its kernel adds that adapter."""
   def intercept(call, args, kwargs, context):
     y, layer = call(*args, **kwargs), context.module
-    if not (isinstance(layer, nn.Dense) and context.method_name == "__call__"
+    if not (isinstance(layer, Dense) and context.method_name == "__call__"
             and layer.has_variable("params", A)):
       return y
     a, b = (layer.get_variable("params", name).astype(y.dtype) for name in (A, B))
@@ -117,15 +118,23 @@ def applied(scale: float):
     yield
 
 
-def merge(params: dict, adapters: dict, scale: float) -> dict:
-  """Parameters with W + scale * A @ B for each adapter, in W's dtype; these kernels are donated."""
-  leaves, parts = names.flatten(params), names.flatten(adapters)
-  for path in [path for path in parts if path.endswith(A)]:
-    root = path.removesuffix(A)
-    kernel = leaves[root + "kernel"]
-    leaves[root + "kernel"] = _merge_on(getattr(kernel, "sharding", None))(
-        kernel, parts[path], parts[root + B], scale)
-  return names.unflatten(leaves)
+def has(adapters: dict, path: str) -> bool:
+  """Whether the parameter at `path`, "transformer/...", has an adapter."""
+  return _sides(adapters, path) is not None
+
+
+def merge_one(path: str, kernel, adapters: dict, scale: float):
+  """W + scale * A @ B of the parameter at `path`, in W's dtype, W donated; W without an adapter."""
+  if (sides := _sides(adapters, path)) is None:
+    return kernel
+  return _merge_on(getattr(kernel, "sharding", None))(kernel, *sides, scale)
+
+
+def _sides(adapters, path):
+  """(A, B) of a parameter, or None."""
+  for part in path.split("/")[1:-1]:
+    adapters = adapters.get(part, {})
+  return (adapters[A], adapters[B]) if path.endswith("/kernel") and A in adapters else None
 
 
 @functools.cache

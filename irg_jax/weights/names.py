@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from irg_jax.config import ModelConfig, VaeConfig
+from irg_jax.model.layers import SCALE
 
 # The published name of a VAE layer is its path after these replacements.
 _VAE_NAMES = ((r"(?<!mid/)(down|up|block)_", r"\1."), ("shortcut", "nin_shortcut"),
@@ -108,9 +109,36 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
                (("transformer", transformer), ("vae", _vae_rows(config.vae))) for row in table)
 
 
-def abstract_params(config: ModelConfig, dtype) -> dict:
-  """Shapes of all parameters: {"transformer": ..., "vae": ...} of `jax.ShapeDtypeStruct`."""
-  return unflatten({r.path: jax.ShapeDtypeStruct(r.shape, dtype) for r in rows(config)})
+def may_be_int8(path: str) -> bool:
+  """Whether a parameter is a matrix of the decoder's or the ViT's layers."""
+  return re.fullmatch(r"transformer/(decoder|vit)/layers/.+/kernel", path) is not None
+
+
+def scale_row(row: Row) -> Row:
+  """The row of the scales of an int8 matrix, one for each output."""
+  return dataclasses.replace(row, path=f"{row.path.removesuffix('kernel')}{SCALE}",
+                             key=f"{row.key}_scale", layer_shape=row.layer_shape[-1:])
+
+
+def stored_rows(leaves: dict, config: ModelConfig) -> tuple[Row, ...]:
+  """`rows` and the scales of those of the leaves, {path: array}, that are int8."""
+  is_int8 = lambda path: path in leaves and leaves[path].dtype == np.int8
+  return rows(config) + tuple(
+      scale_row(row) for row in rows(config) if may_be_int8(row.path) and is_int8(row.path))
+
+
+def abstract_params(config: ModelConfig, dtype, weights: str | None = None) -> dict:
+  """Shapes of all parameters: {"transformer": ..., "vae": ...} of `jax.ShapeDtypeStruct`.
+
+  `weights` "int8": matrices of the layers are int8 with float32 scales.
+  """
+  leaves = {r.path: jax.ShapeDtypeStruct(r.shape, dtype) for r in rows(config)}
+  for row in rows(config) if weights == "int8" else ():
+    if may_be_int8(row.path):
+      scales = scale_row(row)
+      leaves |= {row.path: jax.ShapeDtypeStruct(row.shape, np.int8),
+                 scales.path: jax.ShapeDtypeStruct(scales.shape, np.float32)}
+  return unflatten(leaves)
 
 
 def flatten(tree: dict) -> dict:
@@ -126,10 +154,11 @@ def unflatten(leaves: dict) -> dict:
 def check_params(params: dict, config: ModelConfig, where: str = "params") -> dict:
   """Checks that a parameter tree fits `config`; returns {path: leaf}.
 
-  Raises CheckpointError, which calls the tree `where`, if a parameter is missing, surplus or of
-  another shape.
+  Raises CheckpointError, which calls the tree `where`, if a parameter is missing, surplus, of
+  another shape, or int8 and no matrix of a layer.
   """
-  leaves, table = flatten(params), {r.path: r for r in rows(config)}
+  leaves = flatten(params)
+  table = {r.path: r for r in stored_rows(leaves, config)}
   missing, surplus = table.keys() - leaves.keys(), leaves.keys() - table.keys()
   if missing or surplus:
     raise CheckpointError(
@@ -139,6 +168,9 @@ def check_params(params: dict, config: ModelConfig, where: str = "params") -> di
     if tuple(leaves[path].shape) != row.shape:
       raise CheckpointError(f"{where}: {path} has shape {tuple(leaves[path].shape)}, the config "
                             f"wants {row.shape}; use the config they were made with")
+    if leaves[path].dtype == np.int8 and not may_be_int8(path):
+      raise CheckpointError(f"{where}: {path} is int8, which only matrices of layers may be; save "
+                            "it as bfloat16")
   return leaves
 
 

@@ -26,8 +26,9 @@ from irg_jax import config as config_lib
 from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
 from irg_jax.messages import message
+from irg_jax.sharding import to_host
 from irg_jax.storage import read_json, write_json
-from irg_jax.weights import lora, names
+from irg_jax.weights import int8, lora, names
 from irg_jax.weights.configs import copy_tokenizer
 from irg_jax.weights.names import CheckpointError, in_groups, listing
 from irg_jax.weights.safetensors import all_finite
@@ -83,20 +84,48 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
-         part: str = "") -> dict:
+         part: str = "", form: int8.Form = int8.Form()) -> dict:
   """Reads parameters; arguments, result and errors as of `published.load`."""
   folder = storage.path(folder).absolute()
   config = config or read_config(folder)
   path = folder / PARAMS
+  leaves = names.check_params(_stored(path), config, str(path))
+  whole = {name: x.dtype == np.int8 for name, x in leaves.items() if name.startswith(part)}
+  placed = names.flatten(shardings) if shardings else dict.fromkeys(whole)
+  scales = {int8.paths(name)[1]: name for name in whole if whole[name]}
+  found = restore(path, {name: _placed(leaves[name], int8.scale_sharding(placed[kernel]))
+                         for name, kernel in scales.items()})
+  for name, x in found.items():
+    int8.check_scales(to_host(x), f"{path}: {name}")
+
+  def finish(name, x):
+    scale = found.get(int8.paths(name)[1])
+    if form.keeps(name, whole[name]):
+      return dict(zip(int8.paths(name), (x, scale)))
+    if whole[name]:
+      x = int8.dequantize(x, scale, dtype or jnp.bfloat16)
+    return form.finish(name, x, whole[name])
+
+  own = lambda name: whole[name] or form.quantizes(name, whole[name])
+  wanted = {name: _placed(leaves[name], placed[name], None if own(name) else dtype)
+            for name in whole if name not in scales}
+  return names.unflatten(restore(path, wanted, finish))
+
+
+def is_int8(folder) -> bool:
+  """Whether matrices of an Orbax folder are int8."""
+  return any(x.dtype == np.int8 for x in
+             names.flatten(_stored(storage.path(folder).absolute() / PARAMS)).values())
+
+
+def _stored(path) -> dict:
+  """Shapes and dtypes of the parameters in a folder; CheckpointError."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
-    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
   except Exception as e:  # as in `restore`
     raise CheckpointError(f"{path}: not an Orbax checkpoint ({reason(e)})") from e
-  names.check_params(stored, config, str(path))
-  wanted = names.flatten(_place(stored, shardings, dtype)).items()
-  return names.unflatten(restore(path, {name: x for name, x in wanted if name.startswith(part)}))
 
 
 def read_run_config(folder) -> ModelConfig:
@@ -112,53 +141,59 @@ def base_folder(folder) -> pathlib.Path:
 def load_adapters(folder) -> dict:
   """Reads the moving average of the adapters of a run's checkpoint, numpy in float32."""
   run, path = read_run(folder), pathlib.Path(folder).absolute() / "state"
-  wanted = {"ema": _place(lora.abstract_adapters(run.model, run.lora), None, None)}
-  found = names.unflatten(restore(path, names.flatten(wanted)))["ema"]
+  wanted = names.flatten({"ema": lora.abstract_adapters(run.model, run.lora)})
+  found = restore(path, {name: _placed(x) for name, x in wanted.items()})
+  found = names.unflatten(found)["ema"]
   return jax.tree.map(np.asarray, found)
 
 
 def load_average(folder, config: ModelConfig | None = None, *, shardings=None,
-                 dtype=None) -> dict:
+                 dtype=None, form: int8.Form = int8.Form()) -> dict:
   """Reads the moving average of a run's checkpoint: {"transformer": ...}; see `load`."""
   config = config or read_run_config(folder)
-  shapes = names.abstract_params(config, np.dtype(dtype or np.float32))["transformer"]
-  wanted = _place(shapes, shardings and shardings["transformer"], dtype)
-  leaves = restore(storage.path(folder).absolute() / "state", names.flatten({"ema": wanted}))
-  return {"transformer": names.unflatten(leaves)["ema"]}
+  shapes = names.flatten({"transformer": names.abstract_params(config, np.float32)["transformer"]})
+  placed = names.flatten(shardings) if shardings else dict.fromkeys(shapes)
+  wanted = {name.replace("transformer", "ema", 1): _placed(
+      x, placed[name], None if form.quantizes(name, False) else dtype)
+            for name, x in shapes.items()}
+  return names.unflatten(restore(
+      storage.path(folder).absolute() / "state", wanted,
+      lambda name, x: form.finish(name.replace("ema", "transformer", 1), x)))
 
 
-def restore(path, wanted: dict) -> dict:
+def restore(path, wanted: dict, finish=None) -> dict:
   """Restores some arrays of a folder, {path: ShapeDtypeStruct with sharding} -> {path: array}.
 
+  `finish` is a function (path, array) -> {path: array}, called before the next arrays are read.
   Raises CheckpointError for arrays that are missing, damaged or not finite.
   """
   leaves = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     size = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in wanted.items()}
-    for group in in_groups(sorted(size, key=size.get, reverse=True), size.get,
-                           sum(size.values()) / GROUPS):
+    for group in filter(None, in_groups(sorted(size, key=size.get, reverse=True), size.get,
+                                        sum(size.values()) / GROUPS)):
       item = names.unflatten({name: wanted[name] for name in group})
       how = ocp.checkpoint_utils.construct_restore_args(item)
       args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
       try:
-        leaves |= names.flatten(checkpointer.restore(path, args=args))
+        found = names.flatten(checkpointer.restore(path, args=args))
       except Exception as e:  # Orbax and TensorStore have no common error
         raise CheckpointError(f"{path}: {listing(group)}: cannot be restored ({reason(e)}); "
                               "the files are damaged or incomplete") from e
-  for name, x in leaves.items():
-    if not _is_finite(x):
-      raise CheckpointError(f"{path}: NaN or infinite numbers in {name}; the files are damaged, "
-                            f"their training diverged, or {x.dtype} is too small for them")
+      for name in list(found):
+        x = found.pop(name)
+        if not _is_finite(x):
+          raise CheckpointError(
+              f"{path}: NaN or infinite numbers in {name}; the files are damaged, their training "
+              f"diverged, or {x.dtype} is too small for them")
+        leaves |= finish(name, x) if finish else {name: x}
   return leaves
 
 
-def _place(shapes, shardings, dtype):
-  """The shapes with shardings (None: the default device) and `dtype` (None: their own)."""
-  if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: device, shapes)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-                      shapes, shardings)
+def _placed(x, sharding=None, dtype=None):
+  """A shape with a sharding (None: the default device) and a dtype (None: its own)."""
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
 
 def _is_finite(x) -> bool:

@@ -125,6 +125,8 @@ def _read(path, found, key, shape) -> np.ndarray:
   if found[key].shape != shape:
     raise CheckpointError(f"{path}: {key} has shape {found[key].shape}, but the model's matrix and "
                           f"r of {CONFIG} ask for {shape}")
+  if found[key].stored == np.int8:
+    raise CheckpointError(f"{path}: {key} is int8; adapters are read as floats: save them so")
   out = np.empty(shape, np.float32)
   found[key].read_into(out)
   return out.T

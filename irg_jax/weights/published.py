@@ -4,6 +4,7 @@ Reading and writing go tensor by tensor, so that no second copy of the model eve
 """
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,8 @@ from jax.experimental import multihost_utils
 
 from irg_jax import leases, storage
 from irg_jax.config import ModelConfig
-from irg_jax.weights import names, ranges
+from irg_jax.model.layers import SCALE
+from irg_jax.weights import int8, names, ranges
 from irg_jax.weights.configs import (
     check_table, copy_tokenizer, read_config, sincos_table, table_grids, write_configs)
 from irg_jax.weights.names import CheckpointError, Row, listing
@@ -26,7 +28,7 @@ _TABLE_LAYERS = {"latent_pos_embed.pos_embed": "latent_embed",
 
 
 def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=None,
-         part: str = "") -> dict:
+         part: str = "", form: int8.Form = int8.Form()) -> dict:
   """Reads {"transformer": ..., "vae": ...} of a published folder straight into their shards.
 
   Every key and shape is checked before any tensor is read. The position tables are checked
@@ -37,10 +39,12 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
     shardings: tree of `jax.sharding.Sharding` as of `names.abstract_params`; a process reads only
       what its devices hold. None: everything on the default device.
     dtype, part: as of `weights.load_checkpoint`.
+    form: what becomes of the parameters.
 
   Raises:
     CheckpointError: a file or key that is missing, surplus, there twice, of another shape,
-      truncated or not finite; a table that disagrees; a config that contradicts the weights.
+      truncated or not finite; a table that disagrees; a config that contradicts the weights; int8
+      numbers without scales.
   """
   folder = storage.path(folder)
   config = config or read_config(folder)
@@ -54,16 +58,25 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   if placed.keys() != table.keys():
     raise ValueError(f"shardings do not have the structure of the parameters; they differ in "
                      f"{listing(placed.keys() ^ table.keys())}")
-  return names.unflatten({
-      path: _load_row(row, [tensors[row.file][key] for key in row.keys], placed[path], dtype)
-      for path, row in table.items() if path.startswith(part)})
+  leaves = {}
+  for path, row in table.items():
+    if path.startswith(part):
+      layers = [tensors[row.file][key] for key in row.keys]
+      leaves |= _load_as(form, row, layers, placed[path], dtype)
+  return names.unflatten(leaves)
+
+
+def is_int8(folder) -> bool:
+  """Whether matrices of a published folder are int8."""
+  return any(t.stored == np.int8 for t in find_tensors(storage.path(folder), "ema").values())
 
 
 def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
          max_shard_bytes: int | None = None) -> None:
   """Writes parameters in the published layout; the folder appears when it is complete.
 
-  What `load` read is written bit for bit in the same dtype. The position tables are computed,
+  What `load` read is written bit for bit in the same dtype, int8 matrices with their scales
+  (X.weight_scale, [out]) whatever `dtype` is. The position tables are computed,
   in the dtype of the layer that they are added to. If an array is spread over several processes,
   all of them call this: the first one writes, the others send it their shards, tensor by tensor.
 
@@ -78,8 +91,9 @@ def save(folder, params: dict, config: ModelConfig, *, dtype=None, source=None,
   """
   leaves = names.check_params(params, config)
   pending, width = {"ema": [], "ae": []}, config.llm.hidden_size
-  for row in names.rows(config):
-    pending[row.file] += _pending(row, leaves[row.path], dtype)
+  for row in names.stored_rows(leaves, config):
+    own = leaves[row.path].dtype == np.int8 or row.path.endswith(SCALE)
+    pending[row.file] += _pending(row, leaves[row.path], None if own else dtype)
   for key, grid in table_grids(config).items():
     to = np.dtype(dtype or leaves[f"transformer/{_TABLE_LAYERS[key]}/kernel"].dtype)
     make = lambda grid=grid, to=to: sincos_table(width, grid).astype(to)
@@ -119,6 +133,10 @@ def _check_header(stem, tensors: dict[str, Tensor], config, dtype):
           f"{tensors[key].path}: {key} has shape {tensors[key].shape}, but {shape} follows from "
           f"{sources.get(key, 'vit_config.json or llm_config.json')}; use the config of these "
           "weights")
+    if tensors[key].stored == np.int8 and tensors[key].scale is None:
+      raise CheckpointError(
+          f"{tensors[key].path}: {key} is int8 and has no scale; expected {key}_scale with a "
+          "number for each output: complete the file, or save the weights as bfloat16")
   for row in table if dtype is None else ():
     first = tensors[row.keys[0]]
     for t in (tensors[key] for key in row.keys):
@@ -140,6 +158,19 @@ def _key_hint(tensors, table, missing) -> str:
   what = ("complete the file" if missing else
           "leave out what is no weight of BAGEL, such as heads that it does not use")
   return f"; {what}, or use the {configs} of these weights"
+
+
+def _load_as(form: int8.Form, row: Row, layers: list[Tensor], sharding, dtype) -> dict:
+  """{path: array} of a parameter, with scales where it is int8."""
+  was_int8 = all(t.stored == np.int8 for t in layers)
+  if form.keeps(row.path, was_int8):
+    plain = [dataclasses.replace(t, scale=None) for t in layers]
+    return dict(zip(int8.paths(row.path), (_load_row(row, plain, sharding, np.int8),
+                                           int8.read_scales(layers, sharding))))
+  if form.quantizes(row.path, was_int8):  # from the numbers in the file, whatever `dtype` is
+    found = {t.dtype for t in layers}
+    dtype = found.pop() if len(found) == 1 and found != {np.dtype(np.float64)} else np.float32
+  return form.finish(row.path, _load_row(row, layers, sharding, dtype), was_int8)
 
 
 def _load_row(row: Row, layers: list[Tensor], sharding, dtype):

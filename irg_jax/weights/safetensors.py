@@ -34,6 +34,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I8": np.dtype(np.int8),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes and rows of a block. Rows are few so that both sides of a transposing copy stay in the
@@ -273,6 +274,7 @@ def _published(tensors, stem) -> dict[str, Tensor]:
     for name in (form.format(key.removesuffix(".weight")) for form in _SCALES):
       if name in found:
         found[key] = _scaled(found[key], found.pop(name))
+        break
   return found
 
 
