@@ -36,6 +36,7 @@ def add(verbs) -> None:
   add("--batch", type=flags.count, metavar="N", help="prompts side by side (default: one a chip)")
   add("--cache", type=flags.count, default=16384, metavar="N", help="slots a row (16384)")
   add("--size", type=flags.count, default=1024, metavar="S", help="pixels of a side (1024)")
+  add("--weights", choices=("int8",), help="of generation, as of irg generate --weights")
   add("--headroom", type=_share, default=0.1, metavar="X", help="share of memory left free (0.1)")
 
 
@@ -105,7 +106,8 @@ def _kinds(args, overrides, slice_) -> list:
 
     def generate(shape):
       mesh = sharding.generation_mesh(shape, model.llm, slice_.devices)
-      made = programs.generation_programs(model, settings, rows, args.cache, mesh, args.visible)
+      made = programs.generation_programs(model, settings, rows, args.cache, mesh, args.visible,
+                                          args.weights)
       return [program for program in made if program.name in names]
 
     kinds.append((lambda: meshes.generation_meshes(model.llm, rows, slice_), generate))

@@ -137,7 +137,8 @@ def _forms(config, mesh, parts) -> dict[str, str]:
 
 
 def generation_programs(config: ModelConfig, settings: Settings, rows: int, cache: int,
-                        mesh, visible: float | None = None) -> list[Program]:
+                        mesh, visible: float | None = None,
+                        weights: str | None = None) -> list[Program]:
   """The steps of `irg generate`, at their most expensive.
 
   Texts have the longest length that the settings allow, the cache is full, and guidance is that of
@@ -148,6 +149,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
     rows: prompts generated together.
     cache: slots per row.
     visible: share of the cache that is visible in the second case; None: by texts and image.
+    weights: as of `names.abstract_params`.
   """
   s, model, vit_patch = settings, UnifiedTransformer(config), config.vit.patch_size
   grid = s.height // config.pixel_stride, s.width // config.pixel_stride
@@ -160,7 +162,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   array = functools.partial(_array, mesh)
   made = functools.partial(_program, config, mesh, cache, image, visible)
   needed = functools.partial(_needed, config, rows, cache)
-  params = abstract_params(config, jnp.dtype(config.dtype))
+  params = abstract_params(config, jnp.dtype(config.dtype), weights)
   params = jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
                         params, sharding.parameter_shardings(params, mesh))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it says how often heads are repeated
