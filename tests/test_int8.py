@@ -146,6 +146,7 @@ def test_the_packaged_model_has_nearly_the_same_outputs():
   batch = stack_rows([pack_row([row], BufferSizes(und=40, gen=16, vit=0, text=1, samples=1))])
   (logits, velocity), got = (test_model.outputs(
       g.params["transformer"], batch, batch.latents, config=config) for g in (float_, whole))
+  print([relative_error(*pair) for pair in zip(got, (logits, velocity))])
   assert 0 < relative_error(got[0], logits) < 0.01
   assert 0 < relative_error(got[1], velocity) < 0.02
 
@@ -370,6 +371,31 @@ def test_training_from_int8_weights_is_refused_before_anything_is_written(tmp_pa
   message = capsys.readouterr().err
   assert "its weights are int8" in message and "lora.rank" in message
   assert not out.exists()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("on_one_device")
+def test_adapters_train_beside_int8_weights_which_stay_so(tmp_path):
+  run = lambda *words: commands.main([*map(str, words)])
+  assert run("init", "--config", ROOT / "configs" / "tiny.py", "--out", tmp_path / "tiny") == 0
+  assert run("convert", tmp_path / "tiny", tmp_path / "int8", "--to", "published", "--dtype",
+             "int8") == 0
+  changes = {"random_weights": "false", "run_stages": "stage2", "stage2.steps": 3,
+             "stage2.learning_rate": 0.1, "stage2.warmup_steps": 0, "eval_every": 0,
+             "lora.rank": 4, "lora.targets": "('gen',)"}
+  assert run("train", "--config", ROOT / "configs" / "irgl.py:tiny", "--checkpoint",
+             tmp_path / "int8", "--out", tmp_path / "run",
+             *(f"--config.{name}={value}" for name, value in changes.items())) == 0
+  before = names.flatten(published.load(tmp_path / "int8"))
+  for folder in ("weights", "checkpoints/3"):
+    _, after = weights.load_checkpoint(tmp_path / "run" / "stage2" / folder)
+    after = names.flatten(after)
+    assert after.keys() == before.keys()
+    for path, x in after.items():
+      adapted = "/layers/gen/" in path and path.endswith(("kernel", SCALE))
+      assert x.dtype == before[path].dtype
+      assert adapted or np.array_equal(x, before[path]), path
+      assert not (adapted and path.endswith("kernel") and np.array_equal(x, before[path])), path
 
 
 @pytest.mark.parametrize("verb", ["generate", "ask", "serve", "eval generate", "plan", "convert"])
