@@ -24,6 +24,7 @@ from einops import rearrange
 
 from irg_jax.config import ModelConfig
 from irg_jax.model.attention import KeyValues
+from irg_jax.model.kernels import cpu
 from irg_jax.sharding import constrain, kv_copies
 from irg_jax.tokens import CAUSAL, PADDING, Tokens
 
@@ -41,7 +42,7 @@ _CACHE_MULTIPLE = 512  # so that blocks of keys (`blockwise.key_size`) divide th
 class Context:
   """Cache and views of B rows."""
 
-  k: jax.Array  # [L, B, K, S, H], rotated, in the compute dtype
+  k: jax.Array  # [L, B, K, S, H], rotated, in the compute dtype; or see `in_layers`
   v: jax.Array  # likewise, not rotated
   length: jax.Array  # int32 [B], slots in use
   visible: jax.Array  # bool [B, W, S], slots that each view sees
@@ -96,8 +97,19 @@ def _forked(views, source, target):
 
 def cached(ctx: Context, views) -> KeyValues:
   """Keys and values for R = B * W query rows: the W `views` of a row lie together."""
-  return KeyValues(ctx.k, ctx.v, seen_before(
+  stack = lambda x: jnp.concatenate(x) if isinstance(x, list) else x
+  return KeyValues(stack(ctx.k), stack(ctx.v), seen_before(
       rearrange(ctx.visible[:, jnp.array(views)], "b w s -> (b w) s")))
+
+
+def in_layers(ctx: Context) -> Context:
+  """The context to be read by many calls; on a lone CPU each would slice its layers again."""
+  return _in_layers(ctx) if cpu.on_lone_cpu() else ctx
+
+
+@jax.jit
+def _in_layers(ctx):
+  return dataclasses.replace(ctx, k=cpu.layers(ctx.k), v=cpu.layers(ctx.v))
 
 
 def seen_before(visible_RS) -> Tokens:

@@ -10,7 +10,7 @@ import numpy as np
 
 from irg_jax import flow
 from irg_jax.generate import forecast, steps
-from irg_jax.generate.context import FULL, Context, guidance_views
+from irg_jax.generate.context import FULL, Context, guidance_views, in_layers
 
 
 def denoise(job, ctx: Context, number: int):
@@ -20,7 +20,7 @@ def denoise(job, ctx: Context, number: int):
   times = flow.schedule(s.steps, s.timestep_shift)
   times = np.pad(times, (0, max(0, job.room.times - len(times))))  # `denoise` stops before these
   draw = _complete if s.forecast.interval == 1 else _forecast
-  return draw(job, ctx, number, x_BPC, times)
+  return draw(job, in_layers(ctx), number, x_BPC, times)
 
 
 def passes(settings, number: int, edits: bool = False) -> int:

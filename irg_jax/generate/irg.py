@@ -23,8 +23,8 @@ import numpy as np
 from irg_jax import sharding
 from irg_jax.generate import steps
 from irg_jax.generate.context import (
-    FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, new_context, plan_cache, rung,
-    view_mask)
+    FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, in_layers, new_context,
+    plan_cache, rung, view_mask)
 from irg_jax.generate.denoise import denoise, passes
 from irg_jax.generate.settings import Settings
 from irg_jax.images import patchify, to_pixels
@@ -232,7 +232,7 @@ def begin(job: Job) -> Context:
 def think(job: Job, ctx: Context, number: int) -> list[Thought]:
   """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
   s, tokenizer, limit = job.settings, job.tokenizer, job.settings.think_limit - 1
-  keys_B = steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
+  ctx, keys_B = in_layers(ctx), steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
   draft = steps.new_draft(job.model.config, len(job.seeds), max(limit, job.room.thought),
                           tokenizer.special)
   written = lambda: [tokenizer.decode(ids_T[:count].tolist()) for ids_T, count in zip(
