@@ -334,7 +334,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys, checkpoint):
 def test_the_folder_of_a_training_is_named_after_its_preset(monkeypatch, tmp_path, config, out):
   from irg_jax.train import run
   asked_for = []
-  monkeypatch.setattr(run, "run_train", lambda settings, out: asked_for.append(out))
+  monkeypatch.setattr(run, "run_train", lambda settings, out, _: asked_for.append(out))
   (tmp_path / "mine.py").write_text("from ml_collections import config_dict\n"
                                     "def get_config():\n  return config_dict.ConfigDict()\n")
   path = ROOT / "configs" / config if config else tmp_path / "mine.py"

@@ -29,7 +29,7 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN
 from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
-from irg_jax.generate.settings import Settings
+from irg_jax.generate.settings import ADDED, Settings
 from irg_jax.images import encode_image, read_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
@@ -186,7 +186,9 @@ def _check_run(out, settings):
   """Raises ValueError unless `out` is new, empty, or a run with these settings."""
   runs.check_folder(out / RUN, "a run of irg eval generate")
   if (out / RUN).is_file():
-    runs.check_same(runs.read(out / RUN, ("settings",))["settings"], settings, f"--out {out}")
+    recorded = runs.read(out / RUN, ("settings",))["settings"]
+    recorded["generation"] = ADDED | recorded.get("generation", {})
+    runs.check_same(recorded, settings, f"--out {out}")
 
 
 def _check_prompts(request, tokenizer):

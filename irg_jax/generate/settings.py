@@ -74,6 +74,10 @@ class Forecast:
   first: int = setting(5, "updates at the beginning in which it always runs", low=1)
 
 
+# Groups that records of older runs lack, with the values by which those ran.
+ADDED = {"forecast": dataclasses.asdict(Forecast(interval=1))}
+
+
 @functools.partial(jax.tree_util.register_dataclass,
                    data_fields=["temperature"], meta_fields=["top_k", "top_p"])
 @dataclasses.dataclass(frozen=True)

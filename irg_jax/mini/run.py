@@ -109,7 +109,9 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   """Records the settings of a run; ValueError if it was started with others."""
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
-    runs.check_same(runs.read(out / "mini.json"), now, f"--out {out}", flag="--config.",
+    recorded = runs.read(out / "mini.json")
+    recorded["generate"] = generate_settings.ADDED | recorded.get("generate", {})
+    runs.check_same(recorded, now, f"--out {out}", flag="--config.",
                     free=("model.attention",), renamed=config_lib.renamed(Settings))
   runs.write(out / "mini.json", now)
 
