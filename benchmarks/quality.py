@@ -4,7 +4,8 @@
   python benchmarks/quality.py --prompts 300 --options full 3,2,4 4,1,3 --json quality.json
 
 Draws prompts of the mini world's test with the default model, once for each option, with the same
-seeds. An option is "full", or a forecast INTERVAL,ORDER,FIRST (docs/settings.md, `forecast`).
+seeds. An option is "full", or a forecast INTERVAL,ORDER,FIRST (docs/settings.md, `forecast`), or "int8"
+for weights of 8 bits, or both: "int8:3,2,3".
 Prints for each round the share of images that show exactly what was asked for, its difference to
 the full run with a 95 % interval (paired over prompts), the mean difference of pixels to the full
 run in levels, the passes of the decoder, and the seconds of denoising relative to the full run's,
@@ -24,7 +25,7 @@ from irg_jax.generate.settings import Forecast
 from irg_jax.mini import benchmark, verifier
 
 OPTIONS = ("full", "2,1,4", "2,2,4", "3,0,4", "3,1,4", "3,2,4", "3,2,5", "3,3,4", "4,1,3", "4,2,3",
-           "5,2,3")
+           "5,2,3", "int8", "int8:3,2,3")
 
 
 def main():
@@ -36,14 +37,17 @@ def main():
   parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
   args = parser.parse_args()
   irg_jax.keep_programs()
-  loaded, items = irg_jax.load(), benchmark.MINI.read()
+  items = benchmark.MINI.read()
   rows = np.random.default_rng(0).permutation(len(items))[:args.prompts]
   options = list(dict.fromkeys(["full", *args.options]))
   found = {name: [] for name in options}
+  kinds = {name: "int8" if name.startswith("int8") else None for name in options}
+  loaded = {kind: irg_jax.load(weights=kind) for kind in set(kinds.values())}
   for start in range(0, len(rows), args.batch_size):
     batch = [(int(i), items[i]) for i in rows[start:start + args.batch_size]]
     for name in options:
-      found[name] += draw(loaded, batch, name, args.batch_size)
+      found[name] += draw(loaded[kinds[name]], batch, name.removeprefix("int8").removeprefix(":"),
+                          args.batch_size)
     print(f"{start + len(batch)} of {len(rows)} prompts", flush=True)
   table = [line(name, found[name], found["full"]) for name in options]
   for row in table:
@@ -55,7 +59,7 @@ def main():
 def draw(loaded, batch, name, size):
   """[(record of the prompt's verdicts, images, passes, seconds of denoising)] by prompt."""
   settings = loaded.settings
-  if name != "full":
+  if name not in ("full", ""):
     interval, order, first = map(int, name.split(","))
     settings = dataclasses.replace(settings, forecast=Forecast(interval, order, first))
   drawn = loaded.batch([item.prompt for _, item in batch], [number for number, _ in batch],

@@ -45,7 +45,8 @@ GENERATE = generate_settings.Settings(
     max_prompt_tokens=64, window=1,
     first=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0)),
     later=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0), renorm="text_channel"),
-    vae_transform=_TRANSFORM, vit_transform=_TRANSFORM)
+    forecast=generate_settings.Forecast(first=3), vae_transform=_TRANSFORM,
+    vit_transform=_TRANSFORM)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:

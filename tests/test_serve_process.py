@@ -78,12 +78,13 @@ def test_a_server_draws_what_irg_generate_draws_and_finishes_what_runs_when_it_i
     found = draw()
     assert [entry["thought"] for entry in found.irg["rounds"]] == thoughts
     assert np.abs(pixels(found.b64_json).astype(int) - images[-1]).max() <= 1
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      last = pool.submit(draw)
-      while sum(httpx.get(f"{url}/health").json()[x] for x in ("waiting", "running")) == 0:
-        time.sleep(0.01)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client() as poll:
+      last = pool.submit(client.images.generate, prompt="a fox", n=8, extra_body={"seed": 3})
+      while not last.done() and sum(poll.get(f"{url}/health").json()[x] for x in (
+          "waiting", "running")) == 0:
+        time.sleep(0.005)
       running.send_signal(signal.SIGTERM)
-      assert last.result().b64_json == found.b64_json
+      assert last.result().data[0].b64_json == found.b64_json and len(last.result().data) == 8
 
 
 @pytest.fixture(scope="module")

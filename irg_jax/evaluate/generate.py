@@ -29,7 +29,7 @@ from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN
 from irg_jax.generate import generator
 from irg_jax.generate.context import plan_cache
-from irg_jax.generate.settings import ADDED, Settings
+from irg_jax.generate.settings import Settings, with_forecast
 from irg_jax.images import encode_image, read_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
@@ -187,7 +187,8 @@ def _check_run(out, settings):
   runs.check_folder(out / RUN, "a run of irg eval generate")
   if (out / RUN).is_file():
     recorded = runs.read(out / RUN, ("settings",))["settings"]
-    recorded["generation"] = ADDED | recorded.get("generation", {})
+    if "generation" in recorded:
+      recorded["generation"] = with_forecast(recorded["generation"], settings["generation"])
     runs.check_same(recorded, settings, f"--out {out}")
 
 

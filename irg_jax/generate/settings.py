@@ -74,10 +74,6 @@ class Forecast:
   first: int = setting(5, "updates at the beginning in which it always runs", low=1)
 
 
-# Groups that records of older runs lack, with the values by which those ran.
-ADDED = {"forecast": dataclasses.asdict(Forecast(interval=1))}
-
-
 @functools.partial(jax.tree_util.register_dataclass,
                    data_fields=["temperature"], meta_fields=["top_k", "top_p"])
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +150,14 @@ class Defaults:
   def read(self, prompt: str, settings: Settings, edits: bool = False) -> Reading:
     """The prompt as the model reads it, with a note; `edits`: it is on images to edit."""
     return read(self.prompts, prompt, (settings.width, settings.height), edits)
+
+
+def with_forecast(recorded: dict, now: dict) -> dict:
+  """Recorded settings with the group `forecast`; runs that are older than it had none.
+
+  `now` are the settings of the command that would go on.
+  """
+  return {"forecast": now["forecast"] | {"interval": 1}} | recorded
 
 
 def expand(changes: dict) -> dict:

@@ -110,7 +110,8 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
     recorded = runs.read(out / "mini.json")
-    recorded["generate"] = generate_settings.ADDED | recorded.get("generate", {})
+    recorded["generate"] = generate_settings.with_forecast(
+        recorded.get("generate", {}), now["generate"])
     runs.check_same(recorded, now, f"--out {out}", flag="--config.",
                     free=("model.attention",), renamed=config_lib.renamed(Settings))
   runs.write(out / "mini.json", now)

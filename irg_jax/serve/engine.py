@@ -25,7 +25,8 @@ from irg_jax.generate.generator import Generator
 from irg_jax.generate.settings import Settings, expand
 from irg_jax.serve.work import Event, Limits, Row, Work
 
-_GATHER = 0.03  # seconds that a turn waits for rows that come at the same time
+# Seconds that a turn waits for rows that come at the same time: in all, and after the last one.
+_GATHER, _PAUSE = 0.1, 0.015
 _PATIENCE = 2  # turns for which the oldest row lets larger batches go first
 
 
@@ -140,8 +141,11 @@ class Engine:
       if not self._waiting or not self._sizes:
         return []
       most, end = self._sizes[-1], time.monotonic() + _GATHER
-      while len(self._waiting) < most and (left := end - time.monotonic()) > 0:
-        self._changed.wait(left)
+      while len(self._waiting) < most and time.monotonic() < end:
+        count = len(self._waiting)
+        self._changed.wait(_PAUSE)
+        if len(self._waiting) == count:
+          break
       self._running = rows = self._chosen(most)
       self._waiting = collections.deque(row for row in self._waiting if row not in rows)
       return rows
@@ -156,7 +160,9 @@ class Engine:
     if first.passed >= _PATIENCE:
       rows = groups[first.key]
     first.passed = 0 if first in rows else first.passed + 1
-    return rows[:most]
+    # A batch that is not half full runs as a smaller one; the rest follows.
+    fits = [n for n in self._sizes if n <= 2 * len(rows)]
+    return rows[:max(fits)]
 
   def _guarded(self, rows):
     """A turn; its failure is told to its rows alone."""
