@@ -28,7 +28,7 @@ def main():
   parser.add_argument("--requests", type=int, default=16)
   parser.add_argument("--repeat", type=int, default=3)
   args, flags = parser.parse_known_args()
-  flags = [flag for flag in flags if flag != "--"] or ["--batch-size", "16"]
+  flags = [flag for flag in flags if flag != "--"] or ["--batch-size", "8"]
   server = subprocess.Popen([sys.executable, "-m", "irg_jax", "serve", "--port", "0", *flags],
                             stderr=subprocess.PIPE, text=True)
   try:

@@ -66,6 +66,7 @@ def test_with_a_store_that_fails_now_and_then_it_ends_in_the_bytes_of_a_local_ru
   assert_same(bucket, "faults", whole)
 
 
+@pytest.mark.long
 def test_what_a_kill_leaves_half_written_is_made_again(bucket, data, whole):
   """A checkpoint without its mark, weights that are unfinished, a lock, a log that is ahead."""
   assert train(data, "gs://bucket/killed") == 0

@@ -256,6 +256,24 @@ def test_requests_that_agree_run_side_by_side_and_each_gets_its_own(client, draw
   assert max(len(set(prompts)) for prompts, *_ in drawer.batches) == 4
 
 
+def test_threads_share_what_waits_and_no_row_is_lost_or_drawn_twice(checkpoint, monkeypatch):
+  drawer = Drawer(seconds=0.2)
+  with serving(checkpoint, monkeypatch, drawer, workers=2) as (api, url):
+    settings = api.engine.settings
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+      found = list(pool.map(lambda i: httpx.post(
+          f"{url}/v1/images/generations", timeout=30,
+          json={"prompt": f"fox {i}", "seed": i, "rounds": 1 + i % 3}), range(12)))
+    for i, reply in enumerate(found):
+      image = reply.json()["data"][0]
+      assert len(image["irg"]["rounds"]) == 1 + i % 3
+      np.testing.assert_array_equal(
+          pixels(image["b64_json"]), image_of(f"fox {i}", i, i % 3, settings))
+    assert eventually(lambda: api.engine.load == (0, 0))
+  rows = [(prompt, number) for prompts, number, *_ in drawer.batches for prompt in set(prompts)]
+  assert len(rows) == len(set(rows)) == 12 + 8 + 4
+
+
 def test_the_largest_batch_goes_first_but_the_oldest_row_waits_two_turns_at_most(
     checkpoint, monkeypatch):
   drawer = Drawer()

@@ -193,7 +193,7 @@ def test_64_requests_at_once_each_get_their_own_image_and_nothing_is_compiled_or
     (["--also-size", "50x50"], "50"), (["--max-steps", "1"], "--max-steps 1"),
     (["--also-size", "x"], "not a size"), (["--timeout", "0"], "seconds"),
     (["--checkpoint", "none"], "none"), (["--batch-size", "0"], "1 or more"),
-    (["--config.cache_size=64"], "cache_size"),
+    (["--config.cache_size=64"], "cache_size"), (["--workers", "-1"], "--workers -1"),
 ])
 def test_a_server_that_cannot_work_says_so_before_it_reads_weights(monkeypatch, capsys, argv, fault):
   monkeypatch.setattr(generator, "load", None)

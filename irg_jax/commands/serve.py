@@ -37,13 +37,15 @@ def make_inputs(args, overrides):
   settings, system_prompt = flags.read_settings(args, overrides, checkpoint)
   if not 0 <= args.port < 2**16:
     raise ValueError(f"--port {args.port}: must be from 0 (any free one) to 65535")
+  if args.workers < 0:
+    raise ValueError(f"--workers {args.workers}: must be 0 (as many as pay) or more")
   from irg_jax.serve.run import Inputs
   from irg_jax.serve.work import Limits
   limits = Limits(
       sizes=tuple(dict.fromkeys([(settings.width, settings.height), *(args.also_size or ())])),
       batch_size=args.batch_size, rounds=max(args.max_rounds or 0, settings.rounds),
       steps=args.max_steps or 2 * settings.steps, images=args.max_images, n=args.max_n,
-      queue=args.queue, seconds=args.timeout)
+      queue=args.queue, workers=args.workers, seconds=args.timeout)
   if limits.steps < settings.steps:
     raise ValueError(f"--max-steps {args.max_steps}: fewer than the {settings.steps} of --steps")
   return Inputs(

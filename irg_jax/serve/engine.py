@@ -1,10 +1,11 @@
-"""The engine: one thread that owns the devices, and rows of many requests that run side by side.
+"""The engine: a thread that owns the devices, and rows of many requests that run side by side.
 
 A row (`Work`) is an image to draw or a question to answer. It waits; it runs one turn, that is one
 round or one answer, beside all waiting rows whose compiled programs and settings agree; then it
 waits for its next round. So rows join and leave at each round. A turn reads the earlier rounds
 again (`done` of `irg.generate`), so nothing stays on the devices between turns. Rows never depend
-on each other, see `irg.generate`.
+on each other, see `irg.generate`. On a CPU, where a batch leaves cores idle, several threads do
+this, each with its own batch.
 """
 
 import collections
@@ -64,19 +65,23 @@ class Engine:
     self._changed, self._closing = threading.Condition(), False
     self._turn_seconds = 1.0  # of a turn lately
     self._sizes = ()  # numbers of rows whose programs are compiled
-    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    self._free = limits.workers  # threads without a turn
+    self._threads = [threading.Thread(target=run, name="engine", daemon=True) for run in (
+        self._run, *[self._work] * (limits.workers - 1))]
 
   def start(self, on_progress=None) -> None:
     """Starts to compile, and then to serve; `on_progress` as of `irg.Job`."""
     self._on_progress = on_progress or (lambda *_: None)
-    self._thread.start()
+    for thread in self._threads:
+      thread.start()
 
   def close(self) -> None:
     """Waits for all rows that were accepted; takes no more."""
     with self._changed:
       self._closing = True
       self._changed.notify_all()
-    self._thread.join()
+    for thread in self._threads:
+      thread.join()
 
   @property
   def load(self) -> tuple[int, int]:
@@ -128,6 +133,12 @@ class Engine:
         self._on_progress("compiling what requests can reach", 0, total, total)
         self.ready.set()
 
+  def _work(self):
+    """Serves what waits."""
+    while (rows := self._take(wait=True)) is not None:
+      if rows:
+        self._guarded(rows)
+
   def _take(self, wait):
     """Rows for the next turn; [] if there are none, None once closed. With `wait`, waits."""
     with self._changed:
@@ -146,8 +157,12 @@ class Engine:
         self._changed.wait(_PAUSE)
         if len(self._waiting) == count:
           break
-      self._running = rows = self._chosen(most)
+      if not self._waiting:  # another thread was first
+        return []
+      rows = self._chosen(most)
       self._waiting = collections.deque(row for row in self._waiting if row not in rows)
+      self._running += rows
+      self._free -= 1
       return rows
 
   def _chosen(self, most):
@@ -160,9 +175,9 @@ class Engine:
     if first.passed >= _PATIENCE:
       rows = groups[first.key]
     first.passed = 0 if first in rows else first.passed + 1
-    # A batch that is not half full runs as a smaller one; the rest follows.
-    fits = [n for n in self._sizes if n <= 2 * len(rows)]
-    return rows[:max(fits)]
+    # Free threads share them. A batch that is not half full runs as a smaller one.
+    share = -(-len(rows) // max(1, self._free))
+    return rows[:min(share, max(n for n in self._sizes if n <= 2 * share))]
 
   def _guarded(self, rows):
     """A turn; its failure is told to its rows alone."""
@@ -176,7 +191,10 @@ class Engine:
       for row in rows:
         row.tell(Event("failed", e))
     self._turn_seconds += (time.monotonic() - start - self._turn_seconds) / 4
-    self._running = []
+    with self._changed:
+      self._running = [row for row in self._running if row not in rows]
+      self._free += 1
+      self._changed.notify_all()
 
   def _turn(self, rows):
     """Runs one round, or the answers, of rows with one key, and tells their listeners."""
@@ -186,6 +204,7 @@ class Engine:
     waiting = run(rows, size, lambda *_: self._heed(rows), self._listener(rows))
     with self._changed:  # in front: those who came first leave first
       self._waiting.extendleft(reversed(waiting))
+      self._changed.notify_all()
 
   def _draw(self, rows, size, heed, listen):
     """Draws the next image of each row; returns the rows that have rounds to come."""

@@ -59,7 +59,11 @@ def run_serve(inputs: Inputs, page=None) -> None:
   metrics = Metrics()
   with _listening(inputs.host, inputs.port) as listener, Progress() as progress:
     loaded = generator.load(inputs.checkpoint, on_progress=progress, **inputs.load)
-    engine = Engine(loaded, settings, inputs.system_prompt, inputs.limits, metrics)
+    limits = inputs.limits
+    if limits.workers == 0:
+      alone = loaded.mesh.size == 1 and loaded.mesh.devices.flat[0].platform == "cpu"
+      limits = dataclasses.replace(limits, workers=2 if alone and (os.cpu_count() or 1) > 1 else 1)
+    engine = Engine(loaded, settings, inputs.system_prompt, limits, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):

@@ -15,6 +15,7 @@ class Limits:
 
   sizes: tuple[tuple[int, int], ...]  # of images, (width, height)
   batch_size: int = 8  # rows side by side
+  workers: int = 1  # batches at once; more than one pays on a CPU alone
   rounds: int = 2
   steps: int = 100  # points of the flow schedule
   images: int = 1  # to edit or ask about, in one request
