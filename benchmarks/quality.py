@@ -1,4 +1,4 @@
-"""What cheaper denoising costs in quality: the mini world's test with each option, paired.
+"""Quality of cheaper denoising: the mini world's test with each option, paired.
 
   python benchmarks/quality.py
   python benchmarks/quality.py --prompts 300 --options full 3,2,4 4,1,3 --json quality.json

@@ -96,7 +96,7 @@ class Speller:
     self._sent = ""
 
   def piece(self, text: str, whole: bool = False) -> str:
-    """What is new of the text so far, or with `whole` of all of it.
+    """The new part of the text so far, or with `whole` of all of it.
 
     The last characters are held back while they may change: bytes may be missing, and normalization
     joins marks with the letter before them.

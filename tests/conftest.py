@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+import browser
 from irg_jax import weights
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.model.unified import UnifiedTransformer
@@ -131,6 +132,15 @@ LONGEST = ("test_mini_checkpoint", "test_train_faults", "test_generate", "test_m
 def pytest_collection_modifyitems(items):
   place = {name: i for i, name in enumerate(LONGEST)}
   items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="module")
+def tab():
+  """A tab of Chromium; the test is skipped where there is none."""
+  if not (program := browser.find()):
+    pytest.skip("needs Chromium or Chrome on the PATH")
+  with browser.started(program) as found:
+    yield found
 
 
 def relative_error(got, want) -> float:

@@ -3,9 +3,7 @@
 import pathlib
 
 import numpy as np
-import pytest
 
-import browser
 from irg_jax.reports import pages, trace
 
 PLAN = ("<think> Two things. Places: red circle A. Cells: "
@@ -47,14 +45,6 @@ def draw(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   for name, (template, values) in made.items():
     (folder / f"{name}.html").write_text(pages.render(template, **values), encoding="utf-8")
   return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.html")}
-
-
-@pytest.fixture(scope="module")
-def tab():
-  if not (program := browser.find()):
-    pytest.skip("needs Chromium or Chrome on the PATH")
-  with browser.started(program) as found:
-    yield found
 
 
 def test_no_page_is_wider_than_its_window_and_rounds_are_side_by_side(tab, tmp_path):

@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 import uvicorn
 
-import browser
 from conftest import ROOT
 from irg_jax.generate import generator, irg
 from irg_jax.images import decode_image, encode_image
@@ -319,14 +318,6 @@ def until(condition, seconds=30):
 def open_page(tab, url, width=1280):
   tab.open(f"{url}/", width)
   tab.wait("document.querySelector('button.primary') && document.querySelector('.label-wrap')")
-
-
-@pytest.fixture(scope="module")
-def tab():
-  if not (program := browser.find()):
-    pytest.skip("needs Chromium or Chrome on the PATH")
-  with browser.started(program) as found:
-    yield found
 
 
 DONE = "document.querySelector('.irg.panel[data-done]')"

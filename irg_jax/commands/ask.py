@@ -27,12 +27,10 @@ def _run(args, overrides):
   config = weights.read_config(checkpoint)
   answer.plan(config, load_tokenizer(checkpoint, config.llm.vocab_size), settings, system_prompt,
               [*images, question])
-  lora = flags.lora_folder(args)
+  options = flags.model_options(args)
   compiled.keep_programs()
   with Progress() as progress:
-    loaded = generator.load(
-        checkpoint, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-        lora=lora, lora_scale=args.lora_scale, weights=args.weights, on_progress=progress)
+    loaded = generator.load(checkpoint, on_progress=progress, **options)
   speller = Speller()
   show = lambda text, whole=False: print(speller.piece(text, whole), end="", flush=True)
   show(loaded.ask(question, *images, seed=args.seed, settings=settings,

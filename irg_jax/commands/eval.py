@@ -171,9 +171,8 @@ def _generate(args, overrides):
   asked = generate.Request(
       benchmark=benchmark, items=tuple(items), selected=tuple(selected), out=args.out,
       checkpoint=checkpoint, settings=settings, system_prompt=system_prompt,
-      batch_size=args.batch_size, mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-      process_id=args.process_id, num_processes=args.num_processes,
-      lora=flags.lora_folder(args), lora_scale=args.lora_scale, weights=args.weights)
+      batch_size=args.batch_size, process_id=args.process_id, num_processes=args.num_processes,
+      **flags.model_options(args))
   compiled.keep_programs()
   result = generate.generate_images(asked)
   for name in result.failed[:20]:

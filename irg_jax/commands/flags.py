@@ -225,6 +225,12 @@ def add_lora(add) -> None:
       help="how much they count (default 1: as they were trained)")
 
 
+def model_options(args) -> dict:
+  """Arguments of `generator.load` by the flags of `add_generation`; ValueError names --lora."""
+  return dict(mesh=args.mesh, dtype=args.dtype, attention=args.attention, lora=lora_folder(args),
+              lora_scale=args.lora_scale, weights=args.weights)
+
+
 def _show_defaults(args, think_limit, group, actions):
   """Fills the defaults of the checkpoint in `args` into the help; needs no JAX."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

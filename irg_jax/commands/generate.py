@@ -46,8 +46,7 @@ def make_inputs(args, overrides):
       checkpoint=checkpoint, prompts=prompts, images=tuple(args.image or ()),
       out=args.out or pathlib.Path("out", time.strftime("%Y%m%d-%H%M%S")),
       settings=settings, system_prompt=system_prompt, seed=args.seed, batch_size=args.batch_size,
-      mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-      lora=flags.lora_folder(args), lora_scale=args.lora_scale, weights=args.weights)
+      **flags.model_options(args))
 
 
 def _read_prompts(arguments, path) -> tuple[str, ...]:

@@ -51,9 +51,7 @@ def make_inputs(args, overrides):
   return Inputs(
       checkpoint=checkpoint, settings=settings, system_prompt=system_prompt, limits=limits,
       host=args.host, port=args.port, name=args.name or checkpoint.name,
-      load=dict(mesh=args.mesh, dtype=args.dtype, attention=args.attention,
-                lora=flags.lora_folder(args), lora_scale=args.lora_scale,
-                weights=args.weights))
+      load=flags.model_options(args))
 
 
 def check_installed(extra, *modules):

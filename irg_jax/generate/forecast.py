@@ -23,7 +23,7 @@ from irg_jax.sharding import constrain
     data_fields=["passes", "order", "distance", "since"])
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What one view does in each of M updates; arrays [M]."""
+  """The passes and forecasts of one view in M updates; arrays [M]."""
 
   passes: np.ndarray  # bool, the decoder runs
   order: np.ndarray  # int32, of the differences that a pass may use

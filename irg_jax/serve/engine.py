@@ -66,8 +66,9 @@ class Engine:
     self._turn_seconds = 1.0  # of a turn lately
     self._sizes = ()  # numbers of rows whose programs are compiled
     self._free = limits.workers  # threads without a turn
-    self._threads = [threading.Thread(target=run, name="engine", daemon=True) for run in (
-        self._run, *[self._work] * (limits.workers - 1))]
+    # One thread compiles as well.
+    self._threads = [threading.Thread(target=self._run, args=(i == 0,), name="engine", daemon=True)
+                     for i in range(limits.workers)]
 
   def start(self, on_progress=None) -> None:
     """Starts to compile, and then to serve; `on_progress` as of `irg.Job`."""
@@ -115,9 +116,9 @@ class Engine:
       self._changed.notify_all()
     return rows
 
-  def _run(self):
-    """Serves what waits; compiles the rest of what requests can reach when nothing does."""
-    cases = collections.deque(self._cases())
+  def _run(self, compiles):
+    """Serves what waits; with `compiles`, compiles what requests can reach when nothing does."""
+    cases = collections.deque(self._cases() if compiles else ())
     total = len(cases)
     while (rows := self._take(wait=not cases)) is not None:
       if rows:
@@ -129,15 +130,9 @@ class Engine:
           cases = collections.deque(x for x in cases if x[0] < size)
         elif size == 1 or not cases or cases[0][0] > size:  # one row is served at once
           self._sizes = (*(n for n in self._sizes if n < size), size)
-      if not cases and not self.ready.is_set():
+      if compiles and not cases and not self.ready.is_set():
         self._on_progress("compiling what requests can reach", 0, total, total)
         self.ready.set()
-
-  def _work(self):
-    """Serves what waits."""
-    while (rows := self._take(wait=True)) is not None:
-      if rows:
-        self._guarded(rows)
 
   def _take(self, wait):
     """Rows for the next turn; [] if there are none, None once closed. With `wait`, waits."""
@@ -199,12 +194,16 @@ class Engine:
   def _turn(self, rows):
     """Runs one round, or the answers, of rows with one key, and tells their listeners."""
     self.metrics.batch_size.observe(len(rows))
-    run = self._draw if rows[0].work.conversation is None else self._answer
     size = min(n for n in self._sizes if n >= len(rows))
-    waiting = run(rows, size, lambda *_: self._heed(rows), self._listener(rows))
+    waiting = self._advance(rows, size, lambda *_: self._heed(rows), self._listener(rows))
     with self._changed:  # in front: those who came first leave first
       self._waiting.extendleft(reversed(waiting))
       self._changed.notify_all()
+
+  def _advance(self, rows, size, heed, listen):
+    """`_draw` or `_answer`, by the kind of the rows."""
+    run = self._draw if rows[0].work.conversation is None else self._answer
+    return run(rows, size, heed, listen)
 
   def _draw(self, rows, size, heed, listen):
     """Draws the next image of each row; returns the rows that have rounds to come."""
@@ -269,9 +268,9 @@ class Engine:
       yield dataclasses.replace(work, conversation=(image, "a"))
 
   def _sample(self, work, size):
-    row, silent = Row(work, lambda *_: None), lambda *_: None
-    run = self._draw if work.conversation is None else self._answer
-    while run([row], size, silent, silent):
+    silent = lambda *_: None
+    row = Row(work, silent)
+    while self._advance([row], size, silent, silent):
       pass
 
   def _read_thought(self, tokens, size):

@@ -14,6 +14,7 @@ import time
 
 from irg_jax.images import encode_image
 
+
 class Links:
   """Files behind URLs: held in memory only, the oldest dropped beyond `limit` bytes."""
 

@@ -134,7 +134,7 @@ class Showing:
         del self._tickets[session]
 
   def _begun(self, work: Work) -> dict:
-    """What is shown of a request that waits."""
+    """The page of a request that waits."""
     (waiting, running), settings = self._engine.load, work.settings
     reading = self._engine.generator.defaults.read(work.prompt, settings, bool(work.images))
     status = ("The server has just started: the first image waits until its programs are compiled"
@@ -175,7 +175,7 @@ class Showing:
                "done": True}
 
   def _shown(self, image) -> dict:
-    """What the templates need of an image, uint8 [height, width, 3]."""
+    """Values of the templates for an image, uint8 [height, width, 3]."""
     png = encode_image(image)
     return {"url": f"images/{self._links.add(png)}", "small": pages.small(png),
             "width": image.shape[1], "height": image.shape[0]}

@@ -1,4 +1,4 @@
-"""What a server accepts (`Limits`), and a row on its way: `Work`, `Row`, `Event`."""
+"""Bounds of a server (`Limits`), and a row on its way: `Work`, `Row`, `Event`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from irg_jax.generate.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one server accepts; compiled shapes, memory and waiting follow from these."""
+  """Bounds of one server; compiled shapes, memory and waiting follow from these."""
 
   sizes: tuple[tuple[int, int], ...]  # of images, (width, height)
   batch_size: int = 8  # rows side by side
@@ -66,7 +66,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """What a row tells its listener.
+  """News of a row for its listener.
 
   kind       value
   "text"     the text of a thought, or an answer, so far

@@ -25,7 +25,7 @@ _TINY = 1e-30  # a column of smaller numbers becomes zero
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What becomes of each parameter as it is read.
+  """The form that each parameter takes as it is read.
 
   Attributes:
     weights: "int8": matrices of layers are quantized; "float": int8 ones are multiplied by their
