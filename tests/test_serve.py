@@ -25,6 +25,8 @@ from irg_jax import commands
 from irg_jax.config import update
 from irg_jax.generate.settings import expand
 from irg_jax.images import encode_image
+from irg_jax.serve.engine import Closing, Engine
+from irg_jax.serve.work import Work
 from serving import Drawer, image_of, serving, text_of
 
 
@@ -254,6 +256,22 @@ def test_requests_that_agree_run_side_by_side_and_each_gets_its_own(client, draw
   # 3 + 6 rows: batches of up to four, those with guidance apart.
   assert len(drawer.batches) < 3 * 3 + 9
   assert max(len(set(prompts)) for prompts, *_ in drawer.batches) == 4
+
+
+def test_requests_that_wait_are_told_when_nothing_can_be_compiled(served, monkeypatch):
+  here, told = served[0].engine, []
+  limits = dataclasses.replace(here.limits, workers=2)
+  monkeypatch.setattr(Engine, "_cases", lambda self: [(1, lambda: 1 / 0)])
+  engine = Engine(here.generator, here.settings, here.system_prompt, limits, here.metrics)
+  work = Work(settings=here.settings, system_prompt="", seed=0, prompt="a fox")
+  engine.submit([work, work], lambda row, event: told.append((row, event.kind)))
+  engine.start()
+  assert eventually(lambda: len(told) == 2)
+  engine.close()
+  assert told == [(0, "failed"), (1, "failed")]
+  assert isinstance(engine.failure, ZeroDivisionError) and not engine.ready.is_set()
+  with pytest.raises(Closing):
+    engine.submit([work], told.append)
 
 
 def test_threads_share_what_waits_and_no_row_is_lost_or_drawn_twice(checkpoint, monkeypatch):

@@ -130,7 +130,7 @@ class Engine:
           cases = collections.deque(x for x in cases if x[0] < size)
         elif size == 1 or not cases or cases[0][0] > size:  # one row is served at once
           self._sizes = (*(n for n in self._sizes if n < size), size)
-      if compiles and not cases and not self.ready.is_set():
+      if compiles and not cases and self.failure is None and not self.ready.is_set():
         self._on_progress("compiling what requests can reach", 0, total, total)
         self.ready.set()
 
@@ -287,8 +287,11 @@ class Engine:
       return True
     except Exception as e:
       if not self._sizes:
-        self.failure = e
-        self._closing = True
+        with self._changed:
+          self.failure, self._closing = e, True
+          for row in self._waiting:
+            row.tell(Event("failed", e))
+          self._changed.notify_all()
       print(f"note: {size} rows side by side do not run here, at most "
             f"{max(self._sizes, default=0)} do: {messages.message(e)}", file=sys.stderr)
       return False
