@@ -5,8 +5,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-echo "installing into $IRG_VENV where needed (one to three minutes), then all tests: six to" \
-  "seven minutes on two cores; the slowest are listed at the end" >&2
+echo "installing into $IRG_VENV where needed (one to three minutes), then all tests: about" \
+  "eight minutes on two cores; the slowest are listed at the end" >&2
 irg_install test
 cd "$IRG_ROOT"
 # A file of tests stays in one process, where what it compiles is used again.
