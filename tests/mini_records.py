@@ -14,7 +14,7 @@ def records_of_test(count: int, rng, *, unseen: bool) -> list[dict]:
     count: number of records.
     unseen: whether they have what is held out of training; tasks that cannot are left out.
   """
-  tasks = [t for t in world.TASKS if not (unseen and t in SEEN_ONLY)]
+  tasks = [t for t in world.WORLD1.tasks if not (unseen and t in SEEN_ONLY)]
   records, prompts = [], set()
   turns = itertools.cycle(tasks)
   while len(records) < count:

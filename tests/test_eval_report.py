@@ -155,7 +155,7 @@ def summaries():
   """A summary without a single score, of each benchmark."""
   return {"geneval": clauses.TaskSummary(geneval_lib.TASKS).value(), "wise": wise.Scorer().value(),
           "tiif": tiif.Scorer({}).value(), "oneig": oneig.Scorer(None).value(),
-          "mini": mini.Verified().value(),
+          **{m.name: mini.Verified(m.world).value() for m in mini.MINIS.values()},
           "genai_bench": genai_bench.Scorer({"basic": [1]}).value()}
 
 

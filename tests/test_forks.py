@@ -73,7 +73,7 @@ assert "0.200" in pathlib.Path("report/report.md").read_text()
 """,
     "A task of the mini world": """
 import numpy as np
-from irg_jax.mini import benchmark, report, run, thoughts, verifier, world
+from irg_jax.mini import benchmark, report, run, scenes, thoughts, verifier, world
 rng = np.random.default_rng(0)
 drawn = [world.training_record(rng) for _ in range(400)]
 assert 20 < sum(record["tag"] == "twins" for record in drawn) < 100
@@ -81,8 +81,8 @@ items = benchmark.MINI.read()
 benchmark.MINI.check_counts(items)
 assert [item.extra["tag"] == "twins" for item in items] == [False] * 264 + [True] * 48
 for item in items[264:]:
-  scene = world.sample_scene(item.extra, rng)
-  assert verifier.score(world.paint(scene), item.extra).correct, item.prompt
+  scene = scenes.sample_scene(item.extra, rng)
+  assert verifier.score(scenes.paint(scene), item.extra).correct, item.prompt
   assert not verifier.judge(verifier.Seen("grey", scene.things[1:], ()), item.extra).correct
   assert thoughts.read_scene(thoughts.plan(item.extra, scene)) is not None
 quick = run.load("configs/mini.py:quick")

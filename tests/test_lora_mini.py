@@ -16,7 +16,7 @@ from irg_jax import commands, storage
 from irg_jax.data import parquet
 from irg_jax.data.records import assistant, image_part, text_part
 from irg_jax.images import encode_image
-from irg_jax.mini import thoughts, verifier, world
+from irg_jax.mini import scenes, thoughts, verifier, world
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("on_one_device")]
 MODE, ROWS, TEST = "initial_full_learning", 2000, 48
@@ -33,12 +33,12 @@ def mirrored_rows(rng):
   """Prompt, plan as the model makes it, and the mirrored image, which alone is learned."""
   for _ in range(ROWS):
     record = world.training_record(rng)
-    scene = world.sample_scene(record, rng)
+    scene = scenes.sample_scene(record, rng)
     asked = [{"role": "user", "content": text} for text in (thoughts.SYSTEM_PROMPT,
                                                             record["prompt"])]
     yield MODE, [*asked, assistant([
         text_part(thoughts.plan(record, scene), need_loss=False),
-        image_part(encode_image(world.paint(scene)[:, ::-1]), need_loss=True)])]
+        image_part(encode_image(scenes.paint(scene)[:, ::-1]), need_loss=True)])]
 
 
 def right_in_a_mirror(images, records) -> float:

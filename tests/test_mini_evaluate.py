@@ -20,9 +20,9 @@ from irg_jax.evaluate import score
 from irg_jax.commands.generate import make_inputs
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
-from irg_jax.mini import benchmark, report, thoughts, vae, verifier, world
+from irg_jax.mini import benchmark, report, scenes, thoughts, vae, verifier, world
 from irg_jax.mini import run as mini_run
-from irg_jax.mini.world import paint
+from irg_jax.mini.scenes import paint
 from irg_jax.reports import plots
 from mini_records import records_of_test
 
@@ -37,7 +37,7 @@ def test_the_test_s_file_is_what_the_tasks_give_and_shares_no_prompt_with_traini
   assert RECORDS == json.loads(json.dumps(want))
   assert all(world.is_for_test(r) for r in RECORDS)
   assert [world.is_unseen(r) for r in RECORDS] == [r["split"] == "unseen" for r in RECORDS]
-  assert {r["tag"] for r in RECORDS} == set(world.TASKS)
+  assert {r["tag"] for r in RECORDS} == set(world.WORLD1.tasks)
   benchmark.MINI.check_counts(benchmark.MINI.read())
 
 
@@ -58,7 +58,7 @@ PATTERNS = {(0, 0): (0, 1), (0, 1): (1, 1), (1, 0): (0, 0), (1, 1): (1, 0), (2, 
 
 def scene_of(record, right, rng):
   """A scene for a record, or one that lacks a thing of it."""
-  scene = world.sample_scene(record, rng)
+  scene = scenes.sample_scene(record, rng)
   return scene if right else dataclasses.replace(scene, things=scene.things[1:])
 
 

@@ -17,8 +17,8 @@ from irg_jax.data import sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.generator import load_model
 from irg_jax.generate.settings import read_defaults
-from irg_jax.mini import datasets, report, run, thoughts, vae, world
-from irg_jax.mini.world import paint
+from irg_jax.mini import datasets, report, run, scenes, thoughts, vae, world
+from irg_jax.mini.scenes import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_images=2", "base_rows=120", "trajectories=12",
         "sample_batch=8", "model.llm.num_layers=1", "model.llm.hidden_size=48",
@@ -36,11 +36,11 @@ def first_images(folder, tiny):
   folder.mkdir()
   rng = np.random.default_rng(0)
   records = [world.training_record(rng) for _ in range(8)]
-  scenes = [world.sample_scene(r if i % 2 else world.training_record(rng), rng)
-            for i, r in enumerate(records)]
+  drawn = [scenes.sample_scene(r if i % 2 else world.training_record(rng), rng)
+           for i, r in enumerate(records)]
   np.savez(folder / "000000.npz", records=json.dumps(records),
-           thoughts=[thoughts.plan(r, s) for r, s in zip(records, scenes)],
-           pictures=np.stack([paint(s) for s in scenes]))
+           thoughts=[thoughts.plan(r, s) for r, s in zip(records, drawn)],
+           pictures=np.stack([paint(s) for s in drawn]))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, tiny):
@@ -149,4 +149,5 @@ def test_the_quick_preset_goes_from_nothing_to_a_table_and_finds_all_done_again(
       arm.name: arm.rounds for arm in report.ARMS}
   for arm in arms.values():
     for entry in arm["rounds"].values():
-      assert entry["pictures"] == 32 and set(entry["scores"]["seen"]["tasks"]) == set(world.TASKS)
+      assert entry["pictures"] == 32
+      assert set(entry["scores"]["seen"]["tasks"]) == set(world.WORLD1.tasks)

@@ -13,8 +13,8 @@ from PIL import Image
 from irg_jax import config as config_lib
 from irg_jax.images import to_pixels
 from irg_jax.data.records import MODES, ImagePart, TextPart, parse_conversation
-from irg_jax.mini import datasets, run, thoughts, vae, verifier, world
-from irg_jax.mini.world import paint
+from irg_jax.mini import datasets, run, scenes, thoughts, vae, verifier, world
+from irg_jax.mini.scenes import paint
 from irg_jax.model.vae import Vae, sample_latents
 from irg_jax.reports import pages
 from irg_jax.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def cases(count, seed=0):
   rng = np.random.default_rng(seed)
   for _ in range(count):
     record = world.training_record(rng)
-    yield record, world.sample_scene(record, rng), rng
+    yield record, scenes.sample_scene(record, rng), rng
 
 
 def seen(scene):
@@ -45,7 +45,7 @@ def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   size = small.model.llm.vocab_size
   datasets.write_tokenizer(tmp_path, run.sample_texts(small, 2000), size)
   words = load_tokenizer(tmp_path, size)
-  things = [f"{c} {s}" for c in world.COLORS for s in world.SHAPES]
+  things = [f"{c} {s}" for c in world.COLORS for s in world.WORLD1.shapes]
   rng = np.random.default_rng(0)
   for _ in range(50):
     cells = rng.choice([*things, thoughts.EMPTY, thoughts.UNCLEAR], 16).tolist()
@@ -61,12 +61,12 @@ def test_a_text_without_a_grid_reads_as_none():
 
 def test_a_reflection_names_the_faults_of_the_verdict_and_ends_in_the_better_image():
   for record, scene, rng in cases(50, seed=1):
-    wrong = world.sample_scene(world.training_record(rng), rng)
+    wrong = scenes.sample_scene(world.training_record(rng), rng)
     verdict = verifier.judge(seen(wrong), record)
     better = thoughts.improve(record, verdict, rng)
     reflection = thoughts.reflect(record, verdict, better, thoughts.plan(record, scene))
     assert thoughts.read_faults(reflection) == verdict.faults
-    assert thoughts.read_grid(reflection) == thoughts.grid(better.things)
+    assert thoughts.read_grid(reflection) == thoughts.grid(better)
     assert reflection.startswith("<think>") and reflection.endswith("</think>")
 
 
@@ -102,7 +102,7 @@ def test_a_plan_without_readable_places_makes_no_trajectory(plan):
 def test_reflections_in_words_alone_are_on_careful_and_on_careless_plans():
   rng, careless, right, twice = np.random.default_rng(0), [], [], 0
   for _ in range(200):
-    _, row = datasets._reflected(rng)
+    _, row = datasets._reflected(rng, world.WORLD1)
     *_, plan, thought = datasets.texts(row)
     letters = thoughts.read_places(plan)
     chosen = dict(zip("ABCDEFGHIJKLMNOP", thoughts.read_grid(plan)))
@@ -133,16 +133,16 @@ def test_a_right_image_stays_as_it_is():
 
 def test_what_training_must_not_show_makes_no_trajectory():
   record, _, rng = next(cases(1))
-  shape, color = sorted(world.UNSEEN_PAIRS)[0]
+  shape, color = sorted(world.WORLD1.unseen_pairs)[0]
   shown = verifier.Seen("grey", (world.Thing(shape, color, 20.0, 20.0, 6.0),), ())
   with pytest.raises(thoughts.Inexpressible, match="must not show"):
     thoughts.improve(record, verifier.judge(shown, record), rng)
 
 
 def test_two_things_in_one_cell_make_no_trajectory():
-  things = [world.Thing("star", "red", x, 8.0, 5.5) for x in (3.0, 13.0)]
+  things = tuple(world.Thing("star", "red", x, 8.0, 5.5) for x in (3.0, 13.0))
   with pytest.raises(thoughts.Inexpressible, match="one cell"):
-    thoughts.grid(things)
+    thoughts.grid(world.Scene("grey", things))
 
 
 def test_edits_turn_one_grid_into_the_other_in_words():
@@ -159,7 +159,7 @@ def test_a_plan_places_things_in_the_order_in_which_the_prompt_names_them():
   for record, names in (({"include": include}, ["star", "ring"]),
                         ({"include": [include[0], {"class": "star", "count": 1}]},
                          ["ring", "star"])):
-    scene = world.sample_scene(record, np.random.default_rng(0))
+    scene = scenes.sample_scene(record, np.random.default_rng(0))
     assert re.findall("ring|star", thoughts.request(record)) == names
     places = thoughts.plan(record, scene).split("Places:")[1].split("Cells:")[0]
     assert re.findall("ring|star", places) == names
@@ -169,18 +169,19 @@ def test_like_things_of_a_plan_stand_in_the_order_of_their_cells():
   record = {"include": [{"class": "ring", "count": 2},
                         {"class": "star", "count": 3, "position": ["below", 0]}]}
   for seed in range(20):
-    scene = world.sample_scene(record, np.random.default_rng(seed))
+    scene = scenes.sample_scene(record, np.random.default_rng(seed))
     named = thoughts.places(scene, record).split("Places: ")[1].rstrip(".").split(", ")
     words = [thing.split() for thing in named]
     assert [shape for _, shape, _ in words] == ["star"] * 3 + ["ring"] * 2
     letters = [letter for *_, letter in words]
     assert letters == sorted(letters[:3]) + sorted(letters[3:]) and len(set(letters)) == 5
-    cells = thoughts.grid(scene.things)
+    cells = thoughts.grid(scene)
     assert all(cells["ABCDEFGHIJKLMNOP".index(c)] == f"{a} {b}" for a, b, c in words)
 
 
 def test_replayed_rows_are_words_to_be_copied_and_never_a_pair_that_is_held_out():
-  rng, unseen = np.random.default_rng(0), {f"{color} {shape}" for shape, color in world.UNSEEN_PAIRS}
+  rng = np.random.default_rng(0)
+  unseen = {f"{color} {shape}" for shape, color in world.WORLD1.unseen_pairs}
   for _ in range(40):
     (_, reflected), (mode, copied) = datasets.replayed_rows(rng)
     assert parse_conversation(json.dumps(reflected), mode, 0).parts[-1].need_loss
@@ -225,28 +226,28 @@ def test_the_scene_of_a_plan_is_what_it_says_and_none_where_it_says_nothing():
   for record, scene, _ in cases(20, seed=6):
     read = thoughts.read_scene(thoughts.plan(record, scene))
     assert read.background == scene.background
-    assert thoughts.grid(read.things) == thoughts.grid(scene.things)
+    assert thoughts.grid(read) == thoughts.grid(scene)
   assert thoughts.read_scene("<think> a red circle </think>") is None
 
 
 def test_the_base_looks_at_images_that_are_not_as_planned_and_says_what_is_unclear():
   rng, told = np.random.default_rng(0), []
   for _ in range(80):
-    mode, row = datasets._looked_after_plan(rng)
+    mode, row = datasets._looked_after_plan(rng, world.WORLD1)
     parts = parse_conversation(json.dumps(row), mode, 0).parts
     plan, answer = (part.text for part in parts if isinstance(part, TextPart) and
                     "Cells" in part.text)
     data, = (part.data for part in parts if isinstance(part, ImagePart))
     image = np.asarray(Image.open(io.BytesIO(data)))
     cells, shown = thoughts.read_grid(answer), verifier.look(image)
-    assert cells == thoughts.grid(shown.things, shown.unclear)
+    assert cells == thoughts.grid(shown)
     told.append((cells == thoughts.read_grid(plan), thoughts.UNCLEAR in cells))
   as_planned, unclear = np.mean(told, 0)
   assert 0.4 < as_planned < 0.9 and 0.05 < unclear < 0.4
 
 
 def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
-  unseen = {f"{color} {shape}" for shape, color in world.UNSEEN_PAIRS}
+  unseen = {f"{color} {shape}" for shape, color in world.WORLD1.unseen_pairs}
   for mode, row in datasets.base_rows(300, np.random.default_rng(0)):
     parse_conversation(json.dumps(row), mode, 0)
     assert not any(pair in words for words in datasets.texts(row) for pair in unseen)
@@ -257,7 +258,7 @@ def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
   texts = [t for _, row in datasets.base_rows(1500, rng) for t in datasets.texts(row)]
   datasets.write_tokenizer(tmp_path, texts, 512)
   words = load_tokenizer(tmp_path, 512)
-  for word in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS):
+  for word in (*world.WORLD1.shapes, *world.COLORS, *world.BACKGROUNDS):
     assert len(words.encode(f" {word}")) == 1
   anything = "Ünknown wörds <|im_end|> 12"
   assert words.decode(words.encode(anything)) == anything

@@ -128,10 +128,11 @@ def trained():
 
 def meaning(text):
   """What a trained prompt asks for, as `asked`, by the nouns and the relation in it."""
-  said = {words: relation for relation, ways in world._SAID.items() for words in ways}
+  ways = world.WORLD1.wording["relations"]
+  said = {words: relation for relation in ways for words in ways[relation]}
   found = []
   for count, name in enumerate(("one", "two", "three", "four"), 1):
-    for shape in world.SHAPES:
+    for shape in world.WORLD1.shapes:
       for color in (None, *world.COLORS):
         noun = world.noun(count, shape, color)
         if (at := f" {text} ".replace(",", " ").find(f" {noun} ")) >= 0:
@@ -167,7 +168,8 @@ def test_what_is_read_without_a_note_is_a_trained_form_in_known_words():
   """Of random sentences of the grammar's words."""
   rng, known = random.Random(1), sorted(prompts._known(FORM.rules))
   seen = set(" ".join(record["prompt"] for record in trained()).replace(",", "").split())
-  words = [*world.SHAPES, *world.COLORS, "a", "two", "and", ",", "left of", "above", "the", "draw"]
+  words = [*world.WORLD1.shapes, *world.COLORS, "a", "two", "and", ",", "left of", "above", "the",
+           "draw"]
   for _ in range(400):
     typed = " ".join(rng.choice(words if rng.random() < 0.9 else known)
                      for _ in range(rng.randint(1, 7)))

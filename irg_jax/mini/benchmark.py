@@ -1,7 +1,8 @@
 """The mini world's test: a benchmark whose judge is the verifier, and its figures.
 
   --prompts    test.jsonl; it comes with this package. Prompts of tasks that it lacks, which a fork
-               has added to `world.TASKS`, are generated and stand after its own
+               has added to `tasks.TASKS`, are generated and stand after its own; those of another
+               world than the first are all generated
   item ids     "00000", the line from 0
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 """
@@ -17,7 +18,9 @@ import numpy as np
 
 from irg_jax import evaluate, images
 from irg_jax.evaluate import base, clauses, questions, records, score
-from irg_jax.mini import thoughts, verifier, world
+from irg_jax.mini import thoughts, verifier
+from irg_jax.mini import world as world_lib
+from irg_jax.mini.world import WORLD1, WORLDS, World, of, test_records
 
 FILES = pathlib.Path(__file__).parent / "files"
 SPLITS = ("seen", "unseen")
@@ -31,19 +34,27 @@ KINDS = (("wrong, then right", False, True, 4), ("right both times", True, True,
 
 
 class Mini(clauses.ClauseBenchmark):
-  """The protocol of the mini world's test."""
+  """The protocol of a mini world's test."""
 
-  name, title, packaged = "mini", "Mini world", FILES
-  columns = ("Mini world",)
+  packaged = FILES
   images_help = "4"
   example_checkpoint = ""  # the one in the package
   sources = "the verifier of the mini world (irg_jax/mini/verifier.py)."
   tasks_help = "mini's tags, seen, unseen"
 
+  def __init__(self, world: World):
+    self.world, number = world, "" if world is WORLD1 else world.name
+    self.name, self.title = f"mini{number}", f"Mini world {number}".rstrip()
+    self.columns = (self.title,)
+    super().__init__()
+
   def read_items(self, path):
-    path = records.file_in(path, "test.jsonl")
-    items = self.clause_items(path, world.TASKS, SPLITS)
-    new = () if path.parent != FILES else new_records(frozenset(i.extra["tag"] for i in items))
+    own, items = path == FILES, []
+    if not own or self.world is WORLD1:
+      path = records.file_in(path, "test.jsonl")
+      items = self.clause_items(path, self.world.tasks, SPLITS)
+    known = frozenset(i.extra["tag"] for i in items)
+    new = new_records(self.world, known) if own or path.parent == FILES else ()
     return items + [base.Item(self.name, f"{i:05}", record["prompt"], 4, record)
                     for i, record in enumerate(new, len(items))]
 
@@ -58,24 +69,27 @@ class Mini(clauses.ClauseBenchmark):
     return verifier.score(image, item.extra).correct
 
   def score(self, folder, options=None, open_judge=None):
-    return score.score_images(folder, Verified, {"protocol": protocol()})
+    summaries = functools.partial(Verified, self.world)
+    return score.score_images(folder, summaries, {"protocol": protocol()})
 
 
-MINI = Mini()
-evaluate.register(MINI)
+MINIS = {world.name: Mini(world) for world in WORLDS.values()}
+MINI = MINIS[WORLD1.name]
+for _mini in MINIS.values():
+  evaluate.register(_mini)
 
 
 @functools.cache
-def new_records(known: frozenset[str]) -> list[dict]:
-  """Test records of all tasks of the world but those in `known`."""
-  return [record for unseen in (False, True) for task in world.TASKS if task not in known
-          for record in world.test_records(task, NEW_PROMPTS, unseen)]
+def new_records(world: World, known: frozenset[str]) -> list[dict]:
+  """Test records of all tasks of a world but those in `known`."""
+  return [record for unseen in (False, True) for task in world.tasks if task not in known
+          for record in test_records(task, NEW_PROMPTS, unseen, world)]
 
 
 def protocol() -> dict:
   """The verifier, by a digest of its sources: scores of another one are made again."""
   digest = hashlib.sha256()
-  for module in (verifier, world):
+  for module in (verifier, world_lib):
     digest.update(pathlib.Path(module.__file__).read_bytes())
   return {"verifier": verifier.__name__, "sha256": digest.hexdigest()[:16]}
 
@@ -86,8 +100,8 @@ class Verified:
   An image's line of items.jsonl also has "grid", the content of each cell, see `seen_grid`.
   """
 
-  def __init__(self):
-    self._all = clauses.TaskSummary(world.TASKS)
+  def __init__(self, world: World):
+    self._all = clauses.TaskSummary(world.tasks)
     self._splits = {name: clauses.TaskSummary(()) for name in SPLITS}
     self._unscored = base.Unscored()
 
@@ -115,7 +129,7 @@ class Verified:
 def seen_grid(seen) -> list[str] | None:
   """The content of each cell, see `thoughts.grid`; None where two things are in one cell."""
   try:
-    return thoughts.grid(seen.things, seen.unclear)
+    return thoughts.grid(seen)
   except thoughts.Inexpressible:
     return None
 
@@ -137,9 +151,9 @@ class Drawn:
   cost: dict  # content of cost.json, or {}
 
 
-def read(folder) -> Drawn:
+def read(folder, mini: Mini = MINI) -> Drawn:
   """Reads a folder of generated and scored images."""
-  folder, items = pathlib.Path(folder), MINI.read()
+  folder, items = pathlib.Path(folder), mini.read()
   numbers = {item.id: i for i, item in enumerate(items)}
   lines = {(numbers[line["id"]], line["picture"], line["round"]): line
            for _, line in records.read_lines(folder / score.ITEMS)}
@@ -178,10 +192,10 @@ def arm_figures(drawn: Drawn) -> dict:
 def scores(values: np.ndarray, items) -> dict:
   """{split: {"tasks": {task: interval}, "overall": interval}} of [prompts]; NaN is left out."""
   tags, splits = np.array([(item.extra["tag"], item.extra["split"]) for item in items]).T
-  found = {}
+  found, names = {}, of(items[0].extra).tasks
   for split in ("all", *SPLITS):
     own = np.where((splits == split) | (split == "all"), values, np.nan)
-    tasks = {task: interval(np.where(tags == task, own, np.nan), tags) for task in world.TASKS}
+    tasks = {task: interval(np.where(tags == task, own, np.nan), tags) for task in names}
     found[split] = {"tasks": {t: v for t, v in tasks.items() if v}, "overall": interval(own, tags)}
   return found
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 
@@ -13,21 +14,23 @@ from tokenizers import models, pre_tokenizers, trainers
 from irg_jax import storage
 from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.images import encode_image
-from irg_jax.mini import thoughts, verifier, world
+from irg_jax.mini import thoughts, verifier
+from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
+from irg_jax.mini.world import WORLD1, Scene, World, of, training_record
 from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
-def base_rows(count: int, rng):
+def base_rows(count: int, rng, world: World = WORLD1):
   """`count` rows that teach the base model all but improving; none has an unseen pair.
 
   It learns to plan, to draw after a plan, from a prompt alone and from nothing (for guidance), to
   draw a description, and to describe an image, also a crowded one or one unlike its plan.
   """
   for kind in rng.choice(len(_BASE), count, p=[share for share, _ in _BASE]):
-    yield _BASE[kind][1](rng)
+    yield _BASE[kind][1](rng, world)
 
 
 def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better, rng):
@@ -39,10 +42,10 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
   """
-  scene = world.sample_scene(record, rng)
-  target, first_plan = world.paint(scene), thoughts.plan(record, scene)
+  scene = sample_scene(record, rng)
+  target, first_plan = paint(scene), thoughts.plan(record, scene)
   before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
-  improved, reflection = world.paint(better), thoughts.reflect(record, verdict, better, before)
+  improved, reflection = paint(better), thoughts.reflect(record, verdict, better, before)
   # Without a plan before it, the reflection takes its places from the better image.
   shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
   told = [text_part(before, need_loss=False), _image(first, need_vae=True, need_vit=True)]
@@ -56,9 +59,9 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     yield mode, [*_asked(record), assistant(said)]
 
 
-def replayed_rows(rng) -> list:
+def replayed_rows(rng, world: World = WORLD1) -> list:
   """Text rows of the base model, repeated in both stages so that it does not forget them."""
-  return [_reflected(rng), _copied(rng)]
+  return [_reflected(rng, world), _copied(rng, world)]
 
 
 def texts(conversation: list):
@@ -91,24 +94,24 @@ def write_tokenizer(folder, texts, vocab_size: int) -> None:
   storage.write_json(pathlib.Path(folder) / "tokenizer.json", spec, ensure_ascii=False, indent=1)
 
 
-def _drawn(rng, system=False, prompt=False, planned=False, drawn=True):
-  record = world.training_record(rng)
-  scene = world.sample_scene(record, rng)
+def _drawn(rng, world, system=False, prompt=False, planned=False, drawn=True):
+  record = training_record(rng, world)
+  scene = sample_scene(record, rng)
   asked = system * [_user(thoughts.SYSTEM_PROMPT)] + prompt * [_user(record["prompt"])]
   said = [text_part(thoughts.plan(record, scene))] if planned else []
-  said += [_image(world.paint(scene), need_loss=True)] if drawn else []
+  said += [_image(paint(scene), need_loss=True)] if drawn else []
   return DRAW if drawn else TELL, [*asked, assistant(said)]
 
 
-def _reflected(rng):
+def _reflected(rng, world):
   """A reflection, in text alone, on an imagined image that shows its plan or not.
 
   A third of the plans are careless, as a model's can be: the image shows the cells, which do not
   follow from the places.
   """
   while True:
-    record = world.training_record(rng)
-    scene = world.sample_scene(record, rng)
+    record = training_record(rng, world)
+    scene = sample_scene(record, rng)
     careless = len(scene.things) > 1 and rng.random() < 0.4
     if careless:
       scene, drawn = _careless(scene, rng)
@@ -116,61 +119,65 @@ def _reflected(rng):
       drawn = _spoiled(scene, rng)
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
-      cells = thoughts.grid(drawn.things) if careless else None
+      cells = thoughts.grid(drawn) if careless else None
       plan, better = thoughts.plan(record, scene, cells), thoughts.improve(record, verdict, rng)
       thought = thoughts.reflect(record, verdict, better, plan)
       said = [text_part(plan, need_loss=False), text_part(thought)]
       return TELL, [*_asked(record), assistant(said)]
 
 
-def _arranged(rng):
+def _arranged(rng, world):
   """The second half of a plan, which follows from the first: the content of each cell.
 
   The first half is random, so it is given, not learned: its loss would hide that of the few
   words that must be looked up.
   """
-  scene = world.crowded_scene(rng)
-  cells = thoughts.grid_text(thoughts.grid(scene.things))
+  scene = crowded_scene(rng, world)
+  cells = thoughts.grid_text(thoughts.grid(scene))
   return TELL, [_user(thoughts.places(scene)), assistant([text_part(cells)])]
 
 
-def _copied(rng):
+def _copied(rng, world):
   """Cells of any two words, to be listed and repeated: copied, without any meaning.
 
   Without these rows a model takes a pair it was never shown for a mistake, and writes another.
   """
-  cells, words = [thoughts.EMPTY] * world.GRID**2, [*world.COLORS, *world.SHAPES]
+  cells = thoughts.grid(Scene("", (), world=world))
+  names = [*filter(None, world.details), *world.colors, *world.shapes]
   for i in rng.permutation(len(cells))[:rng.integers(1, 8)]:
-    while {(pair := tuple(map(str, rng.choice(words, 2)))), pair[::-1]} & world.UNSEEN_PAIRS:
+    count = len(cells[i].split())
+    while {*itertools.permutations(said := [*map(str, rng.choice(names, count))], 2)} & (
+        world.unseen_pairs):
       pass
-    cells[i] = " ".join(pair)
+    cells[i] = " ".join(said)
   said = text_part(f"{thoughts.listed(cells)} {thoughts.grid_text(cells)}")
   return TELL, [_user(thoughts.grid_text(cells)), assistant([said])]
 
 
-def _described(rng):
-  scene = world.crowded_scene(rng)
+def _described(rng, world):
+  scene = crowded_scene(rng, world)
   told = text_part(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
-  return DRAW, [assistant([told, _image(world.paint(scene), need_loss=True)])]
+  return DRAW, [assistant([told, _image(paint(scene), need_loss=True)])]
 
 
-def _looked(rng, crowded, vae):
-  scene = world.crowded_scene(rng) if crowded else world.training_scene(rng)
-  return LOOK, _shown(world.paint(scene), scene, vae)
+def _looked(rng, world, crowded, vae):
+  scene = crowded_scene(rng, world) if crowded else training_scene(rng, world)
+  return LOOK, _shown(paint(scene), scene, vae)
 
 
-def _looked_after_plan(rng):
+def _looked_after_plan(rng, world):
   """An image that may differ from the plan before it, or be an average of two scenes.
 
   The average looks like a bad drawing: a cell that shows two things at once is unclear.
   """
   while True:
-    record = world.training_record(rng)
-    scene = world.sample_scene(record, rng)
-    drawn = world.paint(_spoiled(scene, rng, in_place=True))
+    record = training_record(rng, world)
+    scene = sample_scene(record, rng)
+    drawn = paint(_spoiled(scene, rng, in_place=True))
     if rng.random() < 0.5:
-      drawn = ((world.paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
-    seen, plan = verifier.look(drawn), text_part(thoughts.plan(record, scene), need_loss=False)
+      drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
+    seen = verifier.look(drawn, world)
+    plan = text_part(thoughts.plan(record, scene), need_loss=False)
     with contextlib.suppress(thoughts.Inexpressible):
       thoughts.check_showable(seen)
       return LOOK, [_user(record["prompt"]), *_shown(drawn, seen, True, plan)]
@@ -189,7 +196,7 @@ _BASE = (
 
 def _retold(record, plan, rng):
   """A reflection on an imagined image, which ends in the scene that `plan` plans."""
-  scene = thoughts.read_scene(plan)
+  scene = thoughts.read_scene(plan, of(record))
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
       return thoughts.reflect(record, _imagined(record, _spoiled(scene, rng), rng), scene, plan)
@@ -201,7 +208,8 @@ def _imagined(record, scene, rng):
   things = tuple(sorted(scene.things, key=lambda t: t.cell))
   blurred = int(rng.random() < 0.1)
   unclear = tuple(t.cell for t in things[:blurred])
-  return verifier.judge(verifier.Seen(scene.background, things[blurred:], unclear), record)
+  return verifier.judge(verifier.Seen(scene.background, things[blurred:], unclear, scene.world),
+                        record)
 
 
 def _careless(scene, rng):
@@ -226,7 +234,7 @@ def _spoiled(scene, rng, in_place=False):
   """
   if rng.random() < 0.4:
     return scene
-  others = world.training_scene(rng).things
+  others = training_scene(rng, scene.world).things
   if rng.random() < 0.2:
     return _with(scene, others)
   things = []
@@ -235,8 +243,7 @@ def _spoiled(scene, rng, in_place=False):
     other = others[rng.integers(len(others))]
     if change in ("shape", "color"):
       changed = _like(thing, other, change)
-      if (changed.shape, changed.color) not in world.UNSEEN_PAIRS:
-        thing = changed
+      thing = thing if changed.pairs & scene.world.unseen_pairs else changed
     elif change == "cell" and not in_place:
       thing = _like(thing, other, "x", "y")
     things += [] if change == "gone" else [thing]

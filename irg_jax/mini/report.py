@@ -16,9 +16,11 @@ import sys
 import tomllib
 
 from irg_jax import runs, storage
-from irg_jax.evaluate import generate, score
+from irg_jax.evaluate import generate, get, score
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import benchmark, vae, world
+from irg_jax.mini import benchmark, vae
+from irg_jax.mini import world as world_lib
+from irg_jax.mini.world import WORLD1, WORLDS
 from irg_jax.reports import pages, plots
 from irg_jax.reports.pages import table
 
@@ -52,9 +54,10 @@ def run(out) -> pathlib.Path:
   if (out / FINAL.weights).is_dir():
     settings = runs.read(out / "mini.json")
     images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
-    items = select(settings["test_seen"], settings["test_unseen"], images)
+    mini = benchmark.MINIS[settings.get("world", WORLD1.name)]
+    items = select(settings["test_seen"], settings["test_unseen"], images, mini)
     evaluate(out, items, settings["sample_batch"])
-    return make(out, settings=settings)
+    return make(out, settings=settings, mini=mini)
   if (out / "mini.json").is_file():
     raise ValueError(f"--out {out}: the run in there is not finished; go on with irg mini run "
                      f"--out {out}, or give another folder to measure the package's checkpoint")
@@ -66,18 +69,19 @@ def run(out) -> pathlib.Path:
   return make(out, others)
 
 
-def make(out, others: dict | None = None, settings: dict | None = None) -> pathlib.Path:
+def make(out, others: dict | None = None, settings: dict | None = None,
+         mini: benchmark.Mini = benchmark.MINI) -> pathlib.Path:
   """Writes the report of the arms that are scored under `out`; returns the page's path.
 
   `others` are figures of arms that are not there, see `build`. With `settings`, the run's
   mini.json, the run's checkpoint gets the figures and its card.
   """
   out = pathlib.Path(out)
-  drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name) for arm in ARMS
+  drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name, mini) for arm in ARMS
            if (out / "evaluation" / arm.name / score.ITEMS).is_file()}
   if not drawn:
     raise ValueError(f"--out {out}: nothing in there has been drawn and scored")
-  report, folder = build(drawn, others), out / "report"
+  report, folder = build(drawn, others, mini), out / "report"
   if (alone := out / "evaluation" / "autoencoder.json").is_file():
     report["autoencoder"] = json.loads(alone.read_text())
   images, text = charts(report), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -95,11 +99,12 @@ def make(out, others: dict | None = None, settings: dict | None = None) -> pathl
   return folder / "index.html"
 
 
-def build(drawn: dict, others: dict | None = None) -> dict:
+def build(drawn: dict, others: dict | None = None, mini=benchmark.MINI) -> dict:
   """All figures, of `benchmark.read` and of other arms, as JSON values.
 
   {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `ARMS`,
-   "differences": {name: {split: interval}}, "intervals": their method, "test": numbers of prompts}
+   "differences": {name: {split: interval}}, "intervals": their method,
+   "test": numbers of prompts, "world": its name, if it is not the first}
   `make` adds "autoencoder": {"right", "pictures"}. See `benchmark.arm_figures` for rounds and cost.
   """
   known = (others or {}) | {
@@ -108,7 +113,7 @@ def build(drawn: dict, others: dict | None = None) -> dict:
   arms = {arm.name: known[arm.name] for arm in ARMS if arm.name in known}
   values = {(name, number): entry["by_prompt"] for name, arm in arms.items()
             for number, entry in arm["rounds"].items()}
-  items, differences = benchmark.MINI.read(), {}
+  items, differences = mini.read(), {}
   for name, *pair in _WORDING["differences"]:
     after, before = (values.get(tuple(key)) for key in pair)
     if after and before:
@@ -116,7 +121,8 @@ def build(drawn: dict, others: dict | None = None) -> dict:
   return {"arms": arms, "differences": differences,
           "intervals": "95 %, bootstrap over the prompts of each task, "
                        f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
-          "test": {"prompts": len(items), **benchmark.MINI.counts(len(items))}}
+          "test": {"prompts": len(items), **mini.counts(len(items))}} | (
+              {} if mini.world is WORLD1 else {"world": mini.world.name})
 
 
 def _shipped_arms(path):
@@ -131,9 +137,10 @@ def _shipped_arms(path):
     raise ValueError(f"{path}: is not a report.json of irg mini report ({e})") from e
 
 
-def select(seen: int | None = None, unseen: int | None = None, images: int = 4):
+def select(seen: int | None = None, unseen: int | None = None, images: int = 4,
+           mini: benchmark.Mini = benchmark.MINI):
   """The first test prompts of each split, a task in turn, with at most `images` images each."""
-  items, chosen = benchmark.MINI.read(), []
+  items, chosen = mini.read(), []
   for split, limit in (("seen", seen), ("unseen", unseen)):
     groups = {}
     for i, item in enumerate(items):
@@ -150,6 +157,7 @@ def evaluate(out: pathlib.Path, items, batch_size: int = 64, arms=ARMS,
   `checkpoint` is used for all arms in place of the run's own. ValueError where an arm's weights
   are missing, or its images are of other weights.
   """
+  mini = get(items[0].benchmark)
   for arm in arms:
     weights, folder = pathlib.Path(checkpoint or out / arm.weights), out / "evaluation" / arm.name
     if not weights.is_dir():
@@ -157,16 +165,16 @@ def evaluate(out: pathlib.Path, items, batch_size: int = 64, arms=ARMS,
                        "irg mini run")
     print(f"irg mini: drawing the test, {arm.title}", flush=True)
     draw(arm, weights, folder, items, batch_size)
-    score_new(folder)
+    score_new(folder, mini)
   # The autoencoder is frozen, so it is the same in any arm.
   vae.measure(weights, out / "evaluation" / "autoencoder.json", [item.extra for item in items])
 
 
 def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> None:
   """Generates the missing images of an arm, with the checkpoint's own settings."""
-  defaults = generate_settings.read_defaults(checkpoint)
+  defaults, mini = generate_settings.read_defaults(checkpoint), get(items[0].benchmark)
   result = generate.generate_images(generate.Request(
-      benchmark=benchmark.MINI, items=tuple(benchmark.MINI.read()), selected=tuple(items),
+      benchmark=mini, items=tuple(mini.read()), selected=tuple(items),
       out=folder, checkpoint=checkpoint, batch_size=batch_size,
       settings=dataclasses.replace(defaults.settings, rounds=arm.rounds, think=arm.think),
       system_prompt=defaults.system_prompt if arm.think else ""))
@@ -176,16 +184,16 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> 
     storage.write_json(folder / "cost.json", {"peak_bytes": peak, "batch_size": batch_size})
 
 
-def score_new(folder) -> None:
+def score_new(folder, mini: benchmark.Mini = benchmark.MINI) -> None:
   """Scores an arm, unless this very verifier has scored all its images."""
-  images = score.open_folder(benchmark.MINI, folder)
+  images = score.open_folder(mini, folder)
   there, path = list(score.images_there(images)), images.out / score.SCORES
   if path.is_file():
     before = json.loads(path.read_text(encoding="utf-8"))
     judged = sum(r["pictures"] + r["unscored"]["total"] for r in before["rounds"].values())
     if before["protocol"] == benchmark.protocol() and judged == len(there):
       return
-  benchmark.MINI.score(images)
+  mini.score(images)
 
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -193,7 +201,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
   rows, by_task = _rows(report), []
   for split in ("seen", "unseen"):
     scores = [(row["name"], row["scores"][split]["tasks"]) for row in rows]
-    tasks = [t for t in world.TASKS if any(t in values for _, values in scores)]
+    tasks = [t for t in _world(report).tasks if any(t in values for _, values in scores)]
     by_task.append((f"By task, {split} combinations", ["", *tasks], [
         [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]))
   pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
@@ -235,7 +243,7 @@ def markdown(report: dict) -> str:
 
 def card(report: dict, settings: dict) -> str:
   """The model card, Markdown; `settings` is the mini.json of the run that made the checkpoint."""
-  return pages.render("mini_card.md", settings=settings, world=world,
+  return pages.render("mini_card.md", settings=settings, world=_world(report), lib=world_lib,
                       tables="\n\n".join(_markdown(report))) + "\n"
 
 
@@ -253,17 +261,21 @@ def charts(report: dict) -> dict[str, bytes]:
       [row["name"].replace(", ", "\n") for row in rows],
       [(f"{split} combinations", [row["scores"][split]["overall"] for row in rows])
        for split in ("seen", "unseen")])}
-  series = [(row["name"], [row["scores"]["all"]["tasks"].get(t) for t in world.TASKS])
+  series = [(row["name"], [row["scores"]["all"]["tasks"].get(t) for t in _world(report).tasks])
             for row in rows if row["key"] in (("base", "1"), ("irg", "1"), ("irg", "2"))]
   if series:
     found["tasks.png"] = plots.bar_chart(
-        "By task, seen and unseen together", list(world.TASKS), series)
+        "By task, seen and unseen together", list(_world(report).tasks), series)
   return found
 
 
 def _markdown(report, *before_notes):
   return [*(markdown_table(*found) for found in tables(report)), *before_notes,
           "\n".join(f"- {text}" for text in notes(report))]
+
+
+def _world(report):
+  return WORLDS[report.get("world", WORLD1.name)]
 
 
 def _rows(report):

@@ -29,7 +29,8 @@ from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import generator, prompts
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier, world
+from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier
+from irg_jax.mini.world import COLORS, WORLD1, WORLDS, World, prompt_rules, training_record
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
@@ -38,7 +39,7 @@ from irg_jax.weights import init, published
 
 # Of 108 images of five things of two kinds, 23 were wrong; of four, 22 of 180.
 _SURE = 4
-_NOTE = (f"It draws one to five shapes ({', '.join(world.SHAPES)}) in {', '.join(world.COLORS)}, "
+_NOTE = (f"It draws one to five shapes ({', '.join(WORLD1.shapes)}) in {', '.join(COLORS)}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
          'red circles left of a blue star". For anything else, give --checkpoint a model that was '
          "trained on it.")
@@ -50,6 +51,8 @@ class Settings:
 
   config: str = ""  # FILE.py:PRESET of the run; other presets of the file are its trainings
   model: ModelConfig = ModelConfig()
+  world: str = setting("1", "world of its scenes and prompts, see irg_jax/mini/world.py",
+                       choices=tuple(WORLDS))
   seed: int = setting(0, "random seed of everything", low=0)
   vae_steps: int = setting(16000, "updates of the autoencoder", low=1)
   vae_batch: int = setting(2, "images in an update of the autoencoder", low=1)
@@ -68,6 +71,10 @@ class Settings:
   test_unseen: int = setting(96, "test prompts of combinations not seen in training", low=0)
   test_images: int = setting(4, "images of a test prompt", low=1, was="test_pictures")
   generate: generate_settings.Settings = generate_settings.Settings()
+
+  @property
+  def in_world(self) -> World:
+    return WORLDS[self.world]
 
   @property
   def first(self) -> generate_settings.Settings:
@@ -110,6 +117,7 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
     recorded = runs.read(out / "mini.json")
+    recorded.setdefault("world", WORLD1.name)
     recorded["generate"] = generate_settings.with_forecast(
         recorded.get("generate", {}), now["generate"])
     runs.check_same(recorded, now, f"--out {out}", flag="--config.",
@@ -133,7 +141,8 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
       vae_params = vae.train(
           settings.model.vae, out / "vae.msgpack", steps=settings.vae_steps,
           batch=settings.vae_batch, learning_rate=settings.vae_learning_rate,
-          images=settings.vae_images, seed=settings.seed, progress=progress)
+          images=settings.vae_images, seed=settings.seed, world=settings.in_world,
+          progress=progress)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
   with storage.atomic_folder(out / "start") as folder:
     words = folder / "words"
@@ -146,7 +155,7 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
 def defaults(settings: Settings) -> generate_settings.Defaults:
   """The `generate.json` of a run's checkpoints."""
   form = prompts.PromptForm(
-      rules=world.prompt_rules(), most=world.MAX_THINGS, sure=_SURE, note=_NOTE,
+      rules=prompt_rules(), most=WORLD1.most, sure=_SURE, note=_NOTE,
       sizes=(f"{settings.generate.width}x{settings.generate.height}",), editing=False)
   return generate_settings.Defaults(
       settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT, prompts=form,
@@ -156,7 +165,7 @@ def defaults(settings: Settings) -> generate_settings.Defaults:
 def sample_texts(settings: Settings, count: int | None = None) -> list[str]:
   """Texts of `count` rows of every kind to learn the tokenizer from (6000, or `base_rows`)."""
   count = count or min(6000, settings.base_rows)
-  rows = datasets.base_rows(count, _rng(settings, "words"))
+  rows = datasets.base_rows(count, _rng(settings, "words"), settings.in_world)
   return [text for _, row in rows for text in datasets.texts(row)]
 
 
@@ -164,7 +173,8 @@ def train_base(settings: Settings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL; its stage 1 trains the language model that BAGEL starts from."""
   if not (out / "base_rows").exists():
     with storage.atomic_folder(out / "base_rows") as folder:
-      parquet.write(folder, datasets.base_rows(settings.base_rows, _rng(settings, "base")))
+      parquet.write(folder, datasets.base_rows(
+          settings.base_rows, _rng(settings, "base"), settings.in_world))
   modes = datasets.TELL, datasets.LOOK, datasets.DRAW
   _prepare(settings, out, "base_rows", "base_data", modes)
   return _train(settings, out, "base", "base_data", out / "start" / "weights")
@@ -182,7 +192,7 @@ def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> No
   """Thoughts and first images of training prompts, `out`/NNNNNN.npz for each batch."""
   out.mkdir(exist_ok=True)
   rng, size = _rng(settings, "trajectories"), settings.sample_batch
-  records = [world.training_record(rng) for _ in range(settings.trajectories)]
+  records = [training_record(rng, settings.in_world) for _ in range(settings.trajectories)]
   with Progress() as progress:
     loaded = generator.load(checkpoint, on_progress=progress)
     for start in range(0, len(records), size):
@@ -234,7 +244,7 @@ def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, 
         continue
       counts["right" if verdict.correct else "wrong"] += 1
       yield from modes
-      yield from datasets.replayed_rows(rng)
+      yield from datasets.replayed_rows(rng, settings.in_world)
     left -= len(batch["thoughts"])
 
 

@@ -24,7 +24,10 @@ import re
 
 import numpy as np
 
-from irg_jax.mini import verifier, world
+from irg_jax.mini import verifier
+from irg_jax.mini.scenes import color_of, detail_of, place_beside, relations_hold
+from irg_jax.mini.world import (
+    CELL, COLORS, GRID, WORLD1, Scene, Thing, World, nouns, relations)
 
 SYSTEM_PROMPT = "Think, draw, look, and draw again."
 QUESTION = "What does the picture show?"
@@ -39,35 +42,35 @@ class Inexpressible(ValueError):
 
 def request(record: dict) -> str:
   """The include clauses of a record in the fixed wording of thoughts."""
-  nouns = world.nouns(record["include"], article=False)
-  for i, relation, other in world.relations(record["include"]):
-    return f"{nouns[i]} {relation} {nouns[other]}"
-  return ", ".join(nouns)
+  named, placed = nouns(record["include"], article=False), relations(record["include"])
+  alone = {*range(len(named))} - {i for first, _, other in placed for i in (first, other)}
+  said = [f"{named[i]} {relation} {named[other]}" for i, relation, other in placed]
+  return ", ".join(said + [named[i] for i in sorted(alone)])
 
 
-def plan(record: dict, scene: world.Scene, cells=None) -> str:
+def plan(record: dict, scene: Scene, cells=None) -> str:
   """The thought before the first image; `cells` are those of a careless plan, else of the scene."""
   return (f"<think> The picture shows {request(record)}. {places(scene, record)} "
-          f"{grid_text(cells or grid(scene.things))} </think>")
+          f"{grid_text(cells or grid(scene))} </think>")
 
 
 def describe(seen) -> str:
   """The background and cells of a `Scene` or a `verifier.Seen`."""
-  return f"The ground is {seen.background}. {grid_text(grid(seen.things, seen.unclear))}"
+  return f"The ground is {seen.background}. {grid_text(grid(seen))}"
 
 
-def reflect(record: dict, verdict, better: world.Scene, before: str) -> str:
+def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen = verdict.seen
-  cells = grid(seen.things, seen.unclear)
+  cells = grid(seen)
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
   return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before))} "
           f"What falls short: {short}. Improvements: {wanted}. "
-          f"Steps: {', '.join(edits(cells, grid(better.things)))}. "
+          f"Steps: {', '.join(edits(cells, grid(better)))}. "
           f"Final prompt: {describe(better)} </think>")
 
 
@@ -77,7 +80,7 @@ def edits(before, after) -> list[str]:
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
-def places(scene: world.Scene, record: dict | None = None) -> str:
+def places(scene: Scene, record: dict | None = None) -> str:
   """The ground and the cell of each thing; with a record, in the order of its prompt.
 
   Like things stand in the order of their cells, so that no letter repeats.
@@ -87,24 +90,26 @@ def places(scene: world.Scene, record: dict | None = None) -> str:
     rest = iter(things)
     groups = [sorted(itertools.islice(rest, clause["count"]), key=lambda t: t.cell)
               for clause in record["include"]]
-    if world.relations(record["include"]):
-      groups.reverse()  # "a star above a cross": the cross is the first clause
-    things = itertools.chain(*groups)
-  named = [f"{t.color} {t.shape} {_LETTERS[world.GRID * t.cell[0] + t.cell[1]]}" for t in things]
+    # "a star above a cross": the cross is the first clause.
+    first = [i for i, _, other in relations(record["include"]) for i in (i, other)]
+    things = itertools.chain(*(groups[i] for i in dict.fromkeys([*first, *range(len(groups))])))
+  named = [f"{t.kind} {_LETTERS[GRID * t.cell[0] + t.cell[1]]}" for t in things]
   return f"The ground is {scene.background}. Places: {', '.join(named) or 'none'}."
 
 
-def grid(things, unclear=()) -> list[str]:
-  """The content of each cell, row by row: "red circle", "empty ground" or "unclear shape".
+def grid(seen) -> list[str]:
+  """The content of each cell of a `Scene` or a `verifier.Seen`, row by row.
 
-  Inexpressible where two things are in one cell.
+  It is "red circle", "empty ground" or "unclear shape", each with the first detail before it in a
+  world with details. Inexpressible where two things are in one cell.
   """
-  cells = [EMPTY] * world.GRID**2
-  named = [(t.cell, f"{t.color} {t.shape}") for t in things]
-  for (row, column), name in [*named, *((cell, UNCLEAR) for cell in unclear)]:
-    if cells[world.GRID * row + column] != EMPTY:
+  empty, unclear = (f"{seen.world.details[0]} {name}".lstrip() for name in (EMPTY, UNCLEAR))
+  cells = [empty] * GRID**2
+  named = [(t.cell, t.kind) for t in seen.things]
+  for (row, column), name in [*named, *((cell, unclear) for cell in seen.unclear)]:
+    if cells[GRID * row + column] != empty:
       raise Inexpressible("two things in one cell")
-    cells[world.GRID * row + column] = name
+    cells[GRID * row + column] = name
   return cells
 
 
@@ -115,15 +120,18 @@ def grid_text(cells) -> str:
 def listed(cells, first=()) -> str:
   """The cells at the letters `first`, in their order, then all others that are not empty."""
   there = dict(zip(_LETTERS, cells))
-  others = [at for at, cell in there.items() if cell != EMPTY and at not in first]
+  filled = [at for at, cell in there.items() if not cell.endswith(EMPTY)]
+  others = [at for at in filled if at not in first]
   return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
 
 
 def read_grid(text: str) -> list[str] | None:
   """The last list of cells in a text; None if there is none."""
-  pattern = " ".join(rf"{letter} ([a-z]+ [a-z]+)" for letter in _LETTERS)
-  found = re.findall(rf"Cells: {pattern}\.", text)
-  return list(found[-1]) if found else None
+  for word in ("[a-z]+ [a-z]+", "[a-z]+ [a-z]+ [a-z]+"):
+    pattern = " ".join(f"{letter} ({word})" for letter in _LETTERS)
+    if found := re.findall(rf"Cells: {pattern}\.", text):
+      return list(found[-1])
+  return None
 
 
 def read_places(text: str) -> list[str]:
@@ -133,29 +141,31 @@ def read_places(text: str) -> list[str]:
   final prompt.
   """
   if found := re.findall(r"Places: ([^.]*)\.", text):
-    named = [re.fullmatch("[a-z]+ [a-z]+ ([A-P])", place) for place in found[-1].split(", ")]
+    named = [re.fullmatch("[a-z]+ [a-z]+ (?:[a-z]+ )?([A-P])", place)
+             for place in found[-1].split(", ")]
     if found[-1] == "none" or all(named):
       return [place[1] for place in named if place]
   elif cells := read_grid(text):
-    return [at for at, cell in zip(_LETTERS, cells) if cell != EMPTY]
+    return [at for at, cell in zip(_LETTERS, cells) if not cell.endswith(EMPTY)]
   raise Inexpressible("a thought before that cannot be read")
 
 
-def read_scene(text: str) -> world.Scene | None:
+def read_scene(text: str, world: World = WORLD1) -> Scene | None:
   """The scene of the last ground and cells in a text, with medium things; None if there is none.
 
-  A cell whose words are no colour and shape counts as empty.
+  A cell whose words are no colour and shape (and detail) counts as empty.
   """
   grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
   if not grounds or cells is None:
     return None
-  radius, things = (world.MIN_RADIUS + world.MAX_RADIUS) / 2, []
+  things = []
   for i, cell in enumerate(cells):
-    color, shape = cell.split()
-    if shape in world.SHAPES and color in world.COLORS:
-      y, x = ((k + 0.5) * world.CELL for k in divmod(i, world.GRID))
-      things.append(world.Thing(shape, color, x, y, radius))
-  return world.Scene(grounds[-1], tuple(things))
+    *detail, color, shape = cell.split()
+    radii = world.radii.get(" ".join(detail))
+    if shape in world.shapes and color in COLORS and radii:
+      y, x = ((k + 0.5) * CELL for k in divmod(i, GRID))
+      things.append(Thing(shape, color, x, y, sum(radii) / 2, *detail))
+  return Scene(grounds[-1], tuple(things), world=world)
 
 
 def read_faults(text: str) -> tuple[str, ...] | None:
@@ -166,7 +176,7 @@ def read_faults(text: str) -> tuple[str, ...] | None:
   return () if found[1] == "nothing" else tuple(found[1].split(", "))
 
 
-def improve(record: dict, verdict, rng) -> world.Scene:
+def improve(record: dict, verdict, rng) -> Scene:
   """A correct scene, in the order of the prompt, that keeps as much of the image as possible.
 
   Inexpressible where the image shows what training must not, or no arrangement was found.
@@ -176,21 +186,24 @@ def improve(record: dict, verdict, rng) -> world.Scene:
   matches, _ = verifier.assign(seen.things, record["include"])
   if verdict.correct:
     things = tuple(itertools.chain(*matches))
-    grid(things)  # raises
-    return world.Scene(seen.background, things)
+    return _expressible(Scene(seen.background, things, world=seen.world))
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
     things = _complete(record["include"], kept, seen, rng, 8.0 if attempt < 600 else 1.0)
     if things is not None:
-      grid(things)
-      return world.Scene(seen.background, things)
+      return _expressible(Scene(seen.background, things, world=seen.world))
   raise Inexpressible("no arrangement found")
+
+
+def _expressible(scene):
+  grid(scene)  # raises
+  return scene
 
 
 def check_showable(seen) -> None:
   """Raises Inexpressible for an image that training must not show: unseen pair, unknown ground."""
-  if any((t.shape, t.color) in world.UNSEEN_PAIRS for t in seen.things):
+  if any(t.pairs & seen.world.unseen_pairs for t in seen.things):
     raise Inexpressible("a pair that training must not show")
   if seen.background is None:
     raise Inexpressible("no known ground")
@@ -203,7 +216,7 @@ def _complete(include, kept, seen, rng, lure):
   """
   fixed = [t for group in kept for t in group]
   taken = {t.cell for t in fixed}
-  free = [divmod(i, world.GRID) for i in range(world.GRID**2)]
+  free = [divmod(i, GRID) for i in range(GRID**2)]
   free = [c for c in free if c not in taken]
   wrong = {t.cell for t in seen.things if t not in fixed} | set(seen.unclear)
   weights = np.array([lure if c in wrong else 1.0 for c in free])
@@ -212,13 +225,15 @@ def _complete(include, kept, seen, rng, lure):
   cells = [free[i] for i in picked]
   groups = [[t.cell for t in kept[i]] + [c for c, owner in zip(cells, missing) if owner == i]
             for i in range(len(include))]
-  if not world.relations_hold(include, groups):
+  if not relations_hold(include, groups):
     return None
   places_, things = [(t.x, t.y, t.radius) for t in fixed], list(fixed)
   for cell, owner in zip(cells, missing):
-    if (place := world.place_beside(cell, places_, rng)) is None:
+    detail = detail_of(include[owner], rng, seen.world)
+    if (place := place_beside(cell, places_, rng, detail, seen.world)) is None:
       return None
     places_.append(place)
-    things.append(world.Thing(include[owner]["class"], world.color_of(include[owner], rng), *place))
+    color = color_of(include[owner], rng, seen.world)
+    things.append(Thing(include[owner]["class"], color, *place, detail))
   owners = [i for i, group in enumerate(kept) for _ in group] + missing
   return tuple(things[i] for i in np.argsort(owners, kind="stable"))

@@ -13,26 +13,29 @@ import optax.contrib
 from irg_jax import storage, weights
 from irg_jax.config import VaeConfig
 from irg_jax.images import to_pixels
-from irg_jax.mini import verifier, world
+from irg_jax.mini import verifier
+from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
+from irg_jax.mini.world import SIZE, WORLD1, World
 from irg_jax.model.vae import Vae, sample_latents, to_uint8
 
 KL_WEIGHT = 1e-6
 
 
 def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: float,
-          images: int, seed: int, save_every: int = 50, progress=None) -> dict:
+          images: int, seed: int, world: World = WORLD1, save_every: int = 50,
+          progress=None) -> dict:
   """Trains on painted scenes; continues from the state in `path` if there is one.
 
   Args:
     steps, batch: updates, and images of each.
     learning_rate: peak; it falls along a cosine, and once more from a lower peak.
-    images: number of distinct images to train on.
+    images: number of distinct images to train on, of scenes of `world`.
     save_every: updates between two writes of the state.
 
   Returns:
     parameters of `Vae`, see `normalise`.
   """
-  painted = paint_both(images, np.random.default_rng(seed))
+  painted = paint_both(images, np.random.default_rng(seed), world)
   path, schedule = pathlib.Path(path), (steps, learning_rate)
   params = _init(config, jax.random.key(seed))
   state = (0, params, _optimizer(*schedule).init(params))
@@ -50,13 +53,13 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
   return normalise(config, state[0], painted[-256:])
 
 
-def paint_both(count: int, rng) -> np.ndarray:
+def paint_both(count: int, rng, world: World = WORLD1) -> np.ndarray:
   """Images to train on, half of crowded scenes, half of training scenes, uint8 [count, 64, 64, 3].
 
   Crowded images have less background, so more of the loss is on shapes.
   """
-  crowded = [world.paint(world.crowded_scene(rng)) for _ in range(count - count // 2)]
-  return np.stack(crowded + [world.paint(world.training_scene(rng)) for _ in range(count // 2)])
+  crowded = [paint(crowded_scene(rng, world)) for _ in range(count - count // 2)]
+  return np.stack(crowded + [paint(training_scene(rng, world)) for _ in range(count // 2)])
 
 
 def loss_fn(params, config: VaeConfig, pixels, key):
@@ -110,7 +113,7 @@ def round_trip(config: VaeConfig, params: dict, records, rng) -> np.ndarray:
     latents = sample_latents(config, *moments)
     return to_uint8(vae.apply({"params": params}, latents, method="decode"))
 
-  images = [world.paint(world.sample_scene(record, rng)) for record in records]
+  images = [paint(sample_scene(record, rng)) for record in records]
   images = [np.asarray(there_and_back(params, to_pixels(image[None])))[0] for image in images]
   return np.array([verifier.score(*pair).correct for pair in zip(images, records)])
 
@@ -127,7 +130,7 @@ def measure(checkpoint, path: pathlib.Path, records) -> None:
 
 def _init(config, key):
   """Random parameters, with a narrow posterior."""
-  params = Vae(config).init(key, jnp.zeros((1, world.SIZE, world.SIZE, 3)))["params"]
+  params = Vae(config).init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
   last = params["encoder"]["conv_out"]
   params["encoder"]["conv_out"] = last | {"bias": last["bias"].at[config.z_channels:].set(-6.0)}
   return params

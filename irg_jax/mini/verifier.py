@@ -16,7 +16,8 @@ import types
 import numpy as np
 from scipy import ndimage
 
-from irg_jax.mini import world
+from irg_jax.mini.world import (
+    BACKGROUNDS, CELL, COLORS, SIZE, WORLD1, Thing, World, noun, nouns, of, relations)
 
 # Levels are distances between colours, 0 to 442. The limits lie between the values of painted
 # images after slight blur, noise and shifts of colour, and those of damaged images.
@@ -47,8 +48,9 @@ class Seen:
   """The content of an image."""
 
   background: str | None  # its name; None if it is no background of the world
-  things: tuple[world.Thing, ...]  # in reading order of their cells
+  things: tuple[Thing, ...]  # in reading order of their cells
   unclear: tuple[tuple[int, int], ...]  # cells of objects that are no shape in a known colour
+  world: World = dataclasses.field(default=WORLD1, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +63,25 @@ class Verdict:
 
 
 def score(image, record: dict) -> Verdict:
-  """Reads an image, uint8 [64, 64, 3], and judges it against a record of `world`."""
-  return judge(look(image), record)
+  """Reads an image, uint8 [64, 64, 3], and judges it against a record."""
+  return judge(look(image, of(record)), record)
 
 
-def look(image) -> Seen:
+def look(image, world: World = WORLD1) -> Seen:
   """The content of an image, uint8 [64, 64, 3]; ValueError for another size or type."""
   image = np.asarray(image)
-  if image.shape != (world.SIZE, world.SIZE, 3) or image.dtype != np.uint8:
-    raise ValueError(f"an image of the mini world is uint8 [{world.SIZE}, {world.SIZE}, 3], "
+  if image.shape != (SIZE, SIZE, 3) or image.dtype != np.uint8:
+    raise ValueError(f"an image of the mini world is uint8 [{SIZE}, {SIZE}, 3], "
                      f"not {image.dtype} {list(image.shape)}")
   image = image.astype(np.float32)
   ground, noise = _ground(image)
   blobs, count = _blobs(image - ground)
-  fits = [_fit(image - ground, blobs, i + 1, box, noise)
+  fits = [_fit(image - ground, blobs, i + 1, box, noise, world)
           for i, box in enumerate(ndimage.find_objects(blobs, count))]
   things, unclear = _explained(image - ground, blobs, fits, ground)
-  name = _nearest(ground, world.BACKGROUNDS, _BACKGROUND)
-  return Seen(name, tuple(sorted(things, key=lambda t: (t.cell, t.x))), tuple(sorted(unclear)))
+  name = _nearest(ground, BACKGROUNDS, _BACKGROUND)
+  return Seen(name, tuple(sorted(things, key=lambda t: (t.cell, t.x))), tuple(sorted(unclear)),
+              world)
 
 
 def judge(seen: Seen, record: dict) -> Verdict:
@@ -88,23 +91,25 @@ def judge(seen: Seen, record: dict) -> Verdict:
   """
   include = record["include"]
   groups, extra = assign(seen.things, include)
-  faults = [_sentence(len(seen.unclear), "shape", None, "unclear")] if seen.unclear else []
+  faults = [_sentence(len(seen.unclear), "unclear", "shape")] if seen.unclear else []
   for clause, group in zip(include, groups):
     if lacking := clause["count"] - len(group):
-      faults.append(_sentence(lacking, clause["class"], clause.get("color"), "missing"))
-  kinds = [(t.shape, t.color) for t in extra]
-  faults += [_sentence(kinds.count(kind), *kind, "too many") for kind in dict.fromkeys(kinds)]
+      faults.append(_sentence(lacking, "missing", clause["class"], clause.get("color"),
+                              clause.get("detail")))
+  kinds = [(t.shape, t.color, t.detail) for t in extra]
+  faults += [_sentence(kinds.count(kind), "too many", *kind) for kind in dict.fromkeys(kinds)]
   faults += _misplaced(include, groups)
   return Verdict(not faults, tuple(faults), seen)
 
 
 def assign(things, include) -> tuple[list[list], list]:
-  """(things of each clause, the rest); clauses with a colour choose first."""
+  """(things of each clause, the rest); the clauses that say more choose first."""
   groups, left = [[] for _ in include], list(things)
-  for i in sorted(range(len(include)), key=lambda i: "color" not in include[i]):
+  for i in sorted(range(len(include)), key=lambda i: -len({"color", "detail"} & {*include[i]})):
     clause = include[i]
     fit = [t for t in left if t.shape == clause["class"]
-           and t.color == clause.get("color", t.color)]
+           and t.color == clause.get("color", t.color)
+           and t.detail == clause.get("detail", t.detail)]
     groups[i] = fit[:clause["count"]]
     left = [t for t in left if all(t is not other for other in groups[i])]
   return groups, left
@@ -112,8 +117,8 @@ def assign(things, include) -> tuple[list[list], list]:
 
 def _misplaced(include, groups):
   """A sentence for each relation that some pair does not keep: far enough, not far to the side."""
-  faults, names = [], [n.split(" ", 1)[1] for n in world.nouns(include)]
-  for i, relation, other in world.relations(include):
+  faults, names = [], [n.split(" ", 1)[1] for n in nouns(include)]
+  for i, relation, other in relations(include):
     offsets = [(a.x - b.x, a.y - b.y) for a in groups[i] for b in groups[other]]
     if any(np.dot(o, _WAYS[relation]) < max(_APART, _STRAIGHT * np.hypot(*o)) for o in offsets):
       verb = "is" if include[i]["count"] == 1 else "are"
@@ -121,10 +126,10 @@ def _misplaced(include, groups):
   return faults
 
 
-def _sentence(count, shape, color, fault):
+def _sentence(count, fault, shape, color=None, detail=None):
   """"one red circle is missing", "two shapes are unclear"."""
-  number, noun = world.noun(min(count, 5), shape, color, False).split(" ", 1)
-  return f"{number if count <= 5 else 'many'} {noun} {'is' if count == 1 else 'are'} {fault}"
+  number, name = noun(min(count, 5), shape, color, False, detail).split(" ", 1)
+  return f"{number if count <= 5 else 'many'} {name} {'is' if count == 1 else 'are'} {fault}"
 
 
 def _square(offsets):
@@ -154,7 +159,7 @@ def _blobs(offset):
   return np.where(keep, np.cumsum(keep), 0)[labels], int(keep.sum())
 
 
-def _fit(offset, blobs, label, box, noise):
+def _fit(offset, blobs, label, box, noise, world):
   """The shape that explains a blob best; None if it is too large to be a thing.
 
   Args:
@@ -168,7 +173,7 @@ def _fit(offset, blobs, label, box, noise):
   """
   if max(s.stop - s.start for s in box) + 4 > _WINDOW:
     return None
-  window = tuple(slice(max(0, s.start - 2), min(world.SIZE, s.stop + 2)) for s in box)
+  window = tuple(slice(max(0, s.start - 2), min(SIZE, s.stop + 2)) for s in box)
   near, own = offset[window], blobs[window] == label
   free = own | (ndimage.maximum_filter(own, 5) & (blobs[window] == 0))
   level, weak = _square(near[own]), int(0.6 * own.sum())
@@ -176,18 +181,18 @@ def _fit(offset, blobs, label, box, noise):
   size = max(float(color @ color), 1.0)
   cover = near @ color / size * free
   area = max(float(cover.sum()), 1.0)
-  areas, middles, lengths, _ = _shapes()
+  areas, middles, lengths, _ = _shapes(world)
   radius = np.sqrt(area / areas)
   rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) + 0.5 for s in window)
   y = float(cover.sum(1) @ rows) / area - middles * radius
   x = np.full_like(y, float(cover.sum(0) @ columns) / area)
-  drawn = _draw(x, y, radius, window)
+  drawn = _draw(x, y, radius, window, world)
   aside = (_square(near)[free].sum() - (cover**2).sum() * size) / size
   error = ((cover - drawn * free) ** 2).sum((1, 2)) + aside - free.sum() * noise / size
   error = np.maximum(error, 0) / (lengths * radius)
   best, second = np.argsort(error)[:2]
   return types.SimpleNamespace(
-      shape=world.SHAPES[best], x=float(x[best]), y=float(y[best]), radius=float(radius[best]),
+      shape=world.shapes[best], x=float(x[best]), y=float(y[best]), radius=float(radius[best]),
       offset=color, window=window, cover=drawn[best], error=error[best], second=error[second])
 
 
@@ -200,18 +205,18 @@ def _explained(offset, blobs, fits, ground):
   rest = np.sqrt(_square(ndimage.uniform_filter(rest, (3, 3, 1))))
   things, unclear = [], []
   for label, fit in enumerate(fits, 1):
-    color = fit and _nearest(ground + fit.offset, world.COLORS, _COLOR)
+    color = fit and _nearest(ground + fit.offset, COLORS, _COLOR)
     part = fit and rest[fit.window][fit.cover > 0].max(initial=0.0) / np.linalg.norm(fit.offset)
     if (color and _RADII[0] <= fit.radius <= _RADII[1] and part <= _GAP
         and fit.error <= _ERROR and fit.second >= _AHEAD * fit.error):
-      things.append(world.Thing(fit.shape, color, fit.x, fit.y, fit.radius))
+      things.append(Thing(fit.shape, color, fit.x, fit.y, fit.radius))
     else:
       unclear.append(blobs == label)
   known = ndimage.maximum_filter(blobs > 0, 5)
   strays, count = ndimage.label((rest > _LEFT) & unlike & ~known, _SQUARE)
   unclear += [strays == i for i in range(1, count + 1) if (strays == i).sum() >= _AREA]
   middles = map(ndimage.center_of_mass, unclear)
-  return things, [tuple(int(v) // world.CELL for v in middle) for middle in middles]
+  return things, [tuple(int(v) // CELL for v in middle) for middle in middles]
 
 
 def _nearest(color, palette, within):
@@ -222,14 +227,14 @@ def _nearest(color, palette, within):
 
 
 @functools.cache
-def _shapes():
-  """Tables of the seven shapes, in radii from their middle.
+def _shapes(world):
+  """Tables of the seven shapes of a world, in radii from their middle.
 
   Areas [7]; offsets of the centres of area downwards [7]; lengths of the outlines [7]; integral
   images [7, samples, samples].
   """
   at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
-  drawn = [_mask(shape, at) for shape in world.SHAPES]
+  drawn = [_mask(shape, at) for shape in world.shapes]
   masks = np.stack([mask for mask, _ in drawn]) / _FINE**2
   areas, sums = masks.sum((1, 2)), masks.cumsum(1).cumsum(2)
   return (areas, masks.sum(2) @ at / areas, np.array([length for _, length in drawn]),
@@ -264,12 +269,12 @@ def _corners(shape):
   return np.stack([corners.real, corners.imag], -1)
 
 
-def _draw(x, y, radius, window):
+def _draw(x, y, radius, window, world):
   """The share of each pixel that each shape covers, float [7, rows, columns].
 
   `x`, `y` and `radius` are [7], in pixels; `window` has the slices of the rows and columns.
   """
-  sums, corners = _shapes()[-1], []
+  sums, corners = _shapes(world)[-1], []
   for s, middle in zip(window, (y, x)):  # edges of pixels: the sample before, and the part beyond
     at = ((np.arange(s.start, s.stop + 1) - middle[:, None]) / radius[:, None] + _REACH) * _FINE
     at = np.clip(at, 0, len(sums[0]) - 1)

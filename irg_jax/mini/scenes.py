@@ -1,0 +1,153 @@
+"""Scenes of the mini worlds, and the painter."""
+
+import itertools
+import math
+
+import numpy as np
+
+from irg_jax.mini.world import (
+    BACKGROUNDS, CELL, COLORS, GRID, SIZE, WORLD1, Scene, Thing, World, of, relations,
+    training_record)
+
+_TONE = 6  # levels by which the colour of a background varies
+_SHIFT = 1.0  # pixels between a thing and the middle of its cell, at most, in each direction
+_GAP = 2.0  # pixels between the bounding squares of two things, at least
+_WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x, y
+
+
+def sample_scene(record: dict, rng) -> Scene:
+  """A scene that shows exactly what a record asks for; all else is random.
+
+  What the record leaves open never makes a pair held out of training.
+  """
+  world, include = of(record), record["include"]
+  owners = [i for i, clause in enumerate(include) for _ in range(clause["count"])]
+  while True:
+    cells = [divmod(int(i), GRID) for i in rng.choice(GRID**2, len(owners), replace=False)]
+    groups = [[c for c, owner in zip(cells, owners) if owner == i] for i in range(len(include))]
+    if relations_hold(include, groups):
+      break
+  details = [detail_of(include[i], rng, world) for i in owners]
+  # Two large things in neighbouring cells fit only with small shifts: all are sampled again.
+  while True:
+    places = [_around(*pair, rng, world) for pair in zip(cells, details)]
+    if all(_apart(a, b) for a, b in itertools.combinations(places, 2)):
+      break
+  things = tuple(Thing(include[i]["class"], color_of(include[i], rng, world), *place, detail)
+                 for i, place, detail in zip(owners, places, details))
+  tone = _sample_tone(rng)
+  return Scene(str(rng.choice(list(BACKGROUNDS))), things, tone, world)
+
+
+def training_scene(rng, world: World = WORLD1) -> Scene:
+  """A scene of a `training_record`."""
+  return sample_scene(training_record(rng, world), rng)
+
+
+def crowded_scene(rng, world: World = WORLD1) -> Scene:
+  """A scene with things in up to 13 cells, which no prompt asks for; it has no unseen pair."""
+  kinds = {detail: [(shape, color) for shape in world.shapes for color in COLORS if not
+                    {(shape, color), (shape, detail)} & world.unseen_pairs]
+           for detail in world.details}
+  cells, places = rng.permutation(GRID**2)[:rng.integers(1, GRID**2 - 2)], []
+  for cell in cells:
+    detail = _pick(world.details, rng)
+    place = place_beside(divmod(int(cell), GRID), places, rng, detail, world)
+    places += [(*place, detail)] if place else []
+  things = tuple(Thing(*_pick(kinds[detail], rng), *place, detail) for *place, detail in places)
+  return Scene(str(rng.choice(list(BACKGROUNDS))), things, _sample_tone(rng), world)
+
+
+def color_of(clause, rng, world: World) -> str:
+  """The colour of a clause, or a random one that training may show with its shape."""
+  if "color" in clause:
+    return clause["color"]
+  return str(rng.choice([c for c in COLORS if (clause["class"], c) not in world.unseen_pairs]))
+
+
+def detail_of(clause, rng, world: World) -> str:
+  """The detail of a clause, or a random one that training may show with its shape."""
+  if "detail" in clause:
+    return clause["detail"]
+  return _pick([d for d in world.details if (clause["class"], d) not in world.unseen_pairs], rng)
+
+
+def _pick(values, rng):
+  """A random value; one alone needs no randomness."""
+  return values[rng.integers(len(values))] if len(values) > 1 else values[0]
+
+
+def relations_hold(include, groups) -> bool:
+  """Whether all relations hold between `groups`, the cells of each clause; none on a diagonal."""
+  for i, relation, other in relations(include):
+    x, y = _WAYS[relation]
+    for a, b in itertools.product(groups[i], groups[other]):
+      down, right = a[0] - b[0], a[1] - b[1]
+      if x * right + y * down <= abs(y * right + x * down):
+        return False
+  return True
+
+
+def place_beside(cell, others, rng, detail, world: World) -> tuple[float, float, float] | None:
+  """A free place (x, y, radius) near the middle of a cell; None if 200 samples find none."""
+  for _ in range(200):
+    new = _around(cell, detail, rng, world)
+    if all(_apart(new, other) for other in others):
+      return new
+  return None
+
+
+def _around(cell, detail, rng, world):
+  radius = rng.uniform(*world.radii[detail])
+  y, x = ((i + 0.5) * CELL + rng.uniform(-_SHIFT, _SHIFT) for i in cell)
+  low, high = radius + 0.5, SIZE - radius - 0.5
+  return float(np.clip(x, low, high)), float(np.clip(y, low, high)), float(radius)
+
+
+def _apart(a, b):
+  return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP
+
+
+def _sample_tone(rng):
+  return tuple(int(v) for v in rng.integers(-_TONE, _TONE + 1, 3))
+
+
+_SAMPLES = 4  # a side of each pixel, for soft edges
+
+
+def paint(scene: Scene) -> np.ndarray:
+  """The image of a scene, uint8 [64, 64, 3]."""
+  image = np.tile(np.add(BACKGROUNDS[scene.background], scene.tone).astype(float), (SIZE, SIZE, 1))
+  for thing in scene.things:
+    window = tuple(slice(max(0, int(v - thing.radius - 2)), min(SIZE, int(v + thing.radius + 3)))
+                   for v in (thing.y, thing.x))
+    y, x = (np.arange(s.start, s.stop, 1 / _SAMPLES) + 0.5 / _SAMPLES for s in window)
+    inside = _INSIDE[thing.shape]((x[None, :] - thing.x) / thing.radius,
+                                  (y[:, None] - thing.y) / thing.radius)
+    cover = inside.reshape(len(y) // _SAMPLES, _SAMPLES, -1, _SAMPLES).mean((1, 3))
+    image[window] += cover[..., None] * (COLORS[thing.color] - image[window])
+  return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+def _polygon(x, y, points):
+  """Whether (x, y) is inside: a ray to the right meets an odd number of edges."""
+  inside = np.zeros(np.broadcast(x, y).shape, bool)
+  for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1]):
+    if y1 != y2:
+      inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) * (x2 - x1) / (y2 - y1))
+  return inside
+
+
+_STAR = [(r * math.sin(i * math.pi / 5), 0.08 - r * math.cos(i * math.pi / 5))
+         for i, r in enumerate((1.05, 0.42) * 5)]
+
+# x to the right, y down, in radii from the middle of the thing.
+_INSIDE = {
+    "circle": lambda x, y: x**2 + y**2 < 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.88,
+    "triangle": lambda x, y: _polygon(x, y, [(0, -1), (1, 0.9), (-1, 0.9)]),
+    "diamond": lambda x, y: abs(x) + abs(y) < 1.05,
+    "star": lambda x, y: _polygon(x, y, _STAR),
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 1),
+    "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.25),
+}
