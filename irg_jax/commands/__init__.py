@@ -11,12 +11,12 @@ import argcomplete
 
 import irg_jax
 from irg_jax.commands import (
-    ask, convert, data, demo, fetch, generate, init, mini, plan, serve, train)
+    ask, convert, data, demo, fetch, generate, init, mini, plan, rl, serve, train)
 from irg_jax.commands import eval as eval_verb
 from irg_jax.commands.flags import Parser
 from irg_jax.messages import message
 
-VERBS = (generate, ask, serve, demo, fetch, convert, init, train, data, eval_verb, mini, plan)
+VERBS = (generate, ask, serve, demo, fetch, convert, init, train, rl, data, eval_verb, mini, plan)
 
 
 def main(argv=None) -> int:

@@ -42,6 +42,8 @@ class Thought:
   ids: tuple[int, ...] = ()  # the text tokenised again, as appended to the context
   hit_limit: bool = False  # it did not end by itself
   cut: int = 0  # tokens dropped because the text, tokenised again, exceeded the limit
+  # The ids are the tokens that were sampled, not others that spell the same.
+  as_sampled: bool = dataclasses.field(default=True, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Job:
   on_progress: Callable | None = None  # (kind, round, step, total), called on the host
   on_text: Callable | None = None  # (round, texts of the rows so far), every few tokens
   room: Room = Room()
+  draw: Callable | None = None  # in place of `denoise.denoise`, with its arguments and result
 
   @property
   def cache(self) -> tuple[int, int]:
@@ -121,7 +124,7 @@ class Job:
 
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
              settings: Settings = Settings(), system_prompt="", images=None, noise=None,
-             on_progress=None, on_text=None, room=Room(), done=(),
+             on_progress=None, on_text=None, room=Room(), draw=None, done=(),
              on_result=None) -> list[Trajectory]:
   """Thinks and draws an image, `settings.rounds` times for every prompt.
 
@@ -138,7 +141,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       uint8 [Y, X, 3], equally many and of equal sizes for all prompts. The prompts are then
       instructions, and `settings.later` guides every round.
     noise: see `Job`; None derives it from the seeds.
-    on_progress, on_text, room: see `Job`. Compiled programs do not depend on listeners.
+    on_progress, on_text, room, draw: see `Job`. Compiled programs do not depend on listeners.
     done: rounds of an earlier run with the same arguments, lists of B `Round`s, which are read, not
       made again. The last one may lack its images.
     on_result: told all rounds so far, such lists, after each thought and each image but the last.
@@ -149,7 +152,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
   settings.validate(model.config)
   job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
                 system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress,
-                on_text=on_text, room=room)
+                on_text=on_text, room=room, draw=draw)
   _, window = job.cache
   tell = on_result or (lambda _: None)
   ctx, history, results = begin(job), [], []
@@ -184,7 +187,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
 
 
 def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt="", images=None,
-            noise=None, on_progress=None, on_text=None, room=Room()) -> Job:
+            noise=None, on_progress=None, on_text=None, room=Room(), draw=None) -> Job:
   """Checks and encodes the inputs of `generate`; arguments and errors as there."""
   if len(seeds) != len(prompts) or not prompts:
     raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
@@ -198,7 +201,8 @@ def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt
       raise ValueError(f"prompt {number} has {len(ids)} tokens, but the cache is made for "
                        f"{settings.max_prompt_tokens}: shorten it or raise max_prompt_tokens")
   return Job(model, params, tokenizer, settings, list(seeds), tokenizer.encode(system_prompt),
-             prompt_ids, images, noise or steps.seeded_noise(seeds), on_progress, on_text, room)
+             prompt_ids, images, noise or steps.seeded_noise(seeds), on_progress, on_text, room,
+             draw)
 
 
 def check_images(images, prompts) -> list:
@@ -235,20 +239,21 @@ def think(job: Job, ctx: Context, number: int) -> list[Thought]:
   ctx, keys_B = in_layers(ctx), steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
   draft = steps.new_draft(job.model.config, len(job.seeds), max(limit, job.room.thought),
                           tokenizer.special)
-  written = lambda: [tokenizer.decode(ids_T[:count].tolist()) for ids_T, count in zip(
+  sampled = lambda: [ids_T[:count].tolist() for ids_T, count in zip(
       sharding.to_host(draft.ids), sharding.to_host(draft.count))]
   for _, stop in job.parts("think", number, limit, _TOKENS if job.on_text else limit):
     draft = jax.block_until_ready(steps.think(
         job.model, job.params["transformer"], ctx, draft, keys_B, stop, sampling=s.sampling,
         special=tokenizer.special))
     if job.on_text is not None:
-      job.on_text(number, written())
+      job.on_text(number, list(map(tokenizer.decode, sampled())))
       if sharding.to_host(draft.ended).all():
         break
   thoughts = []
-  for text, ended in zip(written(), sharding.to_host(draft.ended)):
-    ids = tokenizer.encode(text)
-    thoughts.append(Thought(text, tuple(ids[:limit]), not ended, max(0, len(ids) - limit)))
+  for own, ended in zip(sampled(), sharding.to_host(draft.ended)):
+    ids = tokenizer.encode(text := tokenizer.decode(own))
+    thoughts.append(Thought(text, tuple(ids[:limit]), not ended, max(0, len(ids) - limit),
+                            list(ids) == own))
   return thoughts
 
 
@@ -264,7 +269,7 @@ def read_thoughts(job: Job, ctx: Context, thoughts, after_image: bool) -> Contex
 
 def _draw(job, ctx, number, lap):
   """Denoises and decodes; returns latents and 8-bit images, in rows."""
-  latents = lap("draw", denoise(job, ctx, number))
+  latents = lap("draw", (job.draw or denoise)(job, ctx, number))
   job.report("decode", number)
   images = steps.decode_pixels(job.model.config, job.params["vae"], latents, job.grid)
   return sharding.to_host(latents), lap("decode", sharding.to_host(images))

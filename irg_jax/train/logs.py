@@ -38,12 +38,14 @@ class Log(contextlib.ExitStack):
     peak_flops: FLOP/s of all devices together; 0: unknown, no utilisation is logged.
     sink: further place for the curves: a context manager that yields what `curves` yields.
     more: function without arguments to further metrics of each point of the curves.
+    summary: function (values of a step, brief) -> its line in the terminal.
     stream: of the terminal; stderr by default.
   """
 
   def __init__(self, folder, stage: str, mesh, *, start: int, total: int, every: int, step_flops,
-               peak_flops: float, sink=None, more=dict, stream=None):
+               peak_flops: float, sink=None, more=dict, summary=None, stream=None):
     super().__init__()
+    self._summary = summary or _summary
     self._stage, self._total, self._every = stage, total, every
     self._step_flops, self._peak, self._pending = step_flops, peak_flops, None
     self._window, self._last = [], None  # (seconds, tokens, FLOPs) of steps since the last line
@@ -103,7 +105,7 @@ class Log(contextlib.ExitStack):
     now, seconds = time.monotonic(), None
     if self._last is not None:  # the time of the first step is that of compilation
       seconds = now - self._last
-      tokens = sum(values[f"tokens/{kind}"] for kind in ("text", "latent", "vit"))
+      tokens = sum(values.get(f"tokens/{kind}", 0.0) for kind in ("text", "latent", "vit"))
       self._window.append((seconds, tokens, self._step_flops(values)))
     self._last, rates = now, {}
     if step % self._every == 0 or step == self._total:
@@ -153,9 +155,9 @@ class Log(contextlib.ExitStack):
     for add in self._sinks:
       add(step, values)
     if self._bar.disable:
-      self.note(f"{self._stage}, step {step} of {self._total}: {_summary(values)}")
+      self.note(f"{self._stage}, step {step} of {self._total}: {self._summary(values, False)}")
     self._bar.update(self._task, completed=step,
-                     description=f"{self._stage}: {_summary(values, brief=True)}")
+                     description=f"{self._stage}: {self._summary(values, True)}")
 
 
 @contextlib.contextmanager
@@ -252,8 +254,11 @@ def traced(steps, folder, first: int, count: int, wait):
         trace.close()
 
 
-def forget_after(folder, stage: str, step: int) -> None:
-  """Truncates the JSON lines after a step of a stage: those steps will be made again."""
+def forget_after(folder, stage: str, step: int, stages=STAGES) -> None:
+  """Truncates the JSON lines after a step of a stage: those steps will be made again.
+
+  `stages` are those of the run, in their order.
+  """
   path, end = pathlib.Path(folder) / FILE, 0
   if not path.is_file():
     return
@@ -261,10 +266,10 @@ def forget_after(folder, stage: str, step: int) -> None:
     for line in lines:
       try:
         record = json.loads(line)
-        place = STAGES.index(record["stage"]), record["step"]
+        place = stages.index(record["stage"]), record["step"]
       except (ValueError, KeyError, TypeError):
         break  # half a line, of a killed process
-      if not line.endswith(b"\n") or place > (STAGES.index(stage), step):
+      if not line.endswith(b"\n") or place > (stages.index(stage), step):
         break
       end += len(line)
   os.truncate(path, end)
@@ -321,7 +326,7 @@ def _rounded(values):
           for name, value in values.items()}
 
 
-def _summary(values, brief: bool = False) -> str:
+def _summary(values, brief: bool) -> str:
   parts = [f"loss {values['loss']:.3f}"] if brief else [
       f"loss {values['loss']:.4f}", f"ce {values['ce']:.4f}", f"mse {values['mse']:.4f}",
       f"lr {values['learning_rate']:.3g}"]

@@ -29,25 +29,27 @@ def token_losses(model, params, batch, timestep_BG, noise_BGC, text_chunk: int =
   noised_BGC = flow.interpolate(batch.latents, noise_BGC, timestep_BG[..., None])
   und_BUD, velocity_BGC = model.apply({"params": params}, batch, noised_BGC, timestep_BG)
   logits = lambda hidden: model.apply({"params": params}, hidden, method="text_logits")
-  ce_BE = _cross_entropy(logits, und_BUD, batch.text_place, batch.text_target, text_chunk)
+  ce_BE = predictions(logits, cross_entropy, und_BUD, batch.text_place, batch.text_target,
+                      text_chunk)
   error_BG = jnp.mean((velocity_BGC - (noise_BGC - batch.latents)) ** 2, -1)
   return (jnp.where(batch.text_weight > 0, ce_BE, 0.0),
           jnp.where(batch.latent_weight > 0, error_BG, 0.0))
 
 
-def _cross_entropy(logits, hidden_BUD, place_BE, target_BE, chunk):
-  """Cross-entropy [B, E] of the targets at their places in the und buffer.
+def predictions(logits, of, hidden_BUD, place_BE, target_BE, chunk):
+  """`of` the logits [B, E, V] and the targets [B, E] at their places in the und buffer.
 
   Computed chunk by chunk along E and again in the backward pass, so that the logits of a whole
   row never exist at once.
+
+  Args:
+    logits: function of hidden states.
+    of: function to an array [B, E], or to a tree of such.
   """
   def block(args):
     hidden_BED, target_BE = args
     hidden_BED = constrain(hidden_BED, "batch", "length", "embed")
-    logits_BEV = constrain(logits(hidden_BED), "batch", "length", "vocab")
-    # A comparison, not a lookup: it stays local where the vocabulary is split over devices.
-    hit_BEV = target_BE[..., None] == lax.broadcasted_iota(jnp.int32, logits_BEV.shape, 2)
-    return jax.nn.logsumexp(logits_BEV, -1) - jnp.sum(jnp.where(hit_BEV, logits_BEV, 0.0), -1)
+    return of(constrain(logits(hidden_BED), "batch", "length", "vocab"), target_BE)
 
   hidden_BED = pick(hidden_BUD, place_BE)
   length = place_BE.shape[1]
@@ -60,8 +62,15 @@ def _cross_entropy(logits, hidden_BUD, place_BE, target_BE, chunk):
     padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     return rearrange(padded, "B (Z E) ... -> Z B E ...", Z=count)
 
-  ce_ZBE = lax.map(jax.checkpoint(block), (blocks(hidden_BED), blocks(target_BE)))
-  return rearrange(ce_ZBE, "Z B E -> B (Z E)")[:, :length]
+  found = lax.map(jax.checkpoint(block), (blocks(hidden_BED), blocks(target_BE)))
+  return jax.tree.map(lambda x_ZBE: rearrange(x_ZBE, "Z B E -> B (Z E)")[:, :length], found)
+
+
+def cross_entropy(logits_BEV, target_BE):
+  """Cross-entropy [B, E] of the targets."""
+  # A comparison, not a lookup: it stays local where the vocabulary is split over devices.
+  hit_BEV = target_BE[..., None] == lax.broadcasted_iota(jnp.int32, logits_BEV.shape, 2)
+  return jax.nn.logsumexp(logits_BEV, -1) - jnp.sum(jnp.where(hit_BEV, logits_BEV, 0.0), -1)
 
 
 def loss_sums(ce_BE, error_BG, batch) -> dict:

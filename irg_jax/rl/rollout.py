@@ -1,0 +1,202 @@
+"""Trajectories by `generate`, in files: what was thought and drawn, and what the sampler did.
+
+  ITERATION/FIRST/            trajectories FIRST, FIRST + 1, ..., sampled side by side
+    batch.json                the digest of what they follow from
+    NUMBER/trace.json, ...    a trace, as of irg generate
+    NUMBER/rollout.json       record of the prompt, seed, thoughts with their tokens
+    NUMBER/rollout.npz        images as drawn and as read back, x before and after stochastic steps
+
+A folder appears when it is complete. What is learned is read from files, also in the run that wrote
+them, so a run that goes on after a kill learns the same.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from irg_jax import flow, sharding, storage
+from irg_jax.generate import generator, irg, steps
+from irg_jax.generate.context import FULL, in_layers
+from irg_jax.reports import trace
+from irg_jax.rl import sampler
+from irg_jax.rl.settings import ImageTrack, RlSettings, seed_of
+
+_BATCH, _ROW = "batch.json", "rollout"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """One trajectory."""
+
+  record: dict  # of the prompt
+  seed: int
+  trajectory: irg.Trajectory  # rounds without latents
+  start: int  # index of the first stochastic step
+  path: np.ndarray  # float32 [rounds, window + 1, P, C], x before each of them and after the last
+  seen: tuple[dict, ...]  # each image but the last as it was read back: "latents", "patches" grids
+
+
+class Walk:
+  """Draws images with a window of stochastic steps, see `irg.Job.draw`; Euler steps elsewhere.
+
+  Attributes:
+    paths: of each round, float32 [window + 1, B, P, C].
+  """
+
+  def __init__(self, track: ImageTrack, start: int):
+    self._track, self._start, self.paths = track, start, []
+
+  def __call__(self, job, ctx, number: int):
+    s, track, start = job.settings, self._track, self._start
+    shape = (len(job.seeds), int(np.prod(job.grid)), job.model.config.latent_dim)
+    times, ctx = flow.schedule(s.steps, s.timestep_shift), in_layers(ctx)
+    args = job.model, job.params["transformer"], ctx
+    fixed = dict(grid=job.grid, special=job.tokenizer.special)
+    euler = lambda x_BPC, first, stop: steps.denoise(
+        *args, x_BPC, times, None, first, stop, views=(FULL,), **fixed)
+    x_BPC = euler(job.noise("noise", number, shape), 0, start)
+    keys_B = steps.row_keys(np.array(job.seeds, np.uint32), number, "noise")
+    path = walk(*args, x_BPC, times, start, keys_B, track.noise, count=track.window, **fixed)
+    self.paths.append(sharding.to_host(path))
+    return euler(path[-1], start + track.window, s.steps - 1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count", "grid", "special"))
+def walk(model, params, ctx, x_BPC, times_M, start, keys_B, noise, *, count, grid, special):
+  """`count` stochastic steps from time `times_M[start]` on.
+
+  Args:
+    x_BPC, times_M, grid, special: as of `steps.denoise`.
+    keys_B: a row's noise depends on its key and the step.
+    noise: a of `sampler`.
+
+  Returns:
+    float32 [count + 1, B, P, C]: x before each step, and after the last one.
+  """
+  def step(x_BPC, i):
+    v_BPC = steps.velocities(model, params, ctx, x_BPC, times_M[i], grid=grid, special=special,
+                             views=(FULL,))["full"]
+    drawn = lambda key: jax.random.normal(jax.random.fold_in(key, i + 1), x_BPC.shape[1:])
+    after = sampler.step(x_BPC, v_BPC, times_M[i], times_M[i + 1], noise, jax.vmap(drawn)(keys_B))
+    return after, after
+
+  x_BPC = x_BPC.astype(jnp.float32)
+  after = lax.scan(step, x_BPC, start + jnp.arange(count))[1]
+  return jnp.concatenate([x_BPC[None], after])
+
+
+def window_start(settings: RlSettings, iteration: int) -> int:
+  """Index of the first stochastic step of an iteration's images."""
+  last = settings.image.among - settings.image.window
+  return int(np.random.default_rng([settings.seed, iteration, 1]).integers(last + 1))
+
+
+def sample(loaded: generator.Generator, settings: RlSettings, generation, records, iteration: int,
+           folder, identity: str, progress=None) -> list[Rollout]:
+  """The trajectories of an iteration, `settings.group` of each record; made where they are missing.
+
+  Args:
+    loaded: the policy.
+    generation: `settings.rollout.settings` of the checkpoint's.
+    folder: of the iteration.
+    identity: digest of what the policy and the records follow from.
+  """
+  rows = [record for record in records for _ in range(settings.group)]
+  seeds = [seed_of(settings.seed, iteration, i, len(rows)) for i in range(len(rows))]
+  size, found = min(settings.rollout.batch_size, len(rows)), []
+  storage.remove_partials(folder)
+  for numbers in generator.batches(len(rows), size):
+    place = pathlib.Path(folder) / f"{numbers[0]:05}"
+    if not _is_complete(place, identity):
+      shutil.rmtree(place, ignore_errors=True)
+      if progress:
+        progress(f"iteration {iteration}: trajectories", 0, numbers[0], len(rows))
+      some = [[x[i] for i in numbers] for x in (rows, seeds)]
+      made = _sample_batch(loaded, settings, generation, *some, iteration, size)
+      with storage.atomic_folder(place) as partial:
+        for number, (rollout, record) in zip(numbers, made):
+          trace.write_trace(partial / f"{number:05}", record)
+          _write(partial / f"{number:05}", rollout)
+        storage.write_json(partial / _BATCH, {"identity": identity})
+    found += [read(place / f"{number:05}") for number in numbers]
+  return found
+
+
+def read(folder) -> Rollout:
+  """Reads a trajectory."""
+  folder = pathlib.Path(folder)
+  told, arrays = storage.read_json(folder / f"{_ROW}.json"), np.load(folder / f"{_ROW}.npz")
+  rounds = [irg.Round(irg.Thought(**thought | {"ids": tuple(thought["ids"])}), None, image, {})
+            for thought, image in zip(told["thoughts"], arrays["images"])]
+  seen = tuple({"latents": latents, "patches": patches}
+               for latents, patches in zip(arrays["latents"], arrays["patches"]))
+  return Rollout(told["record"], told["seed"], irg.Trajectory(told["record"]["prompt"], rounds),
+                 told["start"], arrays["path"], seen)
+
+
+def _is_complete(place, identity):
+  try:
+    return storage.read_json(place / _BATCH)["identity"] == identity
+  except (OSError, ValueError, LookupError):
+    return False
+
+
+def _sample_batch(loaded, settings, generation, records, seeds, iteration, size):
+  """[(rollout, record of its trace)] of trajectories sampled side by side."""
+  start, prompts = window_start(settings, iteration), [r["prompt"] for r in records]
+  draw = Walk(settings.image, start) if settings.image.weight else None
+  prompt = loaded.defaults.system_prompt
+  drawn = loaded.batch(prompts, seeds, generation, prompt, size=size, draw=draw)
+  seen = _read_back(loaded, generation, drawn, seeds, size)
+  made = []
+  for i, (record, seed, trajectory) in enumerate(zip(records, seeds, drawn)):
+    path = (np.stack([path[:, i] for path in draw.paths]) if draw else
+            np.zeros((len(trajectory.rounds), 0, 0, 0), np.float32))
+    own = tuple({name: x[i] for name, x in images.items()} for images in seen)
+    made.append((Rollout(record, seed, trajectory, start, path, own),
+                 loaded.record(trajectory, generation, prompt, seed, size)))
+  return made
+
+
+def _read_back(loaded, generation, drawn, seeds, size):
+  """What the model saw of each image but the last: {"latents", "patches"}, [B, Y, X, C] each."""
+  padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
+  seen = []
+  with jax.set_mesh(loaded.mesh):
+    job = irg.prepare(loaded.model, loaded.params, loaded.tokenizer, [""] * size,
+                      seeds=padded(seeds), settings=generation)
+    for number in range(generation.rounds - 1):
+      found = irg.encode(job, [t.rounds[number].image for t in padded(drawn)], number)
+      grid = lambda x, sides: np.asarray(x).reshape(len(x), *sides, -1)
+      seen.append({"latents": grid(sharding.to_host(found["latents_BPC"]), found["latent_grid"]),
+                   "patches": grid(found["patches_BPC"], found["vit_grid"])})
+  return seen
+
+
+def _write(folder, rollout):
+  stacked = lambda name: np.stack([x[name] for x in rollout.seen]) if rollout.seen else np.zeros(0)
+  rounds = rollout.trajectory.rounds
+  np.savez(folder / f"{_ROW}.npz", path=rollout.path, images=np.stack([r.image for r in rounds]),
+           latents=stacked("latents"), patches=stacked("patches"))
+  told = {"record": rollout.record, "seed": rollout.seed, "start": rollout.start,
+          "thoughts": [dataclasses.asdict(r.thought) for r in rounds]}
+  (folder / f"{_ROW}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def forget(folder, iteration: int, keep: int) -> None:
+  """Removes the trajectories of all but the newest `keep` iterations; 0 keeps all."""
+  for path in pathlib.Path(folder).glob("[0-9]*") if keep else ():
+    if int(path.name) <= iteration - keep:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def iteration_folder(out, iteration: int) -> pathlib.Path:
+  """The folder of an iteration's trajectories in the folder of a run."""
+  return pathlib.Path(out) / "rollouts" / f"{iteration:06}"
