@@ -7,6 +7,7 @@ from irg_jax.config import ModelConfig
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import run as mini_run
 from irg_jax.reports.pages import table
+from irg_jax.rl.settings import RlSettings
 from irg_jax.serve.fields import ChatFields, ImageFields
 from irg_jax.train.settings import TrainSettings
 
@@ -45,6 +46,12 @@ training has `model.dtype=bfloat16` and `model.remat=attention`.
 
 {train}
 
+## Learning from rewards
+
+Of `irg rl` ([rl.md](rl.md)); `configs/rl.py` has presets. The fields of `model` are listed below.
+
+{rl}
+
 ## Mini world
 
 Of `irg mini run`. The sizes of its model are in `configs/mini.py`; the fields of
@@ -67,6 +74,7 @@ def render() -> str:
   return _TEXT.format(generate=_table(_rows(Settings())), images=_table(images),
                       chat=_table([row for row in chat if row not in images]),
                       train=_table(_without(_rows(TrainSettings()), "model")),
+                      rl=_table(_without(_rows(RlSettings()), "model")),
                       mini=_table(_without(mini, "model")), model=_table(_rows(ModelConfig())))
 
 

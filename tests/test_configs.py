@@ -32,7 +32,7 @@ def _write(folder, text):
 
 def test_every_configuration_file_is_covered_here():
   names = {p.stem for p in CONFIGS.glob("*.py")}
-  assert names == {*MODELS, "generate", "generate_tiny", "irgl", "mini"}
+  assert names == {*MODELS, "generate", "generate_tiny", "irgl", "mini", "rl"}
 
 
 @pytest.mark.parametrize("preset, model", [("paper", "bagel_7b"), ("tiny", "tiny")])

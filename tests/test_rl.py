@@ -12,7 +12,7 @@ import rl_runs
 from irg_jax import flow, sharding
 from irg_jax.generate import irg, steps
 from irg_jax.model.unified import UnifiedTransformer
-from irg_jax.rl import batches, rollout, run, sampler, step
+from irg_jax.rl import batches, programs, rollout, run, sampler, step
 from irg_jax.rl.settings import ImageTrack
 from irg_jax.train.step import init_state, make_optimizer
 from irg_jax.weights import lora
@@ -161,11 +161,12 @@ def test_an_end_that_was_not_sampled_and_a_thought_that_reads_otherwise_do_not_c
 def test_rows_are_never_longer_than_the_longest_that_is_planned_for(folder):
   loaded, generation = rl_runs.policy(folder)
   rows, s = rl_runs.rows(folder)
-  words = len(loaded.tokenizer.encode(loaded.defaults.system_prompt)) + 20
-  most = batches.most(s, generation, s.model, words)
-  made = rows.batch
-  assert made.text_ids.shape[-1] <= most.und and made.text_place.shape[-1] <= most.text
-  assert made.latents.shape[-2] == most.gen and made.vit_patches.shape[-2] == most.vit
+  made, words = rows.batch, len(loaded.tokenizer.encode(loaded.defaults.system_prompt))
+  longest = programs.longest_row(s, generation, words, 20).batch
+  assert made.text_ids.shape[-1] <= len(longest.text_ids)
+  assert made.text_place.shape[-1] <= len(longest.text_place)
+  assert made.latents.shape[2:] == longest.latents.shape
+  assert made.vit_patches.shape[2:] == longest.vit_patches.shape
 
 
 # --- updates

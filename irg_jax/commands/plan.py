@@ -95,6 +95,8 @@ def _kinds(args, overrides, slice_) -> list:
       return [programs.train_program(training, args.stage, mesh, args.visible)]
 
     kinds.append((lambda: meshes.training_meshes(training, args.stage, slice_), train))
+  if "rl" in args.programs:
+    kinds.append((_no_meshes, functools.partial(_rl, args, overrides, slice_)))
   if args.slices > 1 and set(args.programs) != {"train"}:
     raise ValueError(f"--slices {args.slices}: is for --programs train; generation on several "
                      "slices is several commands")
@@ -114,6 +116,25 @@ def _kinds(args, overrides, slice_) -> list:
   return kinds
 
 
+def _rl(args, overrides, slice_, shape) -> list:
+  """The update of `irg rl`, of a configuration like configs/rl.py."""
+  from irg_jax import sharding
+  from irg_jax.generate.settings import Settings
+  from irg_jax.rl import programs
+  from irg_jax.rl import settings as rl_settings
+  unread = ["prompts=-", "reward=-"]  # a plan reads no prompts and asks nobody
+  settings = rl_settings.load(args.config, [*unread, *overrides])
+  generation = settings.rollout.settings(Settings())
+  generation.validate(settings.model)
+  settings.check_generation(generation)
+  mesh = sharding.make_mesh(shape or settings.mesh.shape(slice_.chips), slice_.devices)
+  return [programs.rl_program(settings, generation, mesh)]
+
+
+def _no_meshes():
+  raise ValueError("--mesh auto knows the programs of training and generation; give axes for rl")
+
+
 def _mesh(text: str):
   """Parses --mesh."""
   return text if text == "auto" else flags.mesh(text)
@@ -121,7 +142,7 @@ def _mesh(text: str):
 
 def _names(text: str) -> tuple[str, ...]:
   """Parses --programs."""
-  names, known = text.split(","), ("train", "generate", *_STEPS)
+  names, known = text.split(","), ("train", "generate", "rl", *_STEPS)
   for old in set(names) & set(_OLD):
     print(f"note: program {old} is now called {_OLD[old]}", file=sys.stderr)
   names = tuple(_OLD.get(name, name) for name in names)

@@ -25,6 +25,9 @@ _HINTS = {
     "train": ("give it more chips; more of the mesh to `sequence` (--mesh fsdp=64,sequence=4); "
               "fewer rows a chip (--config.data.rows); --config.model.remat=full; "
               "smaller buffers (--config.{stage}.sizes)"),
+    "rl": ("give it more chips; more parts (--config.accumulate); --config.model.remat=full; "
+           "shorter thoughts or smaller images (--config.rollout.think_limit, .height, .width); "
+           "adapters (--config.lora.rank=64)"),
     "generate": ("give it more chips; fewer prompts (--batch); a smaller cache (--cache) or "
                  "image (--size); more of the mesh to `tensor` (--mesh fsdp=4,tensor=2)"),
 }
@@ -226,7 +229,7 @@ def _kernels(e):
 def _excess(e, slice_, headroom) -> str:
   """Message about the memory that a program lacks, and what to try."""
   name, chip = e.program.name, slice_.chip
-  hint = _HINTS["train" if name.startswith("train") else "generate"]
+  hint = _HINTS.get(name.split()[0], _HINTS["generate"])
   missing = (headroom - e.headroom(slice_)) * chip.hbm_gib
   kept = f" with {headroom:.0%} to spare" if headroom else ""
   least = "" if e.seconds else "at least "  # the compiler stops at the first excess

@@ -98,11 +98,11 @@ def train_program(settings: TrainSettings, stage: str, mesh,
   key, count = jax.eval_shape(lambda: jax.random.key(0)), math.prod(lead)
   tokens = s.sizes.und + s.sizes.gen
   parts = {"decoder": (tokens, [tokens]), "ViT": (s.sizes.vit, [s.sizes.vit])}
-  case = _row_case(settings, stage, mesh, visible, _forms(model, mesh, parts))
+  case = _row_case(settings, stage, mesh, visible, attention_forms(model, mesh, parts))
   return Program(
       f"train {stage}", f"an update of {count} rows of {tokens} tokens", mesh,
       functools.partial(step.trace, Switches(), state, batch, key, *base), (case,),
-      tuple(f"{part} {form}" for part, form in _forms(model, mesh, parts).items()))
+      tuple(f"{part} {form}" for part, form in attention_forms(model, mesh, parts).items()))
 
 
 def _row_case(settings, stage, mesh, visible, forms) -> Case:
@@ -122,7 +122,7 @@ def _row_case(settings, stage, mesh, visible, forms) -> Case:
   return Case("", {sizes.vit: (vit, vit), sizes.und + sizes.gen: (busiest, busiest)}, rows * needed)
 
 
-def _forms(config, mesh, parts) -> dict[str, str]:
+def attention_forms(config, mesh, parts) -> dict[str, str]:
   """Form of attention of each part, given (queries, keys of each source), and why no kernel."""
   with jax.set_mesh(mesh):
     found = {name: choose(*lengths) for name, lengths in parts.items()}
@@ -205,8 +205,8 @@ def _array(mesh, *shape, dtype=jnp.float32):
 
 def _program(config, mesh, cache, image, visible, unit, step, *args, parts=None, flops=None,
              seen_by=(FULL,), **static) -> Program:
-  """A step of generation; `flops` is of `_needed`, `parts` the lengths that `_forms` takes."""
-  forms = _forms(config, mesh, parts or {})
+  """A step of generation; `flops` is of `_needed`, `parts` the lengths for `attention_forms`."""
+  forms = attention_forms(config, mesh, parts or {})
   cases = [Case("", {}, flops and flops(1.0))]
   visited, seen = _second_round(image, cache, seen_by) if visible is None else [visible] * 2
   if forms.get("decoder") == "kernel" and seen < 1:

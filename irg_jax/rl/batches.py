@@ -39,7 +39,8 @@ class Rows:
 
 
 def make_rows(rollouts: list[Rollout], text_advantages, image_advantages, settings: RlSettings,
-              generation: Settings, defaults: Defaults, tokenizer, model: ModelConfig) -> list[Rows]:
+              generation: Settings, defaults: Defaults, tokenizer,
+              model: ModelConfig) -> list[Rows]:
   """Rows, each without its axis B, of trajectories.
 
   Args:
@@ -67,22 +68,6 @@ def fitting(samples) -> BufferSizes:
   up = lambda count: -(-count // _LENGTH) * _LENGTH
   return BufferSizes(und=up(longest("und_ids")), gen=longest("gen_place"),
                      vit=longest("vit_position"), text=up(longest("text_place")), samples=1)
-
-
-def most(settings: RlSettings, generation: Settings, model: ModelConfig, prompt: int) -> BufferSizes:
-  """Sizes of the longest row; `prompt` is the tokens of the system prompt and the prompt."""
-  s, rounds = generation, generation.rounds
-  tokens = lambda size, side: (size[0] // side) * (size[1] // side)
-  drawn = tokens((s.width, s.height), model.pixel_stride)
-  size = s.vae_transform.size(s.width, s.height)
-  seen = tokens(s.vit_transform.size(*size), model.vit.patch_size)
-  noised = rounds * settings.image.window if settings.image.weight else 0
-  told = rounds * s.think_limit if s.think else 0
-  up = lambda count: -(-count // _LENGTH) * _LENGTH
-  return BufferSizes(
-      und=up(prompt + 4 + told + rounds + 2 * noised + (rounds - 1) * (seen + 4)),
-      gen=noised * drawn + (rounds - 1) * tokens(size, model.pixel_stride),
-      vit=(rounds - 1) * seen, text=up(told) if settings.text.weight else 0, samples=1)
 
 
 def _sample(rollout, settings, generation, defaults, tokenizer, model):

@@ -1,6 +1,7 @@
 """Records of prompts to learn from: of a file, or made by a world. Never one of a test.
 
-A record is a dict with "prompt", and whatever the rewards read beside it; "tag" is its task in logs.
+A record is a dict with "prompt", and whatever the rewards read beside it; "tag" names its task in
+logs.
 """
 
 import hashlib
@@ -43,8 +44,8 @@ class Prompts:
     if self._sample is None:
       self._records = [r for r in self._read() if self._wanted(r)]
       if not self._records:
-        raise ValueError(f"config field 'prompts': {settings.prompts} holds no prompt with a tag of "
-                         f"{', '.join(settings.tasks)}")
+        raise ValueError(f"config field 'prompts': {settings.prompts} holds no prompt with a tag "
+                         f"of {', '.join(settings.tasks)}")
     known = [settings.prompts] if self._sample else self._records
     self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     self(0)  # what cannot be sampled is told now

@@ -96,8 +96,8 @@ class RlSettings:
   tasks: tuple[str, ...] = setting(
       (), "prompts with one of these as \"tag\" alone; empty: all")
   tests: tuple[str, ...] = setting(
-      (), "files of prompts, one a line or in JSON lines, that must not be among them, beside those "
-      "of the benchmarks in the package")
+      (), "files of prompts, one a line or in JSON lines, that must not be among them, beside "
+      "those of the benchmarks in the package")
   reward: str = setting(
       "", "rewards and their weights: verifier=1.0,judge=0.2,FILE.py:FUNCTION=0.1")
   right: float = setting(1.0, "reward from which on an image counts as right, in logs")

@@ -55,7 +55,7 @@ def line(values: dict, brief: bool) -> str:
 
 
 def samples(rollouts, rewards) -> tuple[dict, str]:
-  """(values for the curves, line in the terminal): images of the first prompt's first trajectory."""
+  """(values for the curves, line in the terminal): the images of the first trajectory."""
   first, values = rollouts[0].trajectory, {}
   for number, entry in enumerate(first.rounds, 1):
     values[f"samples/round{number}"] = entry.image

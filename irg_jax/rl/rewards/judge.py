@@ -16,9 +16,9 @@ from irg_jax.images import encode_image
 _HIGHEST = 10
 GRADE = questions.Template(
     user="The request for this image was:\n\n{prompt}\n\nGrade how well the image fulfils it: "
-    "every thing that is asked for, their numbers, colours and places, and nothing that contradicts "
-    f"it; then its quality. Reason briefly, then end with a line \"Score: N\", where N is a whole "
-    f"number from 0 (not at all) to {_HIGHEST} (completely).")
+    "every thing that is asked for, their numbers, colours and places, and nothing that "
+    "contradicts it; then its quality. Reason briefly, then end with a line \"Score: N\", where N "
+    f"is a whole number from 0 (not at all) to {_HIGHEST} (completely).")
 YES = questions.Template(
     user="The request for this image was:\n\n{prompt}\n\nDoes the image show exactly what is asked "
     "for? Answer with Yes or No.")
