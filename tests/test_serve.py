@@ -11,6 +11,7 @@ import io
 import json
 import re
 import subprocess
+import threading
 import time
 
 import httpx
@@ -258,20 +259,43 @@ def test_requests_that_agree_run_side_by_side_and_each_gets_its_own(client, draw
   assert max(len(set(prompts)) for prompts, *_ in drawer.batches) == 4
 
 
-def test_requests_that_wait_are_told_when_nothing_can_be_compiled(served, monkeypatch):
-  here, told = served[0].engine, []
-  limits = dataclasses.replace(here.limits, workers=2)
-  monkeypatch.setattr(Engine, "_cases", lambda self: [(1, lambda: 1 / 0)])
-  engine = Engine(here.generator, here.settings, here.system_prompt, limits, here.metrics)
-  work = Work(settings=here.settings, system_prompt="", seed=0, prompt="a fox")
-  engine.submit([work, work], lambda row, event: told.append((row, event.kind)))
-  engine.start()
-  assert eventually(lambda: len(told) == 2)
+@pytest.fixture
+def start(served, monkeypatch):
+  """Function (cases, **limits) -> an engine with one row that waits, and what it is told."""
+  here = served[0].engine
+
+  def make(cases, **limits):
+    monkeypatch.setattr(Engine, "_cases", lambda self: cases)
+    limits = dataclasses.replace(here.limits, **limits)
+    engine, told = Engine(
+        here.generator, here.settings, here.system_prompt, limits, here.metrics), []
+    work = Work(settings=dataclasses.replace(here.settings, rounds=1), system_prompt="", seed=0,
+                prompt="a fox")
+    engine.submit([work], lambda row, event: told.append(event.kind))
+    engine.start()
+    return engine, told
+
+  return make
+
+
+def test_requests_that_wait_are_told_when_nothing_can_be_compiled(start):
+  engine, told = start([(1, lambda: 1 / 0)], workers=2)
+  assert eventually(lambda: told == ["failed"])
   engine.close()
-  assert told == [(0, "failed"), (1, "failed")]
   assert isinstance(engine.failure, ZeroDivisionError) and not engine.ready.is_set()
   with pytest.raises(Closing):
-    engine.submit([work], told.append)
+    engine.submit([], None)
+
+
+def test_an_engine_that_is_closed_before_it_has_compiled_serves_what_waits(start, drawer):
+  gate = threading.Event()
+  engine, told = start([(1, gate.wait), (1, lambda: None), (4, lambda: None)], workers=2)
+  closing = threading.Thread(target=engine.close)
+  closing.start()
+  time.sleep(0.05)
+  gate.set()
+  closing.join()
+  assert told[-1] == "done" and "failed" not in told
 
 
 def test_threads_share_what_waits_and_no_row_is_lost_or_drawn_twice(checkpoint, monkeypatch):

@@ -104,6 +104,13 @@ def figure(url, name):
   return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])
 
 
+def wait_idle(url, seconds=30):
+  """Waits for rows of clients that left to end."""
+  end = time.monotonic() + seconds
+  while httpx.get(f"{url}/health").json()["running"] and time.monotonic() < end:
+    time.sleep(0.1)
+
+
 def resident(running):
   status = pathlib.Path(f"/proc/{running.pid}/status").read_text()
   return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # MiB
@@ -168,6 +175,7 @@ def test_64_requests_at_once_each_get_their_own_image_and_nothing_is_compiled_or
   rng, draw = random.Random(0), np.random.default_rng(0)
   records = [world.training_record(draw) for _ in range(64)]
   burst(url, records[:10], rng)
+  wait_idle(url)
   compiled, memory = figure(url, "irg_compilations_total"), resident(running)
   right = crossed = total = 0
   for _ in range(2):
@@ -181,10 +189,8 @@ def test_64_requests_at_once_each_get_their_own_image_and_nothing_is_compiled_or
       total += 1
   assert total >= 64 and right > 0.85 * total and crossed < 0.1 * total, (right, crossed, total)
   assert figure(url, "irg_compilations_total") == compiled
+  wait_idle(url)
   assert resident(running) < memory + 64, (memory, resident(running))
-  end = time.monotonic() + 30
-  while httpx.get(f"{url}/health").json()["running"] and time.monotonic() < end:
-    time.sleep(0.1)
   assert httpx.get(f"{url}/health").json() == {"status": "ok", "waiting": 0, "running": 0}
 
 

@@ -9,6 +9,7 @@ this, each with its own batch.
 """
 
 import collections
+import ctypes
 import dataclasses
 import functools
 import sys
@@ -139,13 +140,13 @@ class Engine:
     with self._changed:
       while True:
         self._waiting = collections.deque(row for row in self._waiting if not row.cancelled)
-        if self._waiting and self._sizes or not wait and not self._closing:
+        if self._waiting and self._sizes:
           break
-        if self._closing:
+        if self._closing and not self._waiting:
           return None
+        if not wait:
+          return []
         self._changed.wait()
-      if not self._waiting or not self._sizes:
-        return []
       most, end = self._sizes[-1], time.monotonic() + _GATHER
       while len(self._waiting) < most and time.monotonic() < end:
         count = len(self._waiting)
@@ -190,6 +191,8 @@ class Engine:
       self._running = [row for row in self._running if row not in rows]
       self._free += 1
       self._changed.notify_all()
+    if self.load == (0, 0):
+      _trim()
 
   def _turn(self, rows):
     """Runs one round, or the answers, of rows with one key, and tells their listeners."""
@@ -289,9 +292,16 @@ class Engine:
       if not self._sizes:
         with self._changed:
           self.failure, self._closing = e, True
-          for row in self._waiting:
-            row.tell(Event("failed", e))
+          while self._waiting:
+            self._waiting.popleft().tell(Event("failed", e))
           self._changed.notify_all()
       print(f"note: {size} rows side by side do not run here, at most "
             f"{max(self._sizes, default=0)} do: {messages.message(e)}", file=sys.stderr)
       return False
+
+
+def _trim():
+  """Gives freed memory back to the system; glibc would keep what most rows at once have needed."""
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # none in other C libraries
+  if trim:
+    trim(0)
