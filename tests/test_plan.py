@@ -18,7 +18,7 @@ from irg_jax import chips, commands, plan, sharding
 from irg_jax import config as config_lib
 from irg_jax.commands import plan as plan_command
 from irg_jax.generate.context import FULL, NO_IMAGE, NO_TEXT
-from irg_jax.generate.settings import Settings
+from irg_jax.generate.settings import Forecast, Settings
 from irg_jax.plan import cost, meshes, programs
 from irg_jax.train import settings as train_settings
 
@@ -60,9 +60,9 @@ def cpu_slice(**chip):
       places={d.id: (i // 4, i % 4) for i, d in enumerate(devices)})
 
 
-def tiny_generation(cache=512):
+def tiny_generation(cache=512, **changes):
   config = config_lib.read_model(ROOT / "configs" / "tiny.py")
-  settings = Settings(height=64, width=64, think_limit=20, steps=4)
+  settings = Settings(height=64, width=64, think_limit=20, **{"steps": 4} | changes)
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
   return {p.name: p for p in programs.generation_programs(config, settings, 8, cache, mesh)}
 
@@ -177,6 +177,19 @@ def test_generation_has_a_case_for_the_cache_that_is_in_use():
   assert (full.visible, used.visible, used.label) == (
       {}, {4096: (0.25, 0.25)}, "25% of the cache")
   assert used.needed_flops < full.needed_flops
+
+
+def test_forecasts_leave_the_flops_of_the_updates_in_which_the_decoder_runs():
+  node = cpu_slice()
+  full, fast = (plan.estimate(tiny_generation(steps=50, forecast=forecast)[name], node)
+                for name, forecast in (("denoise", Forecast()),
+                                       ("denoise_forecast", Forecast(interval=3))))
+  assert "49 updates, 49 of them" in full.program.unit and "19 of them" in fast.program.unit
+  ratio = fast.work["flops"] / full.work["flops"]
+  assert 19 / 49 <= ratio < 19 / 49 * 1.05
+  assert fast.case.needed_flops / full.case.needed_flops == pytest.approx(19 / 49)
+  known = 3 * 3 * 2 * 16 * 64 * 4  # views, differences, rows of a chip, tokens, width, float32
+  assert 0 < fast.arguments - full.arguments <= 2 * known
 
 
 def test_heads_of_the_cache_are_repeated_for_a_mesh_with_more_devices():

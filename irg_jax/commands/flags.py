@@ -29,7 +29,7 @@ _SHORT = (
     ("top_p", float, "sample from the likeliest tokens of this total probability", 1.0),
     ("window", int, "earlier rounds that a round can see", None),
 )
-_FAST = 3  # forecast.interval of --fast
+FAST = 3  # forecast.interval of --fast
 _TEXT = ("think_limit", "temperature", "top_k", "top_p")  # those that matter for an answer
 # Fields of the settings that a short flag sets.
 SHORTHANDS = {name: (name,) for name, *_ in _SHORT} | {
@@ -207,7 +207,7 @@ def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None
   if images:
     add("--no-think", dest="think", action="store_const", const=False,
         help="generate images without thoughts")
-    add("--fast", action="store_const", const=_FAST,
+    add("--fast", action="store_const", const=FAST,
         help="forecast most updates of an image: 2.4 times fewer passes (docs/cheaper.md)")
 
 

@@ -36,6 +36,7 @@ def add(verbs) -> None:
   add("--batch", type=flags.count, metavar="N", help="prompts side by side (default: one a chip)")
   add("--cache", type=flags.count, default=16384, metavar="N", help="slots a row (16384)")
   add("--size", type=flags.count, default=1024, metavar="S", help="pixels of a side (1024)")
+  add("--fast", action="store_true", help="forecasts between updates, as of irg generate --fast")
   add("--weights", choices=("int8",), help="of generation, as of irg generate --weights")
   add("--headroom", type=_share, default=0.1, metavar="X", help="share of memory left free (0.1)")
 
@@ -75,7 +76,7 @@ def _tried(shape, seconds) -> str:
 def _kinds(args, overrides, slice_) -> list:
   """Training and generation if wanted: (function () -> meshes to try, (shape) -> programs)."""
   from irg_jax import config, sharding
-  from irg_jax.generate.settings import Settings
+  from irg_jax.generate.settings import Forecast, Settings
   from irg_jax.plan import meshes, programs
   from irg_jax.train import settings as train_settings
   kinds = []
@@ -103,14 +104,16 @@ def _kinds(args, overrides, slice_) -> list:
   if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
     # Generation has no backward pass to recompute anything for.
     model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
-    settings, rows = Settings(height=args.size, width=args.size), args.batch or slice_.chips
+    forecast = Forecast(interval=flags.FAST if args.fast else 1)
+    settings = Settings(height=args.size, width=args.size, forecast=forecast)
+    rows = args.batch or slice_.chips
     settings.validate(model)
 
     def generate(shape):
       mesh = sharding.generation_mesh(shape, model.llm, slice_.devices)
       made = programs.generation_programs(model, settings, rows, args.cache, mesh, args.visible,
                                           args.weights)
-      return [program for program in made if program.name in names]
+      return [program for program in made if program.name.removesuffix("_forecast") in names]
 
     kinds.append((lambda: meshes.generation_meshes(model.llm, rows, slice_), generate))
   return kinds

@@ -231,10 +231,10 @@ def denoise(model, params, ctx: Context, x_BPC, times_M, guidance: Guidance | No
   return lax.while_loop(more, step, (jnp.int32(start), x_BPC.astype(jnp.float32)))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "passes"),
+@functools.partial(jax.jit, static_argnames=("model", "grid", "special", "passes", "turns"),
                    donate_argnames=("known",))
 def denoise_forecast(model, params, ctx: Context, x_BPC, known, times_M, schedules, guidance, start,
-                     stop, *, grid, special: SpecialTokens, passes):
+                     stop, *, grid, special: SpecialTokens, passes, turns: int | None = None):
   """`denoise` that runs the decoder in some updates only, and forecasts the others.
 
   Args:
@@ -242,6 +242,7 @@ def denoise_forecast(model, params, ctx: Context, x_BPC, known, times_M, schedul
       of `guidance`; zeros before the first pass.
     schedules: {view: `forecast.Schedule`}, padded to the length of `times_M`.
     passes: static, the views that the decoder runs for in an update in which it runs.
+    turns: static, a bound of such updates for `plan`; None: all.
 
   Returns:
     (float32 [B, P, latent_dim], `known` after the last update).
@@ -260,16 +261,18 @@ def denoise_forecast(model, params, ctx: Context, x_BPC, known, times_M, schedul
     step = lambda state: (state[0] + 1, update(*state), state[2])
     return lax.while_loop(lambda state: (state[0] < at_most) & ~run_M[state[0]], step, state)
 
-  def turn(state):
-    i, x_BPC, known = state
+  def turn(counted):
+    count, (i, x_BPC, known) = counted
     hidden = _hidden(model, params, ctx, x_BPC, times_M[i], grid, special, passes)
     known = known | {view: learn(known[view], hidden[view], schedules[view].order[i],
                                  schedules[view].distance[i]) for view in passes}
-    return forecasts((i + 1, update(i, x_BPC, known), known))
+    return count + 1, forecasts((i + 1, update(i, x_BPC, known), known))
 
   state = forecasts((jnp.int32(start), x_BPC.astype(jnp.float32), known))
   if passes:
-    state = lax.while_loop(lambda state: state[0] < at_most, turn, state)
+    bound = turns or len(times_M)
+    more = lambda counted: (counted[0] < bound) & (counted[1][0] < at_most)
+    state = lax.while_loop(more, turn, (jnp.int32(0), state))[1]
   return state[1:]
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from irg_jax import flow, sharding
 from irg_jax.config import ModelConfig, SpecialTokens
 from irg_jax.data.batch import BufferSizes, pack_row
 from irg_jax.data.samples import TextSplit, sample_features
-from irg_jax.generate import steps
+from irg_jax.generate import forecast, steps
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, guidance_views, new_context, rung, view_mask)
 from irg_jax.generate.settings import Settings
@@ -172,6 +173,7 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
   on_context, scalar = (model, params["transformer"], context), array(dtype=jnp.int32)
   noise = array(rows, latents, config.latent_dim)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+  turns, denoise, static = _denoise(s, mesh, on_context, noise, views, scalar)
   return [
       made(f"a text of {text} tokens a row", steps.append_text, *on_context,
            array(rows, text, dtype=jnp.int32), array(rows, dtype=jnp.int32),
@@ -184,15 +186,31 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
       made(f"a thought of {thought} tokens a row", steps.think, *on_context, draft, keys, scalar,
            sampling=s.sampling, special=_SPECIAL, flops=needed(und=1, text=1, times=thought),
            parts={"decoder": (1, [1, cache, thought])}),
-      made(f"{s.steps - 1} updates under {len(views)} views, an image a row", steps.denoise,
-           *on_context, noise, flow.schedule(s.steps, s.timestep_shift), s.later, scalar, scalar,
-           grid=grid, special=_SPECIAL, views=views, seen_by=views,
-           flops=needed(und=2, gen=latents, times=(s.steps - 1) * len(views)),
-           parts={"decoder": (latents + 2, [latents + 2, cache])}),
+      made(f"{s.steps - 1} updates, {turns} of them with the decoder, under {len(views)} views, an "
+           "image a row", *denoise, grid=grid, special=_SPECIAL, seen_by=views,
+           flops=needed(und=2, gen=latents, times=turns * len(views)),
+           parts={"decoder": (latents + 2, [latents + 2, cache])}, **static),
       made("an image a row", steps.decode_pixels, config, params["vae"], noise, grid),
       made("an image a row", steps.encode_pixels, config, params["vae"],
            array(rows, height, width, 3),
            array(rows, height // down, width // down, config.vae.z_channels))]
+
+
+def _denoise(s, mesh, on_context, noise, views, scalar):
+  """(updates with the decoder, the program of `s` with its arguments, its static arguments)."""
+  times = flow.schedule(s.steps, s.timestep_shift)
+  if s.forecast.interval == 1:
+    return s.steps - 1, (steps.denoise, *on_context, noise, times, s.later, scalar, scalar), {
+        "views": views}
+  schedule = forecast.schedule(np.ones(s.steps - 1, bool), s.forecast)
+  turns, (rows, latents, _) = int(schedule.passes.sum()), noise.shape
+  known = jax.eval_shape(functools.partial(
+      forecast.blank, on_context[0].config, s.forecast.order, rows, latents))
+  spec = sharding.partition_spec(known.shape, (None, "batch", "length", "embed"), mesh)
+  known = jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=NamedSharding(mesh, spec))
+  return turns, (steps.denoise_forecast, *on_context, noise, dict.fromkeys(views, known), times,
+                 dict.fromkeys(views, schedule.padded(len(times))), s.later, scalar, scalar), {
+                     "passes": views, "turns": turns}
 
 
 def _array(mesh, *shape, dtype=jnp.float32):
