@@ -186,8 +186,9 @@ def generation_programs(config: ModelConfig, settings: Settings, rows: int, cach
       made(f"a thought of {thought} tokens a row", steps.think, *on_context, draft, keys, scalar,
            sampling=s.sampling, special=_SPECIAL, flops=needed(und=1, text=1, times=thought),
            parts={"decoder": (1, [1, cache, thought])}),
-      made(f"{s.steps - 1} updates, {turns} of them with the decoder, under {len(views)} views, an "
-           "image a row", *denoise, grid=grid, special=_SPECIAL, seen_by=views,
+      made(f"{s.steps - 1} updates{f', {turns} with the decoder,' if turns < s.steps - 1 else ''} "
+           f"under {len(views)} views, an image a row", *denoise, grid=grid, special=_SPECIAL,
+           seen_by=views,
            flops=needed(und=2, gen=latents, times=turns * len(views)),
            parts={"decoder": (latents + 2, [latents + 2, cache])}, **static),
       made("an image a row", steps.decode_pixels, config, params["vae"], noise, grid),
