@@ -15,7 +15,7 @@ from judge_server import JudgeServer
 from irg_jax import commands, evaluate, weights
 from irg_jax.generate import irg
 from irg_jax.generate.settings import Settings
-from irg_jax.mini import benchmark, world
+from irg_jax.mini import benchmark, scenes, world
 from irg_jax.mini import rewards as mini_rewards
 from irg_jax.rl import prompts, rewards, rollout, run, statistics
 from irg_jax.rl.settings import RlSettings, load, seed_of
@@ -299,7 +299,7 @@ def test_a_users_file_that_cannot_be_used_is_named(tmp_path, text, message):
 def test_the_verifier_rewards_images_that_show_what_was_asked_for():
   rng = np.random.default_rng(0)
   record = world.training_record(rng)
-  right, empty = world.paint(world.sample_scene(record, rng)), GREY
+  right, empty = scenes.paint(scenes.sample_scene(record, rng)), GREY
   assert mini_rewards.right(record, trajectory(empty, right)) == 1.0
   assert mini_rewards.right(record, trajectory(right, empty)) == 0.0
   assert mini_rewards.nearly(record, trajectory(right)) == 1.0

@@ -1,5 +1,7 @@
 """The mini world for learning from rewards: its verifier as a reward, and prompts to train on."""
 
+import functools
+
 from irg_jax.mini import verifier, world
 from irg_jax.rl import prompts, rewards
 
@@ -16,4 +18,6 @@ def nearly(record: dict, trajectory) -> float:
 
 rewards.register("verifier", right)
 rewards.register("faults", nearly)
-prompts.register("mini", world.training_record)
+for _name, _world in world.WORLDS.items():
+  prompts.register("mini" if _name == world.WORLD1.name else f"mini-{_name}",
+                   functools.partial(world.training_record, world=_world))
