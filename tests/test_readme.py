@@ -37,6 +37,7 @@ PARSED = {
     "irg plan": "compiles for TPUs, see tests/test_plan.py",
     "irg eval": "official files and a judge, see tests/test_eval_whole.py",
     "irg mini": "hours, see tests/test_mini_run.py",
+    "irg rl": "minutes, see tests/test_rl_run.py",
     "irg serve": "serves until it is stopped, see tests/test_serve_process.py",
     "irg demo": "likewise, see tests/test_demo.py",
 }

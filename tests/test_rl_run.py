@@ -114,8 +114,11 @@ def test_a_run_learns_what_is_rewarded(folder, letters, tmp_path):
 
 def test_adapters_are_trained_and_written_with_several_updates(folder, letters, tmp_path):
   assert learn(folder, tmp_path, "lora.rank=2", "updates=2", "iterations=1",
-               "text.divergence=0.1", "image.divergence=0.1") == 0
+               "text.divergence=0.1", "image.divergence=0.1",
+               f"image.reward={folder / 'rewards.py'}:low") == 0
   line = rl_runs.lines(tmp_path)[1]
+  for reward in ("bright", "low"):  # the images' own
+    assert 0 < line[f"reward/{folder / 'rewards.py'}:{reward}/round1"] < 1
   assert 0 < line["ratio_off/text"] < 0.2  # of the second update
   assert line["divergence/text"] >= 0
   assert (tmp_path / "rl" / "adapters" / "adapter_model.safetensors").is_file()
@@ -258,24 +261,25 @@ GREY, WHITE = (np.full((64, 64, 3), level, np.uint8) for level in (170, 255))
 def test_a_round_is_rewarded_for_its_own_image_and_mixtures_have_weights():
   functions = {"level": lambda record, t: t.rounds[-1].image.mean() / 255,
                "words": lambda record, t: len(t.rounds)}
-  found = rewards.Mixture(functions, {"level": 2.0, "words": 0.5})(
-      [{}, {}], [trajectory(GREY, WHITE), trajectory(WHITE, GREY)])
+  found = rewards.of_trajectories(
+      functions, [{}, {}], [trajectory(GREY, WHITE), trajectory(WHITE, GREY)])
   np.testing.assert_allclose(found["level"], [[2 / 3, 1], [1, 2 / 3]])
-  np.testing.assert_allclose(found["reward"], 2 * found["level"] + [[0.5, 1.0]])
+  found = {"verifier": found["level"], "judge": found["words"]}
+  np.testing.assert_allclose(rewards.mixed(found, "verifier=2,judge=0.5"),
+                             2 * found["verifier"] + [[0.5, 1.0]])
 
 
 def test_a_missing_reward_makes_the_mixture_missing_there_alone():
-  functions = {"some": lambda record, t: record["reward"], "one": lambda record, t: 1}
-  found = rewards.Mixture(functions, {"some": 1.0, "one": 1.0})(
-      [{"reward": math.nan}, {"reward": 2}], [trajectory(GREY)] * 2)
-  np.testing.assert_array_equal(found["reward"], [[np.nan], [3.0]])
+  functions = {"verifier": lambda record, t: record["reward"], "judge": lambda record, t: True}
+  found = rewards.of_trajectories(
+      functions, [{"reward": math.nan}, {"reward": 2}], [trajectory(GREY)] * 2)
+  np.testing.assert_array_equal(rewards.mixed(found, "verifier,judge"), [[np.nan], [3.0]])
 
 
 @pytest.mark.parametrize("value", [None, "much", [1.0], math.inf])
 def test_a_reward_that_is_no_number_is_named(value):
-  mixture = rewards.Mixture({"fame": lambda *_: value}, {"fame": 1.0})
   with pytest.raises(ValueError, match="reward 'fame' gave .*, which is no finite number"):
-    mixture([{}], [trajectory(GREY)])
+    rewards.of_trajectories({"fame": lambda *_: value}, [{}], [trajectory(GREY)])
 
 
 def test_names_and_weights_are_read():
@@ -315,18 +319,19 @@ def test_a_judge_is_asked_about_each_image_once(tmp_path, form, answer, wanted):
   with JudgeServer(answer) as server:
     settings = load_judge(server.url, form)
     for _ in range(2):  # the second time from the cache
-      with rewards.opened(settings, tmp_path) as mixture:
-        found = mixture([{"prompt": "a fox"}] * 2, [trajectory(GREY), trajectory(WHITE)])
-      np.testing.assert_allclose(found["reward"], [[wanted], [wanted]])
+      with rewards.opened(settings, tmp_path) as functions:
+        found = rewards.of_trajectories(functions, [{"prompt": "a fox"}] * 2,
+                                        [trajectory(GREY), trajectory(WHITE)])
+      np.testing.assert_allclose(found["judge"], [[wanted], [wanted]])
     assert len(server.bodies) == 2
     assert "a fox" in server.bodies[0]["messages"][-1]["content"][-1]["text"]
 
 
 def test_a_judge_without_an_answer_gives_no_reward(tmp_path):
   with JudgeServer(lambda body: "I would rather not say.") as server:
-    with rewards.opened(load_judge(server.url), tmp_path) as mixture:
-      found = mixture([{"prompt": "a fox"}], [trajectory(GREY)])
-  assert np.isnan(found["reward"]).all()
+    with rewards.opened(load_judge(server.url), tmp_path) as functions:
+      found = rewards.of_trajectories(functions, [{"prompt": "a fox"}], [trajectory(GREY)])
+  assert np.isnan(found["judge"]).all()
 
 
 def test_a_judge_without_an_address_is_refused(tmp_path):
@@ -347,8 +352,8 @@ def test_figures_say_what_became_of_right_and_wrong_images():
   rollouts = [rollout.Rollout(record(tag), 0, trajectory(GREY, GREY), 0, None, ())
               for tag in ("a", "a", "b", "b")]
   reward = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [np.nan, 1.0]])
-  settings = dataclasses.replace(RlSettings(), group=2)
-  found = statistics.of_rollouts(rollouts, {"reward": reward}, settings)
+  settings = dataclasses.replace(RlSettings(), group=2, reward="verifier=1.0")
+  found = statistics.of_rollouts(rollouts, {"verifier": reward}, settings)
   assert found["right_made_wrong"] == 0.5 and found["wrong_made_right"] == 1.0
   assert found["reward/round1/a"] == 1.0 and found["reward/round2/a"] == 0.5
   assert found["reward/round1"] == pytest.approx(2 / 3)

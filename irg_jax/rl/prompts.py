@@ -50,6 +50,11 @@ class Prompts:
     self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     self(0)  # what cannot be sampled is told now
 
+  @property
+  def known(self) -> list[dict]:
+    """All records of a file; those of a world's first iteration."""
+    return self._records or self(0)
+
   def __call__(self, iteration: int) -> list[dict]:
     s = self._settings
     if self._sample is None:

@@ -99,7 +99,7 @@ def window_start(settings: RlSettings, iteration: int) -> int:
 
 
 def sample(loaded: generator.Generator, settings: RlSettings, generation, records, iteration: int,
-           folder, identity: str, progress=None) -> list[Rollout]:
+           folder, identity: str, say=lambda _: None) -> list[Rollout]:
   """The trajectories of an iteration, `settings.group` of each record; made where they are missing.
 
   Args:
@@ -107,6 +107,7 @@ def sample(loaded: generator.Generator, settings: RlSettings, generation, record
     generation: `settings.rollout.settings` of the checkpoint's.
     folder: of the iteration.
     identity: digest of what the policy and the records follow from.
+    say: told what is made.
   """
   rows = [record for record in records for _ in range(settings.group)]
   seeds = [seed_of(settings.seed, iteration, i, len(rows)) for i in range(len(rows))]
@@ -116,8 +117,7 @@ def sample(loaded: generator.Generator, settings: RlSettings, generation, record
     place = pathlib.Path(folder) / f"{numbers[0]:05}"
     if not _is_complete(place, identity):
       shutil.rmtree(place, ignore_errors=True)
-      if progress:
-        progress(f"iteration {iteration}: trajectories", 0, numbers[0], len(rows))
+      say(f"trajectories {numbers[0] + 1} to {numbers[-1] + 1} of {len(rows)}")
       some = [[x[i] for i in numbers] for x in (rows, seeds)]
       made = _sample_batch(loaded, settings, generation, *some, iteration, size)
       with storage.atomic_folder(place) as partial:

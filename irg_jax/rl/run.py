@@ -64,7 +64,7 @@ class Run:
   defaults: Defaults  # of the checkpoint
   generation: Settings  # of trajectories
   prompts: prompts.Prompts
-  rewards: rewards.Mixture
+  rewards: dict[str, Callable]  # by name
   stopping: Callable[[], bool]  # see `distributed.preemption`
 
 
@@ -80,8 +80,8 @@ def run_rl(settings: RlSettings, out) -> int:
     stack.enter_context(runs.locked(
         out / ".lock", f"--out {out}: another irg rl is at work in it"))
     found = prepare(settings, out)
-    mixture = stack.enter_context(rewards.opened(settings, out))
-    run = Run(**found, out=out, rewards=mixture, stopping=stopping)
+    functions = stack.enter_context(rewards.opened(settings, out))
+    run = Run(**found, out=out, rewards=functions, stopping=stopping)
     ema, finished = learn(run)
     if finished:
       train_run.export(run, STAGE, ema)
@@ -95,7 +95,7 @@ def prepare(settings: RlSettings, out: pathlib.Path) -> dict:
   """Checks everything, and writes run.json; fields of `Run` by name."""
   if jax.process_count() > 1:
     raise ValueError("irg rl runs in one process, on all devices of one host")
-  rewards.parse(settings.reward)
+  rewards.names(settings)
   base = storage.path(settings.checkpoint or storage.SHIPPED)
   settings, defaults = with_model(settings, base), read_defaults(base)
   generation = settings.rollout.settings(defaults.settings)
@@ -109,6 +109,9 @@ def prepare(settings: RlSettings, out: pathlib.Path) -> dict:
   runs.check_same({"prompts": recorded.get("prompts", source.digest)}, {"prompts": source.digest},
                   f"--out {out}, prompts {settings.prompts}")
   tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
+  generator.check_lengths(
+      settings.model, tokenizer, generation, defaults.system_prompt,
+      [defaults.read(record["prompt"], generation).text for record in source.known])
   with Progress() as progress:
     progress("read")
     vae = weights.load_checkpoint(base, dtype=np.float32, part="vae")[1]["vae"]
@@ -151,10 +154,10 @@ def learn(run: Run):
   optimizer = make_optimizer(s.optimizer, s.stage)
   with Checkpoints(run.out / STAGE / "checkpoints", s.keep, note) as checkpoints:
     iteration, state, _ = train_run.first_state(run, checkpoints, optimizer, None)
-    with open_log(run, iteration) as log, Progress() as progress:
+    with open_log(run, iteration) as log:
       log.note(f"{STAGE}: from {f'iteration {iteration}' if iteration else run.base}, to iteration "
                f"{s.iterations}; {s.batch} prompts of {s.group} trajectories each")
-      learner = Learner(run, optimizer, progress)
+      learner = Learner(run, optimizer, log.busy)
       for iteration in range(iteration + 1, s.iterations + 1):
         state = iterate(run, learner, state, iteration, log)
         checkpoints.check()
@@ -178,10 +181,11 @@ def iterate(run: Run, learner: "Learner", state, iteration: int, log: logs.Log):
     rollouts = learner.sample(state.params, run.prompts(iteration - 1), iteration, folder)
   with _timed(seconds, "rewards"):
     found = rewards_of(run, rollouts, folder)
-  advantage = advantages(found["reward"], s)
+  worth = [advantages(rewards.mixed(found, track.reward or s.reward), s)
+           for track in (s.text, s.image)]
   with _timed(seconds, "updates"):
-    rows = batches.make_rows(rollouts, advantage, advantage, s, run.generation, run.defaults,
-                             run.tokenizer, s.model)
+    rows = batches.make_rows(rollouts, *worth, s, run.generation, run.defaults, run.tokenizer,
+                             s.model)
     state, metrics = learner.update(state, rows)
   values = statistics.of_rollouts(rollouts, found, s) | metrics | {
       f"seconds/{name}": x for name, x in seconds.items()}
@@ -190,7 +194,7 @@ def iterate(run: Run, learner: "Learner", state, iteration: int, log: logs.Log):
     raise ValueError(f"iteration {iteration}: loss {metrics['loss']}, norm of the gradient "
                      f"{metrics['grad_norm']}; lower learning_rate")
   if s.samples_every and iteration % s.samples_every == 0:
-    values, told = statistics.samples(rollouts, found)
+    values, told = statistics.samples(rollouts, rewards.mixed(found, s.reward))
     log.evaluation(iteration, values, told, sample=rollouts[0].record["prompt"])
   return state
 
@@ -204,10 +208,11 @@ def advantages(reward, settings: RlSettings) -> np.ndarray:
 
 
 def rewards_of(run: Run, rollouts, folder) -> dict[str, np.ndarray]:
-  """{name: rewards [N, rounds]}, see `rewards.Mixture`; kept beside the trajectories."""
+  """{name: rewards [N, rounds]}, see `rewards.of_trajectories`; kept beside the trajectories."""
   path = folder / _REWARDS
   if not path.is_file():
-    found = run.rewards([r.record for r in rollouts], [r.trajectory for r in rollouts])
+    found = rewards.of_trajectories(
+        run.rewards, [r.record for r in rollouts], [r.trajectory for r in rollouts])
     plain = {name: [[None if math.isnan(x) else x for x in row] for row in values.tolist()]
              for name, values in found.items()}
     storage.write_json(path, plain)
@@ -215,11 +220,14 @@ def rewards_of(run: Run, rollouts, folder) -> dict[str, np.ndarray]:
 
 
 class Learner:
-  """The policy at work: samples trajectories and makes updates; compiles what it needs, once."""
+  """The policy at work: samples trajectories and makes updates; compiles what it needs, once.
 
-  def __init__(self, run: Run, optimizer, progress):
+  `say` is told what it does, for the terminal.
+  """
+
+  def __init__(self, run: Run, optimizer, say):
     s = run.settings
-    self._run, self._optimizer, self._progress = run, optimizer, progress
+    self._run, self._optimizer, self._say = run, optimizer, say
     self._model = UnifiedTransformer(s.model)
     self._base = [train_run.load_frozen(run)] * bool(s.lora.rank)
     # Of adapters, the reference is what they are beside.
@@ -238,12 +246,12 @@ class Learner:
           run.base, f"{run.fingerprint}, iteration {iteration}", run.defaults, run.tokenizer,
           run.mesh, model, {"transformer": params, "vae": self._vae})
       return rollout.sample(loaded, s, run.generation, records, iteration, folder,
-                            identity(run, iteration), self._progress)
+                            identity(run, iteration), self._say)
 
   def update(self, state, rows) -> tuple:
     """(state, metrics) after the updates on an iteration's rows; metrics are means over them."""
     s, metrics = self._run.settings, []
-    self._progress("updates", 0, 0, s.updates)
+    self._say("updates")
     size = len(rows) // s.updates
     shares = [batches.stack(rows[i:i + size], s.accumulate) for i in range(0, len(rows), size)]
     empty = self._shapes(state, shares[0])

@@ -21,6 +21,7 @@ class TextTrack:
   clip: float = setting(0.2, "ratios count up to 1 - clip and 1 + clip", above=0, high=1)
   divergence: float = setting(
       0.0, "weight of the tokens' divergence from the reference; above 0 it is measured", low=0)
+  reward: str = setting("", "rewards of the thoughts, as `reward`; empty: the same")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class ImageTrack:
   measure: str = setting(
       "velocity", "divergence: the squared difference of the velocities, or that of the whole "
       "step, which weighs it by the step's time and noise", choices=("velocity", "step"))
+  reward: str = setting("", "rewards of the images, as `reward`; empty: the same")
   noise: float = setting(0.7, "a, the noise of stochastic steps", above=0)
   window: int = setting(2, "stochastic steps of an image, one after the other", low=1)
   among: int = setting(7, "the window is anywhere among so many first steps", low=1)

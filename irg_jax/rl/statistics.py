@@ -2,23 +2,22 @@
 
 import numpy as np
 
-_ALL = "reward"  # the mixture's own name
+from irg_jax.rl import rewards as rewards_lib
 
 
 def of_rollouts(rollouts, rewards: dict, settings) -> dict[str, float]:
-  """Figures of trajectories and their rewards [N, rounds]; those without a value are left out.
+  """Figures of trajectories and their rewards [N, rounds] by name, where they have a value.
 
   Returns:
     "reward/roundN", of the mixture, also by task, and of each of several rewards; what became of
     images from one round to the next; shares of thoughts; tokens of a thought.
   """
-  found, reward = {}, rewards[_ALL]
+  found, reward = {}, rewards_lib.mixed(rewards, settings.reward)
   tags = np.array([str(r.record.get("tag", "")) for r in rollouts])
-  for name, values in rewards.items():
-    prefix = "reward" if name == _ALL else f"reward/{name}"
+  each = {f"reward/{name}": values for name, values in rewards.items() if len(rewards) > 1}
+  for name, values in ({"reward": reward} | each).items():
     for number, column in enumerate(values.T, 1):
-      if name == _ALL or len(rewards) > 2:
-        found[f"{prefix}/round{number}"] = _mean(column)
+      found[f"{name}/round{number}"] = _mean(column)
   for tag in sorted(set(tags) - {""}):
     for number, column in enumerate(reward.T, 1):
       found[f"reward/round{number}/{tag}"] = _mean(column[tags == tag])
@@ -54,14 +53,14 @@ def line(values: dict, brief: bool) -> str:
   return f"{'; '.join([shown, *parts])} ({took})"
 
 
-def samples(rollouts, rewards) -> tuple[dict, str]:
+def samples(rollouts, reward) -> tuple[dict, str]:
   """(values for the curves, line in the terminal): the images of the first trajectory."""
   first, values = rollouts[0].trajectory, {}
   for number, entry in enumerate(first.rounds, 1):
     values[f"samples/round{number}"] = entry.image
   thoughts = [f"round {n}: {entry.thought.text}" for n, entry in enumerate(first.rounds, 1)]
   values["samples/thoughts"] = "\n\n".join([first.prompt, *thoughts])
-  told = ", ".join(f"{x:.3f}" for x in rewards[_ALL][0])
+  told = ", ".join(f"{x:.3f}" for x in reward[0])
   return values, f"sample images of {first.prompt!r}, rewards {told}"
 
 

@@ -10,7 +10,6 @@ Named ones are here and in worlds, which register theirs. FILE.py:FUNCTION is th
 """
 
 import contextlib
-import dataclasses
 import math
 import runpy
 from collections.abc import Callable
@@ -31,35 +30,30 @@ def register(name: str, function) -> None:
   REGISTERED[name] = lambda settings, out: contextlib.nullcontext(function)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-  """Rewards by name, with their weights."""
+def of_trajectories(functions: dict[str, Callable], records,
+                    trajectories) -> dict[str, np.ndarray]:
+  """{name: rewards} of trajectories with equally many rounds, float64 [N, rounds].
 
-  functions: dict[str, Callable]
-  weights: dict[str, float]
+  ValueError names a reward that is no number.
+  """
+  rounds = range(1, len(trajectories[0].rounds) + 1)
+  return {name: np.stack([_of_round(name, function, records, trajectories, number)
+                          for number in rounds], 1) for name, function in functions.items()}
 
-  def __call__(self, records, trajectories) -> dict[str, np.ndarray]:
-    """{name: rewards} of trajectories with equally many rounds, float64 [N, rounds].
 
-    "reward" is their sum with weights: NaN where one of them is NaN.
-    """
-    found, rounds = {}, len(trajectories[0].rounds)
-    for name, function in self.functions.items():
-      columns = [self._of_round(name, function, records, trajectories, number + 1)
-                 for number in range(rounds)]
-      found[name] = np.stack(columns, 1)
-    return found | {"reward": sum(self.weights[name] * found[name] for name in self.functions)}
+def _of_round(name, function, records, trajectories, rounds):
+  cut = [Trajectory(t.prompt, t.rounds[:rounds]) for t in trajectories]
+  many = getattr(function, "many", lambda *args: list(map(function, *args)))
+  values = many(records, cut)
+  for value in values:
+    if not isinstance(value, (int, float, np.number, np.bool_)) or math.isinf(value):
+      raise ValueError(f"reward {name!r} gave {value!r:.80}, which is no finite number")
+  return np.array(values, np.float64)
 
-  def _of_round(self, name, function, records, trajectories, rounds):
-    cut = [Trajectory(t.prompt, t.rounds[:rounds]) for t in trajectories]
-    many = getattr(function, "many", lambda *args: list(map(function, *args)))
-    values = many(records, cut)
-    for value in values:
-      if isinstance(value, bool | np.bool_):
-        value = float(value)
-      if not isinstance(value, (int, float, np.number)) or math.isinf(value):
-        raise ValueError(f"reward {name!r} gave {value!r:.80}, which is no finite number")
-    return np.array(values, np.float64)
+
+def mixed(found: dict[str, np.ndarray], mixture: str) -> np.ndarray:
+  """The sum of rewards with the weights of a mixture; NaN where one of them is NaN."""
+  return sum(weight * found[name] for name, weight in parse(mixture).items())
 
 
 def parse(text: str) -> dict[str, float]:
@@ -86,15 +80,19 @@ def parse(text: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def opened(settings, out):
-  """Yields the `Mixture` of `settings.reward`; `out` is the folder of the run, for their files.
+  """Yields {name: function} of all rewards of `settings`; `out` is the folder of the run.
 
   ValueError names the reward that cannot be opened.
   """
-  weights = parse(settings.reward)
   with contextlib.ExitStack() as stack:
-    functions = {name: user(name) if ".py:" in name else
-                 stack.enter_context(REGISTERED[name](settings, out)) for name in weights}
-    yield Mixture(functions, weights)
+    yield {name: user(name) if ".py:" in name else
+           stack.enter_context(REGISTERED[name](settings, out)) for name in names(settings)}
+
+
+def names(settings) -> dict[str, float]:
+  """The names of all rewards of `settings`, of both tracks; raises as `parse`."""
+  tracks = settings.reward, settings.text.reward, settings.image.reward
+  return {name: weight for mixture in tracks for name, weight in parse(mixture).items()}
 
 
 def user(name: str):
