@@ -12,6 +12,9 @@ and "quality" trains it only on images better than its own (the ablation of the 
 The preset "quick" is a run to try code with, not to measure an idea with: a smaller model, hardly
 trained, on few prompts. Its trainings are "quick-base", "quick-irgl" and "quick-quality". Any
 preset NAME of a run has trainings NAME-base, NAME-irgl and NAME-quality; "world" has no prefix.
+
+The preset "world2" is a run in the second world, of more things with details: its texts are longer.
+"world2-quick" is to "world2" as "quick" is to "world".
 """
 
 import dataclasses
@@ -38,6 +41,9 @@ MODEL = ModelConfig(
 QUICK_MODEL = dataclasses.replace(MODEL, llm=LlmConfig(
     vocab_size=576, hidden_size=128, mlp_size=384, num_layers=4, num_heads=4, num_kv_heads=2,
     rope_theta=300.0))
+# The second world has more words, and four tokens a cell. Its longest conversations, of 1 in 100,
+# have 580 tokens of text; a reflection has at most 400, a prompt 50.
+VOCABULARY2 = 640
 _TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
 # No guidance. In training one thought and image precede a reflection, never more: window 1.
 GENERATE = generate_settings.Settings(
@@ -47,13 +53,17 @@ GENERATE = generate_settings.Settings(
     later=generate_settings.Guidance(text_scale=1.0, interval=(0.0, 1.0), renorm="text_channel"),
     forecast=generate_settings.Forecast(first=3), vae_transform=_TRANSFORM,
     vit_transform=_TRANSFORM)
+GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
-  presets = {"world": _world, "base": _base, "irgl": _irgl, "quality": _quality, "quick": _quick,
-             "quick-base": lambda: _quickly(_base(), 240, 160),
-             "quick-irgl": lambda: _quickly(_irgl(), 20, 60),
-             "quick-quality": lambda: _quickly(_quality(), 20, 20)}
+  trainings = {"base": (_base, 240, 160), "irgl": (_irgl, 20, 60), "quality": (_quality, 20, 20)}
+  presets = {"world": _world, "quick": _quick, "world2": lambda: _second(_world()),
+             "world2-quick": lambda: _second(_quick())}
+  for name, (make, *steps) in trainings.items():
+    presets |= {name: make, f"quick-{name}": lambda m=make, s=steps: _quickly(m(), *s),
+                f"world2-{name}": lambda m=make: _longer(m()),
+                f"world2-quick-{name}": lambda m=make, s=steps: _longer(_quickly(m(), *s))}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
@@ -130,6 +140,24 @@ def _quickly(config, *steps):
   config.data.rows = 6
   for stage, count in zip((config.stage1, config.stage2), steps):
     stage.update(steps=count, warmup_steps=count // 10, decay_steps=count // 3)
+  return config
+
+
+def _second(config):
+  """A run in the second world."""
+  config.world = "2"
+  config.altered_plans = 0.25
+  config.model.llm.vocab_size = VOCABULARY2
+  config.generate = config_lib.to_config(GENERATE2)
+  return config
+
+
+def _longer(config):
+  """A training on the texts of the second world, which are a third longer."""
+  config.model.llm.vocab_size = VOCABULARY2
+  for stage in (config.stage1, config.stage2):
+    text = -(-stage.sizes.text * 4 // 3 // 16) * 16 + 16
+    stage.sizes.update(und=text + stage.sizes.und - stage.sizes.text, text=text)
   return config
 
 

@@ -42,8 +42,9 @@ def test_presets_of_the_recipe_train_the_model_of_that_name(preset, model):
       getattr(_model(model), part) for part in ("llm", "vit", "vae"))
 
 
-@pytest.mark.parametrize("preset", ["base", "quality", "irgl", "quick-base", "quick-quality",
-                                    "quick-irgl"])
+@pytest.mark.parametrize("preset", [
+    *(f"{run}{name}" for run in ("", "quick-", "world2-", "world2-quick-")
+      for name in ("base", "quality", "irgl"))])
 def test_every_training_of_the_mini_world_is_one_that_irg_train_takes(preset):
   settings = train_settings.load(f"{CONFIGS}/mini.py:{preset}", ["data.path=none"])
   world = mini_run.load(f"{CONFIGS}/mini.py:{preset.rpartition('-')[0] or 'world'}")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from irg_jax import sharding, weights
+from irg_jax import sharding, storage, weights
 from irg_jax.data import sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.generator import load_model
 from irg_jax.generate.settings import read_defaults
-from irg_jax.mini import datasets, report, run, scenes, thoughts, vae, world
+from irg_jax.mini import datasets, report, run, scenes, thoughts, vae, verifier, world
 from irg_jax.mini.scenes import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_images=2", "base_rows=120", "trajectories=12",
@@ -66,6 +66,14 @@ def test_a_preset_of_a_run_has_trainings_of_its_own(monkeypatch, tmp_path):
     run.load("configs/mini.py:quik")
 
 
+def test_the_second_world_s_model_reads_prompts_as_typed_and_knows_its_words():
+  first, second = (run.defaults(run.load(f"configs/mini.py:{name}")).prompts
+                   for name in ("world", "world2"))
+  assert first.rules and not second.rules and (first.most, second.most) == (5, 10)
+  assert "ring" in first.note and "heart" in second.note and "striped" in second.note
+  assert "one to 10 shapes" in second.note and "one to five shapes" in first.note
+
+
 @pytest.mark.parametrize("train", (run.train_base, run.train_quality,
                                    run.train_irgl))
 def test_trainings_have_the_sizes_of_the_run(tmp_path, tiny, monkeypatch, train):
@@ -107,6 +115,39 @@ def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   opened = sources.open_sources(tmp_path / "built", MODES)
   assert {mode: len(source) for mode, source in opened.items()} == dict.fromkeys(MODES, 8) | {
       datasets.TELL: 8 * 3}  # with words alone that are replayed
+
+
+def test_trajectories_with_few_wrong_images_say_so_and_those_with_enough_do_not(
+    tmp_path, tiny, capsys):
+  rng = np.random.default_rng(0)
+  records = [world.training_record(rng) for _ in range(10)]
+  for wrong, said in ((0, True), (5, False)):
+    out = tmp_path / str(wrong)
+    (out / "first_rounds").mkdir(parents=True)
+    drawn = [scenes.sample_scene(record, rng) for record in records]
+    shown = [dataclasses.replace(s, things=s.things[i < wrong:]) for i, s in enumerate(drawn)]
+    np.savez(out / "first_rounds" / "000000.npz", records=json.dumps(records),
+             thoughts=[thoughts.plan(r, s) for r, s in zip(records, drawn)],
+             pictures=np.stack([paint(s) for s in shown]))
+    run.write_trajectories(tiny, out)
+    assert ("altered_plans" in capsys.readouterr().out) == said
+    assert json.loads((out / "trajectories.json").read_text())["wrong"] == wrong
+
+
+@pytest.mark.long
+def test_first_images_after_altered_plans_are_wrong_where_the_plan_is_right(tmp_path):
+  settings = dataclasses.replace(run.load("configs/mini.py"), trajectories=12, sample_batch=12,
+                                 altered_plans=1.0)
+  settings = dataclasses.replace(settings, generate=dataclasses.replace(
+      settings.generate, steps=10))
+  run.sample_first_rounds(settings, storage.SHIPPED, tmp_path / "rounds")
+  found = np.load(tmp_path / "rounds" / "000000.npz")
+  records = json.loads(str(found["records"]))
+  planned = [verifier.Seen("white", thoughts.read_scene(str(plan)).things, ())
+             for plan in found["thoughts"]]
+  assert sum(verifier.judge(s, record).correct for s, record in zip(planned, records)) >= 8
+  right = [verifier.score(*pair).correct for pair in zip(found["pictures"], records)]
+  assert sum(right) <= 3
 
 
 def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):

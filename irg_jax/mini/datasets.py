@@ -41,7 +41,12 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
       the plans is rewritten as a reflection, which is what a third round sees.
     verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
+
+  Inexpressible where `plan` cannot be read, or where `better` does not keep what was right; the
+  latter only in a world with details.
   """
+  if len(of(record).details) > 1 and not thoughts.keeps(record, verdict, better):
+    raise thoughts.Inexpressible("a better image without all that was right")
   scene = sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
   before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
@@ -57,6 +62,23 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
            [*told, text_part(reflection), _image(improved, need_loss=True)])
   for mode, said in zip(MODES, parts, strict=True):
     yield mode, [*_asked(record), assistant(said)]
+
+
+def altered_plan(record: dict, plan: str, rng) -> str | None:
+  """A plan with one or two other things in its cells; None if it plans nothing that can be read.
+
+  An image that is drawn after it is wrong although `plan` may be right, as a bad drawing would be.
+  """
+  scene = thoughts.read_scene(plan, of(record))
+  if scene is None or not scene.things:
+    return None
+  things, others = list(scene.things), crowded_scene(rng, scene.world).things
+  for i in rng.permutation(len(things))[:rng.integers(1, 3)]:
+    change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
+    changed = None if change == "gone" else _like(things[i], other, change)
+    things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed
+  cells = thoughts.grid(_with(scene, filter(None, things)))
+  return plan.replace(thoughts.grid_text(thoughts.read_grid(plan)), thoughts.grid_text(cells))
 
 
 def replayed_rows(rng, world: World = WORLD1) -> list:
@@ -219,8 +241,8 @@ def _careless(scene, rng):
   """
   collide, things = rng.integers(2) == 0, list(scene.things)
   one, other = rng.choice(len(things), 2, replace=False)
-  names = ("x", "y") if collide else (rng.choice(("shape", "color")),)
-  things[one] = _like(things[one], things[other], *names)
+  name = "cell" if collide else rng.choice(_words(scene.world))
+  things[one] = _like(things[one], things[other], name)
   if not collide:
     return scene, _with(scene, things)
   lost = rng.choice((one, other))
@@ -228,7 +250,7 @@ def _careless(scene, rng):
 
 
 def _spoiled(scene, rng, in_place=False):
-  """A scene in which things may be removed, added, moved, or have another shape or colour.
+  """A scene in which things may be removed, added, moved, or have another shape, colour or detail.
 
   With `in_place` nothing is added or moved, so that nothing can touch.
   """
@@ -237,15 +259,17 @@ def _spoiled(scene, rng, in_place=False):
   others = training_scene(rng, scene.world).things
   if rng.random() < 0.2:
     return _with(scene, others)
-  things = []
+  things, words = [], _words(scene.world)
+  changes = ("none", "gone", *words, "cell")
+  shares = (0.8 - 0.1 * len(words), *[0.1] * (len(changes) - 1))
   for thing in scene.things:
-    change = rng.choice(("none", "gone", "shape", "color", "cell"), p=(0.6, 0.1, 0.1, 0.1, 0.1))
+    change = rng.choice(changes, p=shares)
     other = others[rng.integers(len(others))]
-    if change in ("shape", "color"):
+    if change in words:
       changed = _like(thing, other, change)
       thing = thing if changed.pairs & scene.world.unseen_pairs else changed
     elif change == "cell" and not in_place:
-      thing = _like(thing, other, "x", "y")
+      thing = _like(thing, other, change)
     things += [] if change == "gone" else [thing]
   things += others[:1] if rng.random() < 0.15 and not in_place else ()
   return _with(scene, things)
@@ -255,7 +279,14 @@ def _with(scene, things):
   return dataclasses.replace(scene, things=tuple(things))
 
 
-def _like(thing, other, *names):
+def _words(world):
+  """What the words of a thing say."""
+  return ("shape", "color", "detail")[:2 + (len(world.details) > 1)]
+
+
+def _like(thing, other, name):
+  """A thing with the shape, color, detail or cell of another."""
+  names = {"cell": ("x", "y"), "detail": ("detail", "radius")}.get(name, (name,))
   return dataclasses.replace(thing, **{name: getattr(other, name) for name in names})
 
 

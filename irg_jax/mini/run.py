@@ -27,7 +27,7 @@ from irg_jax import runs, storage, weights
 from irg_jax.config import ModelConfig, setting
 from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
-from irg_jax.generate import generator, prompts
+from irg_jax.generate import generator, irg, prompts
 from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier
 from irg_jax.mini.world import COLORS, WORLD1, WORLDS, World, prompt_rules, training_record
@@ -39,7 +39,8 @@ from irg_jax.weights import init, published
 
 # Of 108 images of five things of two kinds, 23 were wrong; of four, 22 of 180.
 _SURE = 4
-_NOTE = (f"It draws one to five shapes ({', '.join(WORLD1.shapes)}) in {', '.join(COLORS)}, "
+_WRONG = 0.3, 0.7  # share of wrong first images that trajectories should have
+_NOTE = ("It draws one to {most} shapes ({shapes}) in {colors}{details}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
          'red circles left of a blue star". For anything else, give --checkpoint a model that was '
          "trained on it.")
@@ -65,6 +66,9 @@ class Settings:
   trajectories: int = setting(6000, "prompts of the trajectories for the two stages", low=1)
   first_temperature: float = setting(
       1.0, "sampling temperature of their thoughts; high: more images to improve", low=0)
+  altered_plans: float = setting(
+      0.0, "share of their first images drawn after a plan that was altered, so that only looking "
+      "tells that they are wrong", low=0, high=1)
   sample_batch: int = setting(64, "prompts generated side by side", low=1)
   train: tuple[str, ...] = setting((), "overrides for every training, \"field=value\"")
   test_seen: int = setting(168, "test prompts of combinations seen in training", low=1)
@@ -116,8 +120,8 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   """Records the settings of a run; ValueError if it was started with others."""
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
-    recorded = runs.read(out / "mini.json")
-    recorded.setdefault("world", WORLD1.name)
+    new = {name: getattr(Settings(), name) for name in ("world", "altered_plans")}
+    recorded = new | runs.read(out / "mini.json")
     recorded["generate"] = generate_settings.with_forecast(
         recorded.get("generate", {}), now["generate"])
     runs.check_same(recorded, now, f"--out {out}", flag="--config.",
@@ -154,8 +158,13 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
 
 def defaults(settings: Settings) -> generate_settings.Defaults:
   """The `generate.json` of a run's checkpoints."""
+  world, first = settings.in_world, settings.in_world is WORLD1
+  note = _NOTE.format(
+      most="five" if first else world.most, shapes=", ".join(world.shapes),
+      colors=", ".join(COLORS), details="" if first else f", {', '.join(world.details)}")
+  # Only the first world's model needs its prompts brought into one form.
   form = prompts.PromptForm(
-      rules=prompt_rules(), most=WORLD1.most, sure=_SURE, note=_NOTE,
+      rules=prompt_rules() if first else (), most=world.most, sure=_SURE if first else 0, note=note,
       sizes=(f"{settings.generate.width}x{settings.generate.height}",), editing=False)
   return generate_settings.Defaults(
       settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT, prompts=form,
@@ -203,10 +212,27 @@ def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> No
       drawn = loaded.batch([r["prompt"] for r in batch], range(start, start + size),
                            settings.first, thoughts.SYSTEM_PROMPT, size=size)
       firsts = [trajectory.rounds[0] for trajectory in drawn]
+      pictures = drawn_otherwise(settings, loaded, batch, firsts, start)
       with storage.atomic_file(path) as aside, aside.open("wb") as file:
         np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
-                 pictures=np.stack([r.image for r in firsts]))
+                 pictures=np.stack(pictures))
       progress("drawing first images", 0, start + size, len(records))
+
+
+def drawn_otherwise(settings: Settings, loaded, batch, firsts, start: int) -> list[np.ndarray]:
+  """The images of first rounds; a share `altered_plans` is drawn again, after other plans."""
+  rng, given = np.random.default_rng([settings.seed, len(_PURPOSES), start]), []
+  for record, first in zip(batch, firsts):
+    text = rng.random() < settings.altered_plans and datasets.altered_plan(
+        record, first.thought.text, rng)
+    thought = irg.Thought(text, tuple(loaded.tokenizer.encode(text))) if text else first.thought
+    given.append(dataclasses.replace(first, thought=thought, latents=None, image=None))
+  if all(a.thought is b.thought for a, b in zip(given, firsts)):
+    return [first.image for first in firsts]
+  again = loaded.batch([r["prompt"] for r in batch], range(start, start + len(batch)),
+                       settings.first, thoughts.SYSTEM_PROMPT, size=len(batch), done=[given])
+  return [first.image if new.thought is first.thought else trajectory.rounds[0].image
+          for first, new, trajectory in zip(firsts, given, again)]
 
 
 def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
@@ -222,6 +248,11 @@ def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
                        "the autoencoder and the base longer")
   storage.write_json(out / "trajectories.json", counts)
   print(f"irg mini: first images of the base model: {counts}")
+  share = counts["wrong"] / (counts["right"] + counts["wrong"])
+  if not _WRONG[0] <= share <= _WRONG[1]:
+    print(f"irg mini: {share:.0%} of them are wrong; a second round is learned best if it is "
+          f"{_WRONG[0]:.0%} to {_WRONG[1]:.0%}: see the settings first_temperature and "
+          "altered_plans, and the steps of the base")
 
 
 def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, int]):
@@ -302,7 +333,9 @@ def _prepare(settings, out, rows, data, modes):
   shutil.rmtree(built)
 
 
+_PURPOSES = ("words", "base", "trajectories", "better")
+
+
 def _rng(settings, purpose):
   """A generator for one purpose, independent of the others."""
-  purposes = ("words", "base", "trajectories", "better")
-  return np.random.default_rng([settings.seed, purposes.index(purpose)])
+  return np.random.default_rng([settings.seed, _PURPOSES.index(purpose)])

@@ -4,14 +4,16 @@ import itertools
 import math
 
 import numpy as np
+from scipy import ndimage
 
 from irg_jax.mini.world import (
-    BACKGROUNDS, CELL, COLORS, GRID, SIZE, WORLD1, Scene, Thing, World, of, relations,
+    BACKGROUNDS, CELL, COLORS, GRID, SIZE, WORLD1, Scene, Thing, World, lighter, of, relations,
     training_record)
 
 _TONE = 6  # levels by which the colour of a background varies
 _SHIFT = 1.0  # pixels between a thing and the middle of its cell, at most, in each direction
 _GAP = 2.0  # pixels between the bounding squares of two things, at least
+_FIRST_DETAIL = 0.6  # share of things with the first detail of a world, where it is left open
 _WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x, y
 
 
@@ -66,9 +68,11 @@ def color_of(clause, rng, world: World) -> str:
 
 
 def detail_of(clause, rng, world: World) -> str:
-  """The detail of a clause, or a random one that training may show with its shape."""
+  """The detail of a clause, or one that training may show with its shape: mostly the first."""
   if "detail" in clause:
     return clause["detail"]
+  if len(world.details) == 1 or rng.random() < _FIRST_DETAIL:
+    return world.details[0]
   return _pick([d for d in world.details if (clause["class"], d) not in world.unseen_pairs], rng)
 
 
@@ -99,7 +103,10 @@ def place_beside(cell, others, rng, detail, world: World) -> tuple[float, float,
 
 def _around(cell, detail, rng, world):
   radius = rng.uniform(*world.radii[detail])
-  y, x = ((i + 0.5) * CELL + rng.uniform(-_SHIFT, _SHIFT) for i in cell)
+  # In a crowded world a thing stays in its own cell: else many things in neighbouring cells would
+  # hardly ever fit.
+  shift = _SHIFT if world.most < 9 else min(_SHIFT, (CELL - _GAP) / 2 - radius)
+  y, x = ((i + 0.5) * CELL + rng.uniform(-shift, shift) for i in cell)
   low, high = radius + 0.5, SIZE - radius - 0.5
   return float(np.clip(x, low, high)), float(np.clip(y, low, high)), float(radius)
 
@@ -113,6 +120,7 @@ def _sample_tone(rng):
 
 
 _SAMPLES = 4  # a side of each pixel, for soft edges
+_OUTLINE = 0.28  # width of the outline of a hollow shape, in radii
 
 
 def paint(scene: Scene) -> np.ndarray:
@@ -122,11 +130,21 @@ def paint(scene: Scene) -> np.ndarray:
     window = tuple(slice(max(0, int(v - thing.radius - 2)), min(SIZE, int(v + thing.radius + 3)))
                    for v in (thing.y, thing.x))
     y, x = (np.arange(s.start, s.stop, 1 / _SAMPLES) + 0.5 / _SAMPLES for s in window)
-    inside = _INSIDE[thing.shape]((x[None, :] - thing.x) / thing.radius,
-                                  (y[:, None] - thing.y) / thing.radius)
-    cover = inside.reshape(len(y) // _SAMPLES, _SAMPLES, -1, _SAMPLES).mean((1, 3))
-    image[window] += cover[..., None] * (COLORS[thing.color] - image[window])
+    x, y = (x[None, :] - thing.x) / thing.radius, (y[:, None] - thing.y) / thing.radius
+    inside = _INSIDE[thing.shape](x, y, scene.world)
+    if thing.detail == "hollow":
+      inside &= ndimage.distance_transform_edt(inside) < _OUTLINE * thing.radius * _SAMPLES
+    _cover(image[window], inside, COLORS[thing.color])
+    if thing.detail in _LIGHT:
+      light = inside & _LIGHT[thing.detail](x, y, thing.shape)
+      _cover(image[window], light, lighter(thing.color))
   return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+def _cover(pixels, inside, color):
+  """Lays a colour over pixels [H, W, 3] where samples, bool [4 H, 4 W], are inside."""
+  cover = inside.reshape(len(pixels), _SAMPLES, -1, _SAMPLES).mean((1, 3))
+  pixels += cover[..., None] * (color - pixels)
 
 
 def _polygon(x, y, points):
@@ -138,16 +156,33 @@ def _polygon(x, y, points):
   return inside
 
 
-_STAR = [(r * math.sin(i * math.pi / 5), 0.08 - r * math.cos(i * math.pi / 5))
-         for i, r in enumerate((1.05, 0.42) * 5)]
+def _star(x, y, world):
+  return _polygon(x, y, [(r * math.sin(i * math.pi / 5), 0.08 - r * math.cos(i * math.pi / 5))
+                         for i, r in enumerate((1.05, world.star) * 5)])
+
+
+def _cross(x, y, world):
+  return (np.minimum(abs(x), abs(y)) < world.cross) & (np.maximum(abs(x), abs(y)) < 1)
+
+
+def _heart(x, y, world):
+  """Two lobes over a point, and a notch between them that is wide enough for an outline."""
+  lobes = (abs(x) - 0.5)**2 + (y + 0.4)**2 < 0.25
+  return np.where(y < -0.4, lobes, abs(x) < (0.95 - y) / 1.35) & (abs(x) > 0.35 * (-0.3 - y))
+
 
 # x to the right, y down, in radii from the middle of the thing.
 _INSIDE = {
-    "circle": lambda x, y: x**2 + y**2 < 1,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.88,
-    "triangle": lambda x, y: _polygon(x, y, [(0, -1), (1, 0.9), (-1, 0.9)]),
-    "diamond": lambda x, y: abs(x) + abs(y) < 1.05,
-    "star": lambda x, y: _polygon(x, y, _STAR),
-    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 1),
-    "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.25),
+    "circle": lambda x, y, world: x**2 + y**2 < 1,
+    "square": lambda x, y, world: np.maximum(abs(x), abs(y)) < 0.88,
+    "triangle": lambda x, y, world: _polygon(x, y, [(0, -1), (1, 0.9), (-1, 0.9)]),
+    "diamond": lambda x, y, world: abs(x) + abs(y) < 1.05,
+    "star": _star, "cross": _cross, "heart": _heart,
+    "ring": lambda x, y, world: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.25),
+}
+_MIDDLE = {"triangle": 0.28, "star": 0.08, "heart": -0.1}  # of a dot, downwards
+# Where a shape has the lighter tone.
+_LIGHT = {
+    "striped": lambda x, y, shape: abs(abs(y) - 0.4) < 0.2,
+    "dotted": lambda x, y, shape: x**2 + (y - _MIDDLE.get(shape, 0))**2 < 0.36**2,
 }

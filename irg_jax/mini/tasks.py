@@ -7,6 +7,8 @@ clause]}; what it lacks is left open.
 import dataclasses
 import typing
 
+import numpy as np
+
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -18,9 +20,9 @@ class Task:
   clauses: typing.Callable  # World, Generator -> include clauses of a record; None: sample again
 
 
-def _clause(shape, count=1, color=None, position=None):
+def _clause(shape, count=1, color=None, position=None, detail=None):
   clause = {"class": str(shape), "count": int(count), "color": color and str(color),
-            "position": position}
+            "detail": detail and str(detail), "position": position}
   return {key: value for key, value in clause.items() if value is not None}
 
 
@@ -57,4 +59,65 @@ TASKS = {
         _clause(s, 1, c)
         for s, c in zip(_pick(world.shapes, 2, rng), _pick(world.colors, 2, rng))]),
     "free": Task(0.28, _free),
+}
+
+
+def _kinds(world, rng, counts, color=0.8, detail=0.5):
+  """Clauses of things, as many of each kind as `counts` says.
+
+  `color` and `detail` are the shares of clauses that name theirs. Of one shape, all clauses name
+  colours, and different ones: else it would be open which clause a thing belongs to.
+  """
+  shapes = rng.choice(world.shapes, len(counts))
+  include = []
+  for shape, count in zip(shapes, counts):
+    alike = (shapes == shape).sum() > 1
+    taken = {clause["color"] for clause in include if alike and clause["class"] == shape}
+    named = rng.choice([c for c in world.colors if c not in taken])
+    include.append(_clause(shape, count, named if alike or rng.random() < color else None,
+                           detail=rng.choice(world.details) if rng.random() < detail else None))
+  return include
+
+
+def _placed(include, *pairs, rng):
+  """The clauses with random relations of (clause, an earlier one)."""
+  for i, other in pairs:
+    include[i]["position"] = [str(rng.choice(RELATIONS)), other]
+  return include
+
+
+def _many(world, rng):
+  """Five things or more, of three to five kinds."""
+  counts = rng.integers(1, 6, rng.integers(3, 6))
+  return _kinds(world, rng, counts) if 5 <= counts.sum() <= world.most else None
+
+
+def _related(world, rng):
+  """Three or four kinds with two relations: in a row, to the same kind, or apart.
+
+  One kind has up to three things, or two where it is placed: more hardly ever fit.
+  """
+  kinds = int(rng.integers(3, 5))
+  pairs = [((1, 0), (2, 1)), ((1, 0), (2, 0)), ((1, 0), (3, 2))][rng.integers(kinds - 1)]
+  counts, many = np.ones(kinds, int), int(rng.integers(kinds))
+  counts[many] += rng.integers(2 if any(many in pair for pair in pairs) else 3)
+  return _placed(_kinds(world, rng, counts), *pairs, rng=rng)
+
+
+def _alone(world, rng):
+  """One thing with a detail, mostly of a named colour."""
+  return _kinds(world, rng, (1,), color=0.7, detail=1.0)
+
+
+TASKS2 = {
+    "single_object": Task(0.03, lambda world, rng: _kinds(world, rng, (1,), 0.0, 0.0)),
+    "colors": Task(0.04, lambda world, rng: _kinds(world, rng, (1,), 1.0, 0.0)),
+    "detail": Task(0.07, _alone),
+    "two_object": Task(0.04, lambda world, rng: _kinds(world, rng, (1, 1), 0.5, 0.3)),
+    "color_attr": Task(0.05, lambda world, rng: _kinds(world, rng, (1, 1), 1.0)),
+    "counting": Task(0.09, lambda world, rng: _kinds(world, rng, (rng.integers(2, 6),), 0.5)),
+    "position": Task(0.08, lambda world, rng: _placed(
+        _kinds(world, rng, rng.choice((1, 1, 2), 2)), (1, 0), rng=rng)),
+    "many": Task(0.85, _many),
+    "relations": Task(0.40, _related),
 }

@@ -201,6 +201,17 @@ def _expressible(scene):
   return scene
 
 
+def keeps(record: dict, verdict, better: Scene) -> bool:
+  """Whether a better scene keeps what is right: all things asked for, but those that must move.
+
+  Those are the things of a relation that does not hold.
+  """
+  groups, _ = verifier.assign(verdict.seen.things, record["include"])
+  moved = {i for a, _, b in verifier.misplaced(record["include"], groups) for i in (a, b)}
+  right = {thing for i, group in enumerate(groups) for thing in group if i not in moved}
+  return right <= {*better.things}
+
+
 def check_showable(seen) -> None:
   """Raises Inexpressible for an image that training must not show: unseen pair, unknown ground."""
   if any(t.pairs & seen.world.unseen_pairs for t in seen.things):

@@ -1,21 +1,18 @@
 """Verifier: reads an image alone, finds the things in it, and judges them against a record.
 
-It shares no code with the painter. It draws the shapes itself, from their corners; only names,
-colours and sizes come from `world`.
+It shares no code with the painter, see `fits`; only names, colours and sizes come from `world`.
 
-An image is read in three steps. Pixels unlike the background form blobs. The area and middle of a
-blob give the size and place that each shape would have; all seven are drawn there, and the best
-match names the blob if its error is small and well below the second. Last, a thing or place is
-unclear where the things found do not explain the pixels.
+An image is read in three steps. Pixels unlike the background form blobs. `fits` finds the shape
+that explains a blob best; it names the blob if its error is small and well below the second. Last,
+a thing or place is unclear where the things found do not explain the pixels.
 """
 
 import dataclasses
-import functools
-import types
 
 import numpy as np
 from scipy import ndimage
 
+from irg_jax.mini.fits import fit, square
 from irg_jax.mini.world import (
     BACKGROUNDS, CELL, COLORS, SIZE, WORLD1, Thing, World, noun, nouns, of, relations)
 
@@ -26,20 +23,16 @@ _BESIDE = 0.3  # ... and the share of the strongest pixel nearby, so that soft e
 _BACKGROUND = 34.0  # levels around a named background
 _COLOR = 28.0  # levels around a named colour; half-way between two is at least 38
 _AREA = 10  # pixels; smaller specks are ignored
-_RADII = (5.0, 8.3)
+_SMALLER, _LARGER = 0.5, 0.8  # pixels by which a radius may be out of the range of its world
 _NOISE = 60.0  # squared levels a pixel that may count as noise, all three channels together
 _ERROR = 0.11  # squared error of the cover by pixel of outline
 _AHEAD = 1.7  # least ratio of the second shape's error to the best one's
 _GAP = 0.23  # error of the cover, averaged over 3 x 3 pixels: a part is missing or added
 _LEFT = 24.0  # unexplained levels, averaged over 3 x 3 pixels
-_WINDOW = 26  # pixels a side around the largest blob that can be a thing
 
 _APART = 6.0  # pixels in the direction of a relation, at least, ...
 _STRAIGHT = 0.5  # ... and their share of the whole distance
 _WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-
-_FINE = 128  # samples to a radius in the tables of the shapes
-_REACH = 1.2  # radii from the middle to the edge of the tables
 _SQUARE = np.ones((3, 3))
 
 
@@ -51,15 +44,22 @@ class Seen:
   things: tuple[Thing, ...]  # in reading order of their cells
   unclear: tuple[tuple[int, int], ...]  # cells of objects that are no shape in a known colour
   world: World = dataclasses.field(default=WORLD1, repr=False)
+  # Of each thing, then of each unclear object: how well its shape and its fill are drawn, 0 to 1.
+  fidelity: tuple[tuple[float, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Whether an image is correct, and each fault in words."""
+  """Whether an image is correct, each fault in words, and how much of it is right.
+
+  `share` is the number of things that were asked for and are there, of those asked for or of those
+  there, whichever are more; where things stand does not count. See also `Seen.fidelity`.
+  """
 
   correct: bool
   faults: tuple[str, ...]
   seen: Seen
+  share: float = 1.0
 
 
 def score(image, record: dict) -> Verdict:
@@ -76,12 +76,13 @@ def look(image, world: World = WORLD1) -> Seen:
   image = image.astype(np.float32)
   ground, noise = _ground(image)
   blobs, count = _blobs(image - ground)
-  fits = [_fit(image - ground, blobs, i + 1, box, noise, world)
+  fits = [fit(image, ground, blobs, i + 1, box, noise, world)
           for i, box in enumerate(ndimage.find_objects(blobs, count))]
-  things, unclear = _explained(image - ground, blobs, fits, ground)
+  things, unclear = _explained(image - ground, blobs, fits, ground, world)
   name = _nearest(ground, BACKGROUNDS, _BACKGROUND)
-  return Seen(name, tuple(sorted(things, key=lambda t: (t.cell, t.x))), tuple(sorted(unclear)),
-              world)
+  things, unclear = sorted(things, key=lambda t: (t[0].cell, t[0].x)), sorted(unclear)
+  return Seen(name, tuple(t for t, _ in things), tuple(c for c, _ in unclear), world,
+              tuple(f for _, f in things + unclear))
 
 
 def judge(seen: Seen, record: dict) -> Verdict:
@@ -98,8 +99,13 @@ def judge(seen: Seen, record: dict) -> Verdict:
                               clause.get("detail")))
   kinds = [(t.shape, t.color, t.detail) for t in extra]
   faults += [_sentence(kinds.count(kind), "too many", *kind) for kind in dict.fromkeys(kinds)]
-  faults += _misplaced(include, groups)
-  return Verdict(not faults, tuple(faults), seen)
+  names = [name.split(" ", 1)[1] for name in nouns(include)]
+  for i, relation, other in misplaced(include, groups):
+    verb = "is" if include[i]["count"] == 1 else "are"
+    faults.append(f"the {names[i]} {verb} not {relation} the {names[other]}")
+  asked, there = sum(c["count"] for c in include), len(seen.things) + len(seen.unclear)
+  share = sum(map(len, groups)) / max(asked, there, 1)
+  return Verdict(not faults, tuple(faults), seen, share)
 
 
 def assign(things, include) -> tuple[list[list], list]:
@@ -115,15 +121,14 @@ def assign(things, include) -> tuple[list[list], list]:
   return groups, left
 
 
-def _misplaced(include, groups):
-  """A sentence for each relation that some pair does not keep: far enough, not far to the side."""
-  faults, names = [], [n.split(" ", 1)[1] for n in nouns(include)]
+def misplaced(include, groups) -> list[tuple[int, str, int]]:
+  """The relations that some pair does not keep: far enough, and not far to the side."""
+  found = []
   for i, relation, other in relations(include):
     offsets = [(a.x - b.x, a.y - b.y) for a in groups[i] for b in groups[other]]
     if any(np.dot(o, _WAYS[relation]) < max(_APART, _STRAIGHT * np.hypot(*o)) for o in offsets):
-      verb = "is" if include[i]["count"] == 1 else "are"
-      faults.append(f"the {names[i]} {verb} not {relation} the {names[other]}")
-  return faults
+      found.append((i, relation, other))
+  return found
 
 
 def _sentence(count, fault, shape, color=None, detail=None):
@@ -132,26 +137,21 @@ def _sentence(count, fault, shape, color=None, detail=None):
   return f"{number if count <= 5 else 'many'} {name} {'is' if count == 1 else 'are'} {fault}"
 
 
-def _square(offsets):
-  """Squared lengths of colours, [..., 3] to [...]."""
-  return np.einsum("...c,...c->...", offsets, offsets)
-
-
 def _ground(image):
   """The background's colour [3], and the noise on it in squared levels a pixel."""
   ground = np.median(image[::2, ::2].reshape(-1, 3), axis=0)
   for _ in range(2):
-    square = _square(image - ground)
-    near = (square < _UNLIKE**2).astype(np.float32)
+    off = square(image - ground)
+    near = (off < _UNLIKE**2).astype(np.float32)
     if not near.any():
       return ground, 0.0
     ground = np.einsum("hw,hwc->c", near, image) / near.sum()
-  return ground, min(float((square * near).sum() / near.sum()), _NOISE)
+  return ground, min(float((off * near).sum() / near.sum()), _NOISE)
 
 
 def _blobs(offset):
   """Labels [64, 64] and number of the blobs; `offset` is the image less its background."""
-  level = np.sqrt(_square(offset))
+  level = np.sqrt(square(offset))
   strongest = ndimage.maximum_filter(level, 5)
   labels, count = ndimage.label((level > _UNLIKE) & (level > _BESIDE * strongest), _SQUARE)
   keep = np.bincount(labels.ravel(), minlength=count + 1) >= _AREA
@@ -159,131 +159,60 @@ def _blobs(offset):
   return np.where(keep, np.cumsum(keep), 0)[labels], int(keep.sum())
 
 
-def _fit(offset, blobs, label, box, noise, world):
-  """The shape that explains a blob best; None if it is too large to be a thing.
+def _explained(offset, blobs, fits, ground, world):
+  """([(thing, fidelity)], [(unclear cell, fidelity)]).
 
-  Args:
-    offset: the image less its background, float32 [64, 64, 3].
-    blobs, label, box: labels [64, 64]; the blob's label and bounding slices.
-    noise: squared levels a pixel.
-
-  Returns:
-    shape, x, y, radius; offset: its colour less the background's; window (slices) and cover of
-    its pixels; error, and that of the second best shape.
+  Unclear are fits that do not hold, and pixels that are left unexplained.
   """
-  if max(s.stop - s.start for s in box) + 4 > _WINDOW:
-    return None
-  window = tuple(slice(max(0, s.start - 2), min(SIZE, s.stop + 2)) for s in box)
-  near, own = offset[window], blobs[window] == label
-  free = own | (ndimage.maximum_filter(own, 5) & (blobs[window] == 0))
-  level, weak = _square(near[own]), int(0.6 * own.sum())
-  color = np.median(near[own][np.argpartition(level, weak)[weak:]], axis=0)  # the strongest 40 %
-  size = max(float(color @ color), 1.0)
-  cover = near @ color / size * free
-  area = max(float(cover.sum()), 1.0)
-  areas, middles, lengths, _ = _shapes(world)
-  radius = np.sqrt(area / areas)
-  rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) + 0.5 for s in window)
-  y = float(cover.sum(1) @ rows) / area - middles * radius
-  x = np.full_like(y, float(cover.sum(0) @ columns) / area)
-  drawn = _draw(x, y, radius, window, world)
-  aside = (_square(near)[free].sum() - (cover**2).sum() * size) / size
-  error = ((cover - drawn * free) ** 2).sum((1, 2)) + aside - free.sum() * noise / size
-  error = np.maximum(error, 0) / (lengths * radius)
-  best, second = np.argsort(error)[:2]
-  return types.SimpleNamespace(
-      shape=world.shapes[best], x=float(x[best]), y=float(y[best]), radius=float(radius[best]),
-      offset=color, window=window, cover=drawn[best], error=error[best], second=error[second])
-
-
-def _explained(offset, blobs, fits, ground):
-  """(things, unclear cells): the fits that hold, and the pixels they leave unexplained."""
   rest = offset.copy()
-  for fit in filter(None, fits):
-    rest[fit.window] -= fit.cover[..., None] * fit.offset
-  unlike = _square(rest) > _UNLIKE**2
-  rest = np.sqrt(_square(ndimage.uniform_filter(rest, (3, 3, 1))))
+  for fitted in filter(None, fits):
+    rest[fitted.window] -= fitted.drawn
+  unlike, raw = square(rest) > _UNLIKE**2, square(rest)
+  rest = np.sqrt(square(ndimage.uniform_filter(rest, (3, 3, 1))))
   things, unclear = [], []
-  for label, fit in enumerate(fits, 1):
-    color = fit and _nearest(ground + fit.offset, COLORS, _COLOR)
-    part = fit and rest[fit.window][fit.cover > 0].max(initial=0.0) / np.linalg.norm(fit.offset)
-    if (color and _RADII[0] <= fit.radius <= _RADII[1] and part <= _GAP
-        and fit.error <= _ERROR and fit.second >= _AHEAD * fit.error):
-      things.append(Thing(fit.shape, color, fit.x, fit.y, fit.radius))
+  for label, fitted in enumerate(fits, 1):
+    fidelity = _fidelity(fitted, raw[fitted.window]) if fitted else (0.0, 0.0)
+    if thing := fitted and _named(fitted, rest[fitted.window], ground, world):
+      things.append((thing, fidelity))
     else:
-      unclear.append(blobs == label)
+      unclear.append((blobs == label, fidelity))
   known = ndimage.maximum_filter(blobs > 0, 5)
   strays, count = ndimage.label((rest > _LEFT) & unlike & ~known, _SQUARE)
-  unclear += [strays == i for i in range(1, count + 1) if (strays == i).sum() >= _AREA]
-  middles = map(ndimage.center_of_mass, unclear)
-  return things, [tuple(int(v) // CELL for v in middle) for middle in middles]
+  unclear += [(strays == i, (0.0, 0.0)) for i in range(1, count + 1)
+              if (strays == i).sum() >= _AREA]
+  return things, [(tuple(int(v) // CELL for v in ndimage.center_of_mass(mask)), fidelity)
+                  for mask, fidelity in unclear]
 
 
-def _nearest(color, palette, within):
-  """The name of the nearest colour of a palette; None if it is not `within` levels."""
-  distances = {name: float(np.linalg.norm(color - levels)) for name, levels in palette.items()}
+def _fidelity(fitted, rest):
+  """How well the outline and the inside of a blob are explained: 1 less the share of its colour
+  that is off, root mean square, of the squared levels `rest` in the fit's window."""
+  inside = ndimage.binary_fill_holes(fitted.cover > 0.5)
+  inner = ndimage.binary_erosion(inside)
+  edge, size = ndimage.binary_dilation(inside) & ~inner, square(fitted.offset)
+  return tuple(max(0.0, 1.0 - float(np.sqrt(rest[zone].mean() / size))) if zone.any() else 0.0
+               for zone in (edge, inner))
+
+
+def _named(fitted, rest, ground, world):
+  """The thing that a fit is; None if it is unclear. `rest` are unexplained levels in its window."""
+  color = _nearest(ground, COLORS, _COLOR, fitted.offset, fitted.pale)
+  part = rest[fitted.cover > 0].max(initial=0.0) / np.linalg.norm(fitted.offset)
+  low, high = world.radii[fitted.detail]
+  if (color and low - _SMALLER <= fitted.radius <= high + _LARGER and part <= _GAP
+      and fitted.error <= _ERROR and fitted.second >= _AHEAD * fitted.error):
+    return Thing(fitted.shape, color, fitted.x, fitted.y, fitted.radius, fitted.detail)
+  return None
+
+
+def _nearest(color, palette, within, offset=0.0, most=0.0):
+  """The name of the nearest colour of a palette; None if it is not `within` levels.
+
+  With `offset`, `color` plus the offset, or plus up to `most` times the offset, is meant.
+  """
+  distances = {}
+  for name, levels in palette.items():
+    times = np.clip((levels - color) @ offset / (offset @ offset), 1.0, most) if most else 0.0
+    distances[name] = float(np.linalg.norm(color + times * offset - levels))
   name = min(distances, key=distances.get)
   return name if distances[name] <= within else None
-
-
-@functools.cache
-def _shapes(world):
-  """Tables of the seven shapes of a world, in radii from their middle.
-
-  Areas [7]; offsets of the centres of area downwards [7]; lengths of the outlines [7]; integral
-  images [7, samples, samples].
-  """
-  at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
-  drawn = [_mask(shape, at) for shape in world.shapes]
-  masks = np.stack([mask for mask, _ in drawn]) / _FINE**2
-  areas, sums = masks.sum((1, 2)), masks.cumsum(1).cumsum(2)
-  return (areas, masks.sum(2) @ at / areas, np.array([length for _, length in drawn]),
-          np.pad(sums, ((0, 0), (1, 0), (1, 0))).astype(np.float32))
-
-
-def _mask(shape, at):
-  """(mask, length of the outline): a disc, or triangles from the middle to each side."""
-  x, y = at[None, :], at[:, None]
-  if shape in ("circle", "ring"):
-    distance, hole = np.hypot(x, y), 0.5 * (shape == "ring")
-    return (distance <= 1) & (distance >= hole), 2 * np.pi * (1 + hole)
-  mask, corners = np.zeros((len(at), len(at)), bool), _corners(shape)
-  x0, y0 = corners.mean(0)
-  for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0)):
-    sides = (x0, y0, x1, y1), (x1, y1, x2, y2), (x2, y2, x0, y0)
-    mask |= np.all([(c - a) * (y - b) - (d - b) * (x - a) >= 0 for a, b, c, d in sides], axis=0)
-  return mask, np.hypot(*(corners - np.roll(corners, 1, 0)).T).sum()
-
-
-def _corners(shape):
-  """The corners of a shape, x to the right and y down, clockwise."""
-  if shape == "triangle":
-    return np.array([(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)])
-  if shape == "star":
-    turns = np.arange(10) * np.pi / 5
-    reach = np.where(np.arange(10) % 2, 0.42, 1.05)
-    return np.stack([reach * np.sin(turns), 0.08 - reach * np.cos(turns)], -1)
-  quarter = {"square": [0.88 - 0.88j], "diamond": [-1.05j],
-             "cross": [0.32 - 1j, 0.32 - 0.32j, 1 - 0.32j]}[shape]
-  corners = np.concatenate([np.array(quarter) * turn for turn in (1, 1j, -1, -1j)])
-  return np.stack([corners.real, corners.imag], -1)
-
-
-def _draw(x, y, radius, window, world):
-  """The share of each pixel that each shape covers, float [7, rows, columns].
-
-  `x`, `y` and `radius` are [7], in pixels; `window` has the slices of the rows and columns.
-  """
-  sums, corners = _shapes(world)[-1], []
-  for s, middle in zip(window, (y, x)):  # edges of pixels: the sample before, and the part beyond
-    at = ((np.arange(s.start, s.stop + 1) - middle[:, None]) / radius[:, None] + _REACH) * _FINE
-    at = np.clip(at, 0, len(sums[0]) - 1)
-    low = np.minimum(at.astype(int), len(sums[0]) - 2)
-    corners.append((low, at - low))
-  (row, down), (column, right) = corners
-  row, down, column, right = row[..., None], down[..., None], column[:, None], right[:, None]
-  at = lambda i, j: sums[np.arange(len(x))[:, None, None], row + i, column + j]
-  before, after = (at(0, j) * (1 - down) + at(1, j) * down for j in (0, 1))
-  # The integral image at the four corners of a pixel gives its share.
-  corner = before * (1 - right) + after * right
-  return np.diff(np.diff(corner, axis=1), axis=2) * (radius**2)[:, None, None]

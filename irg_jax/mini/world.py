@@ -7,6 +7,7 @@ the verifier has seen carry theirs.
 
 A record is in GenEval's form: {"tag", "include": [{"class", "count", "color", "position"}],
 "exclude", "prompt"}; a class is a shape, and a position is [relation, index of another clause].
+Clauses may also have a "detail", and records of other worlds than the first have a "world".
 Counts are exact: "two red circles" means two, and an image must show nothing else.
 """
 
@@ -20,7 +21,8 @@ import typing
 
 import numpy as np
 
-from irg_jax.mini import tasks
+from irg_jax.mini import phrasing, tasks
+from irg_jax.mini.phrasing import noun, nouns, relations
 
 SIZE = 64  # pixels a side
 GRID = 4  # rows and columns of cells
@@ -31,10 +33,11 @@ COLORS = {
     "green": (50, 160, 70), "blue": (50, 90, 210), "purple": (130, 60, 170),
     "pink": (250, 110, 190), "brown": (130, 85, 50),
 }
+# Share of white in the lighter tone of a colour; all tones are far from the colours and grounds.
+LIGHTER = {"red": 0.35, "orange": 0.5, "yellow": 0.5, "green": 0.3, "blue": 0.35, "purple": 0.35,
+           "pink": 0.5, "brown": 0.3}
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (170, 170, 170), "black": (25, 25, 25),
                "mint": (190, 230, 205)}
-_INVERSE = {"right of": "left of", "below": "above"}
-_NUMBERS = ("no", "one", "two", "three", "four", "five")
 _TEST_SHARE = 5  # one prompt in this many is held out for the test
 _FILES = pathlib.Path(__file__).parent / "files"
 
@@ -47,8 +50,11 @@ class World:
   shapes: tuple[str, ...]
   radii: dict[str, tuple[float, float]]  # by detail, in pixels; a world without details has ""
   most: int  # things in the scene of a prompt
+  star: float  # radii from the middle of a star to its inner corners
+  cross: float  # half the width of the bars of a cross, in radii
   tasks: dict[str, tasks.Task]
   wording: dict  # the content of its file: phrasings, and what is held out
+  phrase: typing.Callable  # include clauses, wording, Generator -> prompt
   colors: typing.ClassVar[dict] = COLORS
 
   @property
@@ -68,9 +74,16 @@ class World:
 
 WORLD1 = World(
     name="1", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "ring"),
-    radii={"": (5.5, 7.5)}, most=5, tasks=tasks.TASKS,
-    wording=tomllib.loads((_FILES / "world.toml").read_text()))
-WORLDS = {world.name: world for world in (WORLD1,)}
+    radii={"": (5.5, 7.5)}, most=5, star=0.42, cross=0.32, tasks=tasks.TASKS,
+    wording=tomllib.loads((_FILES / "world.toml").read_text()), phrase=phrasing.formal)
+_LARGE = (6.2, 7.0)
+WORLD2 = World(
+    name="2", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "heart"),
+    radii={"plain": _LARGE, "hollow": _LARGE, "striped": _LARGE, "dotted": _LARGE,
+           "small": (4.0, 4.8)},
+    most=10, star=0.58, cross=0.47, tasks=tasks.TASKS2,
+    wording=tomllib.loads((_FILES / "world2.toml").read_text()), phrase=phrasing.typed)
+WORLDS = {world.name: world for world in (WORLD1, WORLD2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +124,11 @@ class Scene:
   unclear: typing.ClassVar[tuple] = ()  # a `verifier.Seen` may have such cells
 
 
+def lighter(color: str) -> tuple[float, ...]:
+  """The lighter tone of a colour, in levels."""
+  return tuple(v + LIGHTER[color] * (255 - v) for v in COLORS[color])
+
+
 def of(record: dict) -> World:
   """The world of a record."""
   return WORLDS[record.get("world", WORLD1.name)]
@@ -120,15 +138,10 @@ def sample_record(task: str, rng, world: World = WORLD1) -> dict:
   """A random record of a task, with a prompt in one of several phrasings."""
   while not (include := world.tasks[task].clauses(world, rng)):
     pass
-  *most, last = names = nouns(include)
-  text = f"{', '.join(most)} and {last}" if most else last
-  for i, relation, other in relations(include):
-    said = world.wording["relations"][relation]
-    text = f"{names[i]} {said[int(rng.integers(2))]} {names[other]}"
   exclude = [{"class": c["class"], "count": c["count"] + 1} for c in include]
-  frames = world.wording["frames"]
-  return {"tag": task, "include": include, "exclude": exclude if task == "counting" else [],
-          "prompt": frames[int(rng.integers(len(frames)))].format(text)}
+  record = {"tag": task, "include": include, "exclude": exclude if task == "counting" else [],
+            "prompt": world.phrase(include, world.wording, rng)}
+  return record if world is WORLD1 else record | {"world": world.name}
 
 
 def training_record(rng, world: World = WORLD1) -> dict:
@@ -149,8 +162,10 @@ def test_records(task: str, count: int, unseen: bool, world: World = WORLD1) -> 
   """
   rng, found = np.random.default_rng([*task.encode(), unseen]), {}
   for _ in range(100 * count):
+    if len(found) == count:
+      break
     record = sample_record(task, rng, world)
-    if is_unseen(record) == unseen and is_for_test(record) and len(found) < count:
+    if is_unseen(record) == unseen and is_for_test(record):
       found[record["prompt"]] = record | {"split": "unseen" if unseen else "seen"}
   return list(found.values())
 
@@ -159,35 +174,18 @@ def is_unseen(record: dict) -> bool:
   """Whether a record has a pair of shape and word, or a relation, held out of training."""
   world, include, found = of(record), record["include"], []
   for i, relation, j in relations(include):
-    i, j = (j, i) if relation in _INVERSE else (i, j)
-    found.append((include[i]["class"], _INVERSE.get(relation, relation), include[j]["class"]))
+    if relation in ("right of", "below"):
+      i, relation, j = j, phrasing.INVERSE[relation], i
+    found.append((include[i]["class"], relation, include[j]["class"]))
   pairs = {(clause["class"], clause.get(key)) for clause in include for key in ("color", "detail")}
   return bool(pairs & world.unseen_pairs or world.unseen_relations.intersection(found))
 
 
 def is_for_test(record: dict) -> bool:
-  """Whether the exact words of its prompt are held out for the test."""
-  digest = hashlib.blake2b(record["prompt"].encode(), digest_size=4).digest()
+  """Whether the exact words of its prompt, in capitals or not, are held out for the test."""
+  words = record["prompt"].lower().rstrip(".!")
+  digest = hashlib.blake2b(words.encode(), digest_size=4).digest()
   return int.from_bytes(digest, "big") % _TEST_SHARE == 0
-
-
-def relations(include) -> list[tuple[int, str, int]]:
-  """(clause, relation, other clause) of all clauses with a position, as indices."""
-  return [(i, *clause["position"]) for i, clause in enumerate(include) if "position" in clause]
-
-
-def noun(count: int, shape: str, color: str | None = None, article: bool = True,
-         detail: str | None = None) -> str:
-  """"a red circle", "two red circles"; with `article` false "one red circle"."""
-  name = " ".join(filter(None, (detail, color, shape)))
-  if count == 1:
-    return f"{('an' if name[0] in 'aeiou' else 'a') if article else 'one'} {name}"
-  return f"{_NUMBERS[count]} {name}{'es' if name.endswith('s') else 's'}"
-
-
-def nouns(include, article: bool = True) -> list[str]:
-  """The noun of each clause, see `noun`."""
-  return [noun(c["count"], c["class"], c.get("color"), article, c.get("detail")) for c in include]
 
 
 def prompt_rules(world: World = WORLD1) -> tuple[str, ...]:
