@@ -308,7 +308,8 @@ def _hidden(model, params, ctx, x_BPC, t, grid, special, views):
   tokens = Tokens(sample=zeros_RT, index=index_RT, split=zeros_RT, kind=zeros_RT + NOISE)
   position_RT = zeros_RT + rearrange(ctx.position[:, list(views)], "b w -> (b w) 1")
   buffers, _ = _decode(model, params, {"und": _image_ends(apply, special, B * W), "gen": gen_RPD},
-                       tokens, position_RT, cached(ctx, views), loop=True, norm=False)
+                       tokens, position_RT, cached(ctx, views), loop=True, norm=False,
+                       same_keys=True)
   gen_BWPD = rearrange(buffers["gen"], "(b w) p d -> b w p d", w=W)
   return {view: gen_BWPD[:, i] for i, view in enumerate(views)}
 
@@ -338,9 +339,9 @@ def encode_pixels(config: ModelConfig, params, pixels_BYXC, noise_BYXC=None):
                           config.latent_patch_size)
 
 
-def _decode(model, params, buffers, tokens, position_RT, *caches, loop=False, norm=True):
-  return model.apply({"params": params}, buffers, tokens, position_RT, caches, loop, norm,
-                     method="decode")
+def _decode(model, params, buffers, tokens, position_RT, *caches, **how):
+  return model.apply({"params": params}, buffers, tokens, position_RT, caches, method="decode",
+                     **how)
 
 
 def _image_ends(apply, special, rows):

@@ -55,6 +55,7 @@ class Layer(nn.Module):
   """One layer: both experts, joint attention, both experts."""
 
   config: ModelConfig
+  same_keys: bool = False  # see `attend`
 
   @nn.compact
   def __call__(self, buffers, cached, tokens: Tokens, rope, cached_tokens, prepared):
@@ -70,7 +71,7 @@ class Layer(nn.Module):
     sources = [KeyValues(k_RKTH, v_RKTH, tokens)]
     sources += [KeyValues(*kv, keys) for kv, keys in zip(cached, cached_tokens)]
     attended_RTNH = attend(q_RTNH, tokens, sources, implementation=self.config.attention,
-                           prepared=prepared)
+                           prepared=prepared, same_keys=self.same_keys)
     buffers = {name: experts[name].finish(buffers[name], attended_RTNH[:, place])
                for name, place in slices.items()}
     return buffers, (k_RKTH, v_RKTH)
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, buffers, tokens: Tokens, position_RT, caches=(), loop: bool = False,
-               norm: bool = True):
+               norm: bool = True, same_keys: bool = False):
     """Runs the layers on one or both buffers.
 
     Args:
@@ -98,6 +99,7 @@ class Decoder(nn.Module):
         B and R); read, never written.
       loop: static, whether this is the body of a loop over tokens or flow steps.
       norm: static, whether the final norms are applied.
+      same_keys: static, see `attention.attend`.
 
     Returns:
       (buffers after the final norms, (k, v) of these tokens, each [L, R, K, T, H], K times
@@ -112,7 +114,7 @@ class Decoder(nn.Module):
     buffers = {name: constrain(x_RTD.astype(c.dtype), "batch", "length", "embed")
                for name, x_RTD in buffers.items()}
     layers = scan_layers(Layer, llm.num_layers, c.remat,
-                         in_axes=(0, *[nn.broadcast] * 4), loop=loop, config=c)
+                         in_axes=(0, *[nn.broadcast] * 4), loop=loop, config=c, same_keys=same_keys)
     buffers, kv = layers(buffers, cached, tokens, rope, cached_tokens, prepared)
     norms = {"und": self.und_norm, "gen": self.gen_norm}
     return {name: norms[name](x) if norm else x for name, x in buffers.items()}, kv

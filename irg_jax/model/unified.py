@@ -86,9 +86,9 @@ class UnifiedTransformer(nn.Module):
     place_RPD = sincos_2d(position_RP, c.vit.grid_size, c.llm.hidden_size).astype(c.dtype)
     return self.connector(self.vit(patches_RPC, position_RP, image_RP)) + place_RPD
 
-  def decode(self, buffers, tokens, position_RT, caches=(), loop: bool = False, norm: bool = True):
+  def decode(self, buffers, tokens, position_RT, caches=(), **how):
     """See `decoder.Decoder`."""
-    return self.decoder(buffers, tokens, position_RT, caches, loop, norm)
+    return self.decoder(buffers, tokens, position_RT, caches, **how)
 
   def text_logits(self, und_D):
     """Next-token logits, float32 [..., V], of hidden states [..., D]."""
