@@ -256,6 +256,32 @@ def test_the_command_prints_the_table_and_its_status_says_whether_it_fits(
   assert ("DOES NOT FIT" in out) == bool(status)
 
 
+def test_learning_from_rewards_is_planned_for_its_longest_rows(monkeypatch, capsys):
+  monkeypatch.setattr(plan, "open_slice", lambda *_: cpu_slice())
+  def estimate(program, _):
+    with jax.set_mesh(program.mesh):
+      assert program.trace().jaxpr.eqns
+    return plan.Estimate(program, 1e12)
+
+  monkeypatch.setattr(plan, "estimate", estimate)
+  fields = {"llm.vocab_size": 320, "llm.hidden_size": 64, "llm.mlp_size": 112, "llm.num_layers": 1,
+            "llm.num_heads": 4, "llm.num_kv_heads": 2, "vit.hidden_size": 48, "vit.mlp_size": 80,
+            "vit.num_layers": 1, "vit.num_heads": 4, "vit.grid_size": 8, "max_latent_size": 8,
+            "vae.ch": 32, "vae.ch_mult": (1, 1, 2, 2)}
+  argv = ["plan", "--topology", "v5e:2x4", "--config", f"{ROOT}/configs/rl.py:large",
+          "--programs", "rl", f"--config.rollout.generate={ROOT}/configs/generate_tiny.py",
+          "--config.rollout.height=32", "--config.rollout.width=64", "--config.lora.rank=2",
+          *(f"--config.model.{name}={value}" for name, value in fields.items())]
+  assert commands.main(argv) == 1
+  out = capsys.readouterr().out
+  # A vector of the prompts, two thoughts of 47 tokens, two images of two noised copies, one seen.
+  und = -(-(94 + 114 + 2 * 49 + 4 * 2 + 2 + 2 + 2 * 4) // 128) * 128
+  assert re.search(rf"rl \(an update of 16 times 16 rows of {und + 5 * 8} tokens; mesh fsdp=8\)", out)
+  assert "DOES NOT FIT: rl" in out and "--config.accumulate" in out
+  assert commands.main([*argv, "--mesh", "auto"]) == 2
+  assert "give axes for rl" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--programs", "train"], "says nothing about training"),
     (["--programs", "denoise", "--size", "100"], "not a positive multiple of 16"),

@@ -101,7 +101,7 @@ def _kinds(args, overrides, slice_) -> list:
   if args.slices > 1 and set(args.programs) != {"train"}:
     raise ValueError(f"--slices {args.slices}: is for --programs train; generation on several "
                      "slices is several commands")
-  if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train"}:
+  if names := set(_STEPS if "generate" in args.programs else args.programs) - {"train", "rl"}:
     # Generation has no backward pass to recompute anything for.
     model = dataclasses.replace(config.read_model(args.config, overrides), remat="none")
     forecast = Forecast(interval=flags.FAST if args.fast else 1)
