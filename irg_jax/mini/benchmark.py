@@ -25,6 +25,7 @@ from irg_jax.mini.world import WORLD1, WORLDS, World, of, test_records
 FILES = pathlib.Path(__file__).parent / "files"
 SPLITS = ("seen", "unseen")
 NEW_PROMPTS = 24  # of a task that test.jsonl lacks, in each split
+PARTS = ("things", "shape", "fill")  # see `parts`
 RIGHT = "correct"  # the words of an image without a fault
 RESAMPLES, SEED = 2000, 0  # of the intervals
 
@@ -97,10 +98,12 @@ def protocol() -> dict:
 class Verified:
   """Scores the images of a round, see `score.score_images`.
 
-  An image's line of items.jsonl also has "grid", the content of each cell, see `seen_grid`.
+  An image's line of items.jsonl also has "grid", the content of each cell, see `seen_grid`. In a
+  world with details its scores are also those of `parts`.
   """
 
   def __init__(self, world: World):
+    self._parts = {name: base.Mean() for name in (PARTS if len(world.details) > 1 else ())}
     self._all = clauses.TaskSummary(world.tasks)
     self._splits = {name: clauses.TaskSummary(()) for name in SPLITS}
     self._unscored = base.Unscored()
@@ -115,15 +118,26 @@ class Verified:
       return {"scores": {}, "why": str(e), "words": None, "grid": None}
     for summary in (self._all, self._splits[item.extra["split"]]):
       summary.add(verdict.correct, item.extra["tag"], item.id)
-    return {"scores": {"correct": int(verdict.correct)}, "why": None,
+    scored = {name: parts(verdict)[name] for name in self._parts}
+    for name, value in scored.items():
+      self._parts[name].add(value)
+    return {"scores": {"correct": int(verdict.correct)} | scored, "why": None,
             "words": ", ".join(verdict.faults) or RIGHT, "grid": seen_grid(verdict.seen)}
 
   def value(self) -> dict:
-    """The summary of `clauses.TaskSummary`, and that of each split under "splits"."""
+    """The summary of `clauses.TaskSummary`, that of each split under "splits", and "parts"."""
     splits = {name: summary.value() for name, summary in self._splits.items()}
     for summary in splits.values():
       del summary["missing_tasks"]  # some tasks cannot be unseen
-    return self._all.value() | {"splits": splits, "unscored": self._unscored.summary()}
+    means = {"parts": {name: mean.value() for name, mean in self._parts.items()}}
+    return self._all.value() | {"splits": splits, "unscored": self._unscored.summary()} | (
+        means if self._parts else {})
+
+
+def parts(verdict) -> dict[str, float]:
+  """How much of an image is right: share of its things, and mean fidelity of shapes and fills."""
+  shape, fill = np.mean(verdict.seen.fidelity or [(0.0, 0.0)], axis=0)
+  return dict(zip(PARTS, (verdict.share, float(shape), float(fill))))
 
 
 def seen_grid(seen) -> list[str] | None:
@@ -183,6 +197,10 @@ def arm_figures(drawn: Drawn) -> dict:
         "plan_drawn": plan_drawn(drawn, number),
         # The median: the first batch, which compiles, has no effect.
         "seconds": float(np.median(seconds)) if seconds else None}
+    lines = [line["scores"] for (*_, n), line in drawn.lines.items() if n == number]
+    if any("things" in scored for scored in lines):
+      entry["parts"] = {name: float(np.mean([scored[name] for scored in lines if scored]))
+                        for name in PARTS}
     if number > 1:
       entry["changes"] = changes(drawn.right[number - 2], right)
       entry["reflections"] = reflections(drawn, number)

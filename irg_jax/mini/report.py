@@ -204,12 +204,16 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     tasks = [t for t in _world(report).tasks if any(t in values for _, values in scores)]
     by_task.append((f"By task, {split} combinations", ["", *tasks], [
         [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]))
+  parts = [(row["name"], row["parts"]) for row in rows if "parts" in row]
   pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
   return [
       ("Overall, mean over tasks", ["", *_SPLITS, "pictures"], [
           [row["name"], *(_interval(row["scores"][split]["overall"]) for split in _SPLITS),
            str(row["pictures"])] for row in rows]),
       *by_task,
+      *([("Part by part, means over pictures", ["", *_WORDING["parts"].values()], [
+          [name, *(_number(values[key], 3) for key in _WORDING["parts"])]
+          for name, values in parts])] if parts else []),
       ("Paired differences", ["", *_SPLITS], [
           [name, *(_interval(values[split]) for split in _SPLITS)]
           for name, values in report["differences"].items()]),
