@@ -103,9 +103,7 @@ def place_beside(cell, others, rng, detail, world: World) -> tuple[float, float,
 
 def _around(cell, detail, rng, world):
   radius = rng.uniform(*world.radii[detail])
-  # In a crowded world a thing stays in its own cell: else many things in neighbouring cells would
-  # hardly ever fit.
-  shift = _SHIFT if world.most < 9 else min(_SHIFT, (CELL - _GAP) / 2 - radius)
+  shift = min(_SHIFT, (CELL - _GAP) / 2 - radius) if world.inside else _SHIFT
   y, x = ((i + 0.5) * CELL + rng.uniform(-shift, shift) for i in cell)
   low, high = radius + 0.5, SIZE - radius - 0.5
   return float(np.clip(x, low, high)), float(np.clip(y, low, high)), float(radius)

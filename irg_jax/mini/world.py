@@ -50,6 +50,7 @@ class World:
   shapes: tuple[str, ...]
   radii: dict[str, tuple[float, float]]  # by detail, in pixels; a world without details has ""
   most: int  # things in the scene of a prompt
+  inside: bool  # each thing stays in its own cell: else many hardly ever fit side by side
   star: float  # radii from the middle of a star to its inner corners
   cross: float  # half the width of the bars of a cross, in radii
   tasks: dict[str, tasks.Task]
@@ -74,14 +75,14 @@ class World:
 
 WORLD1 = World(
     name="1", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "ring"),
-    radii={"": (5.5, 7.5)}, most=5, star=0.42, cross=0.32, tasks=tasks.TASKS,
+    radii={"": (5.5, 7.5)}, most=5, inside=False, star=0.42, cross=0.32, tasks=tasks.TASKS,
     wording=tomllib.loads((_FILES / "world.toml").read_text()), phrase=phrasing.formal)
 _LARGE = (6.2, 7.0)
 WORLD2 = World(
     name="2", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "heart"),
     radii={"plain": _LARGE, "hollow": _LARGE, "striped": _LARGE, "dotted": _LARGE,
            "small": (4.0, 4.8)},
-    most=10, star=0.58, cross=0.47, tasks=tasks.TASKS2,
+    most=10, inside=True, star=0.58, cross=0.47, tasks=tasks.TASKS2,
     wording=tomllib.loads((_FILES / "world2.toml").read_text()), phrase=phrasing.typed)
 WORLDS = {world.name: world for world in (WORLD1, WORLD2)}
 
