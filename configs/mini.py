@@ -57,13 +57,16 @@ GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
-  trainings = {"base": (_base, 240, 160), "irgl": (_irgl, 20, 60), "quality": (_quality, 20, 20)}
+  # Steps of the two stages in a quick run, and the text of a row in the second world.
+  trainings = {"base": (_base, (240, 160), (496, 288)), "irgl": (_irgl, (20, 60), (608, 608)),
+               "quality": (_quality, (20, 20), (608, 608))}
   presets = {"world": _world, "quick": _quick, "world2": lambda: _second(_world()),
              "world2-quick": lambda: _second(_quick())}
-  for name, (make, *steps) in trainings.items():
-    presets |= {name: make, f"quick-{name}": lambda m=make, s=steps: _quickly(m(), *s),
-                f"world2-{name}": lambda m=make: _longer(m()),
-                f"world2-quick-{name}": lambda m=make, s=steps: _longer(_quickly(m(), *s))}
+  for name, (make, steps, texts) in trainings.items():
+    presets |= {
+        name: make, f"quick-{name}": lambda m=make, s=steps: _quickly(m(), *s),
+        f"world2-{name}": lambda m=make, t=texts: _longer(m(), *t),
+        f"world2-quick-{name}": lambda m=make, s=steps, t=texts: _longer(_quickly(m(), *s), *t)}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
@@ -152,11 +155,10 @@ def _second(config):
   return config
 
 
-def _longer(config):
-  """A training on the texts of the second world, which are a third longer."""
+def _longer(config, *texts):
+  """A training on the second world; `texts` are the tokens of text in a row of its two stages."""
   config.model.llm.vocab_size = VOCABULARY2
-  for stage in (config.stage1, config.stage2):
-    text = -(-stage.sizes.text * 4 // 3 // 16) * 16 + 16
+  for stage, text in zip((config.stage1, config.stage2), texts):
     stage.sizes.update(und=text + stage.sizes.und - stage.sizes.text, text=text)
   return config
 
