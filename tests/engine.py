@@ -26,7 +26,7 @@ def make_checkpoint(folder):
 
 
 def stand_in(model, params, tokenizer, prompts, *, seeds, settings, system_prompt, images,
-             on_progress, done, on_result):
+             on_progress, done, on_result, satisfied):
   """Like `irg.generate`; images and thoughts follow from all that it is called with."""
   settings.validate(model.config)
   mesh, drawn = jax.sharding.get_mesh(), []

@@ -49,7 +49,8 @@ class Drawer:
     on_text(number, texts)
 
   def draw(self, model, params, tokenizer, prompts, *, seeds, settings, system_prompt, images, done,
-           on_result, on_progress=lambda *_: None, on_text=lambda *_: None, room=None):
+           on_result, satisfied, on_progress=lambda *_: None, on_text=lambda *_: None,
+           room=None):
     number = len(done)
     self.batches.append((list(prompts), number, settings, system_prompt))
     images = images or [()] * len(prompts)

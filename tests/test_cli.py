@@ -198,7 +198,7 @@ def test_the_system_prompt_asks_for_both_thoughts():
      "irg generate: error: unrecognized arguments: --step 3 (did you mean --steps?); see "
      "irg generate --help"),
     (["generate", "a", "--steps", "3", "b"], "b; words without a flag stand together"),
-    (["generate", "a", "--checkpoint", "d", "--rounds", "two"], "--rounds: invalid int value"),
+    (["generate", "a", "--checkpoint", "d", "--rounds", "two"], "--rounds: 'two' is not a number of rounds; write 3, auto or auto:6"),
     (["generate", "a", "--checkpoint", "d", "--size", "0"], "--size: '0' is not a size"),
     (["generate", "a", "--checkpoint", "d", "--size", "64x"], "--size: '64x' is not a size"),
     (["generate", "a", "--checkpoint", "d", "--mesh", "data"], "--mesh: 'data' is not a mesh"),

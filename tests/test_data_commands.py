@@ -138,7 +138,7 @@ def test_a_tokenizer_counts_tokens(folder, tmp_path):
     (["build", ".", "--out", "x", "--mode", "paint"], "--mode paint: unknown; the modes are"),
     (["build", ".", "--out", "x"], f"has no {MODES[0]}; choose among"),
     (["build", ".", "--out", "x", "--max-rejected", "2"], "2 is not a share from 0 to 1"),
-    (["build", ".", "--out", "x", "--workers", "0"], "0 is not 1 or more"),
+    (["build", ".", "--out", "x", "--workers", "0"], "'0' is not 1 or more"),
     (["build", "."], "the following arguments are required: --out"),
     (["check", ".", "--out", "."], "--out .: is a folder; name a file"),
     (["check", ".", "--tokenizer", "none"], "--tokenizer none: no such folder"),

@@ -18,7 +18,7 @@ def add(verbs) -> None:
   for step, run in runs.items():
     parser = steps.add_parser(step, run=run, **_TEXTS["steps"][step])
     if step == "encode-latents":
-      flags.add_hosts(parser)
+      parser.add_shared("hosts")
 
 
 def _sample(args, _):

@@ -61,7 +61,7 @@ def _fill_generate(parser):
   _fill(parser, "generate", _generate)
   tasks = ", ".join(b.tasks_help for b in benchmarks().values())
   parser.add_table(_TEXTS["generate"]["flags"], tasks=tasks)
-  flags.add_hosts(parser)
+  parser.add_shared("hosts")
   flags.add_generation(parser, think_limit=_THINK_LIMIT)
 
 

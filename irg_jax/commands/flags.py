@@ -17,9 +17,16 @@ _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
 # Verbs whose paths may be in buckets, but for --config, which is a program.
 _IN_BUCKETS = tuple(f"irg {verb}" for verb in (
     "generate", "ask", "serve", "demo", "convert", "init", "train", "data", "fetch", "eval"))
+
+
+def rounds(text: str) -> str:
+  """Checks a number, "auto" or "auto:N", see `generate.settings.expand`."""
+  return _matched(text, r"-?\d+|auto(:[1-9]\d*)?", "a number of rounds; write 3, auto or auto:6")[0]
+
+
 # Short flags of settings of generation: (name, type, help, default of `generate.settings`).
 _SHORT = (
-    ("rounds", int, "rounds, one image each", 2),
+    ("rounds", rounds, "rounds, one image each; auto or auto:N: until nothing falls short", 2),
     ("steps", int, "points of the flow schedule, N - 1 updates", 50),
     ("text_scale", float, "text guidance of all rounds", 4.0),
     ("image_scale", float, "image guidance of the rounds after an image", 2.0),
@@ -135,9 +142,7 @@ def size(text: str) -> tuple[int, int]:
 
 def count(text: str) -> int:
   """Parses an integer of at least 1."""
-  if not re.fullmatch(r"0*[1-9]\d*", text):
-    raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-  return int(text)
+  return int(_matched(text, r"0*[1-9]\d*", "1 or more")[0])
 
 
 def number(text: str) -> float:
@@ -195,7 +200,7 @@ def add_generation(parser, think_limit: int = 1000, images: bool = True) -> None
   group = parser.add_argument_group("short flags of settings")
   add = group.add_argument
   actions = {name: add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (%(shown)s)",
-                       metavar="N" if kind is int else "X")
+                       metavar="X" if kind is float else "N")
              for name, kind, text, _ in _SHORT if images or name in _TEXT}
   if images:
     actions["size"] = add("--size", type=size, metavar="S or WxH",
@@ -265,15 +270,18 @@ def read_settings(args, overrides, checkpoint, default=None):
   the file.
   """
   from irg_jax import config, sharding
-  from irg_jax.generate.settings import Settings, read_defaults
+  from irg_jax.generate.settings import Settings, expand, read_defaults
   if unknown := set(args.mesh or ()) - set(sharding.MESH_AXES):
     raise ValueError(f"--mesh: unknown mesh axes {sorted(unknown)}"
                      f"{guess(min(unknown), sharding.MESH_AXES)}; known: {sharding.MESH_AXES}")
   fields = {f: getattr(args, name, None) for name, names in SHORTHANDS.items() for f in names}
   fields["width"], fields["height"] = getattr(args, "size", None) or (None, None)
+  if (fields["rounds"] or "").startswith("auto"):
+    fields |= expand({"rounds": fields["rounds"]})
   short = [f"{field}={value}" for field, value in fields.items() if value is not None]
   defaults = read_defaults(checkpoint, default or Settings())
   settings = config.read(defaults.settings, args.config, [*overrides, *short])
+  defaults.check(settings)
   prompt = defaults.system_prompt
   if args.system_prompt_file is not None:  # an empty file is a choice: no system prompt at all
     prompt = read_text("--system-prompt-file", args.system_prompt_file)
@@ -334,14 +342,6 @@ def folder(flag: str, path: pathlib.Path) -> pathlib.Path:
   if not path.is_dir():
     raise ValueError(f"{flag} {path}: no such folder")
   return path
-
-
-def add_hosts(parser) -> None:
-  """Adds --process-id and --num-processes, for hosts that share the work in one folder."""
-  parser.add_argument("--process-id", type=int, default=0, metavar="I",
-                      help="number of this host, from 0 (default 0)")
-  parser.add_argument("--num-processes", type=count, default=1, metavar="N",
-                      help="number of hosts (default 1)")
 
 
 def check_hosts(args) -> None:

@@ -27,9 +27,9 @@ import numpy as np
 from irg_jax import runs, sharding, storage, weights
 from irg_jax.evaluate import base
 from irg_jax.evaluate.score import RUN
-from irg_jax.generate import generator
+from irg_jax.generate import generator, irg, stopping
 from irg_jax.generate.context import plan_cache
-from irg_jax.generate.settings import Settings, with_forecast
+from irg_jax.generate.settings import Settings, read_defaults, with_new
 from irg_jax.images import encode_image, read_image
 from irg_jax.progress import Progress
 from irg_jax.tokenizer import load_tokenizer
@@ -111,6 +111,7 @@ def generate_images(request: Request) -> Result:
   """Generates the missing images. Errors are raised before the weights are read, where possible."""
   config = weights.read_config(request.checkpoint)
   request.settings.validate(config)
+  read_defaults(request.checkpoint).check(request.settings)
   tokenizer = load_tokenizer(request.checkpoint, config.llm.vocab_size)
   _check_prompts(request, tokenizer)
   plan_cache(config, request.settings, len(tokenizer.encode(request.system_prompt)))
@@ -143,10 +144,12 @@ def generate_images(request: Request) -> Result:
 def identity(request: Request) -> dict:
   """The settings that decide a run's files; devices, processes and batch size do not."""
   lines = "".join(json.dumps([i.id, i.prompt, i.images]) + "\n" for i in request.items)
+  stops = ({"satisfied": read_defaults(request.checkpoint).satisfied}
+           if request.settings.until_satisfied else {})
   return {"benchmark": request.benchmark.name,
           "prompts": {"count": len(request.items),
                       "sha256": hashlib.sha256(lines.encode()).hexdigest()[:16]},
-          "generation": dataclasses.asdict(request.settings),
+          "generation": dataclasses.asdict(request.settings) | stops,
           "system_prompt": request.system_prompt,
           "checkpoint": weights.fingerprint(
               request.checkpoint, request.lora and peft.Source(request.lora, request.lora_scale),
@@ -188,7 +191,7 @@ def _check_run(out, settings):
   if (out / RUN).is_file():
     recorded = runs.read(out / RUN, ("settings",))["settings"]
     if "generation" in recorded:
-      recorded["generation"] = with_forecast(recorded["generation"], settings["generation"])
+      recorded["generation"] = with_new(recorded["generation"], settings["generation"])
     runs.check_same(recorded, settings, f"--out {out}")
 
 
@@ -243,9 +246,9 @@ def _left(ends, batches):
 
 
 def _write(request, folder, item, image, trajectory, reading):
-  """Writes an image of every round, then the trace."""
-  rounds = []
-  for number, r in enumerate(trajectory.rounds, 1):
+  """Writes an image of every round, then the trace. An image that was kept is that of the rest."""
+  rounds, last = [], len(trajectory.rounds)
+  for number, r in enumerate(stopping.filled(trajectory.rounds, request.settings.rounds), 1):
     path = request.benchmark.image_path(item, image, number)
     for beside, data in request.benchmark.beside(item, number).items():
       if not folder.exists(beside):
@@ -254,7 +257,8 @@ def _write(request, folder, item, image, trajectory, reading):
       place = _cell_path(item, image, number) if request.benchmark.grid else path
       folder.write_image(place, r.image)
     rounds.append(generator.round_record(
-        r, request.settings.think, None if fails else path.as_posix()))
+        r if number <= last else dataclasses.replace(r, thought=irg.Thought(), seconds={}),
+        request.settings.think and number <= last, None if fails else path.as_posix()))
   record = {"benchmark": item.benchmark, "id": item.id, "picture": image, "prompt": item.prompt,
             **reading, "seed": base.seed(item.benchmark, item.id, image), "rounds": rounds}
   folder.write(base.trace_path(item, image),

@@ -15,7 +15,7 @@ from PIL import Image
 from irg_jax import config as config_lib
 from irg_jax import hub, sharding, storage
 from irg_jax import weights as weights_lib
-from irg_jax.generate import answer, irg
+from irg_jax.generate import answer, irg, stopping
 from irg_jax.generate.context import plan_cache
 from irg_jax.generate.settings import Defaults, Settings, check_prompts, expand, read_defaults
 from irg_jax.images import read_image, to_rgb
@@ -103,7 +103,7 @@ class Generator:
       system_prompt: None: the checkpoint's.
       on_progress: see `irg.Job`.
       changes: fields of `Settings` to change, such as `rounds=3, text_scale=2.0, size=(64, 64)`
-        (width, height), or `later={"renorm": "global"}`.
+        (width, height), `rounds="auto"`, or `later={"renorm": "global"}`.
 
     Returns:
       A `Result`, or a list of them for a list of prompts.
@@ -121,6 +121,7 @@ class Generator:
     settings, system_prompt = self._chosen(settings, system_prompt, changes)
     arrays, paths = read_images(images)
     settings.validate(self.model.config)
+    self.defaults.check(settings)
     texts = [self.defaults.read(p, settings, bool(arrays)).text for p in prompts]
     check_lengths(self.model.config, self.tokenizer, settings, system_prompt, texts, arrays)
     results = []
@@ -169,7 +170,7 @@ class Generator:
     the trajectories so far.
     """
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
-    named = lambda rounds: [irg.Trajectory(p, list(row)) for p, row in zip(prompts, zip(*rounds))]
+    named = lambda rounds: [irg.Trajectory(p, stopping.own(row)) for p, row in zip(prompts, zip(*rounds))]
     edits = any(map(len, images))
     texts = [self.defaults.read(p, settings, edits).text for p in prompts]
     with jax.set_mesh(self.mesh):
@@ -177,7 +178,8 @@ class Generator:
           self.model, self.params, self.tokenizer, padded(texts), seeds=padded(seeds),
           settings=settings, system_prompt=system_prompt,
           images=padded(images) if edits else None, done=list(map(padded, done)),
-          on_result=on_result and (lambda rounds: on_result(named(rounds))), **options)
+          on_result=on_result and (lambda rounds: on_result(named(rounds))),
+          satisfied=self.defaults.satisfied, **options)
     return [dataclasses.replace(t, prompt=p) for t, p in zip(drawn, prompts)]
 
   def record(self, trajectory: irg.Trajectory, settings: Settings, system_prompt: str, seed: int,
@@ -188,6 +190,10 @@ class Generator:
         "batch_size": batch_size, "image": ", ".join(map(str, paths)) or None,
         "dtype": self.model.config.dtype, "mesh": shape or None,
         "devices": _devices(self.mesh)}
+    if settings.until_satisfied:
+      used |= {"satisfied": self.defaults.satisfied}
+    else:  # as it was before there was a choice
+      del used["until_satisfied"]
     if self.adapters:
       used |= {"lora": str(self.adapters.folder), "lora_scale": self.adapters.scale}
     if self.weights:
@@ -291,7 +297,8 @@ def round_record(drawn: irg.Round, thinks: bool, image) -> dict:
   """The record of a round for `trace.json`; `image` stands for its image there."""
   return {"think": drawn.thought.text if thinks else None, "think_tokens": len(drawn.thought.ids),
           "hit_limit": drawn.thought.hit_limit, "tokens_cut": drawn.thought.cut, "picture": image,
-          "passes": drawn.passes, "seconds": drawn.seconds}
+          "passes": drawn.passes, **({"kept": True} if drawn.kept else {}),
+          "seconds": drawn.seconds}
 
 
 def read_images(images) -> tuple[list[np.ndarray], list]:

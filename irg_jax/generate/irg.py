@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from irg_jax import sharding
-from irg_jax.generate import steps
+from irg_jax.generate import steps, stopping
 from irg_jax.generate.context import (
     FULL, NO_IMAGE, NO_TEXT, VIEWS, Context, fork, guidance_views, in_layers, new_context,
     plan_cache, rung, view_mask)
@@ -56,6 +56,7 @@ class Round:
   image: np.ndarray | None = dataclasses.field(repr=False)  # uint8 [height, width, 3]
   seconds: dict[str, float]  # of the whole batch by phase: think, draw (denoise), decode, encode
   passes: int = 0  # times that the decoder ran for the image, see `denoise.passes`
+  kept: bool = False  # the thought found nothing to improve: the image is that of the round before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +126,11 @@ class Job:
 def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
              settings: Settings = Settings(), system_prompt="", images=None, noise=None,
              on_progress=None, on_text=None, room=Room(), draw=None, done=(),
-             on_result=None) -> list[Trajectory]:
+             on_result=None, satisfied="") -> list[Trajectory]:
   """Thinks and draws an image, `settings.rounds` times for every prompt.
 
   Plain text-to-image is `Settings(rounds=1, think=False)`; with thinking, `rounds=1`; editing is
-  `images`.
+  `images`. With `settings.until_satisfied` each row stops alone, see `stopping`.
 
   Args:
     params: {"transformer": ..., "vae": ...}.
@@ -143,37 +144,45 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
     noise: see `Job`; None derives it from the seeds.
     on_progress, on_text, room, draw: see `Job`. Compiled programs do not depend on listeners.
     done: rounds of an earlier run with the same arguments, lists of B `Round`s, which are read, not
-      made again. The last one may lack its images.
+      made again. The last one may lack images. A row that stopped repeats its last round.
     on_result: told all rounds so far, such lists, after each thought and each image but the last.
+    satisfied: see `settings.Defaults`.
 
   Raises:
     ValueError: settings, prompts or images that cannot work; before anything is computed.
   """
   settings.validate(model.config)
+  stopping.check(settings, satisfied)
   job = prepare(model, params, tokenizer, prompts, seeds=seeds, settings=settings,
                 system_prompt=system_prompt, images=images, noise=noise, on_progress=on_progress,
                 on_text=on_text, room=room, draw=draw)
   _, window = job.cache
   tell = on_result or (lambda _: None)
-  ctx, history, results = begin(job), [], []
+  ctx, history, results, kept = begin(job), [], [], [None] * len(prompts)
   for number in range(settings.rounds):
     rows = done[number] if number < len(done) else None
-    seconds = dict(rows[0].seconds) if rows else {}
+    seconds = dict(max((row.seconds for row in rows), key=len)) if rows else {}
     lap = functools.partial(_lap, time.perf_counter() - sum(seconds.values()), seconds)
     thoughts = [row.thought for row in rows] if rows else [Thought()] * len(prompts)
     if settings.think:
       ctx = fork(ctx, FULL, NO_TEXT) if number else ctx
-      thoughts = thoughts if rows else think(job, ctx, number)
+      thoughts = thoughts if rows else think(job, ctx, number, kept)
+      thoughts = [Thought() if last else thought for last, thought in zip(kept, thoughts)]
       ctx = read_thoughts(job, ctx, thoughts, after_image=bool(history))
     lap("think", ctx)
+    kept = stopping.kept(settings, satisfied, results and results[-1], thoughts, seconds)
+    own = lambda drawn: [last or row for last, row in zip(kept, drawn)]
+    if all(kept):
+      results.append(kept)
+      break
     if settings.think and not rows:
-      tell([*results, [Round(thought, None, None, seconds) for thought in thoughts]])
-    if rows and rows[0].image is not None:
-      results.append(rows)
+      tell([*results, own([Round(thought, None, None, seconds) for thought in thoughts])])
+    if rows and all(row.image is not None for row in rows):
+      results.append(own(rows))
     else:
       latents, images = _draw(job, ctx, number, lap)
       count = passes(settings, number, bool(job.images))
-      results.append([Round(*row, seconds, count) for row in zip(thoughts, latents, images)])
+      results.append(own([Round(*row, seconds, count) for row in zip(thoughts, latents, images)]))
       if number + 1 < settings.rounds:
         tell(results)
     if number + 1 < settings.rounds:
@@ -183,7 +192,7 @@ def generate(model: UnifiedTransformer, params, tokenizer, prompts, *, seeds,
       fits = number + 1 <= window
       ctx = look(job, ctx, history[-1][1]) if fits else _replay(job, history)
       lap("encode", ctx)
-  return [Trajectory(p, list(rounds)) for p, rounds in zip(prompts, zip(*results))]
+  return [Trajectory(p, stopping.own(rounds)) for p, rounds in zip(prompts, zip(*results))]
 
 
 def prepare(model, params, tokenizer, prompts, *, seeds, settings, system_prompt="", images=None,
@@ -233,12 +242,15 @@ def begin(job: Job) -> Context:
   return append(job, ctx, job.prompt_ids, (NO_IMAGE,))
 
 
-def think(job: Job, ctx: Context, number: int) -> list[Thought]:
-  """Writes the thoughts of round `number`, one a row; the context is read, not changed."""
+def think(job: Job, ctx: Context, number: int, stopped=()) -> list[Thought]:
+  """Writes the thoughts of round `number`, one a row; the context is read, not changed.
+
+  `stopped` may say for each row that it writes nothing.
+  """
   s, tokenizer, limit = job.settings, job.tokenizer, job.settings.think_limit - 1
   ctx, keys_B = in_layers(ctx), steps.row_keys(np.array(job.seeds, np.uint32), number, "think")
   draft = steps.new_draft(job.model.config, len(job.seeds), max(limit, job.room.thought),
-                          tokenizer.special)
+                          tokenizer.special, np.array(stopped or [None] * len(job.seeds), bool))
   sampled = lambda: [ids_T[:count].tolist() for ids_T, count in zip(
       sharding.to_host(draft.ids), sharding.to_host(draft.count))]
   for _, stop in job.parts("think", number, limit, _TOKENS if job.on_text else limit):

@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from irg_jax import runs, sharding, storage, weights
-from irg_jax.generate import generator, irg, prompts
+from irg_jax.generate import generator, irg, prompts, stopping
 from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.images import read_image
 from irg_jax.progress import Progress
@@ -50,6 +50,7 @@ def run_generate(inputs: Inputs) -> None:
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
   images = [read_image(path) for path in inputs.images]
   defaults = read_defaults(inputs.checkpoint)
+  defaults.check(inputs.settings)
   readings = [defaults.read(p, inputs.settings, bool(images)) for p in inputs.prompts]
   generator.check_lengths(config, tokenizer, inputs.settings, inputs.system_prompt,
                           [reading.text for reading in readings], images)
@@ -114,13 +115,16 @@ def _run_batch(inputs, loaded, rows, folders, images, progress):
       inputs.images)
   read = [trace.read_rounds(folder, record(irg.Trajectory(inputs.prompts[i], []), seed))
           for i, folder, seed in zip(rows, folders, seeds)]
-  complete = [len(found) == inputs.settings.rounds and found[-1]["picture"] is not None
+  complete = [found[-1:] != [] and found[-1]["picture"] is not None
+              and (len(found) == inputs.settings.rounds or found[-1].get("kept", False))
               for found in read]
 
-  def write(trajectories, **more):
+  def write(trajectories, done=True):
     for whole, folder, seed, trajectory in zip(complete, folders, seeds, trajectories):
       if not whole:
-        trace.write_trace(folder, record(trajectory, seed) | more)
+        ends = done or trajectory.rounds[-1].kept
+        trace.write_trace(folder, record(trajectory, seed) | (
+            {} if ends else {"unfinished": True}))
 
   if not all(complete):  # rows stay together: a row's last bits may depend on the batch's size
     write(loaded.batch(
@@ -128,23 +132,24 @@ def _run_batch(inputs, loaded, rows, folders, images, progress):
         size=min(inputs.batch_size, len(inputs.prompts)), images=[images] * len(rows),
         on_progress=progress,
         done=_common(read, loaded.tokenizer, inputs.settings),
-        on_result=lambda trajectories: write(trajectories, unfinished=True)))
+        on_result=lambda trajectories: write(trajectories, done=False)))
   return list(map(trace.finish_trace, folders))
 
 
 def _common(read, tokenizer, settings):
-  """`done` of `irg.generate`: the rounds that all rows of a batch have."""
+  """`done` of `irg.generate`: the rounds that all rows of a batch have, or have no more."""
   done = []
+  read = [stopping.filled(found, settings.rounds) if found and found[-1].get("kept") else found
+          for found in read]
   for entries in zip(*read):
-    images = [entry["picture"] for entry in entries]
-    if any(image is None for image in images):
-      images = [None] * len(images)
-    if images[0] is None and not settings.think:
+    drawn = all(entry["picture"] is not None for entry in entries)
+    if not (drawn or settings.think):
       break
-    done.append([irg.Round(_thought(entry, tokenizer, settings), None, image, entry["seconds"],
-                           entry.get("passes", 0))
-                 for entry, image in zip(entries, images)])
-    if images[0] is None:
+    done.append([
+        irg.Round(_thought(entry, tokenizer, settings), None,
+                  entry["picture"] if drawn or entry.get("kept") else None, entry["seconds"],
+                  entry.get("passes", 0), entry.get("kept", False)) for entry in entries])
+    if not drawn:
       break
   return done
 

@@ -14,6 +14,7 @@ from irg_jax import config as config_lib
 from irg_jax import storage
 from irg_jax.config import ModelConfig, setting
 from irg_jax.flow import RENORMS
+from irg_jax.generate import stopping
 from irg_jax.generate.context import LADDER
 from irg_jax.generate.prompts import PromptForm, Reading, read, renewed
 from irg_jax.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
@@ -90,6 +91,9 @@ class Settings:
   """One run of interleaved generation."""
 
   rounds: int = setting(2, "images generated for each prompt, one a round", low=1, high=1000)
+  until_satisfied: bool = setting(
+      False, "`rounds` is the most: a reflection that finds nothing to improve keeps the image and "
+      "ends them")
   height: int = setting(1024, "image height in pixels", low=1, high=2**16)
   width: int = setting(1024, "image width in pixels", low=1, high=2**16)
   steps: int = setting(
@@ -122,6 +126,11 @@ class Settings:
   def sampling(self) -> Sampling:
     return Sampling(self.temperature, self.top_k, self.top_p)
 
+  def faults(self):
+    if self.until_satisfied and self.rounds > 1 and not self.think:
+      yield "until_satisfied", ("is true (--rounds auto), but without thinking no reflection can "
+                                "end the rounds: set rounds to 1 or think to true")
+
   def validate(self, model: ModelConfig) -> None:
     """Raises ValueError that names a setting that is wrong, or wrong for a model."""
     config_lib.check(self)
@@ -144,26 +153,33 @@ class Defaults:
   system_prompt: str = SYSTEM_PROMPT  # read before every prompt
   settings: Settings = Settings()
   prompts: PromptForm = PromptForm()  # what it says of the prompts it was trained on
+  satisfied: str = setting(
+      "", "what a thought about an image contains if it finds nothing to improve; empty: unknown")
   dtype: str | None = setting(
       None, "dtype of the arithmetic; not set: that of the weights", choices=config_lib.DTYPES)
+
+  def check(self, settings: Settings) -> None:
+    """Raises ValueError where settings cannot work with the checkpoint."""
+    stopping.check(settings, self.satisfied)
 
   def read(self, prompt: str, settings: Settings, edits: bool = False) -> Reading:
     """The prompt as the model reads it, with a note; `edits`: it is on images to edit."""
     return read(self.prompts, prompt, (settings.width, settings.height), edits)
 
 
-def with_forecast(recorded: dict, now: dict) -> dict:
-  """Recorded settings with the group `forecast`; runs that are older than it had none.
+def with_new(recorded: dict, now: dict) -> dict:
+  """Recorded settings with `forecast` and `until_satisfied`; older runs had none.
 
   `now` are the settings of the command that would go on.
   """
-  return {"forecast": now["forecast"] | {"interval": 1}} | recorded
+  return {"forecast": now["forecast"] | {"interval": 1}, "until_satisfied": False} | recorded
 
 
 def expand(changes: dict) -> dict:
   """Nested fields of `Settings` from changes that may have the short names of `SHORT`, or `size`.
 
-  `size` is (width, height), or one number for both. Scalars of NumPy become plain numbers.
+  `size` is (width, height), or one number for both. `rounds` may be "auto" or "auto:N", see
+  `stopping`. Scalars of NumPy become plain numbers.
   ValueError names a setting that is unknown.
   """
   known = [*(field.name for field in dataclasses.fields(Settings)), *SHORT, "size"]
@@ -181,6 +197,8 @@ def expand(changes: dict) -> dict:
       if len(sides) != 2:
         raise ValueError(f"size is {value}, but must be (width, height), or one number for both")
       fields |= dict(zip(("width", "height"), sides))
+    elif name == "rounds" and isinstance(value, str):
+      fields |= {"rounds": stopping.limit(value), "until_satisfied": True}
     elif name in SHORT:
       for group, field in (path.split(".") for path in SHORT[name]):
         fields.setdefault(group, {})[field] = value

@@ -117,11 +117,11 @@ class Draft:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "size", "special"))
-def new_draft(config: ModelConfig, batch: int, size: int, special: SpecialTokens) -> Draft:
-  """An empty draft with room for `size` tokens a row."""
+def new_draft(config, batch: int, size: int, special: SpecialTokens, ended_B=False) -> Draft:
+  """An empty draft with room for `size` tokens a row; rows in `ended_B` stay empty."""
   zeros_B = jnp.zeros((batch,), jnp.int32)
   return Draft(step=jnp.int32(0), token=zeros_B + special.text_start, count=zeros_B,
-               ids=jnp.zeros((batch, size), jnp.int32), ended=zeros_B > 0,
+               ids=jnp.zeros((batch, size), jnp.int32), ended=(zeros_B > 0) | ended_B,
                kv=tuple(map(cpu.layers, new_kv(config, batch, size))))
 
 

@@ -264,7 +264,8 @@ def reflections(drawn: Drawn, number: int) -> dict:
     line = drawn.lines.get((i, image, number - 1))
     if line is None or not line["scores"] or len(trace["rounds"]) < number:
       continue
-    think = trace["rounds"][number - 1]["think"] or ""
+    if (think := trace["rounds"][number - 1]["think"]) is None:  # its image was kept before
+      continue
     said, actual = thoughts.read_faults(think), faults(line["words"])
     looked = thoughts.read_grid(think.split("What falls short:")[0])
     rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),

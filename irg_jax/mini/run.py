@@ -122,7 +122,7 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   if (out / "mini.json").exists():
     new = {name: getattr(Settings(), name) for name in ("world", "altered_plans")}
     recorded = new | runs.read(out / "mini.json")
-    recorded["generate"] = generate_settings.with_forecast(
+    recorded["generate"] = generate_settings.with_new(
         recorded.get("generate", {}), now["generate"])
     runs.check_same(recorded, now, f"--out {out}", flag="--config.",
                     free=("model.attention",), renamed=config_lib.renamed(Settings))
@@ -168,7 +168,7 @@ def defaults(settings: Settings) -> generate_settings.Defaults:
       sizes=(f"{settings.generate.width}x{settings.generate.height}",), editing=False)
   return generate_settings.Defaults(
       settings=settings.generate, system_prompt=thoughts.SYSTEM_PROMPT, prompts=form,
-      dtype=settings.model.dtype)
+      satisfied=thoughts.SATISFIED, dtype=settings.model.dtype)
 
 
 def sample_texts(settings: Settings, count: int | None = None) -> list[str]:

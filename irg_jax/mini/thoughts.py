@@ -30,6 +30,7 @@ from irg_jax.mini.world import (
     CELL, COLORS, GRID, WORLD1, Scene, Thing, World, nouns, relations)
 
 SYSTEM_PROMPT = "Think, draw, look, and draw again."
+SATISFIED = "What falls short: nothing."  # see `generate.settings.Defaults`
 QUESTION = "What does the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
 

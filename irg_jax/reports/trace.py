@@ -14,6 +14,7 @@ A trace is a plain dict:
                "picture": uint8 [H, W, 3], or None in a round without an image,
                "sha256": str (optional), digest of its file, added on writing,
                "passes": int (optional), times that the decoder ran for the image,
+               "kept": true (optional), its image is that of the round before,
                "seconds": {"think": float, "draw": float, ...}}]}
 
 Writes are atomic (`irg_jax.storage`): a new folder appears complete; in an existing one, each file.
@@ -101,7 +102,8 @@ def read_rounds(folder, trace: dict) -> list[dict]:
       return []
     found = []
     for entry in record["rounds"]:
-      if not all(isinstance(entry[name], kind) for name, kind in _KINDS.items()):
+      if not (all(isinstance(entry[name], kind) for name, kind in _KINDS.items())
+              and isinstance(entry.get("kept", False), bool)):
         break
       found.append(entry | {"picture": _read_image(folder, entry)})
       if found[-1]["picture"] is None:

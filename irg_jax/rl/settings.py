@@ -176,6 +176,9 @@ class RlSettings:
 
   def check_generation(self, settings: Settings) -> None:
     """Raises ValueError where the settings of generation and the tracks do not go together."""
+    if settings.until_satisfied:
+      raise ValueError("config field 'until_satisfied' is true in the settings of generation, but "
+                       "trajectories have a fixed number of rounds: set it to false")
     if self.text.weight and not settings.think:
       raise ValueError("config field 'text.weight' is above 0, but the checkpoint's settings of "
                        "generation say think=False: there are no thoughts to train")

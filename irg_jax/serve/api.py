@@ -175,7 +175,8 @@ class Server:
         if piece := spellers[row, found.round].piece(text, whole):
           yield "irg.thought.delta", {"type": "irg.thought.delta", "delta": piece, **place}
       sent = settings.rounds - 1 if asked.partial_images is None else asked.partial_images
-      if found.kind == "round" and found.round < min(sent, settings.rounds - 1):
+      later = found.kind == "round" and not found.value.kept
+      if later and found.round < min(sent, settings.rounds - 1):
         yield f"{kind}.partial_image", replies.image_event(
             f"{kind}.partial_image", settings, partial_image_index=found.round, irg=place,
             **await asyncio.to_thread(replies.shown, found.value, link))
@@ -240,6 +241,9 @@ class Server:
                     {"irg": {"round": found.round, "thought": piece}})
       if found.kind == "round":
         part = await asyncio.to_thread(replies.data_url, found.value)
+        if found.value.kept and found.round < last:  # only now is it known to be the last
+          last = found.round
+          yield chunk({"content": text})
         yield chunk({"images": [part]} if found.round == last else
                     {"irg": {"round": found.round, "image": part}})
       if found.kind == "done":

@@ -220,10 +220,10 @@ class Engine:
       last = dataclasses.replace(trajectory.rounds[-1], latents=None)
       row.rounds.append(last)
       row.tell(Event("round", last, number))
-      if len(row.rounds) == row.work.settings.rounds:
+      if row.ended:
         row.tell(Event("done", row.rounds))
-    self.metrics.phases(rows[0].rounds[-1].seconds)
-    return [row for row in rows if len(row.rounds) < row.work.settings.rounds]
+    self.metrics.phases(max((row.rounds[-1].seconds for row in rows), key=len))
+    return [row for row in rows if not row.ended]
 
   def _answer(self, rows, size, heed, listen):
     start, work = time.monotonic(), rows[0].work
@@ -259,7 +259,7 @@ class Engine:
     """Works of one update that reach the programs of images of a size."""
     base = dataclasses.replace(
         self.settings, width=width, height=height, steps=2, think_limit=2, think=True,
-        rounds=min(2, self.limits.rounds))
+        rounds=min(2, self.limits.rounds), until_satisfied=False)
     for scales in ((1.0, 1.0), (2.0, 1.0), (2.0, 2.0)):
       guidance = expand(dict(zip(("text_scale", "image_scale"), scales)))
       work = Work(settings=update(base, guidance), system_prompt=self.system_prompt, seed=0,

@@ -1,7 +1,7 @@
 """JSON of replies and of streamed events, in the forms of OpenAI's API.
 
 What that API has no place for is in one field, `irg`: of an image {"seed", "note", "read_as",
-"rounds": [{"thought", "tokens", "hit_limit", "b64_json" or "url", "seconds"}]}, of an event
+"rounds": [{"thought", "tokens", "hit_limit", "b64_json" or "url", "seconds", "kept" if so}]}, of an event
 {"index", "round", ...}. See docs/serve.md.
 """
 
@@ -52,7 +52,8 @@ def story(engine, work, rounds, link) -> dict:
   return {"seed": work.seed, **reading.record, "rounds": [
       {"thought": r.thought.text if work.settings.think else None, "tokens": len(r.thought.ids),
        "hit_limit": r.thought.hit_limit, **shown(r, link),
-       "seconds": {name: round(value, 3) for name, value in r.seconds.items()}} for r in rounds]}
+       "seconds": {name: round(value, 3) for name, value in r.seconds.items()},
+       **({"kept": True} if r.kept else {})} for r in rounds]}
 
 
 def image(engine, work, rounds, link) -> dict:
@@ -71,7 +72,7 @@ def usage(engine, works, results) -> dict:
   text = sum(count(w.system_prompt) + count(w.prompt) for w in works)
   read = sum(area(w) * len(w.images) for w in works)
   written = sum(len(r.thought.ids) for rounds in results for r in rounds)
-  drawn = sum(area(w) * len(rounds) for w, rounds in zip(works, results))
+  drawn = sum(area(w) for w, rounds in zip(works, results) for r in rounds if not r.kept)
   return {"input_tokens": text + read, "output_tokens": written + drawn,
           "total_tokens": text + read + written + drawn,
           "input_tokens_details": {"text_tokens": text, "image_tokens": read},

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from irg_jax import messages, weights
 from irg_jax.generate import generator
-from irg_jax.generate.settings import Settings
+from irg_jax.generate.settings import Settings, read_defaults
 from irg_jax.progress import Progress
 from irg_jax.serve.api import Server
 from irg_jax.serve.engine import Engine
@@ -55,6 +55,7 @@ def run_serve(inputs: Inputs, page=None) -> None:
   """
   config = weights.read_config(inputs.checkpoint)
   tokenizer = load_tokenizer(inputs.checkpoint, config.llm.vocab_size)
+  read_defaults(inputs.checkpoint).check(inputs.settings)
   settings = inputs.limits.settings(config, tokenizer, inputs.settings, inputs.system_prompt)
   metrics = Metrics()
   with _listening(inputs.host, inputs.port) as listener, Progress() as progress:

@@ -155,15 +155,18 @@ class Showing:
     if event.kind == "round":
       thought = event.value.thought
       rounds[number] = {"think": thought.text if work.settings.think else None,
-                        "hit_limit": thought.hit_limit, **self._shown(event.value.image)}
+                        "hit_limit": thought.hit_limit, "kept": event.value.kept,
+                        **self._shown(event.value.image)}
       number += 1
+      if event.value.kept:
+        del rounds[number:]
     view["status"] = None
     if event.kind == "done":
       data = pack_trace(self._record(work, event.value))
       view |= {"trace": f"traces/{self.traces.add(data, '.zip')}",
                "seconds": sum(sum(r.seconds.values()) for r in event.value)}
       self._remember(session, view, event.value[-1].image)
-    elif number < total:
+    elif number < len(rounds):
       doing = "thinking, then drawing" if not number else "looking, thinking, drawing again"
       view["status"] = f"Image {number + 1} of {total}: {doing}"
 

@@ -91,6 +91,12 @@ class Row:
     self.cancelled = True
 
   @property
+  def ended(self) -> bool:
+    """Whether it has all its rounds, or has kept its image."""
+    return bool(self.rounds) and (
+        self.rounds[-1].kept or len(self.rounds) == self.work.settings.rounds)
+
+  @property
   def key(self):
     """Rows with equal keys can run side by side."""
     work, shape = self.work, lambda part: getattr(part, "shape", "text")

@@ -94,6 +94,9 @@ def read_drawing(settings: TrainSettings, base) -> Drawing:
                      f"a prompt on each line ({messages.message(e)})") from e
   drawing = config_lib.read(defaults.settings, watch.generate or None)
   drawing.validate(settings.model)
+  if drawing.until_satisfied:
+    raise ValueError("config field 'until_satisfied' is true, but evaluations while training draw "
+                     "all rounds: set it to false in a file watch.generate")
   return Drawing(prompts, dataclasses.replace(defaults, settings=drawing))
 
 

@@ -4,6 +4,7 @@ The layout of a folder is recognised by the files in it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import re
@@ -15,6 +16,9 @@ from irg_jax.weights import configs, int8, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
+# A field of generate.json that changes no image of a fixed number of rounds: copies from before it
+# came count as the same.
+_SATISFIED = re.compile(rb'\n *"satisfied": [^\n]*')
 _RUN_MARK = "_CHECKPOINT_METADATA"  # written by Orbax into each checkpoint of a training run
 
 
@@ -174,10 +178,13 @@ def fingerprint(folder, adapters: peft.Source | None = None, weights: str | None
     weighs = path.suffix in (".json", ".txt", ".safetensors") and path.name != _SCORES
     hidden = any(part.startswith(".") for part in name.parts)
     if path.is_file() and not hidden and (weighs or len(name.parts) > 1):
-      size = path.stat().st_size
+      size, part = path.stat().st_size, functools.partial(storage.read_range, path)
+      if path.name == "generate.json":
+        kept = _SATISFIED.sub(b"", storage.read_file(path))
+        size, part = len(kept), lambda start, stop: kept[start:stop]
       digest.update(f"{name.as_posix()} {size}\n".encode())
       for start in (max(0, x) for x in (0, (size - _SAMPLE) // 2, size - _SAMPLE)):
-        digest.update(storage.read_range(path, start, min(size, start + _SAMPLE)))
+        digest.update(part(start, min(size, start + _SAMPLE)))
   return digest.hexdigest()[:16]
 
 
