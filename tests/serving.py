@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import uvicorn
 
-from irg_jax.generate import answer, generator, irg
+from irg_jax.generate import answer, generator, irg, stopping
 from irg_jax.serve import run
 from irg_jax.serve.api import Server
 from irg_jax.serve.engine import Engine
@@ -57,10 +57,13 @@ class Drawer:
     texts = [text_of(*row[:2], number, row[2]) for row in zip(prompts, seeds, images)]
     if settings.think:
       self._write(number, texts, on_text, on_progress)
-    return [irg.Trajectory(prompt, [rows[i] for rows in done] + [irg.Round(
-        irg.Thought(text, tuple(tokenizer.encode(text))) if settings.think else irg.Thought(),
-        None, image_of(prompt, seed, number, settings, sources), {"think": 0.1, "draw": 0.2})])
-        for i, (prompt, seed, text, sources) in enumerate(zip(prompts, seeds, texts, images))]
+    thoughts = [irg.Thought(text, tuple(tokenizer.encode(text))) if settings.think
+                else irg.Thought() for text in texts]
+    kept = stopping.kept(settings, satisfied, done and done[-1], thoughts, {"think": 0.1})
+    return [irg.Trajectory(prompt, [rows[i] for rows in done] + [kept[i] or irg.Round(
+        thoughts[i], None, image_of(prompt, seed, number, settings, sources),
+        {"think": 0.1, "draw": 0.2})])
+        for i, (prompt, seed, sources) in enumerate(zip(prompts, seeds, images))]
 
   def answer(self, model, params, tokenizer, conversations, *, seeds, settings, system_prompt,
              on_text, on_progress=lambda *_: None, room=None):

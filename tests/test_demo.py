@@ -4,6 +4,7 @@ Chromium, where there is one, against a server of the default model."""
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -139,6 +140,22 @@ def test_the_thought_grows_then_images_come_and_equal_the_engines(showing):
     np.testing.assert_array_equal(got, want.image)
   assert "data-done" in steps[-1] and not any("data-done" in step for step in steps[:-1])
   assert steps[-1].count('class="tiny"') == 2
+
+
+def test_a_row_that_stops_early_shows_its_rounds_alone_and_says_that_the_image_was_kept(loaded):
+  def content(work):
+    first = drawn(work, 0)
+    last = dataclasses.replace(first, thought=irg.Thought("all is well"), kept=True)
+    yield Event("round", first, 0)
+    yield Event("round", last, 1)
+    yield Event("done", [first, last])
+
+  showing = made(Pretender(loaded, content, rounds=4))
+  *_, before, _, end = all_of(showing.draw("me", PROMPT, seed="7", rounds=4))
+  assert before.count('class="blank') == 3 and "was kept" not in before
+  assert len(images(showing, end)) == 2 and 'class="blank' not in end
+  assert "image 1 was kept" in end and "final" in end
+  assert trace_of(showing, end)[0]["rounds"][1]["kept"]
 
 
 def test_the_trace_is_what_the_engine_drew_and_names_no_folder_of_the_server(showing):

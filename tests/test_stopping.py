@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
+import openai
 import pytest
 import test_generate
 from engine import SYSTEM_PROMPT, TINY, make_checkpoint
@@ -19,6 +21,9 @@ from irg_jax.generate import settings as settings_lib
 from irg_jax.generate.settings import Defaults, Settings, expand, read_defaults
 from irg_jax.mini import thoughts
 from irg_jax.rl.settings import RlSettings
+from irg_jax.serve.engine import Engine
+from irg_jax.train import watch
+from serving import Drawer, serving, text_of
 
 FIXED = dataclasses.replace(test_generate.SETTINGS, rounds=3)
 AUTO = dataclasses.replace(FIXED, until_satisfied=True)
@@ -124,7 +129,7 @@ def test_a_number_of_rounds_may_be_auto():
   assert expand({"rounds": "auto"}) == {"rounds": 4, "until_satisfied": True}
   assert expand({"rounds": "auto:7"}) == {"rounds": 7, "until_satisfied": True}
   assert expand({"rounds": 3}) == {"rounds": 3}
-  for wrong in ("auto:", "auto:0", "auto:x", "auto4", "many"):
+  for wrong in ("auto:", "auto:0", "auto:x", "auto4"):
     with pytest.raises(ValueError, match="must be a number, auto"):
       expand({"rounds": wrong})
 
@@ -227,6 +232,16 @@ def test_learning_from_rewards_refuses_it():
     RlSettings.check_generation(None, AUTO)
 
 
+def test_evaluations_while_training_refuse_it(content, tmp_path):
+  settings_lib.write_defaults(content, Defaults(
+      settings=dataclasses.replace(TINY, until_satisfied=True), satisfied="all is well"))
+  (tmp_path / "prompts.txt").write_text("a fox\n")
+  named = types.SimpleNamespace(prompts=str(tmp_path / "prompts.txt"), benchmark="", generate="")
+  asked = types.SimpleNamespace(watch=named, eval_every=1, model=test_generate.CONFIG)
+  with pytest.raises(ValueError, match="'until_satisfied' is true.*watch.generate"):
+    watch.read_drawing(asked, content)
+
+
 def test_python_takes_auto_too(content, checkpoint, draws):
   draws([1])
   with pytest.raises(ValueError, match="has no 'satisfied'"):
@@ -304,3 +319,53 @@ def test_the_images_of_a_benchmark_are_complete_in_all_rounds(content, tmp_path,
   assert commands.main(argv) == 0 and not again.dones
   assert commands.main([*argv, "--rounds", "4"]) == 2
   assert "until_satisfied" in capsys.readouterr().err
+
+
+# --- served
+
+
+@pytest.fixture
+def client(content, monkeypatch):
+  """Of a server that was started with --rounds auto:3; seed 5 is content with its first image."""
+  pytest.importorskip("uvicorn")
+  settings_lib.write_defaults(content, Defaults(
+      settings=dataclasses.replace(TINY, rounds=3, until_satisfied=True), satisfied="seed 5"))
+  with serving(content, monkeypatch, Drawer()) as (_, url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+      yield made
+
+
+def test_a_served_row_stops_alone_and_its_reply_says_so(client):
+  both = client.images.generate(prompt="a fox", n=2, extra_body={"seed": 5})
+  kept, other = (image.irg["rounds"] for image in both.data)
+  assert [r.get("kept", False) for r in kept] == [False, True]
+  assert [r.get("kept", False) for r in other] == [False] * 3
+  assert both.data[0].b64_json == kept[0]["b64_json"] == kept[1]["b64_json"]
+  assert both.data[0].revised_prompt == text_of("a fox", 5, 1)
+  assert both.usage.output_tokens_details.image_tokens == 6 * (1 + 3)  # what was drawn
+  fixed = client.images.generate(prompt="a fox", extra_body={"seed": 5, "rounds": 1})
+  assert len(fixed.data[0].irg["rounds"]) == 1
+
+
+def test_what_is_streamed_of_a_row_that_stops_is_what_is_returned(client):
+  events = list(client.images.generate(prompt="a fox", stream=True, extra_body={"seed": 5}))
+  images = [e for e in events if e.type != "irg.thought.delta"]
+  assert [e.type.split(".")[1] for e in images] == ["partial_image", "completed"]
+  assert images[0].b64_json == images[1].b64_json
+  ask = lambda **more: client.chat.completions.create(
+      model="tiny", messages=[{"role": "user", "content": "a fox"}], seed=5,
+      extra_body={"modalities": ["image"]}, **more)
+  message, content, images = ask().choices[0].message, "", []
+  for chunk in ask(stream=True):
+    content += chunk.choices[0].delta.content or ""
+    images += getattr(chunk.choices[0].delta, "images", None) or []
+  assert content == message.content == text_of("a fox", 5, 1) and images == message.images
+
+
+def test_the_engine_compiles_all_rounds_whatever_the_thoughts_say(content, monkeypatch):
+  settings_lib.write_defaults(content, Defaults(
+      settings=dataclasses.replace(TINY, until_satisfied=True), satisfied="a plan"))
+  cases = Engine._samples
+  with serving(content, monkeypatch, Drawer()) as (api, _):
+    works = list(cases(api.engine, 48, 32))
+  assert works and not any(w.settings.until_satisfied for w in works)

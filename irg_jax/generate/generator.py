@@ -170,7 +170,8 @@ class Generator:
     the trajectories so far.
     """
     padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
-    named = lambda rounds: [irg.Trajectory(p, stopping.own(row)) for p, row in zip(prompts, zip(*rounds))]
+    named = lambda rounds: [irg.Trajectory(p, stopping.own(row))
+                            for p, row in zip(prompts, zip(*rounds))]
     edits = any(map(len, images))
     texts = [self.defaults.read(p, settings, edits).text for p in prompts]
     with jax.set_mesh(self.mesh):

@@ -197,7 +197,7 @@ def expand(changes: dict) -> dict:
       if len(sides) != 2:
         raise ValueError(f"size is {value}, but must be (width, height), or one number for both")
       fields |= dict(zip(("width", "height"), sides))
-    elif name == "rounds" and isinstance(value, str):
+    elif name == "rounds" and str(value).startswith("auto"):
       fields |= {"rounds": stopping.limit(value), "until_satisfied": True}
     elif name in SHORT:
       for group, field in (path.split(".") for path in SHORT[name]):

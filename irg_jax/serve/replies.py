@@ -1,7 +1,7 @@
 """JSON of replies and of streamed events, in the forms of OpenAI's API.
 
 What that API has no place for is in one field, `irg`: of an image {"seed", "note", "read_as",
-"rounds": [{"thought", "tokens", "hit_limit", "b64_json" or "url", "seconds", "kept" if so}]}, of an event
+"rounds": [{"thought", "tokens", "hit_limit", "b64_json" or "url", "seconds", "kept"}]}, of an event
 {"index", "round", ...}. See docs/serve.md.
 """
 
