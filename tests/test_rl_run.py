@@ -124,6 +124,15 @@ def test_adapters_are_trained_and_written_with_several_updates(folder, letters, 
   assert (tmp_path / "rl" / "adapters" / "adapter_model.safetensors").is_file()
 
 
+def test_more_iterations_go_on_and_export_anew(folder, letters, tmp_path):
+  short = "rollout.rounds=1", "image.weight=0", "checkpoint_every=9"
+  assert learn(folder, tmp_path, *short, "iterations=1") == 0
+  before = (tmp_path / "rl" / "weights" / "ema.safetensors").read_bytes()
+  assert learn(folder, tmp_path, *short, "iterations=2") == 0
+  assert set(rl_runs.lines(tmp_path)) == {1, 2}
+  assert (tmp_path / "rl" / "weights" / "ema.safetensors").read_bytes() != before
+
+
 def test_other_settings_are_refused_and_more_iterations_are_not(folder, whole):
   with pytest.raises(ValueError, match="group=3, not 4"):
     run.prepare(rl_runs.settings(folder, "group=4"), whole)

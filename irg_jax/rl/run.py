@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 
@@ -157,6 +158,9 @@ def learn(run: Run):
     with open_log(run, iteration) as log:
       log.note(f"{STAGE}: from {f'iteration {iteration}' if iteration else run.base}, to iteration "
                f"{s.iterations}; {s.batch} prompts of {s.group} trajectories each")
+      if iteration < s.iterations:  # what was exported before there were more iterations
+        for name in ("weights", "adapters"):
+          shutil.rmtree(run.out / STAGE / name, ignore_errors=True)
       learner = Learner(run, optimizer, log.busy)
       for iteration in range(iteration + 1, s.iterations + 1):
         state = iterate(run, learner, state, iteration, log)
