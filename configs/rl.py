@@ -43,7 +43,7 @@ def _mini(config):
   config.iterations = 20
   config.batch = 8
   config.group = 8
-  config.learning_rate = 2e-5
+  config.learning_rate = 1e-4
   config.image.update(noise=0.7, window=2, among=7, clip=1e-3)
   config.rollout.batch_size = 64
   config.checkpoint_every = 5
