@@ -126,7 +126,7 @@ def checkpoint(reference):
 # this order).
 LONGEST = ("test_mini_checkpoint", "test_train_faults", "test_generate", "test_mini_texts",
            "test_optimized", "test_mini_run", "test_step", "test_train_run", "test_plan",
-           "test_before", "test_packing", "test_cli_run")
+           "test_before", "test_packing", "test_cli_run", "test_rl_run", "test_rl")
 
 
 def pytest_collection_modifyitems(items):

@@ -193,6 +193,7 @@ def test_a_step_along_the_gradient_makes_better_trajectories_likelier(folder):
     assert float(jnp.sum(gain)) > 0
 
 
+@pytest.mark.long
 def test_parts_of_an_update_give_what_the_whole_gives(folder):
   whole, parts = ({name: float(x) for name, x in updated(
       folder, *rl_runs.rows(folder, f"accumulate={n}"))[1].items()} for n in (1, 3))
@@ -227,7 +228,8 @@ def test_frozen_parts_do_not_move(folder):
               if n.startswith(("decoder", "embed", "heads/text"))}
 
 
-@pytest.mark.parametrize("measure", ["velocity", "step"])
+@pytest.mark.parametrize("measure", [
+    "step", pytest.param("velocity", marks=pytest.mark.long)])
 def test_divergence_is_none_from_itself_and_grows_with_the_distance(folder, measure):
   rows, s = rl_runs.rows(folder, "text.divergence=0.1", "image.divergence=0.1",
                          f"image.measure={measure}")
