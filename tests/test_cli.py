@@ -17,7 +17,7 @@ from irg_jax.generate.settings import (
     SYSTEM_PROMPT, Defaults, Guidance, Settings, write_defaults)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig", "mini")
+BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig", "mini", "mini2")
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def files(tmp_path_factory):
   (folder / "OneIG-Bench.csv").write_text("\n".join(rows))
   return {"geneval": None, "wise": folder / "wise.json", "tiif": folder / "testmini_prompts",
           "genai_bench": folder / "genai_image.json", "oneig": folder / "OneIG-Bench.csv",
-          "mini": None}
+          "mini": None, "mini2": None}
 
 
 class Engine:
@@ -119,7 +119,7 @@ LAYOUTS = {
     "genai_bench": {"irg_jax/00000.jpeg", "irg_jax/00001.jpeg"},
     "oneig": {"images/human/irg_jax/000.webp", "images/anime/irg_jax/000.webp"},
 }
-LAYOUTS["mini"] = LAYOUTS["geneval"]
+LAYOUTS["mini"] = LAYOUTS["mini2"] = LAYOUTS["geneval"]
 
 
 @pytest.mark.parametrize("benchmark", eval_verb.benchmarks())

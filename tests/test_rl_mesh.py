@@ -20,6 +20,7 @@ def folder(tmp_path_factory):
   return rl_runs.make(tmp_path_factory.mktemp("rl"))
 
 
+@pytest.mark.long
 def test_an_update_is_the_same_on_a_mesh_and_its_state_stays_split(folder):
   rows, s = rl_runs.rows(folder, "image.divergence=0.1")
   rows = jax.tree.map(lambda x: x[:, :4], rows)

@@ -112,6 +112,7 @@ def test_a_run_learns_what_is_rewarded(folder, letters, tmp_path):
   assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.15, reward
 
 
+@pytest.mark.long
 def test_adapters_are_trained_and_written_with_several_updates(folder, letters, tmp_path):
   assert learn(folder, tmp_path, "lora.rank=2", "updates=2", "iterations=1",
                "text.divergence=0.1", "image.divergence=0.1",

@@ -69,6 +69,7 @@ def test_the_exported_weights_have_the_tokenizer_and_are_the_last_average(whole)
   assert len(moved) > 20
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_saves_ends_bit_for_bit_like_one_never_killed(
     whole, data, cache, tmp_path, capsys):
   out = tmp_path / "out"

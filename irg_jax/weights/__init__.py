@@ -16,9 +16,9 @@ from irg_jax.weights import configs, int8, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
 
 _SCORES, _SAMPLE = "scores.json", 2**20  # see `fingerprint`
-# A field of generate.json that changes no image of a fixed number of rounds: copies from before it
+# Lines of generate.json that change no image of a fixed number of rounds: copies from before they
 # came count as the same.
-_SATISFIED = re.compile(rb'\n *"satisfied": [^\n]*')
+_SATISFIED = re.compile(rb'\n *"(?:satisfied": |until_satisfied": false)[^\n]*')
 _RUN_MARK = "_CHECKPOINT_METADATA"  # written by Orbax into each checkpoint of a training run
 
 
