@@ -87,6 +87,20 @@ def test_a_server_draws_what_irg_generate_draws_and_finishes_what_runs_when_it_i
       assert last.result().data[0].b64_json == found.b64_json and len(last.result().data) == 8
 
 
+@pytest.mark.long
+def test_a_mesh_of_several_devices_serves_what_one_device_draws(environment, tmp_path):
+  checkpoint = make_checkpoint(tmp_path / "tiny")
+  flags = ["--checkpoint", str(checkpoint), "--rounds", "1", "--config.cache_size=1024"]
+  thoughts, images = generated(environment, tmp_path / "out", "a fox", "--seed", "3", *flags)
+  four = environment | {"JAX_NUM_CPU_DEVICES": "4"}
+  with process(four, *flags, "--batch-size", "2", "--max-images", "0",
+               "--mesh", "data=2,tensor=2") as (_, url):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    found = client.images.generate(prompt="a fox", n=2, extra_body={"seed": 3}).data
+  assert [entry["thought"] for entry in found[0].irg["rounds"]] == thoughts and len(found) == 2
+  assert np.abs(pixels(found[0].b64_json).astype(int) - images[-1]).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
   """Yields (process, address, environment) of the default model's server, all compiled."""
