@@ -152,7 +152,7 @@ def test_a_command_runs_in_a_fresh_clone(shell, command):
 
 @pytest.mark.long
 def test_the_snippet_runs_in_a_fresh_clone(shell, clone):
-  (clone / "snippet.py").write_text(SNIPPETS[0])
+  (clone / "snippet.py").write_text(next(text for text in SNIPPETS if "import irg_jax" in text))
   assert "red circle" in shell("python snippet.py")
 
 
@@ -162,5 +162,5 @@ def test_the_data_that_the_readme_makes_trains_the_tiny_preset(shell):
   shell("test -d irgl || irg data build irgl-parquet --out irgl")
   shell(f"{command} --size 32 128 16")
   shell("irg train --config configs/irgl.py:tiny --data irgl-latents --out out/latents"
-        " --config.stage1.steps=2 --config.stage2.steps=2 --config.model.llm.num_layers=1"
-        " --checkpoint weights/bagel-7b")
+        " --config.data.streams=2 --config.stage1.steps=2 --config.stage2.steps=2"
+        " --config.model.llm.num_layers=1 --checkpoint weights/bagel-7b")
