@@ -92,7 +92,8 @@ def test_a_file_written_bit_by_bit_appears_at_the_end_or_not_at_all(bucket):
   assert bucket.names("bits") == ["bits/whole"]
 
 
-@pytest.mark.parametrize("fault", [503, 429, "reset", "lost", ("slow", 0.2)])
+@pytest.mark.parametrize("fault", [503, "reset", ("slow", 0.2), *(
+    pytest.param(fault, marks=pytest.mark.long) for fault in (429, "lost"))])
 def test_a_fault_of_the_store_is_asked_again_and_nothing_is_read_or_written_wrong(bucket, fault):
   path, data, left = at(f"faults/{fault}"), os.urandom(100_000), [2]
 

@@ -8,12 +8,11 @@ from conftest import ROOT, reference_folders, reference_root
 import pytest
 
 # An image's denoising; two rounds of generation; the gradients of a training step.
-CASES = ("test_latents_after_all_steps and 1",
-         pytest.param("test_two_rounds_end_to_end", marks=pytest.mark.long),
-         pytest.param("test_every_gradient", marks=pytest.mark.long))
+CASES = ("test_latents_after_all_steps and 1", "test_two_rounds_end_to_end", "test_every_gradient")
 FOLDERS = reference_folders()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.skipif(not FOLDERS, reason=f"no reference vectors under {reference_root()}")
 def test_parity_with_the_default_flags_of_xla(case):

@@ -228,8 +228,8 @@ def test_frozen_parts_do_not_move(folder):
               if n.startswith(("decoder", "embed", "heads/text"))}
 
 
-@pytest.mark.parametrize("measure", [
-    "step", pytest.param("velocity", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("measure", ["step", "velocity"])
 def test_divergence_is_none_from_itself_and_grows_with_the_distance(folder, measure):
   rows, s = rl_runs.rows(folder, "text.divergence=0.1", "image.divergence=0.1",
                          f"image.measure={measure}")

@@ -125,6 +125,7 @@ def test_adapters_are_trained_and_written_with_several_updates(folder, letters, 
   assert (tmp_path / "rl" / "adapters" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_more_iterations_go_on_and_export_anew(folder, letters, tmp_path):
   short = "rollout.rounds=1", "image.weight=0", "checkpoint_every=9"
   assert learn(folder, tmp_path, *short, "iterations=1") == 0

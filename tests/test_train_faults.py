@@ -230,6 +230,7 @@ sys.exit(commands.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_a_record_that_one_process_cannot_read_ends_both_with_a_message(
     whole, data, cache, tmp_path):
   out = tmp_path / "out"

@@ -162,8 +162,8 @@ class Killed(BaseException):
   """Stands for kill -9: nothing handles it."""
 
 
-@pytest.mark.parametrize("name", ["evaluation", *(
-    pytest.param(name, marks=pytest.mark.long) for name in ("write_json", "write_page", "_publish"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["evaluation", "write_json", "write_page", "_publish"])
 def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_other_one_twice(
     watched, data, cache, tmp_path, monkeypatch, name):
   out, drawn = tmp_path / "out", []
