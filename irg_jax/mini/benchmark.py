@@ -135,7 +135,7 @@ class Verified:
 
 
 def parts(verdict) -> dict[str, float]:
-  """How much of an image is right: share of its things, and mean fidelity of shapes and fills."""
+  """Partial scores of an image: share of its things, and mean fidelity of shapes and fills."""
   shape, fill = np.mean(verdict.seen.fidelity or [(0.0, 0.0)], axis=0)
   return dict(zip(PARTS, (verdict.share, float(shape), float(fill))))
 

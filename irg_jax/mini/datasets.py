@@ -280,7 +280,7 @@ def _with(scene, things):
 
 
 def _words(world):
-  """What the words of a thing say."""
+  """The fields of a thing that words name."""
   return ("shape", "color", "detail")[:2 + (len(world.details) > 1)]
 
 

@@ -185,8 +185,11 @@ def _explained(offset, blobs, fits, ground, world):
 
 
 def _fidelity(fitted, rest):
-  """How well the outline and the inside of a blob are explained: 1 less the share of its colour
-  that is off, root mean square, of the squared levels `rest` in the fit's window."""
+  """Fidelity of the outline and of the inside of a blob, 0 to 1.
+
+  It is 1 less the root mean square of what is left unexplained there, as a share of the blob's
+  colour; `rest` are squared levels in the fit's window.
+  """
   inside = ndimage.binary_fill_holes(fitted.cover > 0.5)
   inner = ndimage.binary_erosion(inside)
   edge, size = ndimage.binary_dilation(inside) & ~inner, square(fitted.offset)

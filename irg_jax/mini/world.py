@@ -110,7 +110,7 @@ class Thing:
 
   @property
   def pairs(self) -> set[tuple[str, str]]:
-    """What may be held out of training, see `World.unseen_pairs`."""
+    """Pairs of words that may be held out of training, see `World.unseen_pairs`."""
     return {(self.shape, self.color), (self.shape, self.detail)}
 
 

@@ -33,7 +33,7 @@ _SPECIAL = SpecialTokens()
 VISIBLE = {"stage1": ({1: 0.227, 2: 0.240, 4: 0.305, 8: 0.420}, 0.374),
            "stage2": ({1: 0.237, 2: 0.280, 4: 0.318, 8: 0.385}, 0.545)}
 # Mean tokens of such conversations, with the two ends of a text.
-_SYSTEM, _PROMPT, _THOUGHT = 92, 112, 802
+SYSTEM, PROMPT, THOUGHT = 92, 112, 802
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,7 @@ def train_program(settings: TrainSettings, stage: str, mesh,
   one that was measured.
   """
   s, data, model = getattr(settings, stage), settings.data, settings.model
-  optimizer = make_optimizer(settings.optimizer, s)
-  state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer),
-                         trained_shapes(settings))
-  base = [abstract_params(model, jnp.dtype(model.dtype))["transformer"]] * bool(settings.lora.rank)
+  optimizer, state, base = trained(settings, s)
   row = pack_row([sample_features([TextSplit([0], need_loss=True)], model, _SPECIAL)], s.sizes)
   lead = (data.rows,) if data.accumulate == 1 else (data.accumulate, data.rows)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), row)
@@ -99,11 +96,21 @@ def train_program(settings: TrainSettings, stage: str, mesh,
   key, count = jax.eval_shape(lambda: jax.random.key(0)), math.prod(lead)
   tokens = s.sizes.und + s.sizes.gen
   parts = {"decoder": (tokens, [tokens]), "ViT": (s.sizes.vit, [s.sizes.vit])}
-  case = _row_case(settings, stage, mesh, visible, attention_forms(model, mesh, parts))
+  forms = attention_forms(model, mesh, parts)
+  case = _row_case(settings, stage, mesh, visible, forms)
   return Program(
       f"train {stage}", f"an update of {count} rows of {tokens} tokens", mesh,
       functools.partial(step.trace, Switches(), state, batch, key, *base), (case,),
-      tuple(f"{part} {form}" for part, form in attention_forms(model, mesh, parts).items()))
+      tuple(f"{part} {form}" for part, form in forms.items()))
+
+
+def trained(settings, stage):
+  """(optimizer, shapes of the state, [shapes of the frozen weights] of adapters) of a training."""
+  model, optimizer = settings.model, make_optimizer(settings.optimizer, stage)
+  state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer),
+                         trained_shapes(settings))
+  base = [abstract_params(model, jnp.dtype(model.dtype))["transformer"]] * bool(settings.lora.rank)
+  return optimizer, state, base
 
 
 def _row_case(settings, stage, mesh, visible, forms) -> Case:
@@ -248,10 +255,10 @@ def _second_round(image: int, cache: int, views) -> tuple[float, float]:
   The cache holds system prompt, prompt, thought, an image of so many tokens, the thought about it,
   and that thought again for the view without images.
   """
-  text = _SYSTEM + _PROMPT + _THOUGHT
-  after = text + image + _THOUGHT
+  text = SYSTEM + PROMPT + THOUGHT
+  after = text + image + THOUGHT
   spans = {FULL: [(0, after)], NO_TEXT: [(text, text + image)],
-           NO_IMAGE: [(0, text), (after, after + _THOUGHT)]}
+           NO_IMAGE: [(0, text), (after, after + THOUGHT)]}
   size = tpu.block_sizes(1, cache, 1)[1]
   count = -(-cache // size)
   seen = [{block for start, end in spans[view]

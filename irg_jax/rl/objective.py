@@ -11,7 +11,7 @@ _LEAST_STD = 1e-4
 
 
 def advantages(rewards, limit: float) -> np.ndarray:
-  """How much better each trajectory of a group did than its group.
+  """Advantage of each trajectory of a group over the others.
 
   Args:
     rewards: float [..., G]; NaN where there is none, because a round was not drawn or a judge did

@@ -12,14 +12,12 @@ from irg_jax.generate import irg
 from irg_jax.generate.settings import Defaults, Settings
 from irg_jax.model.attention import visible_pairs
 from irg_jax.model.unified import UnifiedTransformer
-from irg_jax.plan.programs import Case, Program, attention_forms
+from irg_jax.plan.programs import (
+    PROMPT, SYSTEM, Case, Program, attention_forms, trained)
 from irg_jax.rl import batches, step
 from irg_jax.rl.rollout import Rollout
 from irg_jax.rl.settings import RlSettings
-from irg_jax.train.step import init_state, make_optimizer, row_flops, trained_shapes
-from irg_jax.weights.names import abstract_params
-
-_SYSTEM, _PROMPT = 92, 112  # mean tokens of such conversations, as of plan.programs
+from irg_jax.train.step import row_flops
 
 
 class _Counted:
@@ -31,8 +29,8 @@ class _Counted:
     return [0] * int(text)
 
 
-def longest_row(settings: RlSettings, generation: Settings, system: int = _SYSTEM,
-                prompt: int = _PROMPT) -> batches.Rows:
+def longest_row(settings: RlSettings, generation: Settings, system: int = SYSTEM,
+                prompt: int = PROMPT) -> batches.Rows:
   """A row, without its axis B, of the longest thoughts; `system`, `prompt`: tokens of the texts."""
   model, s = settings.model, generation
   thought = irg.Thought(ids=(0,) * (s.think_limit - 1))
@@ -57,11 +55,7 @@ def rl_program(settings: RlSettings, generation: Settings, mesh) -> Program:
   row, model = longest_row(settings, generation), UnifiedTransformer(settings.model)
   parts, size = settings.accumulate, settings.part
   rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((parts, size, *np.shape(x)), x.dtype), row)
-  optimizer = make_optimizer(settings.optimizer, settings.stage)
-  state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer),
-                         trained_shapes(settings))
-  base = [abstract_params(settings.model, jnp.dtype(settings.model.dtype))["transformer"]] * bool(
-      settings.lora.rank)
+  optimizer, state, base = trained(settings, settings.stage)
   batch, float32 = rows.batch, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   old = step.Measured(text=float32(batch.text_place.shape), steps=float32(rows.step_weight.shape),
                       velocity=float32(batch.latents.shape))

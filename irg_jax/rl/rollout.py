@@ -166,7 +166,7 @@ def _sample_batch(loaded, settings, generation, records, seeds, iteration, size)
 
 
 def _read_back(loaded, generation, drawn, seeds, size):
-  """What the model saw of each image but the last: {"latents", "patches"}, [B, Y, X, C] each."""
+  """Inputs of the model for each image but the last: {"latents", "patches"}, [B, Y, X, C] each."""
   padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
   seen = []
   with jax.set_mesh(loaded.mesh):

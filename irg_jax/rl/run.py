@@ -53,7 +53,7 @@ _REWARDS = "rewards.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What stays constant in a run; `train.run`'s functions read it as one of theirs."""
+  """Constants of a run; `train.run`'s functions read it as one of theirs."""
 
   settings: RlSettings  # with the sizes of the checkpoint
   out: pathlib.Path  # folder of the run

@@ -45,7 +45,7 @@ class ImageTrack:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-  """How trajectories are sampled; never with guidance or forecasts."""
+  """Sampling of trajectories; never with guidance or forecasts."""
 
   generate: str = setting(
       "", "settings of generation, a file like configs/generate.py; empty: the checkpoint's "

@@ -1,4 +1,4 @@
-"""What is compiled: log-probabilities of trajectories under a policy, and the update."""
+"""Compiled programs: log-probabilities of trajectories under a policy, and the update."""
 
 import dataclasses
 import functools
@@ -21,7 +21,10 @@ from irg_jax.weights import lora
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """What a policy says of the rows of a batch; 0 or anything on tokens that were not sampled."""
+  """Log-probabilities and velocities of a policy on the rows of a batch.
+
+  On tokens that were not sampled they are 0 or anything.
+  """
 
   text: jax.Array  # float32 [B, E], log-probability of each token at the temperature
   steps: jax.Array  # float32 [B, I], mean log-density of each stochastic step
