@@ -167,7 +167,8 @@ def _explained(offset, blobs, fits, ground, world):
   rest = offset.copy()
   for fitted in filter(None, fits):
     rest[fitted.window] -= fitted.drawn
-  unlike, raw = square(rest) > _UNLIKE**2, square(rest)
+  raw = square(rest)
+  unlike = raw > _UNLIKE**2
   rest = np.sqrt(square(ndimage.uniform_filter(rest, (3, 3, 1))))
   things, unclear = [], []
   for label, fitted in enumerate(fits, 1):
