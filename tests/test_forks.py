@@ -73,7 +73,7 @@ assert "0.200" in pathlib.Path("report/report.md").read_text()
 """,
     "A task of the mini world": """
 import numpy as np
-from irg_jax.mini import benchmark, report, run, scenes, thoughts, verifier, world
+from irg_jax.mini import benchmark, figures, report, run, scenes, thoughts, verifier, world
 rng = np.random.default_rng(0)
 drawn = [world.training_record(rng) for _ in range(400)]
 assert 20 < sum(record["tag"] == "twins" for record in drawn) < 100
@@ -88,7 +88,7 @@ for item in items[264:]:
 quick = run.load("configs/mini.py:quick")
 chosen = [item.extra["tag"] for item in report.select(quick.test_seen, quick.test_unseen)]
 assert len(chosen) == quick.test_seen + quick.test_unseen and chosen.count("twins") >= 4
-scores = benchmark.scores(np.ones(len(items)), items)
+scores = figures.scores(np.ones(len(items)), items)
 assert scores["seen"]["tasks"]["twins"]["prompts"] == 24
 assert scores["unseen"]["tasks"]["twins"]["prompts"] == 24
 """,

@@ -20,7 +20,7 @@ from irg_jax.evaluate import score
 from irg_jax.commands.generate import make_inputs
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Defaults, Settings, write_defaults
-from irg_jax.mini import benchmark, report, scenes, thoughts, vae, verifier, world
+from irg_jax.mini import benchmark, figures, report, scenes, thoughts, vae, verifier, world
 from irg_jax.mini import run as mini_run
 from irg_jax.mini.scenes import paint
 from irg_jax.reports import plots
@@ -144,13 +144,13 @@ def test_images_are_scored_anew_only_if_they_or_the_verifier_are_new(tmp_path, m
 
 
 def test_changes_between_rounds_are_counted_against_what_could_change(arm):
-  got = benchmark.arm_figures(benchmark.read(arm[0]))["rounds"]["2"]
+  got = figures.arm_figures(benchmark.read(arm[0]))["rounds"]["2"]
   assert got["changes"]["right_to_wrong"] == {"count": 1, "of": 3, "share": pytest.approx(1 / 3)}
   assert got["changes"]["wrong_to_right"] == {"count": 4, "of": 5, "share": pytest.approx(0.8)}
 
 
 def test_a_reflection_is_held_against_what_the_verifier_sees(arm):
-  got = benchmark.arm_figures(benchmark.read(arm[0]))["rounds"]
+  got = figures.arm_figures(benchmark.read(arm[0]))["rounds"]
   talk = got["2"]["reflections"]
   count = {name: (value["count"], value["of"]) for name, value in talk.items()}
   assert count == {"readable": (8, 8), "faults_named": (5, 8), "wrong_faults_named": (3, 5),
@@ -165,7 +165,7 @@ def test_gibberish_names_no_fault(tmp_path):
   content = json.loads(trace.read_text())
   content["rounds"][1]["think"] = "<think> blue blue </think>"
   trace.write_text(json.dumps(content))
-  talk = benchmark.reflections(benchmark.read(tmp_path), 2)
+  talk = figures.reflections(benchmark.read(tmp_path), 2)
   assert {v["count"] for v in talk.values()} == {0} and talk["right_doubted"]["share"] is None
 
 
@@ -174,23 +174,23 @@ def test_an_interval_is_around_the_mean_over_tasks_and_narrows_with_prompts():
   tags = np.array(["a"] * 30 + ["b"] * 10 + ["c"] * 5)
   values = rng.integers(0, 5, 45) / 4
   values[3] = np.nan
-  got = benchmark.interval(values, tags)
+  got = figures.interval(values, tags)
   means = [np.nanmean(values[tags == t]) for t in "abc"]
   assert got["value"] == pytest.approx(np.mean(means)) and got["prompts"] == 44
   assert got["low"] < got["value"] < got["high"]
   spread = np.sqrt(sum(np.nanvar(values[tags == t]) / (~np.isnan(values[tags == t])).sum()
                        for t in "abc")) / 3
   assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * spread, rel=0.1)
-  more = benchmark.interval(np.tile(values, 9), np.tile(tags, 9))
+  more = figures.interval(np.tile(values, 9), np.tile(tags, 9))
   assert more["high"] - more["low"] < 0.4 * (got["high"] - got["low"])
-  assert benchmark.interval(values, tags) == got
-  assert benchmark.interval(np.full(3, np.nan), tags[:3]) is None
+  assert figures.interval(values, tags) == got
+  assert figures.interval(np.full(3, np.nan), tags[:3]) is None
 
 
 def test_a_paired_difference_is_sure_where_each_prompt_improves_alike():
   items = benchmark.MINI.read()
   before = np.random.default_rng(0).integers(0, 4, len(items)) / 4
-  got = benchmark.difference([*(before + 0.25)[:-1], None], before, items)
+  got = figures.difference([*(before + 0.25)[:-1], None], before, items)
   for split, count in (("all", 263), ("seen", 168), ("unseen", 95)):
     assert got[split] == {"value": 0.25, "low": 0.25, "high": 0.25, "prompts": count}
 
@@ -209,7 +209,7 @@ def test_report_markdown_and_page_say_the_same(run_folder):
   folder = run_folder / "report"
   got = json.loads((folder / "report.json").read_text())
   text, page = (folder / "report.md").read_text(), (folder / "index.html").read_text()
-  assert list(got["arms"]) == ["base", "irg"] and list(got["arms"]["irg"]["rounds"]) == ["1", "2"]
+  assert list(got["arms"]) == ["base", "irg", "best_of_two"] and list(got["arms"]["irg"]["rounds"]) == ["1", "2"]
   for name, overall in (("base, thinking", "0.333"), ("stage 2, round 2", "0.667")):
     cell = re.search(rf"\| {name} \| ({overall} \[[^|]*\]) \|", text)[1]
     assert cell in page
@@ -307,7 +307,7 @@ def test_the_package_s_checkpoint_is_measured_and_the_other_rows_say_where_they_
   assert asked == [("irg", shipped)]
   got = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
   assert {n: a["measured"] for n, a in got["arms"].items()} == {
-      "base": report.ELSEWHERE, "irg": report.HERE}
+      "base": report.ELSEWHERE, "irg": report.HERE, "best_of_two": report.HERE}
   assert "Measured in the run that made the checkpoint: base, thinking." in (
       tmp_path / "out" / "report" / "report.md").read_text()
   assert got["differences"]["stage 2, round 2, less base, thinking"]["seen"]["prompts"] == 3

@@ -13,11 +13,12 @@ import pytest
 
 from conftest import ROOT
 from irg_jax import sharding, storage, weights
-from irg_jax.data import sources
+from irg_jax.data import parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate.generator import load_model
 from irg_jax.generate.settings import read_defaults
-from irg_jax.mini import datasets, report, run, scenes, thoughts, vae, verifier, world
+from irg_jax.mini import (
+    datasets, report, run, scenes, thoughts, trajectories, vae, verifier, world)
 from irg_jax.mini.scenes import paint
 
 TINY = ("vae_steps=2", "vae_batch=1", "vae_images=2", "base_rows=120", "trajectories=12",
@@ -109,7 +110,7 @@ def test_an_autoencoder_that_is_given_is_not_trained(tmp_path, tiny, monkeypatch
 def test_what_falls_short_becomes_trajectories_in_six_modes(tmp_path, tiny):
   first_images(tmp_path / "first", tiny)
   counts = {"right": 0, "wrong": 0}
-  run.parquet.write(tmp_path / "rows", run.trajectory_rows(tiny, tmp_path / "first", counts))
+  parquet.write(tmp_path / "rows", trajectories.trajectory_rows(tiny, tmp_path / "first", counts))
   assert counts["right"] >= 4 and counts["right"] + counts["wrong"] == 8
   sources.build(tmp_path / "rows", tmp_path / "built")
   opened = sources.open_sources(tmp_path / "built", MODES)
@@ -129,7 +130,7 @@ def test_trajectories_with_few_wrong_images_say_so_and_those_with_enough_do_not(
     np.savez(out / "first_rounds" / "000000.npz", records=json.dumps(records),
              thoughts=[thoughts.plan(r, s) for r, s in zip(records, drawn)],
              pictures=np.stack([paint(s) for s in shown]))
-    run.write_trajectories(tiny, out)
+    trajectories.write_trajectories(tiny, out)
     assert ("altered_plans" in capsys.readouterr().out) == said
     assert json.loads((out / "trajectories.json").read_text())["wrong"] == wrong
 
@@ -140,7 +141,7 @@ def test_first_images_after_altered_plans_are_wrong_where_the_plan_is_right(tmp_
                                  altered_plans=1.0)
   settings = dataclasses.replace(settings, generate=dataclasses.replace(
       settings.generate, steps=10))
-  run.sample_first_rounds(settings, storage.SHIPPED, tmp_path / "rounds")
+  trajectories.sample_first_rounds(settings, storage.SHIPPED, tmp_path / "rounds")
   found = np.load(tmp_path / "rounds" / "000000.npz")
   records = json.loads(str(found["records"]))
   planned = [verifier.Seen("white", thoughts.read_scene(str(plan)).things, ())
@@ -160,7 +161,7 @@ def test_images_that_nothing_can_be_read_in_are_an_error(tmp_path, tiny):
              records=json.dumps(records[start:start + 8]),
              thoughts=["?"] * len(red[start:start + 8]))
   with pytest.raises(ValueError, match="no known ground': 12"):
-    run.write_trajectories(tiny, tmp_path)
+    trajectories.write_trajectories(tiny, tmp_path)
   assert not (tmp_path / "trajectories").exists()
 
 

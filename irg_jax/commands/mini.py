@@ -8,6 +8,9 @@ def add(verbs) -> None:
   parser = verbs.add_parser("mini", help="the whole method in a small world")
   actions = parser.add_subparsers(dest="action", metavar="ACTION")
   run = actions.add_parser("run", run=_run, help="train everything from nothing")
+  controls = actions.add_parser("controls", run=_controls, help="what a second round owes to what")
+  controls.add_argument("--seeds", type=int, default=3, metavar="N",
+                        help="seeds of training, with that of the run (default 3)")
   actions.add_parser("report", run=_report, help="tables, plots and traces of a run")
   run.add_argument("--until", choices=STEPS, metavar="STEP",
                    help=f"stop after one of {', '.join(STEPS)}")
@@ -18,6 +21,13 @@ def _run(args, overrides):
   from irg_jax.mini import run
   compiled.keep_programs()
   return run.run(run.load(args.config, overrides), args.out, args.until)
+
+
+def _controls(args, overrides):
+  from irg_jax import compiled
+  from irg_jax.mini import controls, run
+  compiled.keep_programs()
+  return controls.run_controls(run.load(args.config, overrides), args.out, args.seeds)
 
 
 def _report(args, _):

@@ -27,7 +27,6 @@ SPLITS = ("seen", "unseen")
 NEW_PROMPTS = 24  # of a task that test.jsonl lacks, in each split
 PARTS = ("things", "shape", "fill")  # see `parts`
 RIGHT = "correct"  # the words of an image without a fault
-RESAMPLES, SEED = 2000, 0  # of the intervals
 
 # (title, correct before, correct after, number of traces to show)
 KINDS = (("wrong, then right", False, True, 4), ("right both times", True, True, 2),
@@ -182,113 +181,6 @@ def read(folder, mini: Mini = MINI) -> Drawn:
                json.loads(cost.read_text()) if cost.is_file() else {})
 
 
-def arm_figures(drawn: Drawn) -> dict:
-  """All figures, as JSON values: {"rounds": {"1": ...}, "cost": ...}."""
-  rounds = {}
-  for number, right in enumerate(drawn.right, 1):
-    values = np.ma.masked_invalid(right).mean(-1).filled(np.nan)
-    there = int((~np.isnan(right)).sum())
-    seconds = [sum(trace["rounds"][number - 1]["seconds"].values())
-               for trace in drawn.traces.values() if len(trace["rounds"]) >= number]
-    rounds[str(number)] = entry = {
-        "scores": scores(values, drawn.items),
-        "by_prompt": [None if np.isnan(v) else float(v) for v in values],
-        "pictures": there, "missing": len(drawn.traces) - there,
-        "plan_drawn": plan_drawn(drawn, number),
-        # The median: the first batch, which compiles, has no effect.
-        "seconds": float(np.median(seconds)) if seconds else None}
-    lines = [line["scores"] for (*_, n), line in drawn.lines.items() if n == number]
-    if any("things" in scored for scored in lines):
-      entry["parts"] = {name: float(np.mean([scored[name] for scored in lines if scored]))
-                        for name in PARTS}
-    if number > 1:
-      entry["changes"] = changes(drawn.right[number - 2], right)
-      entry["reflections"] = reflections(drawn, number)
-  return {"rounds": rounds, "cost": drawn.cost}
-
-
-def scores(values: np.ndarray, items) -> dict:
-  """{split: {"tasks": {task: interval}, "overall": interval}} of [prompts]; NaN is left out."""
-  tags, splits = np.array([(item.extra["tag"], item.extra["split"]) for item in items]).T
-  found, names = {}, of(items[0].extra).tasks
-  for split in ("all", *SPLITS):
-    own = np.where((splits == split) | (split == "all"), values, np.nan)
-    tasks = {task: interval(np.where(tags == task, own, np.nan), tags) for task in names}
-    found[split] = {"tasks": {t: v for t, v in tasks.items() if v}, "overall": interval(own, tags)}
-  return found
-
-
-def difference(after, before, items) -> dict:
-  """{split: interval} of the paired difference of two "by_prompt", over prompts in both."""
-  change = np.array(after, float) - np.array(before, float)
-  return {split: found["overall"] for split, found in scores(change, items).items()}
-
-
-def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
-  """The mean over tasks of their means over prompts, with its 95 % bootstrap interval.
-
-  `values` is float [prompts], NaN is left out; prompts are resampled within each task of `tags`.
-  Returns {"value", "low", "high", "prompts"}, or None without a value.
-  """
-  rng, means, samples = np.random.default_rng(SEED), [], []
-  for tag in dict.fromkeys(tags.tolist()):
-    own = values[(tags == tag) & ~np.isnan(values)]
-    if len(own):
-      means.append(own.mean())
-      samples.append(own[rng.integers(len(own), size=(RESAMPLES, len(own)))].mean(1))
-  if not means:
-    return None
-  low, high = np.percentile(np.mean(samples, 0), (2.5, 97.5))
-  return {"value": float(np.mean(means)), "low": float(low), "high": float(high),
-          "prompts": int((~np.isnan(values)).sum())}
-
-
-def changes(before: np.ndarray, after: np.ndarray) -> dict:
-  """Shares of correct images made wrong and wrong ones made correct; as rows of `Drawn.right`."""
-  both = ~np.isnan(before) & ~np.isnan(after)
-  before, after = before[both] == 1, after[both] == 1
-  return {"right_to_wrong": _share((before & ~after).sum(), before.sum()),
-          "wrong_to_right": _share((~before & after).sum(), (~before).sum())}
-
-
-def reflections(drawn: Drawn, number: int) -> dict:
-  """Compares the thoughts before round `number` with the verifier's view of the image before.
-
-  Shares: "readable", of all; "faults_named": exactly the actual faults, of all (a correct image
-  has none); "wrong_faults_named": the same, of wrong images; "wrong_noticed": some fault, of wrong
-  images; "right_doubted": some fault, of correct ones; "seen_rightly": all cells as the verifier
-  sees them, of all.
-  """
-  rows = []
-  for (i, image), trace in drawn.traces.items():
-    line = drawn.lines.get((i, image, number - 1))
-    if line is None or not line["scores"] or len(trace["rounds"]) < number:
-      continue
-    if (think := trace["rounds"][number - 1]["think"]) is None:  # its image was kept before
-      continue
-    said, actual = thoughts.read_faults(think), faults(line["words"])
-    looked = thoughts.read_grid(think.split("What falls short:")[0])
-    rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),
-                 bool(actual), line["grid"] is not None and looked == line["grid"]))
-  readable, exact, doubts, wrong, sees = np.array(rows, bool).reshape(-1, 5).T
-  return {"readable": _share(readable.sum(), len(rows)),
-          "faults_named": _share(exact.sum(), len(rows)),
-          "wrong_faults_named": _share((exact & wrong).sum(), wrong.sum()),
-          "wrong_noticed": _share((doubts & wrong).sum(), wrong.sum()),
-          "right_doubted": _share((doubts & ~wrong).sum(), (~wrong).sum()),
-          "seen_rightly": _share(sees.sum(), len(rows))}
-
-
-def plan_drawn(drawn: Drawn, number: int) -> dict | None:
-  """Share of images with all cells as their thought plans them; None without thoughts."""
-  found = []
-  for (i, image), trace in drawn.traces.items():
-    line = drawn.lines.get((i, image, number))
-    if line is not None and (thought := trace["rounds"][number - 1]["think"]) is not None:
-      found.append(line["grid"] is not None and thoughts.read_grid(thought) == line["grid"])
-  return _share(sum(found), len(found)) if found else None
-
-
 def choose(drawn: Drawn) -> list[dict]:
   """The traces to show of each of `KINDS`: the first of the test, by task and split in turn.
 
@@ -313,7 +205,3 @@ def in_turn(groups: dict) -> list:
   """The members of all groups: the first of each, then the second of each, and so on."""
   return [key for _, key in sorted(
       (place, key) for group in groups.values() for place, key in enumerate(group))]
-
-
-def _share(count, of):
-  return {"count": int(count), "of": int(of), "share": float(count / of) if of else None}

@@ -13,13 +13,14 @@ import json
 import pathlib
 import resource
 import sys
-import tomllib
 
 from irg_jax import runs, storage
 from irg_jax.evaluate import generate, get, score
+from irg_jax.generate import generator
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import benchmark, vae
+from irg_jax.mini import benchmark, figures, vae
 from irg_jax.mini import world as world_lib
+from irg_jax.mini.arms import ARMS, CONTROLS, FINAL, WORDING, Arm, blind, read_training
 from irg_jax.mini.world import WORLD1, WORLDS
 from irg_jax.reports import pages, plots
 from irg_jax.reports.pages import table
@@ -28,27 +29,11 @@ HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
 _SPLITS = ("seen", "unseen", "all")
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-  """A checkpoint on the test; files/report.toml explains the fields."""
-
-  name: str
-  title: str
-  weights: str
-  rounds: int
-  think: bool = True
-
-
-_WORDING = tomllib.loads((benchmark.FILES / "report.toml").read_text(encoding="utf-8"))
-ARMS = tuple(Arm(**arm) for arm in _WORDING["arms"])
-FINAL = ARMS[-1]
-
-
-def run(out) -> pathlib.Path:
+def run(out, arms: tuple[Arm, ...] = ARMS) -> pathlib.Path:
   """Reports on a finished run, or else on the package's checkpoint; returns the page's path.
 
-  Missing images of the test are generated first. ValueError where the run is not finished, or
-  there is neither a run nor a checkpoint in the package.
+  Missing images of `arms` are generated first. ValueError where the run is not finished, or there
+  is neither a run nor a checkpoint in the package.
   """
   out, checkpoint = pathlib.Path(out), storage.SHIPPED
   if (out / FINAL.weights).is_dir():
@@ -56,7 +41,7 @@ def run(out) -> pathlib.Path:
     images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
     mini = benchmark.MINIS[settings.get("world", WORLD1.name)]
     items = select(settings["test_seen"], settings["test_unseen"], images, mini)
-    evaluate(out, items, settings["sample_batch"])
+    evaluate(out, items, settings["sample_batch"], arms)
     return make(out, settings=settings, mini=mini)
   if (out / "mini.json").is_file():
     raise ValueError(f"--out {out}: the run in there is not finished; go on with irg mini run "
@@ -77,11 +62,17 @@ def make(out, others: dict | None = None, settings: dict | None = None,
   mini.json, the run's checkpoint gets the figures and its card.
   """
   out = pathlib.Path(out)
-  drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name, mini) for arm in ARMS
+  drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name, mini)
+           for arm in (*ARMS, *CONTROLS)
            if (out / "evaluation" / arm.name / score.ITEMS).is_file()}
   if not drawn:
     raise ValueError(f"--out {out}: nothing in there has been drawn and scored")
   report, folder = build(drawn, others, mini), out / "report"
+  for arm in (*ARMS, *CONTROLS):
+    if arm.name in drawn and (training := read_training(out, arm)):
+      report["arms"][arm.name]["training"] = training
+  if again := figures.read_seeds(out):
+    report["seeds"] = figures.compare_seeds([report, *again], mini.read())
   if (alone := out / "evaluation" / "autoencoder.json").is_file():
     report["autoencoder"] = json.loads(alone.read_text())
   images, text = charts(report), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -102,25 +93,30 @@ def make(out, others: dict | None = None, settings: dict | None = None,
 def build(drawn: dict, others: dict | None = None, mini=benchmark.MINI) -> dict:
   """All figures, of `benchmark.read` and of other arms, as JSON values.
 
-  {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `ARMS`,
+  {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `ARMS`, then controls,
    "differences": {name: {split: interval}}, "intervals": their method,
    "test": numbers of prompts, "world": its name, if it is not the first}
-  `make` adds "autoencoder": {"right", "pictures"}. See `benchmark.arm_figures` for rounds and cost.
+  `make` adds "autoencoder": {"right", "pictures"}, "training" to an arm, see `read_training`, and
+  "seeds", see `figures.compare_seeds`. See `figures.arm_figures` for rounds and cost.
   """
+  order = (*ARMS, *CONTROLS)
   known = (others or {}) | {
-      arm.name: {"title": arm.title, "measured": HERE, **benchmark.arm_figures(drawn[arm.name])}
-      for arm in ARMS if arm.name in drawn}
-  arms = {arm.name: known[arm.name] for arm in ARMS if arm.name in known}
+      arm.name: {"title": arm.title, "measured": HERE, **figures.arm_figures(drawn[arm.name])}
+      for arm in order if arm.name in drawn}
+  arms = {arm.name: known[arm.name] for arm in order if arm.name in known}
+  if FINAL.name in drawn:
+    arms["best_of_two"] = {"title": WORDING["best_of_two"], "measured": HERE, "cost": {},
+                           "rounds": {"1": figures.best_of_two(drawn[FINAL.name])}}
   values = {(name, number): entry["by_prompt"] for name, arm in arms.items()
             for number, entry in arm["rounds"].items()}
   items, differences = mini.read(), {}
-  for name, *pair in _WORDING["differences"]:
+  for name, *pair in WORDING["differences"]:
     after, before = (values.get(tuple(key)) for key in pair)
     if after and before:
-      differences[name] = benchmark.difference(after, before, items)
+      differences[name] = figures.difference(after, before, items)
   return {"arms": arms, "differences": differences,
           "intervals": "95 %, bootstrap over the prompts of each task, "
-                       f"{benchmark.RESAMPLES} resamples, seed {benchmark.SEED}",
+                       f"{figures.RESAMPLES} resamples, seed {figures.SEED}",
           "test": {"prompts": len(items), **mini.counts(len(items))}} | (
               {} if mini.world is WORLD1 else {"world": mini.world.name})
 
@@ -177,7 +173,8 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> 
       benchmark=mini, items=tuple(mini.read()), selected=tuple(items),
       out=folder, checkpoint=checkpoint, batch_size=batch_size,
       settings=dataclasses.replace(defaults.settings, rounds=arm.rounds, think=arm.think),
-      system_prompt=defaults.system_prompt if arm.think else ""))
+      system_prompt=defaults.system_prompt if arm.think else "",
+      batch=blind if arm.blind else generator.Generator.batch))
   if result.generated:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process so far
     peak *= 1 if sys.platform == "darwin" else 1024
@@ -197,34 +194,47 @@ def score_new(folder, mini: benchmark.Mini = benchmark.MINI) -> None:
 
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
-  """(title, head, rows) of every table, as text."""
-  rows, by_task = _rows(report), []
-  for split in ("seen", "unseen"):
-    scores = [(row["name"], row["scores"][split]["tasks"]) for row in rows]
-    tasks = [t for t in _world(report).tasks if any(t in values for _, values in scores)]
-    by_task.append((f"By task, {split} combinations", ["", *tasks], [
-        [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]))
-  parts = [(row["name"], row["parts"]) for row in rows if "parts" in row]
+  """(title, head, rows) of every table, as text; those without a row are left out."""
+  rows, intervals = _rows(report), lambda values: [_interval(values[split]) for split in _SPLITS]
+  overall = lambda row: {split: row["scores"][split]["overall"] for split in _SPLITS}
   pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
-  return [
-      ("Overall, mean over tasks", ["", *_SPLITS, "pictures"], [
-          [row["name"], *(_interval(row["scores"][split]["overall"]) for split in _SPLITS),
-           str(row["pictures"])] for row in rows]),
-      *by_task,
-      *([("Part by part, means over pictures", ["", *_WORDING["parts"].values()], [
-          [name, *(_number(values[key], 3) for key in _WORDING["parts"])]
-          for name, values in parts])] if parts else []),
-      ("Paired differences", ["", *_SPLITS], [
-          [name, *(_interval(values[split]) for split in _SPLITS)]
-          for name, values in report["differences"].items()]),
-      ("From the picture before to this round", ["", *(name for name, _ in pairs)], [
+  seeds_ = report.get("seeds", {"seeds": [], "rows": {}})
+  found = [
+      ("Overall, mean over tasks", [*_SPLITS, "pictures"], [
+          [row["name"], *intervals(overall(row)), str(row["pictures"])] for row in rows]),
+      *(_by_task(report, rows, split) for split in ("seen", "unseen")),
+      ("Part by part, means over pictures", WORDING["parts"].values(), [
+          [row["name"], *(_number(row["parts"][key], 3) for key in WORDING["parts"])]
+          for row in rows if "parts" in row]),
+      ("Paired differences", _SPLITS, [
+          [name, *intervals(values)] for name, values in report["differences"].items()]),
+      ("From the picture before to this round", [name for name, _ in pairs], [
           [text, *(_share(shares[key]) for _, shares in pairs)]
-          for key, text in _WORDING["shares"].items()]),
-      ("Plans, seconds, memory", ["", "pictures as planned, cell by cell", "seconds a batch",
-                                  "pictures a batch", "peak GiB"], [
-          [row["name"], _share(row["plan_drawn"]), _number(row["seconds"], 1),
-           str(row["cost"].get("batch_size", "–")),
+          for key, text in WORDING["shares"].items()]),
+      ("Seeds of training", [*(f"seed {n}" for n in seeds_["seeds"]),
+                             "all, intervals over prompts and seeds"], [
+          [name, *map(_interval, [*values["each"], values["all"]])]
+          for name, values in seeds_["rows"].items()]),
+      ("Training after the base model", ["updates", "rows", "minutes"], [
+          [arm["title"], str(cost["updates"]), str(cost["rows"]), _number(cost["seconds"], 1, 60)]
+          for arm in report["arms"].values() if (cost := arm.get("training"))]),
+      ("What prompts leave open: entropy of the choice, 1 if even", WORDING["choices"].values(), [
+          [row["name"], *(_spread(row["choices"][key]) for key in WORDING["choices"])]
+          for row in rows if "choices" in row]),
+      ("Plans, passes, seconds, memory", [
+          "pictures as planned, cell by cell", "passes", "seconds a batch", "pictures a batch",
+          "peak GiB"], [
+          [row["name"], _share(row.get("plan_drawn")), _number(row.get("passes"), 0),
+           _number(row.get("seconds"), 1), str(row["cost"].get("batch_size", "–")),
            _number(row["cost"].get("peak_bytes"), 2, 2**30)] for row in rows])]
+  return [(title, ["", *head], lines) for title, head, lines in found if lines]
+
+
+def _by_task(report, rows, split):
+  scores = [(row["name"], row["scores"][split]["tasks"]) for row in rows]
+  tasks = [t for t in _world(report).tasks if any(t in values for _, values in scores)]
+  return f"By task, {split} combinations", tasks, [
+      [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]
 
 
 def notes(report: dict) -> list[str]:
@@ -299,6 +309,12 @@ def _number(value, places, unit=1):
 def _interval(value):
   return "–" if value is None else (
       f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+
+
+def _spread(value):
+  """Of `figures.open_choices`: the entropy, and what is chosen most often."""
+  return "–" if value is None else (
+      f"{value['entropy']:.2f} ({value['most']} {value['share']:.2f}, of {value['count']})")
 
 
 def _share(value):

@@ -35,11 +35,11 @@ from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
+from irg_jax.train.settings import STAGES
 from irg_jax.weights import init, published
 
 # Of 108 images of five things of two kinds, 23 were wrong; of four, 22 of 180.
 _SURE = 4
-_WRONG = 0.3, 0.7  # share of wrong first images that trajectories should have
 _NOTE = ("It draws one to {most} shapes ({shapes}) in {colors}{details}, "
          "counted, coloured, and placed left of, right of, above or below each other: try \"two "
          'red circles left of a blue star". For anything else, give --checkpoint a model that was '
@@ -62,6 +62,9 @@ class Settings:
       6000, "distinct images to train the autoencoder on", low=1, was="vae_pictures")
   autoencoder: str = setting(
       "", "checkpoint folder to take the autoencoder from; empty: train one", path=True)
+  base: str = setting(
+      "", "checkpoint folder of a base model of the same sizes, and its autoencoder; empty: train "
+      "them", path=True)
   base_rows: int = setting(72000, "rows to train the base model on", low=1)
   trajectories: int = setting(6000, "prompts of the trajectories for the two stages", low=1)
   first_temperature: float = setting(
@@ -120,7 +123,7 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   """Records the settings of a run; ValueError if it was started with others."""
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
-    new = {name: getattr(Settings(), name) for name in ("world", "altered_plans")}
+    new = {name: getattr(Settings(), name) for name in ("world", "altered_plans", "base")}
     recorded = new | runs.read(out / "mini.json")
     recorded["generate"] = generate_settings.with_new(
         recorded.get("generate", {}), now["generate"])
@@ -130,9 +133,14 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
 
 
 def make_start(settings: Settings, out: pathlib.Path) -> None:
-  """A checkpoint with the autoencoder, random other weights, and the tokenizer."""
+  """A checkpoint with the autoencoder, random other weights, and the tokenizer.
+
+  With `settings.base` it is that base model.
+  """
   if (out / "start").exists():
     return
+  if settings.base:
+    return _copy_base(settings, out / "start")
   if settings.autoencoder:
     config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
     if config.vae != settings.model.vae:
@@ -174,16 +182,20 @@ def defaults(settings: Settings) -> generate_settings.Defaults:
 def sample_texts(settings: Settings, count: int | None = None) -> list[str]:
   """Texts of `count` rows of every kind to learn the tokenizer from (6000, or `base_rows`)."""
   count = count or min(6000, settings.base_rows)
-  rows = datasets.base_rows(count, _rng(settings, "words"), settings.in_world)
+  rows = datasets.base_rows(count, datasets.generator(settings.seed, "words"), settings.in_world)
   return [text for _, row in rows for text in datasets.texts(row)]
 
 
 def train_base(settings: Settings, out: pathlib.Path) -> int:
   """The stand-in for BAGEL; its stage 1 trains the language model that BAGEL starts from."""
+  if settings.base:
+    if not base_weights(out).exists():
+      _copy_base(settings, base_weights(out).parent)
+    return 0
   if not (out / "base_rows").exists():
     with storage.atomic_folder(out / "base_rows") as folder:
       parquet.write(folder, datasets.base_rows(
-          settings.base_rows, _rng(settings, "base"), settings.in_world))
+          settings.base_rows, datasets.generator(settings.seed, "base"), settings.in_world))
   modes = datasets.TELL, datasets.LOOK, datasets.DRAW
   _prepare(settings, out, "base_rows", "base_data", modes)
   return _train(settings, out, "base", "base_data", out / "start" / "weights")
@@ -192,91 +204,9 @@ def train_base(settings: Settings, out: pathlib.Path) -> int:
 def make_trajectories(settings: Settings, out: pathlib.Path) -> None:
   """The base model's thoughts and images, judged and improved, in IRGL's form."""
   if not (out / "trajectories").exists():
-    sample_first_rounds(settings, base_weights(out), out / "first_rounds")
-    write_trajectories(settings, out)
+    trajectories.sample_first_rounds(settings, base_weights(out), out / "first_rounds")
+    trajectories.write_trajectories(settings, out)
   _prepare(settings, out, "trajectories", "irgl_data", MODES)
-
-
-def sample_first_rounds(settings: Settings, checkpoint, out: pathlib.Path) -> None:
-  """Thoughts and first images of training prompts, `out`/NNNNNN.npz for each batch."""
-  out.mkdir(exist_ok=True)
-  rng, size = _rng(settings, "trajectories"), settings.sample_batch
-  records = [training_record(rng, settings.in_world) for _ in range(settings.trajectories)]
-  with Progress() as progress:
-    loaded = generator.load(checkpoint, on_progress=progress)
-    for start in range(0, len(records), size):
-      if (path := out / f"{start:06}.npz").exists():
-        continue
-      batch = records[start:start + size]
-      batch += batch[:1] * (size - len(batch))  # another batch size would compile again
-      drawn = loaded.batch([r["prompt"] for r in batch], range(start, start + size),
-                           settings.first, thoughts.SYSTEM_PROMPT, size=size)
-      firsts = [trajectory.rounds[0] for trajectory in drawn]
-      pictures = drawn_otherwise(settings, loaded, batch, firsts, start)
-      with storage.atomic_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
-                 pictures=np.stack(pictures))
-      progress("drawing first images", 0, start + size, len(records))
-
-
-def drawn_otherwise(settings: Settings, loaded, batch, firsts, start: int) -> list[np.ndarray]:
-  """The images of first rounds; a share `altered_plans` is drawn again, after other plans."""
-  rng, given = np.random.default_rng([settings.seed, len(_PURPOSES), start]), []
-  for record, first in zip(batch, firsts):
-    text = rng.random() < settings.altered_plans and datasets.altered_plan(
-        record, first.thought.text, rng)
-    thought = irg.Thought(text, tuple(loaded.tokenizer.encode(text))) if text else first.thought
-    given.append(dataclasses.replace(first, thought=thought, latents=None, image=None))
-  if all(a.thought is b.thought for a, b in zip(given, firsts)):
-    return [first.image for first in firsts]
-  again = loaded.batch([r["prompt"] for r in batch], range(start, start + len(batch)),
-                       settings.first, thoughts.SYSTEM_PROMPT, size=len(batch), done=[given])
-  return [first.image if new.thought is first.thought else trajectory.rounds[0].image
-          for first, new, trajectory in zip(firsts, given, again)]
-
-
-def write_trajectories(settings: Settings, out: pathlib.Path) -> None:
-  """Writes the rows of all usable first images, and their numbers in trajectories.json.
-
-  ValueError gives the reasons where no image can be used.
-  """
-  counts = {"right": 0, "wrong": 0}
-  with storage.atomic_folder(out / "trajectories") as folder:
-    parquet.write(folder, trajectory_rows(settings, out / "first_rounds", counts))
-    if not counts["right"] + counts["wrong"]:
-      raise ValueError(f"none of the base model's first images can be used ({counts}): train "
-                       "the autoencoder and the base longer")
-  storage.write_json(out / "trajectories.json", counts)
-  print(f"irg mini: first images of the base model: {counts}")
-  share = counts["wrong"] / (counts["right"] + counts["wrong"])
-  if not _WRONG[0] <= share <= _WRONG[1]:
-    print(f"irg mini: {share:.0%} of them are wrong; a second round is learned best if it is "
-          f"{_WRONG[0]:.0%} to {_WRONG[1]:.0%}: see the settings first_temperature and "
-          "altered_plans, and the steps of the base")
-
-
-def trajectory_rows(settings: Settings, folder: pathlib.Path, counts: dict[str, int]):
-  """Yields (mode, conversation) of all usable first images: six modes, and replayed text.
-
-  `folder` is that of `sample_first_rounds`. Adds to `counts` the numbers of images by verdict, or
-  by the reason why they cannot be used.
-  """
-  rng, left = _rng(settings, "better"), settings.trajectories
-  for path in sorted(folder.glob("*.npz")):
-    batch = np.load(path)
-    rows = zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
-    for record, plan, image in list(rows)[:left]:
-      try:
-        verdict = verifier.score(image, record)
-        better = thoughts.improve(record, verdict, rng)
-        modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
-      except thoughts.Inexpressible as e:
-        counts[str(e)] = counts.get(str(e), 0) + 1
-        continue
-      counts["right" if verdict.correct else "wrong"] += 1
-      yield from modes
-      yield from datasets.replayed_rows(rng, settings.in_world)
-    left -= len(batch["thoughts"])
 
 
 def make_checkpoint(_, out: pathlib.Path) -> None:
@@ -291,19 +221,36 @@ def evaluate_run(_, out: pathlib.Path) -> None:
   print(f"irg mini: wrote {report.run(out)}")
 
 
+def _copy_base(settings, target):
+  """Copies the base model to `target`/weights; ValueError if it has other sizes."""
+  config = weights.read_config(pathlib.Path(settings.base))
+  for name in ("llm", "vit", "vae"):
+    if (own := getattr(config, name)) != (asked := getattr(settings.model, name)):
+      raise ValueError(f"config field 'base': {settings.base} has the sizes {own}, but "
+                       f"config.model.{name} says {asked}; give one of these sizes, or none to "
+                       "train it")
+  with storage.atomic_folder(target) as folder:
+    shutil.copytree(settings.base, folder / "weights")
+
+
 def base_weights(out: pathlib.Path) -> pathlib.Path:
   return out / "base" / "stage2" / "weights"
 
 
-def _train(settings, out, preset, data="irgl_data", checkpoint=None):
-  """`irg train` with a training of the run's preset and the sizes of this run."""
+def _train(settings, out, preset, data="irgl_data", checkpoint=None, name="", without=""):
+  """`irg train` with a training of the run's preset and the sizes of this run.
+
+  It is written to `out`/`name`, by default the preset's. `without` is a mode whose rows are left
+  out; a batch has as many rows of the others.
+  """
   sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
-  overrides = [*(f"model.{name}={value}" for name, value in sizes.items()),
+  overrides = [*(f"model.{field}={value}" for field, value in sizes.items()),
                f"data.path={out / data}", f"checkpoint={checkpoint or base_weights(out)}",
                f"seed={settings.seed}", *settings.train]
-  name = f"{settings.config}-{preset}".replace(":world-", ":")
-  loaded = train_settings.load(name, overrides)
-  return train_run.run_train(loaded, out / preset)
+  if without:
+    overrides += [f"{stage}.mixture.{without}=0" for stage in STAGES]
+  config = f"{settings.config}-{preset}".replace(":world-", ":")
+  return train_run.run_train(train_settings.load(config, overrides), out / (name or preset))
 
 
 # The ablation of the paper: improved images and their plans, nothing interleaved.
@@ -331,11 +278,3 @@ def _prepare(settings, out, rows, data, modes):
                            progress=progress)
   encoded.rename(out / data)
   shutil.rmtree(built)
-
-
-_PURPOSES = ("words", "base", "trajectories", "better")
-
-
-def _rng(settings, purpose):
-  """A generator for one purpose, independent of the others."""
-  return np.random.default_rng([settings.seed, _PURPOSES.index(purpose)])

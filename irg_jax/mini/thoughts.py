@@ -34,7 +34,7 @@ SATISFIED = "What falls short: nothing."  # see `generate.settings.Defaults`
 QUESTION = "What does the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
 
-_LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
+LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
 
 
 class Inexpressible(ValueError):
@@ -77,7 +77,7 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
 
 def edits(before, after) -> list[str]:
   """The steps from one list of cells to another."""
-  steps = [f"put {new} {letter}" for letter, old, new in zip(_LETTERS, before, after) if old != new]
+  steps = [f"put {new} {letter}" for letter, old, new in zip(LETTERS, before, after) if old != new]
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
@@ -94,7 +94,7 @@ def places(scene: Scene, record: dict | None = None) -> str:
     # "a star above a cross": the cross is the first clause.
     first = [i for i, _, other in relations(record["include"]) for i in (i, other)]
     things = itertools.chain(*(groups[i] for i in dict.fromkeys([*first, *range(len(groups))])))
-  named = [f"{t.kind} {_LETTERS[GRID * t.cell[0] + t.cell[1]]}" for t in things]
+  named = [f"{t.kind} {LETTERS[GRID * t.cell[0] + t.cell[1]]}" for t in things]
   return f"The ground is {scene.background}. Places: {', '.join(named) or 'none'}."
 
 
@@ -115,12 +115,12 @@ def grid(seen) -> list[str]:
 
 
 def grid_text(cells) -> str:
-  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(_LETTERS, cells))}."
+  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(LETTERS, cells))}."
 
 
 def listed(cells, first=()) -> str:
   """The cells at the letters `first`, in their order, then all others that are not empty."""
-  there = dict(zip(_LETTERS, cells))
+  there = dict(zip(LETTERS, cells))
   filled = [at for at, cell in there.items() if not cell.endswith(EMPTY)]
   others = [at for at in filled if at not in first]
   return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
@@ -129,7 +129,7 @@ def listed(cells, first=()) -> str:
 def read_grid(text: str) -> list[str] | None:
   """The last list of cells in a text; None if there is none."""
   for word in ("[a-z]+ [a-z]+", "[a-z]+ [a-z]+ [a-z]+"):
-    pattern = " ".join(f"{letter} ({word})" for letter in _LETTERS)
+    pattern = " ".join(f"{letter} ({word})" for letter in LETTERS)
     if found := re.findall(rf"Cells: {pattern}\.", text):
       return list(found[-1])
   return None
@@ -147,7 +147,7 @@ def read_places(text: str) -> list[str]:
     if found[-1] == "none" or all(named):
       return [place[1] for place in named if place]
   elif cells := read_grid(text):
-    return [at for at, cell in zip(_LETTERS, cells) if not cell.endswith(EMPTY)]
+    return [at for at, cell in zip(LETTERS, cells) if not cell.endswith(EMPTY)]
   raise Inexpressible("a thought before that cannot be read")
 
 

@@ -1,0 +1,46 @@
+"""Controls of a finished run: what its second round owes to what, and whether seeds agree.
+
+  OUT/withoutN/stage2/weights     the run's stages without one mode of data, as many updates
+  OUT/evaluation/blind/...        second thoughts that were written without the first image
+  OUT/seeds/N/...                 a run from the same base model, with the run's seed + N
+  OUT/report/...                  the report with all of these arms
+
+The arms and their titles are in files/report.toml. "better pictures only", which is a part of the
+run, is the control without interleaving.
+"""
+
+import dataclasses
+import pathlib
+
+from irg_jax.mini import report, run
+from irg_jax.mini.arms import ARMS, CONTROLS, FINAL
+
+
+def run_controls(settings: run.Settings, out, seeds: int = 3) -> int:
+  """Trains and draws the controls that are missing, then reports.
+
+  Args:
+    settings: of the run in `out`.
+    seeds: of training, with the run's own.
+
+  Returns the exit status: 0, or that of a training that was asked to stop. ValueError as of
+  `run.check_same`, or where the run in `out` is not finished.
+  """
+  out = pathlib.Path(out)
+  if not (out / FINAL.weights).is_dir():
+    raise ValueError(f"--out {out}: no finished run in there to control; make one with irg mini "
+                     f"run --out {out}")
+  run.check_same(settings, out)
+  for arm in CONTROLS:
+    if arm.without:
+      print(f"irg mini: {arm.title}", flush=True)
+      if status := run.train_irgl(settings, out, name=arm.name, without=arm.without):
+        return status
+  base = str(run.base_weights(out).absolute())
+  for number in range(1, seeds):
+    print(f"irg mini: seed {settings.seed + number}", flush=True)
+    again = dataclasses.replace(settings, seed=settings.seed + number, base=base, autoencoder="")
+    if status := run.run(again, out / "seeds" / str(number)):
+      return status
+  print(f"irg mini: wrote {report.run(out, (*ARMS, *CONTROLS))}")
+  return 0
