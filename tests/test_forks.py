@@ -92,6 +92,16 @@ scores = figures.scores(np.ones(len(items)), items)
 assert scores["seen"]["tasks"]["twins"]["prompts"] == 24
 assert scores["unseen"]["tasks"]["twins"]["prompts"] == 24
 """,
+    "A reward": """
+import numpy as np
+from irg_jax.generate.irg import Round, Thought, Trajectory
+from irg_jax.rl import rewards, settings
+asked = settings.RlSettings(reward="brief=2.0")
+with rewards.opened(asked, ".") as functions:
+  rounds = [Round(Thought("a", tuple(range(n))), None, None, {}) for n in (0, 100)]
+  found = rewards.of_trajectories(functions, [{}], [Trajectory("a lamp", rounds)])
+np.testing.assert_allclose(rewards.mixed(found, asked.reward), [[2.0, 1.0]])
+""",
 }
 
 
@@ -178,8 +188,12 @@ def _table_has_the_task(output, _):
   return re.search(r"\| twins, seen \| [01]\.\d+", output)
 
 
+def _rewards_are_logged(output, _):
+  return len(re.findall(r'"reward/round[12]": [01]\.\d+', output)) == 4
+
+
 EFFECTS = dict(zip(PATCHES, (_mode_has_losses, _images_differ, _loss_falls, _table_has_a_column,
-                             _table_has_the_task), strict=True))
+                             _table_has_the_task, _rewards_are_logged), strict=True))
 
 
 @pytest.mark.long
