@@ -24,7 +24,8 @@ from irg_jax.config import update
 from irg_jax.generate import denoise, steps
 from irg_jax.generate.context import FULL, guidance_views, in_layers
 from irg_jax.generate.settings import Forecast, expand
-from irg_jax.mini import benchmark, verifier
+from irg_jax.mini import verifier
+from quality import by_option
 
 OPTIONS = ("full", "every 2", "every 3", "every 4", "every 6", "forecast 3,2,5", "forecast 4,2,5")
 
@@ -39,22 +40,16 @@ def main():
   parser.add_argument("--options", nargs="+", default=OPTIONS)
   args = parser.parse_args()
   irg_jax.keep_programs()
-  loaded, items = irg_jax.load(), benchmark.MINI.read()
+  loaded = irg_jax.load()
   guided = expand({"text_scale": args.text_scale, "image_scale": args.image_scale, "steps": 50})
   settings = update(loaded.settings, guided)
   settings = dataclasses.replace(settings, **{
       name: dataclasses.replace(getattr(settings, name), interval=(0.4, 1.0))
       for name in ("first", "later")})
-  rows = np.random.default_rng(0).permutation(len(items))[:args.prompts]
-  options = list(dict.fromkeys(["full", *args.options]))
-  found = {name: [] for name in options}
-  for start in range(0, len(rows), args.batch_size):
-    batch = [(int(i), items[i]) for i in rows[start:start + args.batch_size]]
-    for name in options:
-      found[name] += draw(loaded, settings, batch, name, args.batch_size)
-    print(f"{start + len(batch)} of {len(rows)} prompts", flush=True)
-  for name in options:
-    print(line(name, found[name], found["full"]))
+  found = by_option(args.options, args.prompts, args.batch_size, lambda batch, name: draw(
+      loaded, settings, batch, name, args.batch_size))
+  for name, rows in found.items():
+    print(line(name, rows, found["full"]))
 
 
 def draw(loaded, settings, batch, name, size):

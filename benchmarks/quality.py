@@ -37,23 +37,31 @@ def main():
   parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
   args = parser.parse_args()
   irg_jax.keep_programs()
-  items = benchmark.MINI.read()
-  rows = np.random.default_rng(0).permutation(len(items))[:args.prompts]
-  options = list(dict.fromkeys(["full", *args.options]))
-  found = {name: [] for name in options}
-  kinds = {name: "int8" if name.startswith("int8") else None for name in options}
+  kinds = {name: "int8" if name.startswith("int8") else None for name in ("full", *args.options)}
   loaded = {kind: irg_jax.load(weights=kind) for kind in set(kinds.values())}
-  for start in range(0, len(rows), args.batch_size):
-    batch = [(int(i), items[i]) for i in rows[start:start + args.batch_size]]
-    for name in options:
-      found[name] += draw(loaded[kinds[name]], batch, name.removeprefix("int8").removeprefix(":"),
-                          args.batch_size)
-    print(f"{start + len(batch)} of {len(rows)} prompts", flush=True)
-  table = [line(name, found[name], found["full"]) for name in options]
+  found = by_option(args.options, args.prompts, args.batch_size, lambda batch, name: draw(
+      loaded[kinds[name]], batch, name.removeprefix("int8").removeprefix(":"), args.batch_size))
+  table = [line(name, rows, found["full"]) for name, rows in found.items()]
   for row in table:
     print(" | ".join(row.values()))
   if args.json:
     args.json.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def by_option(options, prompts: int, batch_size: int, draw) -> dict[str, list]:
+  """What `draw(batch, option)` gives for prompts of the test, by option, "full" first.
+
+  A batch is [(number, item)]; the options alternate.
+  """
+  items = benchmark.MINI.read()
+  rows = np.random.default_rng(0).permutation(len(items))[:prompts]
+  found = {name: [] for name in ("full", *options)}
+  for start in range(0, len(rows), batch_size):
+    batch = [(int(i), items[i]) for i in rows[start:start + batch_size]]
+    for name in found:
+      found[name] += draw(batch, name)
+    print(f"{start + len(batch)} of {len(rows)} prompts", flush=True)
+  return found
 
 
 def draw(loaded, batch, name, size):
