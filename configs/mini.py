@@ -14,7 +14,8 @@ trained, on few prompts. Its trainings are "quick-base", "quick-irgl" and "quick
 preset NAME of a run has trainings NAME-base, NAME-irgl and NAME-quality; "world" has no prefix.
 
 The preset "world2" is a run in the second world, of more things with details: its texts are longer.
-"world2-quick" is to "world2" as "quick" is to "world".
+Its updates are fewer, so that each of its controls (`irg mini controls`) takes half an hour; its
+"quality" has as many as both stages of "irgl". "world2-quick" is to it as "quick" is to "world".
 """
 
 import dataclasses
@@ -57,16 +58,18 @@ GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
-  # Steps of the two stages in a quick run, and the text of a row in the second world.
-  trainings = {"base": (_base, (240, 160), (496, 288)), "irgl": (_irgl, (20, 60), (608, 608)),
-               "quality": (_quality, (20, 20), (608, 608))}
-  presets = {"world": _world, "quick": _quick, "world2": lambda: _second(_world()),
+  # Steps of the two stages in a quick run and in the second world, and the text of a row there.
+  trainings = {"base": (_base, (240, 160), (1700, 1200), (496, 288)),
+               "irgl": (_irgl, (20, 60), (200, 1300), (608, 608)),
+               "quality": (_quality, (20, 20), (200, 1500), (608, 608))}
+  presets = {"world": _world, "quick": _quick, "world2": _world2,
              "world2-quick": lambda: _second(_quick())}
-  for name, (make, steps, texts) in trainings.items():
+  for name, (make, quick, second, texts) in trainings.items():
     presets |= {
-        name: make, f"quick-{name}": lambda m=make, s=steps: _quickly(m(), *s),
-        f"world2-{name}": lambda m=make, t=texts: _longer(m(), *t),
-        f"world2-quick-{name}": lambda m=make, s=steps, t=texts: _longer(_quickly(m(), *s), *t)}
+        name: make, f"quick-{name}": lambda m=make, s=quick: _quickly(_shorter(m(), s)),
+        f"world2-{name}": lambda m=make, s=second, t=texts: _longer(_shorter(m(), s), t),
+        f"world2-quick-{name}": lambda m=make, s=quick, t=texts: _longer(
+            _quickly(_shorter(m(), s)), t)}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
@@ -74,6 +77,12 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
 
 def _world():
   return config_lib.to_config(Settings(model=MODEL, generate=GENERATE))
+
+
+def _world2():
+  config = _second(_world())
+  config.trajectories = 4000
+  return config
 
 
 def _quick():
@@ -137,12 +146,18 @@ def _quality():
   return config
 
 
-def _quickly(config, *steps):
-  """A training in fewer updates; `steps` are those of its two stages."""
+def _shorter(config, steps):
+  """A training whose two stages have `steps` updates."""
+  for stage, count in zip((config.stage1, config.stage2), steps):
+    stage.update(steps=count, warmup_steps=min(stage.warmup_steps, count // 10),
+                 decay_steps=stage.decay_steps * count // stage.steps)
+  return config
+
+
+def _quickly(config):
+  """A training of the smaller model."""
   config.model = config_lib.to_config(QUICK_MODEL)
   config.data.rows = 6
-  for stage, count in zip((config.stage1, config.stage2), steps):
-    stage.update(steps=count, warmup_steps=count // 10, decay_steps=count // 3)
   return config
 
 
@@ -155,7 +170,7 @@ def _second(config):
   return config
 
 
-def _longer(config, *texts):
+def _longer(config, texts):
   """A training on the second world; `texts` are the tokens of text in a row of its two stages."""
   config.model.llm.vocab_size = VOCABULARY2
   for stage, text in zip((config.stage1, config.stage2), texts):
