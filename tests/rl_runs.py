@@ -1,5 +1,6 @@
 """Tiny runs of learning from rewards: a checkpoint, prompts, settings."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -19,6 +20,8 @@ from irg_jax.tokenizer import load_tokenizer
 
 PROMPTS = [{"prompt": f"a thing number {i}", "tag": "even" if i % 2 == 0 else "odd"}
            for i in range(6)]
+SATISFIED = "."
+STOPS = "rollout.until_satisfied=true", "rollout.rounds=3"
 # Bright: of the image. Low: the share of the thought's tokens with a low number, see `Letters`.
 REWARDS = """
 import numpy as np
@@ -51,6 +54,23 @@ class Letters:
     return "".join(chr(0x4e00 + i) for i in ids)
 
 
+class Content(Letters):
+  """Its texts end in SATISFIED, which is no token, where the sum of their tokens is even."""
+
+  def encode(self, text):
+    return super().encode(text.replace(SATISFIED, ""))
+
+  def decode(self, ids):
+    return super().decode(ids) + SATISFIED * (sum(ids) % 2 == 0)
+
+
+class Pleased(Content):
+  """All its texts end in SATISFIED."""
+
+  def decode(self, ids):
+    return super().decode(ids).rstrip(SATISFIED) + SATISFIED
+
+
 def make(folder: pathlib.Path) -> pathlib.Path:
   """A folder with checkpoint, prompts.jsonl and rewards.py."""
   make_checkpoint(folder / "checkpoint")
@@ -81,6 +101,16 @@ def policy(folder) -> tuple:
   loaded = generator.Generator(folder / "checkpoint", "f", defaults, words, mesh,
                                UnifiedTransformer(config), params)
   return loaded, settings(folder).rollout.settings(TINY)
+
+
+@functools.cache
+def stopping_policy(folder, words=Content) -> tuple:
+  """`policy` whose reflections may end the rounds, three at most."""
+  loaded, _ = policy(folder)
+  loaded = dataclasses.replace(
+      loaded, tokenizer=words(loaded.tokenizer.special),
+      defaults=dataclasses.replace(loaded.defaults, satisfied=SATISFIED))
+  return loaded, settings(folder, *STOPS).rollout.settings(TINY)
 
 
 @functools.cache

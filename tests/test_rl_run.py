@@ -28,12 +28,19 @@ def folder(tmp_path_factory):
   return rl_runs.make(tmp_path_factory.mktemp("rl"))
 
 
+def use_letters(patch, stops=False):
+  """Thoughts of the tiny model read as they were sampled; with `stops` some end the rounds."""
+  words = rl_runs.Content if stops else rl_runs.Letters
+  load_tokenizer, read_defaults = run.load_tokenizer, run.read_defaults
+  patch.setattr(run, "load_tokenizer", lambda *args: words(load_tokenizer(*args).special))
+  if stops:
+    patch.setattr(run, "read_defaults", lambda base: dataclasses.replace(
+        read_defaults(base), satisfied=rl_runs.SATISFIED))
+
+
 @pytest.fixture
 def letters(monkeypatch):
-  """Thoughts of the tiny model read as they were sampled."""
-  load_tokenizer = run.load_tokenizer
-  monkeypatch.setattr(run, "load_tokenizer",
-                      lambda *args: rl_runs.Letters(load_tokenizer(*args).special))
+  use_letters(monkeypatch)
 
 
 def learn(folder, out, *overrides, reward="bright"):
@@ -48,43 +55,81 @@ def whole(folder, tmp_path_factory):
   """The folder of a run that nothing stopped."""
   out = tmp_path_factory.mktemp("runs") / "whole"
   with pytest.MonkeyPatch.context() as patch:
-    load_tokenizer = run.load_tokenizer
-    patch.setattr(run, "load_tokenizer",
-                  lambda *args: rl_runs.Letters(load_tokenizer(*args).special))
+    use_letters(patch)
     assert learn(folder, out) == 0
   return out
 
 
-@pytest.mark.parametrize("when", [
-    "among the trajectories", pytest.param("before an update", marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_bit_for_bit(folder, whole, letters, monkeypatch, tmp_path, when):
-  def killed(name, target):
-    calls, function = collections.Counter(), getattr(target, name)
+def check_killed(folder, whole, out, when, stops=False):
+  """A run in `out` that is killed in its second iteration ends as `whole`."""
+  calls, overrides = collections.Counter(), rl_runs.STOPS if stops else ()
+
+  def killed(patch, name, target, last):
+    function = getattr(target, name)
 
     def stopping(*args):
       calls[name] += 1
-      if calls[name] == {"_sample_batch": 4, "update": 2}[name]:  # in the second iteration
+      if calls[name] == last:
         raise KeyboardInterrupt
       return function(*args)
 
-    monkeypatch.setattr(target, name, stopping)
+    patch.setattr(target, name, stopping)
 
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    killed(*(("_sample_batch", rollout) if when.startswith("among") else ("update", run.Learner)))
-    learn(folder, tmp_path)
-    del patch
-  monkeypatch.undo()
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    use_letters(patch, stops)
+    killed(patch, *(("_sample_batch", rollout, 4) if when.startswith("among") else
+                    ("update", run.Learner, 2)))
+    learn(folder, out, *overrides)
   sampled, sample = [], rollout._sample_batch
-  monkeypatch.setattr(rollout, "_sample_batch", lambda *args: sampled.append(1) or sample(*args))
-  load_tokenizer = run.load_tokenizer
-  monkeypatch.setattr(run, "load_tokenizer",
-                      lambda *args: rl_runs.Letters(load_tokenizer(*args).special))
-  assert learn(folder, tmp_path) == 0
+  with pytest.MonkeyPatch.context() as patch:
+    use_letters(patch, stops)
+    patch.setattr(rollout, "_sample_batch", lambda *args: sampled.append(1) or sample(*args))
+    assert learn(folder, out, *overrides) == 0
   assert len(sampled) == (1 if when.startswith("among") else 0)
-  assert rl_runs.lines(tmp_path) == rl_runs.lines(whole)
+  assert rl_runs.lines(out) == rl_runs.lines(whole)
   for name in ("ema.safetensors", "ae.safetensors"):
-    assert ((tmp_path / "rl" / "weights" / name).read_bytes()
+    assert ((out / "rl" / "weights" / name).read_bytes()
             == (whole / "rl" / "weights" / name).read_bytes())
+
+
+@pytest.mark.parametrize("when", [
+    "among the trajectories", pytest.param("before an update", marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_bit_for_bit(folder, whole, tmp_path, when):
+  check_killed(folder, whole, tmp_path, when)
+
+
+@pytest.mark.long
+def test_a_killed_run_in_which_rows_stop_goes_on_bit_for_bit(folder, tmp_path, monkeypatch):
+  with pytest.MonkeyPatch.context() as patch:
+    use_letters(patch, stops=True)
+    assert learn(folder, tmp_path / "whole", *rl_runs.STOPS) == 0
+  found = rl_runs.lines(tmp_path / "whole")
+  for line in found.values():
+    assert 0 < line["stopped/round2"] < 1 and "stopped/round3" in line
+    assert line["ratio_off/text"] == line["ratio_off/image"] == 0
+    assert line["thoughts/read_otherwise"] == 0
+  assert any("stopped_right/round2" in line for line in found.values())
+  check_killed(folder, tmp_path / "whole", tmp_path / "killed", "before an update", stops=True)
+  check_killed(folder, tmp_path / "whole", tmp_path / "again", "among the trajectories", stops=True)
+  use_letters(monkeypatch, stops=True)
+  monkeypatch.setattr(rl_runs, "SATISFIED", "!")
+  with pytest.raises(ValueError, match="started with satisfied=., not !"):
+    run.prepare(rl_runs.settings(folder, *rl_runs.STOPS), tmp_path / "whole")
+
+
+def test_a_run_from_before_there_was_a_learned_stop_goes_on(folder, whole, monkeypatch):
+  now, read = rl_runs.settings(folder), run.runs.read
+
+  def older(*args):
+    record = read(*args)
+    assert record["settings"]["rollout"].pop("until_satisfied") is None
+    return record
+
+  monkeypatch.setattr(run.runs, "read", older)
+  run.check_folder(whole, run.with_model(now, folder / "checkpoint"))
+  with pytest.raises(ValueError, match="rollout.until_satisfied=None, not True"):
+    run.check_folder(whole, run.with_model(rl_runs.settings(
+        folder, "rollout.until_satisfied=true"), folder / "checkpoint"))
 
 
 def test_a_run_writes_figures_traces_and_weights_that_generate(folder, whole):

@@ -20,7 +20,6 @@ from irg_jax.generate import irg, stopping
 from irg_jax.generate import settings as settings_lib
 from irg_jax.generate.settings import Defaults, Settings, expand, read_defaults
 from irg_jax.mini import thoughts
-from irg_jax.rl.settings import RlSettings
 from irg_jax.serve.engine import Engine
 from irg_jax.train import watch
 from serving import Drawer, serving, text_of
@@ -225,11 +224,6 @@ def test_without_thinking_it_is_refused(content, tmp_path, capsys):
   assert commands.main(["generate", "a", "--checkpoint", str(content), "--rounds", "auto:3",
                         "--no-think", "--out", str(tmp_path / "out")]) == 2
   assert "without thinking no reflection can end the rounds" in capsys.readouterr().err
-
-
-def test_learning_from_rewards_refuses_it():
-  with pytest.raises(ValueError, match="'until_satisfied' is true.*fixed number of rounds"):
-    RlSettings.check_generation(None, AUTO)
 
 
 def test_evaluations_while_training_refuse_it(content, tmp_path):

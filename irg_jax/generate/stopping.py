@@ -17,7 +17,7 @@ def check(settings, satisfied: str) -> None:
   if settings.until_satisfied and not satisfied:
     raise ValueError("config field 'until_satisfied' is true (--rounds auto), but the checkpoint's "
                      "generate.json has no 'satisfied', the words of a reflection that finds "
-                     "nothing to improve: give a number of rounds")
+                     "nothing to improve: give a number of rounds, or set the field to false")
 
 
 def limit(rounds: str) -> int:

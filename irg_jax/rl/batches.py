@@ -3,6 +3,7 @@
 A row is one trajectory in the form of training (`data.samples`): prompts, then in each round the
 thought, the image as it was before each stochastic step (noised splits, which nothing later sees),
 and the image as it was read back. So one pass gives the log-probabilities of all tokens and steps.
+A row that stopped ends with the thought that kept its image.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from irg_jax import flow
 from irg_jax.config import ModelConfig
 from irg_jax.data.batch import Batch, BufferSizes, pack_row, stack_rows
 from irg_jax.data.samples import ImageSplit, TextSplit, sample_features
+from irg_jax.generate import stopping
 from irg_jax.generate.settings import Defaults, Settings
 from irg_jax.rl.rollout import Rollout
 from irg_jax.rl.settings import RlSettings
@@ -34,7 +36,7 @@ class Rows:
   time: jax.Array  # float32 [B, G], before the step; 0 on clean tokens
   next_time: jax.Array  # float32 [B, G], after it
   after: jax.Array  # float32 [B, G, latent_dim], x after it
-  step_weight: jax.Array  # float32 [B, I], 1 on steps that were sampled
+  step_weight: jax.Array  # float32 [B, I], 1 on steps that were sampled; 0 on those of kept rounds
   step_advantage: jax.Array  # float32 [B, I]
 
 
@@ -46,8 +48,12 @@ def make_rows(rollouts: list[Rollout], text_advantages, image_advantages, settin
   Args:
     text_advantages, image_advantages: float32 [N, rounds].
   """
-  samples = [_sample(r, settings, generation, defaults, tokenizer, model) for r in rollouts]
-  sizes, rows = fitting(samples), []
+  sample = lambda r, rounds: _sample(r, rounds, settings, generation, defaults, tokenizer, model)
+  samples = [sample(r, stopping.own(r.trajectory.rounds)) for r in rollouts]
+  # Of all rounds, so that what is compiled does not depend on who stops.
+  sizes, rows = fitting([
+      sample(r, [dataclasses.replace(entry, kept=False) for entry in r.trajectory.rounds])
+      if r.trajectory.rounds[-1].kept else short for r, short in zip(rollouts, samples)]), []
   times = flow.schedule(generation.steps, generation.timestep_shift)
   for rollout, sample, text, image in zip(rollouts, samples, text_advantages, image_advantages):
     rows.append(Rows(batch=pack_row([sample], sizes), **_tokens(rollout, text, settings, sizes),
@@ -70,15 +76,17 @@ def fitting(samples) -> BufferSizes:
                      vit=longest("vit_position"), text=up(longest("text_place")), samples=1)
 
 
-def _sample(rollout, settings, generation, defaults, tokenizer, model):
-  """Features of a trajectory, see `samples.sample_features`."""
+def _sample(rollout, rounds, settings, generation, defaults, tokenizer, model):
+  """Features of the first `rounds` of a trajectory, see `samples.sample_features`."""
   prompt = defaults.read(rollout.record["prompt"], generation).text
   texts = [defaults.system_prompt, prompt] if defaults.system_prompt else [prompt]
-  splits, rounds = [TextSplit(tokenizer.encode(text)) for text in texts], rollout.trajectory.rounds
+  splits = [TextSplit(tokenizer.encode(text)) for text in texts]
   grid = (generation.height // model.pixel_stride, generation.width // model.pixel_stride)
   for number, entry in enumerate(rounds):
     if generation.think:
       splits.append(TextSplit(list(entry.thought.ids), need_loss=bool(settings.text.weight)))
+    if entry.kept:
+      break
     splits += [ImageSplit(x_PC.reshape(*grid, -1), None, need_loss=True)
                for x_PC in rollout.path[number][:-1]]
     if number + 1 < len(rounds):
@@ -90,7 +98,8 @@ def _sample(rollout, settings, generation, defaults, tokenizer, model):
 def _tokens(rollout, advantages, settings, sizes):
   """text_weight, text_advantage [E]."""
   weight, advantage = [], []
-  for entry, worth in zip(rollout.trajectory.rounds, advantages if settings.text.weight else ()):
+  rounds = stopping.own(rollout.trajectory.rounds)
+  for entry, worth in zip(rounds, advantages if settings.text.weight else ()):
     thought = entry.thought
     count = len(thought.ids)
     # A thought that was broken off has an end that was not sampled; one that reads otherwise than
@@ -106,15 +115,16 @@ def _steps(rollout, advantages, settings, times, sample, sizes):
   """The fields of Rows about stochastic steps."""
   noised = sample["gen_weight"] > 0
   rounds, window = rollout.path.shape[0], max(rollout.path.shape[1] - 1, 0)
-  P = rollout.path.shape[2]
-  step, index = np.full(sizes.gen, -1, np.int32), np.tile(np.arange(window), rounds)
+  P, drawn = rollout.path.shape[2], sum(not entry.kept for entry in rollout.trajectory.rounds)
+  step, index = np.full(sizes.gen, -1, np.int32), np.tile(np.arange(window), drawn)
   where = np.flatnonzero(noised)  # step by step, as the splits stand
-  step[where] = np.repeat(np.arange(rounds * window), P)
+  step[where] = np.repeat(np.arange(drawn * window), P)
   time, next_time = np.zeros((2, sizes.gen), np.float32)
   time[where] = np.repeat(times[rollout.start + index], P)
   next_time[where] = np.repeat(times[rollout.start + index + 1], P)
   after = np.zeros((sizes.gen, sample["gen_latents"].shape[1]), np.float32)
-  after[where] = rollout.path[:, 1:].reshape(-1, after.shape[1])
+  after[where] = rollout.path[:drawn, 1:].reshape(-1, after.shape[1])
   worth = np.repeat(np.asarray(advantages, np.float32), window)
   return {"step": step, "time": time, "next_time": next_time, "after": after,
-          "step_weight": np.ones(rounds * window, np.float32), "step_advantage": worth}
+          "step_weight": (np.arange(rounds * window) < drawn * window).astype(np.float32),
+          "step_advantage": worth}

@@ -3,8 +3,11 @@
   ITERATION/FIRST/            trajectories FIRST, FIRST + 1, ..., sampled side by side
     batch.json                the digest of what they follow from
     NUMBER/trace.json, ...    a trace, as of irg generate
-    NUMBER/rollout.json       record of the prompt, seed, thoughts with their tokens
+    NUMBER/rollout.json       record of the prompt, seed, thoughts with their tokens; "kept" rounds
     NUMBER/rollout.npz        images as drawn and as read back, x before and after stochastic steps
+
+All trajectories have equally many rounds. Those after one that kept its image (`stopping`) keep it,
+too, and have an empty thought; the trace does not show them.
 
 A folder appears when it is complete. What is learned is read from files, also in the run that wrote
 them, so a run that goes on after a kill learns the same.
@@ -22,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from irg_jax import flow, sharding, storage
-from irg_jax.generate import generator, irg, steps
+from irg_jax.generate import generator, irg, steps, stopping
 from irg_jax.generate.context import FULL, in_layers
 from irg_jax.reports import trace
 from irg_jax.rl import sampler
@@ -39,7 +42,8 @@ class Rollout:
   seed: int
   trajectory: irg.Trajectory  # rounds without latents
   start: int  # index of the first stochastic step
-  path: np.ndarray  # float32 [rounds, window + 1, P, C], x before each of them and after the last
+  # float32 [rounds, window + 1, P, C], x before each of them and after the last; zeros in kept rounds
+  path: np.ndarray
   seen: tuple[dict, ...]  # each image but the last as it was read back: "latents", "patches" grids
 
 
@@ -47,7 +51,7 @@ class Walk:
   """Draws images with a window of stochastic steps, see `irg.Job.draw`; Euler steps elsewhere.
 
   Attributes:
-    paths: of each round, float32 [window + 1, B, P, C].
+    paths: of each round that any row drew, float32 [window + 1, B, P, C].
   """
 
   def __init__(self, track: ImageTrack, start: int):
@@ -133,8 +137,10 @@ def read(folder) -> Rollout:
   """Reads a trajectory."""
   folder = pathlib.Path(folder)
   told, arrays = storage.read_json(folder / f"{_ROW}.json"), np.load(folder / f"{_ROW}.npz")
-  rounds = [irg.Round(irg.Thought(**thought | {"ids": tuple(thought["ids"])}), None, image, {})
-            for thought, image in zip(told["thoughts"], arrays["images"])]
+  thoughts = [irg.Thought(**thought | {"ids": tuple(thought["ids"])})
+              for thought in told["thoughts"]]
+  rounds = [irg.Round(thought, None, image, {}, kept=kept) for thought, image, kept in zip(
+      thoughts, arrays["images"], told.get("kept", [False] * len(thoughts)))]
   seen = tuple({"latents": latents, "patches": patches}
                for latents, patches in zip(arrays["latents"], arrays["patches"]))
   return Rollout(told["record"], told["seed"], irg.Trajectory(told["record"]["prompt"], rounds),
@@ -154,15 +160,31 @@ def _sample_batch(loaded, settings, generation, records, seeds, iteration, size)
   draw = Walk(settings.image, start) if settings.image.weight else None
   prompt = loaded.defaults.system_prompt
   drawn = loaded.batch(prompts, seeds, generation, prompt, size=size, draw=draw)
-  seen = _read_back(loaded, generation, drawn, seeds, size)
+  whole = [_filled(trajectory, generation.rounds) for trajectory in drawn]
+  seen = _read_back(loaded, generation, whole, seeds, size)
   made = []
-  for i, (record, seed, trajectory) in enumerate(zip(records, seeds, drawn)):
-    path = (np.stack([path[:, i] for path in draw.paths]) if draw else
+  for i, (record, seed, trajectory) in enumerate(zip(records, seeds, whole)):
+    path = (_path(draw.paths, i, trajectory.rounds) if draw else
             np.zeros((len(trajectory.rounds), 0, 0, 0), np.float32))
     own = tuple({name: x[i] for name, x in images.items()} for images in seen)
     made.append((Rollout(record, seed, trajectory, start, path, own),
-                 loaded.record(trajectory, generation, prompt, seed, size)))
+                 loaded.record(drawn[i], generation, prompt, seed, size)))
   return made
+
+
+def _filled(trajectory, count):
+  """The trajectory with `count` rounds: after the last one its image again, without a thought."""
+  rounds = trajectory.rounds
+  again = dataclasses.replace(rounds[-1], thought=irg.Thought())
+  return dataclasses.replace(trajectory, rounds=stopping.filled([*rounds, again], count)[:count])
+
+
+def _path(paths, row, rounds):
+  """`Rollout.path` of a row, from `Walk.paths`."""
+  # A row that stopped is drawn on while others are, which nobody sees, and not at all without them.
+  none = np.zeros_like(paths[0][:, row])
+  return np.stack([none if entry.kept else paths[number][:, row]
+                   for number, entry in enumerate(rounds)])
 
 
 def _read_back(loaded, generation, drawn, seeds, size):
@@ -187,6 +209,8 @@ def _write(folder, rollout):
            latents=stacked("latents"), patches=stacked("patches"))
   told = {"record": rollout.record, "seed": rollout.seed, "start": rollout.start,
           "thoughts": [dataclasses.asdict(r.thought) for r in rounds]}
+  if any(r.kept for r in rounds):
+    told["kept"] = [r.kept for r in rounds]
   (folder / f"{_ROW}.json").write_text(json.dumps(told), encoding="utf-8")
 
 

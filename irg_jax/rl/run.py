@@ -102,12 +102,15 @@ def prepare(settings: RlSettings, out: pathlib.Path) -> dict:
   generation = settings.rollout.settings(defaults.settings)
   generation.validate(settings.model)
   settings.check_generation(generation)
+  defaults.check(generation)
   mesh = sharding.make_mesh(settings.mesh.shape(jax.device_count()))
   tracking.check(settings.wandb)
   source = prompts.Prompts(settings)
   recorded = check_folder(out, settings)
   fingerprint = checks.check_base(dataclasses.replace(settings, checkpoint=str(base)), recorded)
-  runs.check_same({"prompts": recorded.get("prompts", source.digest)}, {"prompts": source.digest},
+  followed = {"prompts": source.digest} | (
+      {"satisfied": defaults.satisfied} if generation.until_satisfied else {})
+  runs.check_same({name: recorded.get(name, x) for name, x in followed.items()}, followed,
                   f"--out {out}, prompts {settings.prompts}")
   tokenizer = load_tokenizer(base, settings.model.llm.vocab_size)
   generator.check_lengths(
@@ -119,7 +122,7 @@ def prepare(settings: RlSettings, out: pathlib.Path) -> dict:
   storage.remove_partials(out)
   runs.write(out / RUN_FILE, {
       "settings": dataclasses.asdict(settings), "base": str(base.absolute()),
-      "fingerprint": fingerprint, "prompts": source.digest})
+      "fingerprint": fingerprint, **followed})
   return dict(settings=settings, mesh=mesh, base=base, fingerprint=fingerprint, vae=vae,
               tokenizer=tokenizer, defaults=defaults, generation=generation, prompts=source)
 
@@ -141,7 +144,10 @@ def check_folder(out: pathlib.Path, settings: RlSettings) -> dict:
   if not (out / RUN_FILE).is_file():
     return {}
   record = runs.read(out / RUN_FILE, ("settings",))
-  runs.check_same(record["settings"], dataclasses.asdict(settings), f"--out {out}",
+  then = record["settings"]
+  if isinstance(then.get("rollout"), dict):  # older runs had no choice
+    then = then | {"rollout": {"until_satisfied": None} | then["rollout"]}
+  runs.check_same(then, dataclasses.asdict(settings), f"--out {out}",
                   flag="--config.", free=FREE, renamed=config_lib.renamed(RlSettings))
   return record
 
@@ -191,7 +197,7 @@ def iterate(run: Run, learner: "Learner", state, iteration: int, log: logs.Log):
     rows = batches.make_rows(rollouts, *worth, s, run.generation, run.defaults, run.tokenizer,
                              s.model)
     state, metrics = learner.update(state, rows)
-  values = statistics.of_rollouts(rollouts, found, s) | metrics | {
+  values = statistics.of_rollouts(rollouts, found, s, run.generation.until_satisfied) | metrics | {
       f"seconds/{name}": x for name, x in seconds.items()}
   log.step(iteration, values, [])
   if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
@@ -289,11 +295,13 @@ def identity(run: Run, iteration: int) -> str:
   """Digest of what an iteration's trajectories follow from."""
   fields = dataclasses.asdict(run.settings)
   fields = {name: x for name, x in fields.items() if name not in FREE and name != "judge"}
-  fields["rollout"] = {name: x for name, x in fields["rollout"].items() if name != "keep"}
+  fields["rollout"] = {name: x for name, x in fields["rollout"].items()
+                       if name not in ("keep", "until_satisfied")}  # `generation` has the latter
   fields["model"] = {name: x for name, x in fields["model"].items()
                      if f"model.{name}" not in FREE}
   told = [iteration, run.fingerprint, run.prompts.digest, fields,
           dataclasses.asdict(run.generation), generator.versions()]
+  told += [run.defaults.satisfied] * run.generation.until_satisfied
   return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -51,6 +51,9 @@ class RolloutSettings:
       "", "settings of generation, a file like configs/generate.py; empty: the checkpoint's "
       "generate.json", path=True)
   rounds: int | None = setting(None, "rounds; not set: as there, and so on", low=1, high=100)
+  until_satisfied: bool | None = setting(
+      None, "`rounds` is the most: a thought that finds nothing to improve keeps the image, and "
+      "learns from its reward")
   steps: int | None = setting(None, "points of the flow schedule", low=2, high=10_000)
   height: int | None = setting(None, "image height in pixels", low=1, high=2**16)
   width: int | None = setting(None, "image width in pixels", low=1, high=2**16)
@@ -61,8 +64,8 @@ class RolloutSettings:
 
   def settings(self, base: Settings) -> Settings:
     """The settings of generation; `base` are the checkpoint's."""
-    fields = {name: getattr(self, name) for name in ("rounds", "steps", "height", "width",
-                                                     "think_limit")}
+    fields = {name: getattr(self, name) for name in (
+        "rounds", "until_satisfied", "steps", "height", "width", "think_limit")}
     one = {"text_scale": 1.0, "image_scale": 1.0}
     found = config_lib.read(base, self.generate or None)
     return config_lib.check(config_lib.update(found, {
@@ -176,9 +179,6 @@ class RlSettings:
 
   def check_generation(self, settings: Settings) -> None:
     """Raises ValueError where the settings of generation and the tracks do not go together."""
-    if settings.until_satisfied:
-      raise ValueError("config field 'until_satisfied' is true in the settings of generation, but "
-                       "trajectories have a fixed number of rounds: set it to false")
     if self.text.weight and not settings.think:
       raise ValueError("config field 'text.weight' is above 0, but the checkpoint's settings of "
                        "generation say think=False: there are no thoughts to train")

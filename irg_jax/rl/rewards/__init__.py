@@ -1,6 +1,7 @@
 """Rewards: plain functions (record of the prompt, trajectory) -> number, one file each.
 
-A function judges the trajectory's last image; it is given the trajectory up to each round in turn.
+A function judges the trajectory's last image; it is given the trajectory up to each round in turn,
+and never more than the round that kept its image, whose reward the rounds after it have, too.
 A trajectory is `irg.Trajectory`: `rounds[-1].image` is uint8 [height, width, 3],
 `rounds[-1].thought.text` what was thought before it. NaN means that there is no reward, which
 counts for nothing. A function with an attribute `many`, (records, trajectories) -> numbers, is
@@ -17,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from irg_jax import storage
+from irg_jax.generate import stopping
 from irg_jax.generate.irg import Trajectory
 from irg_jax.messages import guess
 from irg_jax.rl.rewards import judge
@@ -42,7 +44,7 @@ def of_trajectories(functions: dict[str, Callable], records,
 
 
 def _of_round(name, function, records, trajectories, rounds):
-  cut = [Trajectory(t.prompt, t.rounds[:rounds]) for t in trajectories]
+  cut = [Trajectory(t.prompt, stopping.own(t.rounds[:rounds])) for t in trajectories]
   many = getattr(function, "many", lambda *args: list(map(function, *args)))
   values = many(records, cut)
   for value in values:
