@@ -48,12 +48,12 @@ def make_rows(rollouts: list[Rollout], text_advantages, image_advantages, settin
   Args:
     text_advantages, image_advantages: float32 [N, rounds].
   """
-  sample = lambda r, rounds: _sample(r, rounds, settings, generation, defaults, tokenizer, model)
-  samples = [sample(r, stopping.own(r.trajectory.rounds)) for r in rollouts]
-  # Of all rounds, so that what is compiled does not depend on who stops.
-  sizes, rows = fitting([
-      sample(r, [dataclasses.replace(entry, kept=False) for entry in r.trajectory.rounds])
-      if r.trajectory.rounds[-1].kept else short for r, short in zip(rollouts, samples)]), []
+  features = lambda r, rounds: _sample(r, rounds, settings, generation, defaults, tokenizer, model)
+  samples = [features(r, stopping.own(r.trajectory.rounds)) for r in rollouts]
+  # Room for all rounds, so that what is compiled does not depend on who stops.
+  full = [features(r, [dataclasses.replace(entry, kept=False) for entry in r.trajectory.rounds])
+          for r in rollouts if r.trajectory.rounds[-1].kept]
+  sizes, rows = fitting([*samples, *full]), []
   times = flow.schedule(generation.steps, generation.timestep_shift)
   for rollout, sample, text, image in zip(rollouts, samples, text_advantages, image_advantages):
     rows.append(Rows(batch=pack_row([sample], sizes), **_tokens(rollout, text, settings, sizes),

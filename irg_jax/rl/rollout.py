@@ -42,7 +42,7 @@ class Rollout:
   seed: int
   trajectory: irg.Trajectory  # rounds without latents
   start: int  # index of the first stochastic step
-  # float32 [rounds, window + 1, P, C], x before each of them and after the last; zeros in kept rounds
+  # float32 [rounds, window + 1, P, C], x before each of them and after the last; 0 in kept rounds
   path: np.ndarray
   seen: tuple[dict, ...]  # each image but the last as it was read back: "latents", "patches" grids
 
@@ -181,7 +181,7 @@ def _filled(trajectory, count):
 
 def _path(paths, row, rounds):
   """`Rollout.path` of a row, from `Walk.paths`."""
-  # A row that stopped is drawn on while others are, which nobody sees, and not at all without them.
+  # A row that stopped is computed while others draw, and never seen; without others it is not.
   none = np.zeros_like(paths[0][:, row])
   return np.stack([none if entry.kept else paths[number][:, row]
                    for number, entry in enumerate(rounds)])

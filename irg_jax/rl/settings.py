@@ -52,8 +52,8 @@ class RolloutSettings:
       "generate.json", path=True)
   rounds: int | None = setting(None, "rounds; not set: as there, and so on", low=1, high=100)
   until_satisfied: bool | None = setting(
-      None, "`rounds` is the most: a thought that finds nothing to improve keeps the image, and "
-      "learns from its reward")
+      None, "as there: `rounds` is the most, and a thought that finds nothing to improve keeps the "
+      "image and ends them")
   steps: int | None = setting(None, "points of the flow schedule", low=2, high=10_000)
   height: int | None = setting(None, "image height in pixels", low=1, high=2**16)
   width: int | None = setting(None, "image width in pixels", low=1, high=2**16)
