@@ -5,7 +5,8 @@
       --config.reward=judge --config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME
 
 The preset "large" (the default) is for a model of 7B: adapters, images of 512 pixels, and a judge.
-The preset "mini" is for the model in the package: its own prompts, and the verifier.
+The preset "mini" is for the model in the package: its own prompts, and the verifier. "mini2" is for
+a model of the second mini world, whose thoughts are longer: --checkpoint out/mini2/checkpoint.
 """
 
 from ml_collections import config_dict
@@ -17,7 +18,7 @@ from irg_jax.rl.settings import RlSettings
 
 def get_config(preset: str = "large") -> config_dict.ConfigDict:
   config = config_lib.to_config(RlSettings())
-  presets = {"large": _large, "mini": _mini}
+  presets = {"large": _large, "mini": _mini, "mini2": _mini2}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   presets[preset](config)
@@ -47,3 +48,8 @@ def _mini(config):
   config.image.update(noise=0.7, window=2, among=7, clip=1e-3)
   config.rollout.batch_size = 64
   config.checkpoint_every = 5
+
+
+def _mini2(config):
+  _mini(config)
+  config.prompts = "mini-2"

@@ -13,8 +13,9 @@ from PIL import Image
 
 from irg_jax import images
 from irg_jax.data.records import parse_conversation
+from irg_jax.generate import irg
 from irg_jax.mini import (
-    benchmark, datasets, phrasing, report, run, scenes, thoughts, verifier, world)
+    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, verifier, world)
 from irg_jax.tokenizer import load_tokenizer
 
 SECOND = world.WORLD2
@@ -331,3 +332,15 @@ def test_the_second_world_s_scores_say_how_much_of_an_image_is_right(tmp_path):
   table, = (t for t in report.tables(figures) if t[0].startswith("Part by part"))
   assert table[2][1][1] == "1.000"
   assert "many" in report.markdown(figures)
+
+
+def test_the_reward_part_by_part_falls_with_each_thing_that_is_missing():
+  rng, mini = np.random.default_rng(0), benchmark.MINIS["2"]
+  item = next(i for i in mini.read() if i.extra["tag"] == "many")
+  scene, found = scenes.sample_scene(item.extra, rng), []
+  for kept in range(len(scene.things) + 1):
+    image = scenes.paint(datasets._with(scene, scene.things[:kept]))
+    rounds = [irg.Round(irg.Thought(), None, image, {})]
+    found.append(rewards.part_by_part(item.extra, irg.Trajectory(item.prompt, rounds)))
+  assert found[0] == 0 and found == sorted(found) and len(set(found)) == len(found)
+  assert found[-1] > 0.95

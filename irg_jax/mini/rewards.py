@@ -2,7 +2,9 @@
 
 import functools
 
-from irg_jax.mini import verifier, world
+import numpy as np
+
+from irg_jax.mini import benchmark, verifier, world
 from irg_jax.rl import prompts, rewards
 
 
@@ -16,8 +18,15 @@ def nearly(record: dict, trajectory) -> float:
   return 1 / (1 + len(verifier.score(trajectory.rounds[-1].image, record).faults))
 
 
+def part_by_part(record: dict, trajectory) -> float:
+  """Mean of the share of things that are right and the fidelity of shapes and fills, 0 to 1."""
+  verdict = verifier.score(trajectory.rounds[-1].image, record)
+  return float(np.mean([*benchmark.parts(verdict).values()]))
+
+
 rewards.register("verifier", right)
 rewards.register("faults", nearly)
+rewards.register("parts", part_by_part)
 for _name, _world in world.WORLDS.items():
   prompts.register("mini" if _name == world.WORLD1.name else f"mini-{_name}",
                    functools.partial(world.training_record, world=_world))
