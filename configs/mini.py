@@ -14,7 +14,7 @@ trained, on few prompts. Its trainings are "quick-base", "quick-irgl" and "quick
 preset NAME of a run has trainings NAME-base, NAME-irgl and NAME-quality; "world" has no prefix.
 
 The preset "world2" is a run in the second world, of more things with details: its texts are longer.
-Its updates are fewer, so that each of its controls (`irg mini controls`) takes half an hour; its
+Its updates are fewer, so that each of its controls (`irg mini controls`) takes twenty minutes; its
 "quality" has as many as both stages of "irgl". "world2-quick" is to it as "quick" is to "world".
 """
 
@@ -59,9 +59,9 @@ GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # Steps of the two stages in a quick run and in the second world, and the text of a row there.
-  trainings = {"base": (_base, (240, 160), (1700, 1200), (496, 288)),
-               "irgl": (_irgl, (20, 60), (200, 1300), (608, 608)),
-               "quality": (_quality, (20, 20), (200, 1500), (608, 608))}
+  trainings = {"base": (_base, (240, 160), (1300, 1100), (496, 288)),
+               "irgl": (_irgl, (20, 60), (100, 800), (608, 608)),
+               "quality": (_quality, (20, 20), (200, 900), (608, 608))}
   presets = {"world": _world, "quick": _quick, "world2": _world2,
              "world2-quick": lambda: _second(_quick())}
   for name, (make, quick, second, texts) in trainings.items():
@@ -81,7 +81,7 @@ def _world():
 
 def _world2():
   config = _second(_world())
-  config.trajectories = 4000
+  config.trajectories = 3000
   return config
 
 
