@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irg_jax import commands, storage, weights
+from irg_jax import commands, runs, storage, weights
 from irg_jax.data.records import MODES
 from irg_jax.generate import generator
-from irg_jax.mini import arms, benchmark, controls, figures, report, run
+from irg_jax.mini import arms, benchmark, controls, figures, phases, report, run
 from irg_jax.train.settings import STAGES
 
 ITEMS = benchmark.MINI.read()
@@ -22,7 +22,10 @@ ITEMS = benchmark.MINI.read()
 def finished(tmp_path, monkeypatch):
   """A run that counts as finished; whatever would train or draw is written down."""
   done = []
-  (tmp_path / "checkpoint").mkdir()
+  for name in ("checkpoint", "irgl"):
+    (tmp_path / name).mkdir()
+  steps = {"stage1": {"steps": 100}, "stage2": {"steps": 800}}
+  runs.write(tmp_path / "irgl" / "run.json", {"settings": steps})
   monkeypatch.setattr(run, "train_irgl", lambda settings, out, name, without: done.append(
       (name, without)))
   monkeypatch.setattr(run, "run", lambda settings, out: done.append((settings, out)))
@@ -40,13 +43,13 @@ def test_controls_leave_out_each_mode_once_and_other_seeds_share_the_base_model(
     assert folder == out / "seeds" / str(number) and again.seed == 5 + number
     assert again.base == str(out / "base" / "stage2" / "weights") and again.autoencoder == ""
     assert dataclasses.replace(again, seed=5, base="", autoencoder=settings.autoencoder) == settings
-  assert drawn == (*arms.ARMS, *arms.CONTROLS)
+  assert drawn == arms.ALL
 
 
 def test_controls_stop_where_a_training_is_asked_to_stop(finished, monkeypatch):
   out, done = finished
   monkeypatch.setattr(run, "train_irgl", lambda *_, **__: 3)
-  assert controls.run_controls(run.load("configs/mini.py:quick"), out) == 3 and not done
+  assert controls.run_controls(run.load("configs/mini.py:world2"), out) == 3 and not done
 
 
 def test_controls_need_a_finished_run_with_the_same_settings(finished, capsys):
@@ -56,6 +59,14 @@ def test_controls_need_a_finished_run_with_the_same_settings(finished, capsys):
   run.check_same(run.load("configs/mini.py", ["seed=1"]), out)
   assert commands.main(["mini", "controls", "--out", str(out)]) == 2
   assert "seed=1, not 0" in capsys.readouterr().err and not done
+
+
+def test_controls_are_as_long_as_the_run_or_refused(finished, capsys):
+  out, done = finished
+  settings = run.load("configs/mini.py:world2", ["train=('stage2.steps=900',)"])
+  with pytest.raises(ValueError, match="stage2 of this run has 800 updates.*world2 says 900"):
+    controls.run_controls(settings, out)
+  assert not done
 
 
 def test_a_training_without_a_mode_has_no_rows_of_it_in_either_stage(monkeypatch, tmp_path):
@@ -95,7 +106,7 @@ def test_a_blind_thought_does_not_depend_on_the_first_image(on_one_device):
   prompts, seeds = ["a red circle", "two blue stars", "a green ring"], [0, 1, 2]
   ask = lambda batch, source: batch(source, prompts, seeds, settings,
                                     loaded.defaults.system_prompt, size=4)
-  blind, blind_dark = ask(arms.blind, loaded), ask(arms.blind, dark)
+  blind, blind_dark = ask(phases.blind, loaded), ask(phases.blind, dark)
   sees, sees_dark = ask(generator.Generator.batch, loaded), ask(generator.Generator.batch, dark)
   for a, b, c, d in zip(blind, blind_dark, sees, sees_dark):
     assert len(a.rounds) == 2 and a.rounds[0].thought == c.rounds[0].thought
@@ -105,8 +116,6 @@ def test_a_blind_thought_does_not_depend_on_the_first_image(on_one_device):
     assert a.rounds[1].image.std() > 0
 
 
-# Figures.
-
 def test_the_cost_of_an_arm_is_that_of_its_stages_each_update_counted_once(tmp_path):
   (tmp_path / "irgl").mkdir()
   lines = [{"stage": stage, "step": step, "seconds": seconds, "samples": [[0, 1]] * 3}
@@ -114,10 +123,10 @@ def test_the_cost_of_an_arm_is_that_of_its_stages_each_update_counted_once(tmp_p
                                         ("stage2", 2, 4.0), ("stage2", 2, 5.0))]
   lines += [{"stage": "stage2", "step": 2, "skipped": {}}]
   (tmp_path / "irgl" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-  by_name = {arm.name: arm for arm in (*arms.ARMS, *arms.CONTROLS)}
-  read = lambda name: arms.read_training(tmp_path, by_name[name])
-  assert read("irg") == read("blind") == {"updates": 4, "rows": 12, "seconds": 8.0}
-  assert read("stage1") == {"updates": 2, "rows": 6, "seconds": 1.0}
+  by_name = {arm.name: arm for arm in arms.ALL}
+  read = lambda name: report.read_training(tmp_path, by_name[name])
+  assert read("irg") == read("blind") == {"updates": 4, "samples": 12, "seconds": 8.0}
+  assert read("stage1") == {"updates": 2, "samples": 6, "seconds": 1.0}
   assert read("base") is read("without1") is None
 
 
@@ -172,10 +181,10 @@ def test_the_report_has_a_column_for_each_seed(tmp_path):
     first = rng.integers(0, 3, len(ITEMS)) / 4
     reports.append({"arms": {"irg": {"rounds": {
         "1": {"by_prompt": first.tolist()}, "2": {"by_prompt": (first + gain).tolist()}}}}})
-  folder = tmp_path / "seeds" / "1" / "report"
+  folder = tmp_path / "seeds" / "2" / "report"
   folder.mkdir(parents=True)
   (folder / "report.json").write_text(json.dumps(reports[1]))
-  got = figures.compare_seeds([reports[0], *figures.read_seeds(tmp_path)], ITEMS)
+  got = figures.compare_seeds({0: reports[0]} | figures.read_seeds(tmp_path), ITEMS)
   change = got["rows"]["stage 2: round 2 less round 1"]
   assert [round(each["value"], 6) for each in change["each"]] == [0.1, 0.2]
   assert change["all"]["value"] == pytest.approx(0.15)
@@ -184,4 +193,4 @@ def test_the_report_has_a_column_for_each_seed(tmp_path):
                               "stage 2: round 2 less round 1"}
   shown = report.tables({"arms": {}, "differences": {}, "seeds": got})
   table, = (t for t in shown if t[0] == "Seeds of training")
-  assert table[1][1:3] == ["seed 0", "seed 1"] and len(table[2]) == 3
+  assert table[1][1:3] == ["seed + 0", "seed + 2"] and len(table[2]) == 3

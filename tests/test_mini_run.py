@@ -135,6 +135,16 @@ def test_trajectories_with_few_wrong_images_say_so_and_those_with_enough_do_not(
     assert json.loads((out / "trajectories.json").read_text())["wrong"] == wrong
 
 
+def test_trajectories_follow_from_the_base_model_and_are_made_once(tmp_path, tiny, monkeypatch):
+  made = []
+  monkeypatch.setattr(trajectories, "sample_first_rounds", lambda settings, weights, out: (
+      made.append(weights), first_images(out, tiny)))
+  monkeypatch.setattr(run, "_prepare", lambda *args: made.append(args[2:4]))
+  for _ in range(2):
+    run.make_trajectories(tiny, tmp_path)
+  assert made == [run.base_weights(tmp_path), *[("trajectories", "irgl_data")] * 2]
+
+
 @pytest.mark.long
 def test_first_images_after_altered_plans_are_wrong_where_the_plan_is_right(tmp_path):
   settings = dataclasses.replace(run.load("configs/mini.py"), trajectories=12, sample_batch=12,
@@ -188,7 +198,7 @@ def test_the_quick_preset_goes_from_nothing_to_a_table_and_finds_all_done_again(
   assert sum(counts.values()) == quick.trajectories
   arms = json.loads((tmp_path / "report" / "report.json").read_text())["arms"]
   assert {name: len(arm["rounds"]) for name, arm in arms.items()} == {
-      arm.name: arm.rounds for arm in report.ARMS}
+      arm.name: arm.rounds for arm in report.ARMS}  # one image a prompt has no best of two
   for arm in arms.values():
     for entry in arm["rounds"].values():
       assert entry["pictures"] == 32

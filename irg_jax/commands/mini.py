@@ -8,8 +8,9 @@ def add(verbs) -> None:
   parser = verbs.add_parser("mini", help="the whole method in a small world")
   actions = parser.add_subparsers(dest="action", metavar="ACTION")
   run = actions.add_parser("run", run=_run, help="train everything from nothing")
-  controls = actions.add_parser("controls", run=_controls, help="what a second round owes to what")
-  controls.add_argument("--seeds", type=int, default=3, metavar="N",
+  controls = actions.add_parser("controls", run=_controls,
+                                help="arms that lack something, and other seeds")
+  controls.add_argument("--seeds", type=int, choices=range(1, 100), default=3, metavar="N",
                         help="seeds of training, with that of the run (default 3)")
   actions.add_parser("report", run=_report, help="tables, plots and traces of a run")
   run.add_argument("--until", choices=STEPS, metavar="STEP",

@@ -61,7 +61,7 @@ class Request:
   weights: str | None = None  # as of `generator.load`
   process_id: int = 0  # this process takes every num_processes-th prompt
   num_processes: int = 1
-  batch: typing.Callable = generator.Generator.batch  # what draws; another one for an ablation
+  draw: typing.Callable = generator.Generator.batch  # another one for an ablation
 
 
 class Result(typing.NamedTuple):
@@ -225,7 +225,7 @@ def _generate_batches(request, folder, loaded, rows, progress):
   total, done, ends = sum(map(len, batches)), 0, []
   for batch in batches:
     progress.prefix = f"{done} of {total} images{_left(ends, len(batches))}: "
-    trajectories = request.batch(
+    trajectories = request.draw(
         loaded, [item.prompt for item, _ in batch],
         [base.seed(item.benchmark, item.id, image) for item, image in batch],
         request.settings, request.system_prompt, size=size, on_progress=progress)

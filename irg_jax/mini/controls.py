@@ -1,4 +1,4 @@
-"""Controls of a finished run: what its second round owes to what, and whether seeds agree.
+"""Controls of a finished run: arms that lack one thing, and other seeds.
 
   OUT/withoutN/stage2/weights     the run's stages without one mode of data, as many updates
   OUT/evaluation/blind/...        second thoughts that were written without the first image
@@ -12,8 +12,11 @@ run, is the control without interleaving.
 import dataclasses
 import pathlib
 
+from irg_jax import runs
 from irg_jax.mini import report, run
-from irg_jax.mini.arms import ARMS, CONTROLS, FINAL
+from irg_jax.mini.arms import ALL, CONTROLS, FINAL
+from irg_jax.train.settings import STAGES
+from irg_jax.weights.orbax import RUN_FILE
 
 
 def run_controls(settings: run.Settings, out, seeds: int = 3) -> int:
@@ -31,6 +34,7 @@ def run_controls(settings: run.Settings, out, seeds: int = 3) -> int:
     raise ValueError(f"--out {out}: no finished run in there to control; make one with irg mini "
                      f"run --out {out}")
   run.check_same(settings, out)
+  check_length(settings, out)
   for arm in CONTROLS:
     if arm.without:
       print(f"irg mini: {arm.title}", flush=True)
@@ -42,5 +46,18 @@ def run_controls(settings: run.Settings, out, seeds: int = 3) -> int:
     again = dataclasses.replace(settings, seed=settings.seed + number, base=base, autoencoder="")
     if status := run.run(again, out / "seeds" / str(number)):
       return status
-  print(f"irg mini: wrote {report.run(out, (*ARMS, *CONTROLS))}")
+  print(f"irg mini: wrote {report.run(out, ALL)}")
   return 0
+
+
+def check_length(settings: run.Settings, out: pathlib.Path) -> None:
+  """Raises ValueError where the preset's two stages are no longer those of the run in `out`."""
+  now = run.training(settings, out, "irgl")
+  recorded = runs.read(out / "irgl" / RUN_FILE, ("settings",))["settings"]
+  for stage in STAGES:
+    steps = recorded[stage]["steps"], now.stages[stage].steps
+    if steps[0] != steps[1]:
+      raise ValueError(f"--out {out}: {stage} of this run has {steps[0]} updates, but "
+                       f"{settings.config} says {steps[1]}, so its controls would not be matched; "
+                       f"give --config.train=\"('{stage}.steps={steps[0]}',)\" as the run did, or "
+                       "the file that it was made with")

@@ -20,13 +20,13 @@ from irg_jax.mini.world import WORLD1, Scene, World, of, training_record
 from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
-PURPOSES = ("words", "base", "trajectories", "better")  # of random numbers in a run
+PURPOSES = ("words", "base", "trajectories", "better", "altered")  # of random numbers in a run
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
-def generator(seed: int, purpose: str) -> np.random.Generator:
-  """A generator for one of `PURPOSES`, independent of the others."""
-  return np.random.default_rng([seed, PURPOSES.index(purpose)])
+def generator(seed: int, purpose: str, *more: int) -> np.random.Generator:
+  """A generator for one of `PURPOSES` and numbers, independent of all others."""
+  return np.random.default_rng([seed, PURPOSES.index(purpose), *more])
 
 
 def base_rows(count: int, rng, world: World = WORLD1):

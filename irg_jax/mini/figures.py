@@ -24,8 +24,9 @@ def arm_figures(drawn: Drawn) -> dict:
   for number, right in enumerate(drawn.right, 1):
     values = np.ma.masked_invalid(right).mean(-1).filled(np.nan)
     there = int((~np.isnan(right)).sum())
-    seconds = [sum(trace["rounds"][number - 1]["seconds"].values())
-               for trace in drawn.traces.values() if len(trace["rounds"]) >= number]
+    told = [trace["rounds"][number - 1] for trace in drawn.traces.values()
+            if len(trace["rounds"]) >= number]
+    seconds = [sum(entry["seconds"].values()) for entry in told]
     rounds[str(number)] = entry = {
         "scores": scores(values, drawn.items),
         "by_prompt": [None if np.isnan(v) else float(v) for v in values],
@@ -33,9 +34,7 @@ def arm_figures(drawn: Drawn) -> dict:
         "plan_drawn": plan_drawn(drawn, number),
         # The median: the first batch, which compiles, has no effect.
         "seconds": float(np.median(seconds)) if seconds else None,
-        "passes": max((trace["rounds"][number - 1].get("passes", 0)
-                       for trace in drawn.traces.values()
-                       if len(trace["rounds"]) >= number), default=None),
+        "passes": max((entry["passes"] for entry in told if "passes" in entry), default=None),
         "choices": open_choices(drawn, number)}
     lines = [line["scores"] for (*_, n), line in drawn.lines.items() if n == number]
     if any("things" in scored for scored in lines):
@@ -136,13 +135,15 @@ def plan_drawn(drawn: Drawn, number: int) -> dict | None:
   return _share(sum(found), len(found)) if found else None
 
 
-def best_of_two(drawn: Drawn) -> dict:
-  """Figures of first rounds if the better one of two images of a prompt is taken.
+def best_of_two(drawn: Drawn) -> dict | None:
+  """Figures of first rounds if the better one of two images of a prompt is taken; None without two.
 
   Of n images of which w are wrong it is the share of pairs that are not both wrong.
   """
   right = drawn.right[0]
   there, wrong = (~np.isnan(right)).sum(-1), (right == 0).sum(-1)
+  if there.max() < 2:
+    return None
   pairs = np.where(there > 1, there * (there - 1), np.nan)
   values = 1 - wrong * (wrong - 1) / pairs
   return {"scores": scores(values, drawn.items), "missing": 0, "pictures": int(there.sum()),
@@ -178,21 +179,22 @@ def open_choices(drawn: Drawn, number: int) -> dict:
   return {name: _spread(counts, size) for (name, counts), size in zip(found.items(), sizes)}
 
 
-def read_seeds(out: pathlib.Path) -> list[dict]:
-  """The report.json of the runs under `out`/seeds, in the order of their seeds."""
-  paths = (out / "seeds").glob("*/report/report.json")
-  return [json.loads(path.read_text(encoding="utf-8"))
-          for path in sorted(paths, key=lambda path: int(path.parts[-3]))]
+def read_seeds(out: pathlib.Path) -> dict[int, dict]:
+  """{N: the report.json of the run in `out`/seeds/N}, in order."""
+  paths = (out / "seeds").glob("[0-9]*/report/report.json")
+  return {number: json.loads(path.read_text(encoding="utf-8"))
+          for number, path in sorted((int(path.parts[-3]), path) for path in paths)}
 
 
-def compare_seeds(reports: list[dict], items) -> dict:
+def compare_seeds(reports: dict[int, dict], items) -> dict:
   """The rows of files/report.toml's `quoted`, and its differences, by seed and over all seeds.
 
-  {"seeds": [0, 1, ...], "rows": {name: {"each": [interval], "all": interval}}}, of all prompts
-  together. An interval over seeds resamples the seeds as well as the prompts.
+  `reports` are by what is added to the run's seed. Returns {"seeds": [0, 1, ...], "rows": {name:
+  {"each": [interval], "all": interval}}} of seen and unseen prompts together. An interval over
+  seeds resamples the seeds as well as the prompts.
   """
   values = [{(name, number): entry["by_prompt"] for name, arm in report["arms"].items()
-             for number, entry in arm["rounds"].items()} for report in reports]
+             for number, entry in arm["rounds"].items()} for report in reports.values()]
   tags, rows = np.array([item.extra["tag"] for item in items]), {}
   for name, arm, *before in (*WORDING["quoted"], *WORDING["differences"]):
     keys = [tuple(key) for key in (arm, *before)]
@@ -202,7 +204,7 @@ def compare_seeds(reports: list[dict], items) -> dict:
     change = np.stack([own - sum(others) for own, *others in pairs])
     rows[name] = {"each": [interval(own, tags) for own in change],
                   "all": interval(change, tags)}
-  return {"seeds": list(range(len(reports))), "rows": rows}
+  return {"seeds": list(reports), "rows": rows}
 
 
 def _share(count, of):
@@ -210,7 +212,7 @@ def _share(count, of):
 
 
 def _spread(counts: collections.Counter, options: int) -> dict | None:
-  """Entropy of a choice by that of an even one, and the most frequent one; None without any."""
+  """Entropy of a choice, divided by that of an even one, and its most frequent value."""
   if not counts or options < 2:
     return None
   (most, times), = counts.most_common(1)

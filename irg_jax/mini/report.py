@@ -15,17 +15,19 @@ import resource
 import sys
 
 from irg_jax import runs, storage
-from irg_jax.evaluate import generate, get, score
+from irg_jax.evaluate import generate, get, records, score
 from irg_jax.generate import generator
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import benchmark, figures, vae
+from irg_jax.mini import benchmark, figures, phases, vae
 from irg_jax.mini import world as world_lib
-from irg_jax.mini.arms import ARMS, CONTROLS, FINAL, WORDING, Arm, blind, read_training
+from irg_jax.mini.arms import ALL, ARMS, FINAL, WORDING, Arm
 from irg_jax.mini.world import WORLD1, WORLDS
 from irg_jax.reports import pages, plots
 from irg_jax.reports.pages import table
+from irg_jax.train import logs
 
 HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
+_TRAINED_AS = {"checkpoint": "irgl"}  # folder of weights -> folder of the training
 _SPLITS = ("seen", "unseen", "all")
 
 
@@ -63,16 +65,16 @@ def make(out, others: dict | None = None, settings: dict | None = None,
   """
   out = pathlib.Path(out)
   drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name, mini)
-           for arm in (*ARMS, *CONTROLS)
+           for arm in ALL
            if (out / "evaluation" / arm.name / score.ITEMS).is_file()}
   if not drawn:
     raise ValueError(f"--out {out}: nothing in there has been drawn and scored")
   report, folder = build(drawn, others, mini), out / "report"
-  for arm in (*ARMS, *CONTROLS):
+  for arm in ALL:
     if arm.name in drawn and (training := read_training(out, arm)):
       report["arms"][arm.name]["training"] = training
   if again := figures.read_seeds(out):
-    report["seeds"] = figures.compare_seeds([report, *again], mini.read())
+    report["seeds"] = figures.compare_seeds({0: report} | again, mini.read())
   if (alone := out / "evaluation" / "autoencoder.json").is_file():
     report["autoencoder"] = json.loads(alone.read_text())
   images, text = charts(report), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -93,20 +95,19 @@ def make(out, others: dict | None = None, settings: dict | None = None,
 def build(drawn: dict, others: dict | None = None, mini=benchmark.MINI) -> dict:
   """All figures, of `benchmark.read` and of other arms, as JSON values.
 
-  {"arms": {name: {"title", "measured", "rounds", "cost"}}, in the order of `ARMS`, then controls,
+  {"arms": {name: {"title", "measured", "rounds", "cost"}}, as in `ALL`, then "best_of_two",
    "differences": {name: {split: interval}}, "intervals": their method,
    "test": numbers of prompts, "world": its name, if it is not the first}
   `make` adds "autoencoder": {"right", "pictures"}, "training" to an arm, see `read_training`, and
   "seeds", see `figures.compare_seeds`. See `figures.arm_figures` for rounds and cost.
   """
-  order = (*ARMS, *CONTROLS)
   known = (others or {}) | {
       arm.name: {"title": arm.title, "measured": HERE, **figures.arm_figures(drawn[arm.name])}
-      for arm in order if arm.name in drawn}
-  arms = {arm.name: known[arm.name] for arm in order if arm.name in known}
-  if FINAL.name in drawn:
+      for arm in ALL if arm.name in drawn}
+  arms = {arm.name: known[arm.name] for arm in ALL if arm.name in known}
+  if FINAL.name in drawn and (best := figures.best_of_two(drawn[FINAL.name])):
     arms["best_of_two"] = {"title": WORDING["best_of_two"], "measured": HERE, "cost": {},
-                           "rounds": {"1": figures.best_of_two(drawn[FINAL.name])}}
+                           "rounds": {"1": best}}
   values = {(name, number): entry["by_prompt"] for name, arm in arms.items()
             for number, entry in arm["rounds"].items()}
   items, differences = mini.read(), {}
@@ -174,7 +175,7 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> 
       out=folder, checkpoint=checkpoint, batch_size=batch_size,
       settings=dataclasses.replace(defaults.settings, rounds=arm.rounds, think=arm.think),
       system_prompt=defaults.system_prompt if arm.think else "",
-      batch=blind if arm.blind else generator.Generator.batch))
+      draw=phases.blind if arm.blind else generator.Generator.batch))
   if result.generated:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process so far
     peak *= 1 if sys.platform == "darwin" else 1024
@@ -193,12 +194,32 @@ def score_new(folder, mini: benchmark.Mini = benchmark.MINI) -> None:
   mini.score(images)
 
 
+def read_training(out: pathlib.Path, arm: Arm) -> dict | None:
+  """{"updates", "samples", "seconds"} of an arm's training after the base model, from its log.
+
+  None where nothing was trained, or the log is gone. Seconds are from update to update, without the
+  first one after each start. A stage counts with all before it.
+  """
+  training, *stage = pathlib.PurePath(arm.weights).parts
+  path = out / _TRAINED_AS.get(training, training) / logs.FILE
+  if training == "base" or not path.is_file():
+    return None
+  steps = {}
+  for _, line in records.read_lines(path):
+    if line and "samples" in line:
+      steps[line["stage"], line["step"]] = line  # the last one, if it was made again
+  last = stage[0] if stage else "stage2"
+  counted = [line for (name, _), line in steps.items() if name <= last]
+  return {"updates": len(counted), "samples": sum(len(line["samples"]) for line in counted),
+          "seconds": sum(line["seconds"] or 0 for line in counted)}
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
   """(title, head, rows) of every table, as text; those without a row are left out."""
   rows, intervals = _rows(report), lambda values: [_interval(values[split]) for split in _SPLITS]
   overall = lambda row: {split: row["scores"][split]["overall"] for split in _SPLITS}
   pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
-  seeds_ = report.get("seeds", {"seeds": [], "rows": {}})
+  seeds = report.get("seeds", {"seeds": [], "rows": {}})
   found = [
       ("Overall, mean over tasks", [*_SPLITS, "pictures"], [
           [row["name"], *intervals(overall(row)), str(row["pictures"])] for row in rows]),
@@ -211,12 +232,13 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
       ("From the picture before to this round", [name for name, _ in pairs], [
           [text, *(_share(shares[key]) for _, shares in pairs)]
           for key, text in WORDING["shares"].items()]),
-      ("Seeds of training", [*(f"seed {n}" for n in seeds_["seeds"]),
+      ("Seeds of training", [*(f"seed + {n}" for n in seeds["seeds"]),
                              "all, intervals over prompts and seeds"], [
           [name, *map(_interval, [*values["each"], values["all"]])]
-          for name, values in seeds_["rows"].items()]),
-      ("Training after the base model", ["updates", "rows", "minutes"], [
-          [arm["title"], str(cost["updates"]), str(cost["rows"]), _number(cost["seconds"], 1, 60)]
+          for name, values in seeds["rows"].items()]),
+      ("Training after the base model", ["updates", "samples", "minutes"], [
+          [arm["title"], str(cost["updates"]), str(cost["samples"]),
+           _number(cost["seconds"], 1, 60)]
           for arm in report["arms"].values() if (cost := arm.get("training"))]),
       ("What prompts leave open: entropy of the choice, 1 if even", WORDING["choices"].values(), [
           [row["name"], *(_spread(row["choices"][key]) for key in WORDING["choices"])]
@@ -269,7 +291,8 @@ def page(report: dict, images: dict[str, bytes], examples: list[dict]) -> str:
 
 def charts(report: dict) -> dict[str, bytes]:
   """The plots, PNG by file name."""
-  rows = _rows(report)
+  names = [arm.name for arm in ARMS]
+  rows = [row for row in _rows(report) if row["key"][0] in names]
   found = {"scores.png": plots.bar_chart(
       "Whole images right, mean over tasks, with 95 % intervals",
       [row["name"].replace(", ", "\n") for row in rows],

@@ -21,7 +21,7 @@ def nearly(record: dict, trajectory) -> float:
 def part_by_part(record: dict, trajectory) -> float:
   """Mean of the share of things that are right and the fidelity of shapes and fills, 0 to 1."""
   verdict = verifier.score(trajectory.rounds[-1].image, record)
-  return float(np.mean([*benchmark.parts(verdict).values()]))
+  return float(np.mean(list(benchmark.parts(verdict).values())))
 
 
 rewards.register("verifier", right)

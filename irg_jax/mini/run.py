@@ -14,12 +14,10 @@ A folder of results appears when it is complete; a step that was stopped continu
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 from irg_jax import config as config_lib
@@ -27,15 +25,14 @@ from irg_jax import runs, storage, weights
 from irg_jax.config import ModelConfig, setting
 from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
-from irg_jax.generate import generator, irg, prompts
+from irg_jax.generate import prompts
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import STEPS, datasets, report, thoughts, vae, verifier
-from irg_jax.mini.world import COLORS, WORLD1, WORLDS, World, prompt_rules, training_record
+from irg_jax.mini import STEPS, datasets, report, thoughts, trajectories, vae
+from irg_jax.mini.world import COLORS, WORLD1, WORLDS, World, prompt_rules
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
-from irg_jax.train.settings import STAGES
 from irg_jax.weights import init, published
 
 # Of 108 images of five things of two kinds, 23 were wrong; of four, 22 of 180.
@@ -128,7 +125,7 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
     recorded["generate"] = generate_settings.with_new(
         recorded.get("generate", {}), now["generate"])
     runs.check_same(recorded, now, f"--out {out}", flag="--config.",
-                    free=("model.attention",), renamed=config_lib.renamed(Settings))
+                    free=("model.attention", "base"), renamed=config_lib.renamed(Settings))
   runs.write(out / "mini.json", now)
 
 
@@ -198,7 +195,7 @@ def train_base(settings: Settings, out: pathlib.Path) -> int:
           settings.base_rows, datasets.generator(settings.seed, "base"), settings.in_world))
   modes = datasets.TELL, datasets.LOOK, datasets.DRAW
   _prepare(settings, out, "base_rows", "base_data", modes)
-  return _train(settings, out, "base", "base_data", out / "start" / "weights")
+  return _train(settings, out, "base", data="base_data", checkpoint=out / "start" / "weights")
 
 
 def make_trajectories(settings: Settings, out: pathlib.Path) -> None:
@@ -222,35 +219,43 @@ def evaluate_run(_, out: pathlib.Path) -> None:
 
 
 def _copy_base(settings, target):
-  """Copies the base model to `target`/weights; ValueError if it has other sizes."""
+  """Copies the base model to `target`/weights, with this run's settings of generation.
+
+  ValueError if it has other sizes.
+  """
   config = weights.read_config(pathlib.Path(settings.base))
-  for name in ("llm", "vit", "vae"):
+  for name in ("llm", "vit", "vae", "max_latent_size", "latent_patch_size"):
     if (own := getattr(config, name)) != (asked := getattr(settings.model, name)):
       raise ValueError(f"config field 'base': {settings.base} has the sizes {own}, but "
                        f"config.model.{name} says {asked}; give one of these sizes, or none to "
                        "train it")
   with storage.atomic_folder(target) as folder:
     shutil.copytree(settings.base, folder / "weights")
+    generate_settings.write_defaults(folder / "weights", defaults(settings))
 
 
 def base_weights(out: pathlib.Path) -> pathlib.Path:
   return out / "base" / "stage2" / "weights"
 
 
-def _train(settings, out, preset, data="irgl_data", checkpoint=None, name="", without=""):
-  """`irg train` with a training of the run's preset and the sizes of this run.
+def training(settings, out, preset, data="irgl_data", checkpoint=None, without=""):
+  """`irg train`'s settings of a training of the run's preset, with the sizes of this run.
 
-  It is written to `out`/`name`, by default the preset's. `without` is a mode whose rows are left
-  out; a batch has as many rows of the others.
+  `without` is a mode whose rows are left out; a batch has as many packed rows of the others.
   """
   sizes = traverse_util.flatten_dict(dataclasses.asdict(settings.model), sep=".")
   overrides = [*(f"model.{field}={value}" for field, value in sizes.items()),
                f"data.path={out / data}", f"checkpoint={checkpoint or base_weights(out)}",
                f"seed={settings.seed}", *settings.train]
   if without:
-    overrides += [f"{stage}.mixture.{without}=0" for stage in STAGES]
+    overrides += [f"{stage}.mixture.{without}=0" for stage in train_settings.STAGES]
   config = f"{settings.config}-{preset}".replace(":world-", ":")
-  return train_run.run_train(train_settings.load(config, overrides), out / (name or preset))
+  return train_settings.load(config, overrides)
+
+
+def _train(settings, out, preset, name="", **options):
+  """`irg train` of a `training`, into `out`/`name`, by default the preset's."""
+  return train_run.run_train(training(settings, out, preset, **options), out / (name or preset))
 
 
 # The ablation of the paper: improved images and their plans, nothing interleaved.

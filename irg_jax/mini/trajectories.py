@@ -3,7 +3,6 @@
 `settings` is a `run.Settings` throughout.
 """
 
-import dataclasses
 import json
 import pathlib
 
@@ -12,7 +11,7 @@ import numpy as np
 from irg_jax import storage
 from irg_jax.data import parquet
 from irg_jax.generate import generator, irg
-from irg_jax.mini import datasets, thoughts, verifier
+from irg_jax.mini import datasets, phases, thoughts, verifier
 from irg_jax.mini.world import training_record
 from irg_jax.progress import Progress
 
@@ -31,30 +30,25 @@ def sample_first_rounds(settings, checkpoint, out: pathlib.Path) -> None:
         continue
       batch = records[start:start + size]
       batch += batch[:1] * (size - len(batch))  # another batch size would compile again
-      drawn = loaded.batch([r["prompt"] for r in batch], range(start, start + size),
-                           settings.first, thoughts.SYSTEM_PROMPT, size=size)
-      firsts = [trajectory.rounds[0] for trajectory in drawn]
-      pictures = drawn_otherwise(settings, loaded, batch, firsts, start)
+      prompts, seeds = [r["prompt"] for r in batch], range(start, start + size)
+      plans = phases.plans(loaded, prompts, seeds, settings.first, thoughts.SYSTEM_PROMPT,
+                           size=size)
+      given = altered(settings, loaded.tokenizer, batch, plans, start)
+      drawn = loaded.batch(prompts, seeds, settings.first, thoughts.SYSTEM_PROMPT, size=size,
+                           done=[[irg.Round(plan, None, None, {}) for plan in given]])
       with storage.atomic_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, records=json.dumps(batch), thoughts=[r.thought.text for r in firsts],
-                 pictures=np.stack(pictures))
+        np.savez(file, records=json.dumps(batch), thoughts=[plan.text for plan in plans],
+                 pictures=np.stack([trajectory.rounds[0].image for trajectory in drawn]))
       progress("drawing first images", 0, start + size, len(records))
 
 
-def drawn_otherwise(settings, loaded, batch, firsts, start: int) -> list[np.ndarray]:
-  """The images of first rounds; a share `altered_plans` is drawn again, after other plans."""
-  rng, given = np.random.default_rng([settings.seed, len(datasets.PURPOSES), start]), []
-  for record, first in zip(batch, firsts):
-    text = rng.random() < settings.altered_plans and datasets.altered_plan(
-        record, first.thought.text, rng)
-    thought = irg.Thought(text, tuple(loaded.tokenizer.encode(text))) if text else first.thought
-    given.append(dataclasses.replace(first, thought=thought, latents=None, image=None))
-  if all(a.thought is b.thought for a, b in zip(given, firsts)):
-    return [first.image for first in firsts]
-  again = loaded.batch([r["prompt"] for r in batch], range(start, start + len(batch)),
-                       settings.first, thoughts.SYSTEM_PROMPT, size=len(batch), done=[given])
-  return [first.image if new.thought is first.thought else trajectory.rounds[0].image
-          for first, new, trajectory in zip(firsts, given, again)]
+def altered(settings, tokenizer, batch, plans, start: int) -> list[irg.Thought]:
+  """The plans that first images are drawn after: a share `altered_plans` is changed."""
+  rng, given = datasets.generator(settings.seed, "altered", start), []
+  for record, plan in zip(batch, plans):
+    text = rng.random() < settings.altered_plans and datasets.altered_plan(record, plan.text, rng)
+    given.append(irg.Thought(text, tuple(tokenizer.encode(text))) if text else plan)
+  return given
 
 
 def write_trajectories(settings, out: pathlib.Path) -> None:
