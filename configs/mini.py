@@ -165,6 +165,8 @@ def _second(config):
   """A run in the second world."""
   config.world = "2"
   config.altered_plans = 0.25
+  if config.autoencoder:
+    config.autoencoder = str(storage.SHIPPED.with_name("autoencoder2"))
   config.model.llm.vocab_size = VOCABULARY2
   config.generate = config_lib.to_config(GENERATE2)
   return config

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irg_jax import images
+from irg_jax import images, storage, weights
 from irg_jax.data.records import parse_conversation
 from irg_jax.generate import irg
 from irg_jax.mini import (
-    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, verifier, world)
+    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, world)
 from irg_jax.tokenizer import load_tokenizer
 
 SECOND = world.WORLD2
@@ -344,3 +344,13 @@ def test_the_reward_part_by_part_falls_with_each_thing_that_is_missing():
     found.append(rewards.part_by_part(item.extra, irg.Trajectory(item.prompt, rounds)))
   assert found[0] == 0 and found == sorted(found) and len(set(found)) == len(found)
   assert found[-1] > 0.95
+
+
+def test_the_second_world_s_autoencoder_in_the_package_keeps_its_images_right():
+  sizes, params = weights.load_autoencoder(storage.SHIPPED.with_name("autoencoder2"), "float32")
+  assert sizes == run.load("configs/mini.py:world2").model.vae
+  rng = np.random.default_rng(0)
+  records = [world.training_record(rng, SECOND) for _ in range(20)]
+  assert vae.round_trip(sizes, params, records, rng).sum() >= 18
+  assert run.load("configs/mini.py:world2-quick").autoencoder.endswith("autoencoder2")
+  assert not run.load("configs/mini.py:world2").autoencoder

@@ -139,12 +139,11 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
   if settings.base:
     return _copy_base(settings, out / "start")
   if settings.autoencoder:
-    config, params = weights.load_checkpoint(settings.autoencoder, part="vae", dtype="float32")
-    if config.vae != settings.model.vae:
+    sizes, vae_params = weights.load_autoencoder(settings.autoencoder, "float32")
+    if sizes != settings.model.vae:
       raise ValueError(f"config field 'autoencoder': that of {settings.autoencoder} has the sizes "
-                       f"{config.vae}, but config.model.vae says {settings.model.vae}; give one of "
+                       f"{sizes}, but config.model.vae says {settings.model.vae}; give one of "
                        "these sizes, or none to train it")
-    vae_params = params["vae"]
   else:
     with Progress() as progress:
       vae_params = vae.train(

@@ -10,7 +10,7 @@ import importlib
 import re
 
 from irg_jax import leases, storage
-from irg_jax.config import ModelConfig
+from irg_jax.config import ModelConfig, VaeConfig
 from irg_jax.weights import card as cards
 from irg_jax.weights import configs, int8, names, peft, published
 from irg_jax.weights.names import CheckpointError, listing
@@ -65,6 +65,21 @@ def load_checkpoint(folder, *, dtype=None, compute_dtype: str | None = None, sha
     found, scale = peft.load(adapters.folder, config)
     form = form.merging(found, adapters.scale * scale)
   return config, _load(folder, config, shardings=shardings, dtype=dtype, part=part, form=form)
+
+
+def load_autoencoder(folder, dtype=None) -> tuple[VaeConfig, dict]:
+  """Reads the autoencoder of a checkpoint, or of a folder with its two published files alone.
+
+  `dtype` is as of `load_checkpoint`. Returns (sizes, parameters); CheckpointError as there.
+  """
+  folder = storage.path(folder)
+  alone = storage.is_there(folder / "ae.safetensors") and not any(
+      storage.is_there(folder / mark) for mark in _READERS)
+  if not alone:
+    config, params = load_checkpoint(folder, dtype=dtype, part="vae")
+    return config.vae, params["vae"]
+  config = ModelConfig(vae=configs.read_vae(folder))  # sizes of what is not read do not matter
+  return config.vae, published.load(folder, config, dtype=dtype, part="vae")["vae"]
 
 
 def _load(folder, config, **how):

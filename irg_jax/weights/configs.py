@@ -103,7 +103,7 @@ def read_config(folder, dtype: str = "float32") -> ModelConfig:
   a file that is missing, a field that the model does not implement, or sizes that contradict.
   """
   folder = storage.path(folder)
-  llm, vit, vae = _read_llm(folder), _read_vit(folder), _read_vae(folder)
+  llm, vit, vae = _read_llm(folder), _read_vit(folder), read_vae(folder)
   tensors = find_tensors(folder, "ema")
   return ModelConfig(
       llm=llm, vit=vit, vae=vae, dtype=dtype,
@@ -194,7 +194,8 @@ def _read_vit(folder):
                              grid_size=f.count("image_size") // vit.patch_size)
 
 
-def _read_vae(folder):
+def read_vae(folder) -> VaeConfig:
+  """Reads `ae_config.json`; FLUX.1's own sizes where it is missing. CheckpointError as above."""
   if not storage.is_there(folder / "ae_config.json"):
     return VaeConfig()
   f, flux = _Fields(folder / "ae_config.json", _VAE_FIXED), VaeConfig()

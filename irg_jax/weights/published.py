@@ -38,7 +38,7 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
     config: None: the folder's own.
     shardings: tree of `jax.sharding.Sharding` as of `names.abstract_params`; a process reads only
       what its devices hold. None: everything on the default device.
-    dtype, part: as of `weights.load_checkpoint`.
+    dtype, part: as of `weights.load_checkpoint`; of "vae" alone, the other file is not looked at.
     form: what becomes of the parameters.
 
   Raises:
@@ -48,10 +48,11 @@ def load(folder, config: ModelConfig | None = None, *, shardings=None, dtype=Non
   """
   folder = storage.path(folder)
   config = config or read_config(folder)
-  tensors = {stem: find_tensors(folder, stem) for stem in ("ema", "ae")}
+  stems = ("ae",) if part == "vae" else ("ema", "ae")
+  tensors = {stem: find_tensors(folder, stem) for stem in stems}
   for stem, found in tensors.items():
     _check_header(stem, found, config, dtype)
-  for key, grid in table_grids(config).items():
+  for key, grid in table_grids(config).items() if "ema" in tensors else ():
     check_table(tensors["ema"][key], grid)
   table = {row.path: row for row in names.rows(config)}
   placed = dict.fromkeys(table) if shardings is None else names.flatten(shardings)
