@@ -59,7 +59,7 @@ GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # Steps of the two stages in a quick run and in the second world, and the text of a row there.
-  trainings = {"base": (_base, (240, 160), (1300, 1100), (496, 288)),
+  trainings = {"base": (_base, (240, 160), (1600, 1100), (496, 288)),
                "irgl": (_irgl, (20, 60), (100, 800), (608, 608)),
                "quality": (_quality, (20, 20), (200, 900), (608, 608))}
   presets = {"world": _world, "quick": _quick, "world2": _world2,

@@ -35,7 +35,9 @@ def base_rows(count: int, rng, world: World = WORLD1):
   It learns to plan, to draw after a plan, from a prompt alone and from nothing (for guidance), to
   draw a description, and to describe an image, also a crowded one or one unlike its plan.
   """
-  for kind in rng.choice(len(_BASE), count, p=[share for share, _ in _BASE]):
+  scale = (1 - world.plans) / (1 - WORLD1.plans)
+  shares = [world.plans, *(scale * share for share, _ in _BASE[1:])]
+  for kind in rng.choice(len(_BASE), count, p=shares):
     yield _BASE[kind][1](rng, world)
 
 
@@ -211,10 +213,10 @@ def _looked_after_plan(rng, world):
       return LOOK, [_user(record["prompt"]), *_shown(drawn, seen, True, plan)]
 
 
-# (share, kind of row: Generator -> (mode, conversation))
+# (share, kind of row: Generator -> (mode, conversation)); a world may have more plans, the first.
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
-    (0.08, functools.partial(_planned, drawn=False)), (0.13, _reflected), (0.11, _arranged),
+    (WORLD1.plans, functools.partial(_planned, drawn=False)), (0.13, _reflected), (0.11, _arranged),
     (0.04, _copied), (0.20, _planned), (0.04, functools.partial(_drawn, prompt=True)),
     (0.02, functools.partial(_drawn, system=True)), (0.02, _drawn), (0.16, _described),
     (0.08, _looked_after_plan),

@@ -56,6 +56,7 @@ class World:
   tasks: dict[str, tasks.Task]
   wording: dict  # the content of its file: phrasings, and what is held out
   phrase: typing.Callable  # include clauses, wording, Generator -> prompt
+  plans: float = 0.08  # share of plans without an image in the base model's rows
   colors: typing.ClassVar[dict] = COLORS
 
   @property
@@ -82,7 +83,7 @@ WORLD2 = World(
     name="2", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "heart"),
     radii={"plain": _LARGE, "hollow": _LARGE, "striped": _LARGE, "dotted": _LARGE,
            "small": (4.0, 4.8)},
-    most=10, inside=True, star=0.58, cross=0.47, tasks=tasks.TASKS2,
+    most=10, inside=True, star=0.58, cross=0.47, tasks=tasks.TASKS2, plans=0.20,
     wording=tomllib.loads((_FILES / "world2.toml").read_text()), phrase=phrasing.typed)
 WORLDS = {world.name: world for world in (WORLD1, WORLD2)}
 
