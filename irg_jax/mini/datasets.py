@@ -245,12 +245,15 @@ def _imagined(record, scene, rng):
 def _careless(scene, rng):
   """The scenes of a careless plan's places and of its cells.
 
-  Two things collide in one cell, and one is left; or one has the shape or colour of another.
+  Two things collide in one cell, and one is left; or one has a word of another, unless that makes
+  a pair held out of training.
   """
   collide, things = rng.integers(2) == 0, list(scene.things)
   one, other = rng.choice(len(things), 2, replace=False)
   name = "cell" if collide else rng.choice(_words(scene.world))
   things[one] = _like(things[one], things[other], name)
+  if things[one].pairs & scene.world.unseen_pairs:
+    return scene, scene
   if not collide:
     return scene, _with(scene, things)
   lost = rng.choice((one, other))
