@@ -451,6 +451,7 @@ def fetch(url, body=None, form=None):
     return e.code, e.read()
 
 
+@pytest.mark.long
 def test_a_browser_draws_and_the_process_ends_with_the_page_open(tmp_path, tab):
   """Thought, both images, trace, gallery; nothing from elsewhere; SIGTERM.
 

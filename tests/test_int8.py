@@ -189,6 +189,7 @@ def test_files_hold_published_names_with_a_scale_a_row_and_leave_the_rest_as_it_
     assert (good / name).read_text() == (small / name).read_text()
 
 
+@pytest.mark.long
 def test_each_way_into_int8_has_the_same_integers_and_scales(good, small, tmp_path):
   _, want = weights.load_checkpoint(good, weights="int8")
   weights.convert(small, tmp_path / "again", to="published")

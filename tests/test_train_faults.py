@@ -153,6 +153,7 @@ def state_sums(out, step=4):
       "sums"]
 
 
+@pytest.mark.long
 def test_two_processes_continue_the_run_of_one_and_each_reads_its_own_records(
     whole, data, cache, tmp_path):
   # One process on another mesh wrote the checkpoint.

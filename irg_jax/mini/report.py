@@ -243,12 +243,14 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
       ("What prompts leave open: entropy of the choice, 1 if even", WORDING["choices"].values(), [
           [row["name"], *(_spread(row["choices"][key]) for key in WORDING["choices"])]
           for row in rows if "choices" in row]),
-      ("Plans, passes, seconds, memory", [
-          "pictures as planned, cell by cell", "passes", "seconds a batch", "pictures a batch",
-          "peak GiB"], [
-          [row["name"], _share(row.get("plan_drawn")), _number(row.get("passes"), 0),
-           _number(row.get("seconds"), 1), str(row["cost"].get("batch_size", "–")),
-           _number(row["cost"].get("peak_bytes"), 2, 2**30)] for row in rows])]
+      ("Plans, seconds, memory", [
+          "pictures as planned, cell by cell", "seconds a batch", "pictures a batch", "peak GiB"], [
+          [row["name"], _share(row["plan_drawn"]), _number(row["seconds"], 1),
+           str(row["cost"].get("batch_size", "–")),
+           _number(row["cost"].get("peak_bytes"), 2, 2**30)] for row in rows
+          if "plan_drawn" in row]),
+      ("Passes of the decoder for a picture", ["passes"], [
+          [row["name"], str(row["passes"])] for row in rows if row.get("passes")])]
   return [(title, ["", *head], lines) for title, head, lines in found if lines]
 
 
