@@ -37,8 +37,8 @@ def main():
     given = [dataclasses.replace(row, image=image) for row, image in zip(first, shown)]
     texts = [t.rounds[1].thought.text for t in draw(settings, done=[given])]
     doubts = np.mean([bool(thoughts.read_faults(text)) for text in texts])
-    planned = np.mean([thoughts.read_grid(row.thought.text) == thoughts.read_grid(
-        text.split("What falls short:")[0]) for row, text in zip(first, texts)])
+    planned = np.mean([thoughts.read_grid(row.thought.text) == thoughts.read_seen(text)
+                       for row, text in zip(first, texts)])
     print(f"{name:17} | finds a fault {doubts:.3f} | sees what was planned {planned:.3f}")
 
 

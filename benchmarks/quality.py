@@ -49,7 +49,7 @@ def main():
 
 
 def by_option(options, prompts: int, batch_size: int, draw) -> dict[str, list]:
-  """What `draw(batch, option)` gives for prompts of the test, by option, "full" first.
+  """Results of `draw(batch, option)` for prompts of the test, by option, "full" first.
 
   A batch is [(number, item)]; the options alternate.
   """

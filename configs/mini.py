@@ -66,10 +66,10 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
              "world2-quick": lambda: _second(_quick())}
   for name, (make, quick, second, texts) in trainings.items():
     presets |= {
-        name: make, f"quick-{name}": lambda m=make, s=quick: _quickly(_shorter(m(), s)),
-        f"world2-{name}": lambda m=make, s=second, t=texts: _longer(_shorter(m(), s), t),
+        name: make, f"quick-{name}": lambda m=make, s=quick: _quickly(_updates(m(), s)),
+        f"world2-{name}": lambda m=make, s=second, t=texts: _longer(_updates(m(), s), t),
         f"world2-quick-{name}": lambda m=make, s=quick, t=texts: _longer(
-            _quickly(_shorter(m(), s)), t)}
+            _quickly(_updates(m(), s)), t)}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
   return presets[preset]()
@@ -146,7 +146,7 @@ def _quality():
   return config
 
 
-def _shorter(config, steps):
+def _updates(config, steps):
   """A training whose two stages have `steps` updates."""
   for stage, count in zip((config.stage1, config.stage2), steps):
     stage.update(steps=count, warmup_steps=min(stage.warmup_steps, count // 10),

@@ -202,7 +202,7 @@ def test_an_evaluation_of_the_mini_world_gives_the_same_figures(copy):
 
 
 def common(now, before):
-  """What of `now` has a place in `before`: a report may say more than it did."""
+  """The part of `now` that has a place in `before`: a report may say more than it did."""
   if isinstance(before, dict):
     return {key: common(now[key], value) for key, value in before.items() if key in now}
   return now

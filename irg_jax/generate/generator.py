@@ -155,10 +155,10 @@ class Generator:
   def answers(self, conversations, seeds, settings: Settings, system_prompt: str, *, size: int,
               **options) -> list[irg.Thought]:
     """`answer.answer` for at most `size` conversations, padded to `size` as in `batch`."""
-    padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
     with jax.set_mesh(self.mesh):
       return answer.answer(
-          self.model, self.params, self.tokenizer, padded(conversations), seeds=padded(seeds),
+          self.model, self.params, self.tokenizer, stopping.filled(conversations, size),
+          seeds=stopping.filled(seeds, size),
           settings=settings, system_prompt=system_prompt, **options)[:len(conversations)]
 
   def batch(self, prompts, seeds, settings: Settings, system_prompt: str, *, size: int,
@@ -169,16 +169,17 @@ class Generator:
     depends on its neighbours. `images` are lists of arrays, one for each prompt. `on_result` gets
     the trajectories so far.
     """
-    padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
     named = lambda rounds: [irg.Trajectory(p, stopping.own(row))
                             for p, row in zip(prompts, zip(*rounds))]
     edits = any(map(len, images))
     texts = [self.defaults.read(p, settings, edits).text for p in prompts]
     with jax.set_mesh(self.mesh):
       drawn = irg.generate(
-          self.model, self.params, self.tokenizer, padded(texts), seeds=padded(seeds),
+          self.model, self.params, self.tokenizer, stopping.filled(texts, size),
+          seeds=stopping.filled(seeds, size),
           settings=settings, system_prompt=system_prompt,
-          images=padded(images) if edits else None, done=list(map(padded, done)),
+          images=stopping.filled(images, size) if edits else None,
+          done=[stopping.filled(rows, size) for rows in done],
           on_result=on_result and (lambda rounds: on_result(named(rounds))),
           satisfied=self.defaults.satisfied, **options)
     return [dataclasses.replace(t, prompt=p) for t, p in zip(drawn, prompts)]

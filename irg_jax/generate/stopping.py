@@ -49,6 +49,6 @@ def own(rounds) -> list:
   return list(rounds)[:next((i for i, row in enumerate(rounds, 1) if row.kept), None)]
 
 
-def filled(rounds, count: int) -> list:
-  """The rounds of a row, its last one repeated so that there are `count`."""
-  return [*rounds, *rounds[-1:] * (count - len(rounds))]
+def filled(rows, count: int) -> list:
+  """Rows of a batch, or rounds of a row, the last one repeated so that there are `count`."""
+  return [*rows, *[rows[-1]] * (count - len(rows))]

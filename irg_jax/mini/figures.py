@@ -28,9 +28,7 @@ def arm_figures(drawn: Drawn) -> dict:
             if len(trace["rounds"]) >= number]
     seconds = [sum(entry["seconds"].values()) for entry in told]
     rounds[str(number)] = entry = {
-        "scores": scores(values, drawn.items),
-        "by_prompt": [None if np.isnan(v) else float(v) for v in values],
-        "pictures": there, "missing": len(drawn.traces) - there,
+        **_scored(values, drawn.items), "pictures": there, "missing": len(drawn.traces) - there,
         "plan_drawn": plan_drawn(drawn, number),
         # The median: the first batch, which compiles, has no effect.
         "seconds": float(np.median(seconds)) if seconds else None,
@@ -113,7 +111,7 @@ def reflections(drawn: Drawn, number: int) -> dict:
     if (think := trace["rounds"][number - 1]["think"]) is None:  # its image was kept before
       continue
     said, actual = thoughts.read_faults(think), faults(line["words"])
-    looked = thoughts.read_grid(think.split("What falls short:")[0])
+    looked = thoughts.read_seen(think)
     rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),
                  bool(actual), line["grid"] is not None and looked == line["grid"]))
   readable, exact, doubts, wrong, sees = np.array(rows, bool).reshape(-1, 5).T
@@ -146,8 +144,7 @@ def best_of_two(drawn: Drawn) -> dict | None:
     return None
   pairs = np.where(there > 1, there * (there - 1), np.nan)
   values = 1 - wrong * (wrong - 1) / pairs
-  return {"scores": scores(values, drawn.items), "missing": 0, "pictures": int(there.sum()),
-          "by_prompt": [None if np.isnan(v) else float(v) for v in values]}
+  return _scored(values, drawn.items) | {"missing": 0, "pictures": int(there.sum())}
 
 
 def open_choices(drawn: Drawn, number: int) -> dict:
@@ -205,6 +202,11 @@ def compare_seeds(reports: dict[int, dict], items) -> dict:
     rows[name] = {"each": [interval(own, tags) for own in change],
                   "all": interval(change, tags)}
   return {"seeds": list(reports), "rows": rows}
+
+
+def _scored(values, items):
+  return {"scores": scores(values, items),
+          "by_prompt": [None if np.isnan(v) else float(v) for v in values]}
 
 
 def _share(count, of):

@@ -7,6 +7,7 @@ import jax
 
 from irg_jax.generate import irg
 from irg_jax.generate.generator import Generator
+from irg_jax.generate.stopping import filled
 
 
 def plans(loaded: Generator, prompts, seeds, settings, system_prompt: str, *,
@@ -29,7 +30,7 @@ def blind(loaded: Generator, prompts, seeds, settings, system_prompt: str, *, si
   first, start = [trajectory.rounds[0] for trajectory in drawn], time.perf_counter()
   with jax.set_mesh(loaded.mesh):
     job = _job(loaded, prompts, seeds, settings, system_prompt, size)
-    told = _padded([row.thought for row in first], size)
+    told = filled([row.thought for row in first], size)
     ctx = irg.read_thoughts(job, irg.begin(job), told, after_image=False)
     thoughts = irg.think(job, ctx, 1)[:len(prompts)]
   seconds = {"think": time.perf_counter() - start}
@@ -40,9 +41,5 @@ def blind(loaded: Generator, prompts, seeds, settings, system_prompt: str, *, si
 
 def _job(loaded, prompts, seeds, settings, system_prompt, size):
   texts = [loaded.defaults.read(prompt, settings).text for prompt in prompts]
-  return irg.prepare(loaded.model, loaded.params, loaded.tokenizer, _padded(texts, size),
-                     seeds=_padded(seeds, size), settings=settings, system_prompt=system_prompt)
-
-
-def _padded(rows, size):
-  return [*rows, *[rows[-1]] * (size - len(rows))]
+  return irg.prepare(loaded.model, loaded.params, loaded.tokenizer, filled(texts, size),
+                     seeds=filled(seeds, size), settings=settings, system_prompt=system_prompt)

@@ -177,6 +177,11 @@ def read_faults(text: str) -> tuple[str, ...] | None:
   return () if found[1] == "nothing" else tuple(found[1].split(", "))
 
 
+def read_seen(text: str) -> list[str] | None:
+  """The cells that a reflection says it sees, as of `read_grid`."""
+  return read_grid(text.split("What falls short:")[0])
+
+
 def improve(record: dict, verdict, rng) -> Scene:
   """A correct scene, in the order of the prompt, that keeps as much of the image as possible.
 

@@ -77,7 +77,7 @@ def fitting(samples) -> BufferSizes:
 
 
 def _sample(rollout, rounds, settings, generation, defaults, tokenizer, model):
-  """Features of the first `rounds` of a trajectory, see `samples.sample_features`."""
+  """Features of a trajectory's `rounds`, see `samples.sample_features`."""
   prompt = defaults.read(rollout.record["prompt"], generation).text
   texts = [defaults.system_prompt, prompt] if defaults.system_prompt else [prompt]
   splits = [TextSplit(tokenizer.encode(text)) for text in texts]

@@ -189,13 +189,13 @@ def _path(paths, row, rounds):
 
 def _read_back(loaded, generation, drawn, seeds, size):
   """Inputs of the model for each image but the last: {"latents", "patches"}, [B, Y, X, C] each."""
-  padded = lambda rows: [*rows, *[rows[-1]] * (size - len(rows))]
   seen = []
   with jax.set_mesh(loaded.mesh):
     job = irg.prepare(loaded.model, loaded.params, loaded.tokenizer, [""] * size,
-                      seeds=padded(seeds), settings=generation)
+                      seeds=stopping.filled(seeds, size), settings=generation)
     for number in range(generation.rounds - 1):
-      found = irg.encode(job, [t.rounds[number].image for t in padded(drawn)], number)
+      found = irg.encode(job, [t.rounds[number].image for t in stopping.filled(drawn, size)],
+                         number)
       grid = lambda x, sides: np.asarray(x).reshape(len(x), *sides, -1)
       seen.append({"latents": grid(sharding.to_host(found["latents_BPC"]), found["latent_grid"]),
                    "patches": grid(found["patches_BPC"], found["vit_grid"])})
