@@ -19,6 +19,7 @@ Its updates are fewer, so that each of its controls (`irg mini controls`) takes 
 """
 
 import dataclasses
+import functools
 
 from ml_collections import config_dict
 
@@ -58,17 +59,19 @@ GENERATE2 = dataclasses.replace(GENERATE, think_limit=479)
 
 
 def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
-  # Steps of the two stages in a quick run and in the second world, and the text of a row there.
-  trainings = {"base": (_base, (240, 160), (1600, 1100), (496, 288)),
-               "irgl": (_irgl, (20, 60), (100, 800), (608, 608)),
-               "quality": (_quality, (20, 20), (200, 900), (608, 608))}
+  # Of a training: steps of the two stages in a quick run; in the second world steps, tokens of text
+  # in a row of each stage, and how it is made there.
+  trainings = {
+      "base": (_base, (240, 160), (1400, 1500), (560, 304), functools.partial(_base, look=0.35)),
+      "irgl": (_irgl, (20, 60), (100, 800), (608, 608), _irgl),
+      "quality": (_quality, (20, 20), (200, 900), (608, 608), _quality)}
   presets = {"world": _world, "quick": _quick, "world2": _world2,
              "world2-quick": lambda: _second(_quick())}
-  for name, (make, quick, second, texts) in trainings.items():
+  for name, (make, quick, second, texts, other) in trainings.items():
     presets |= {
         name: make, f"quick-{name}": lambda m=make, s=quick: _quickly(_updates(m(), s)),
-        f"world2-{name}": lambda m=make, s=second, t=texts: _longer(_updates(m(), s), t),
-        f"world2-quick-{name}": lambda m=make, s=quick, t=texts: _longer(
+        f"world2-{name}": lambda m=other, s=second, t=texts: _longer(_updates(m(), s), t),
+        f"world2-quick-{name}": lambda m=other, s=quick, t=texts: _longer(
             _quickly(_updates(m(), s)), t)}
   if preset not in presets:
     raise ValueError(f"no preset {preset!r}{guess(preset, presets)}; known: {', '.join(presets)}")
@@ -81,6 +84,7 @@ def _world():
 
 def _world2():
   config = _second(_world())
+  config.base_rows = 50000
   config.trajectories = 3000
   return config
 
@@ -117,7 +121,8 @@ def _irgl():
   return config
 
 
-def _base():
+def _base(look=0.2):
+  """`look` is the share of the second stage that describes images; the rest draws them."""
   config = _irgl()
   config.data.dropout.vae = 0.0
   config.data.noise_samples = 4
@@ -125,8 +130,8 @@ def _base():
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # text alone
   config.stage1.sizes.update(und=352, gen=0, vit=0, text=304, samples=3)
   config.stage1.steps = 2300
-  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
-                                   initial_full_learning=0.8)
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=look,
+                                   initial_full_learning=1 - look)
   # Attention over short rows is cheap.
   config.stage2.sizes.update(und=224, gen=128, vit=32, text=200, samples=3)
   config.stage2.steps = 1500

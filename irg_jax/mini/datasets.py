@@ -16,7 +16,7 @@ from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.images import encode_image
 from irg_jax.mini import thoughts, verifier
 from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
-from irg_jax.mini.world import WORLD1, Scene, World, of, training_record
+from irg_jax.mini.world import WORLD1, WORLDS, Scene, World, of, training_record
 from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
@@ -35,10 +35,9 @@ def base_rows(count: int, rng, world: World = WORLD1):
   It learns to plan, to draw after a plan, from a prompt alone and from nothing (for guidance), to
   draw a description, and to describe an image, also a crowded one or one unlike its plan.
   """
-  scale = (1 - world.plans) / (1 - WORLD1.plans)
-  shares = [world.plans, *(scale * share for share, _ in _BASE[1:])]
-  for kind in rng.choice(len(_BASE), count, p=shares):
-    yield _BASE[kind][1](rng, world)
+  *shares, kinds = zip(*_BASE, strict=True)
+  for kind in rng.choice(len(kinds), count, p=shares[list(WORLDS).index(world.name)]):
+    yield kinds[kind](rng, world)
 
 
 def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better, rng):
@@ -137,7 +136,8 @@ def _reflected(rng, world):
   """A reflection, in text alone, on an imagined image that shows its plan or not.
 
   A third of the plans are careless, as a model's can be: the image shows the cells, which do not
-  follow from the places.
+  follow from the places. In a `World.told` the image is there in words: else what is "seen" can
+  only be guessed from the plan, and a model that learns to guess does not look.
   """
   while True:
     record = training_record(rng, world)
@@ -152,7 +152,8 @@ def _reflected(rng, world):
       cells = thoughts.grid(drawn) if careless else None
       plan, better = thoughts.plan(record, scene, cells), thoughts.improve(record, verdict, rng)
       thought = thoughts.reflect(record, verdict, better, plan)
-      said = [text_part(plan, need_loss=False), text_part(thought)]
+      told = [thoughts.describe(verdict.seen)] if world.told else []
+      said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]
       return TELL, [*_asked(record), assistant(said)]
 
 
@@ -195,15 +196,16 @@ def _looked(rng, world, crowded, vae):
   return LOOK, _shown(paint(scene), scene, vae)
 
 
-def _looked_after_plan(rng, world):
+def _looked_after_plan(rng, world, same=0.4):
   """An image that may differ from the plan before it, or be an average of two scenes.
 
-  The average looks like a bad drawing: a cell that shows two things at once is unclear.
+  `same` is the share of those that do not differ. The average looks like a bad drawing: a cell that
+  shows two things at once is unclear.
   """
   while True:
     record = training_record(rng, world)
     scene = sample_scene(record, rng)
-    drawn = paint(_spoiled(scene, rng, in_place=True))
+    drawn = paint(_spoiled(scene, rng, in_place=True, same=same))
     if rng.random() < 0.5:
       drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
     seen = verifier.look(drawn, world)
@@ -213,14 +215,16 @@ def _looked_after_plan(rng, world):
       return LOOK, [_user(record["prompt"]), *_shown(drawn, seen, True, plan)]
 
 
-# (share, kind of row: Generator -> (mode, conversation)); a world may have more plans, the first.
+# (share in world 1, share in world 2, kind of row: Generator, World -> (mode, conversation))
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
-    (WORLD1.plans, functools.partial(_planned, drawn=False)), (0.13, _reflected), (0.11, _arranged),
-    (0.04, _copied), (0.20, _planned), (0.04, functools.partial(_drawn, prompt=True)),
-    (0.02, functools.partial(_drawn, system=True)), (0.02, _drawn), (0.16, _described),
-    (0.08, _looked_after_plan),
-    *((0.03, functools.partial(_looked, crowded=crowded, vae=vae))
+    (0.08, 0.24, functools.partial(_planned, drawn=False)), (0.13, 0.12, _reflected),
+    (0.11, 0.08, _arranged), (0.04, 0.03, _copied), (0.20, 0.18, _planned),
+    (0.04, 0.02, functools.partial(_drawn, prompt=True)),
+    (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
+    (0.16, 0.12, _described), (0.08, 0.0, _looked_after_plan),
+    (0.0, 0.11, functools.partial(_looked_after_plan, same=0.15)),
+    *((0.03, 0.02, functools.partial(_looked, crowded=crowded, vae=vae))
       for crowded in (False, True) for vae in (False, True)))
 
 
@@ -260,12 +264,13 @@ def _careless(scene, rng):
   return _with(scene, things), _with(scene, things[:lost] + things[lost + 1:])
 
 
-def _spoiled(scene, rng, in_place=False):
+def _spoiled(scene, rng, in_place=False, same=0.4):
   """A scene in which things may be removed, added, moved, or have another shape, colour or detail.
 
-  With `in_place` nothing is added or moved, so that nothing can touch.
+  A share `same` stays as it is. With `in_place` nothing is added or moved, so that nothing can
+  touch.
   """
-  if rng.random() < 0.4:
+  if rng.random() < same:
     return scene
   others = training_scene(rng, scene.world).things
   if rng.random() < 0.2:
