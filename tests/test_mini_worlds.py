@@ -300,6 +300,16 @@ def test_rows_of_the_second_world_are_read_and_show_nothing_held_out():
   assert set(kinds) >= set(SECOND.details)
 
 
+def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_plan():
+  differ = 0
+  for seed in range(20):
+    _, plan, told, thought = datasets.texts(
+        datasets._reflected(np.random.default_rng(seed), SECOND)[1][1:])
+    assert f"I see: {told} " in thought
+    differ += thoughts.read_grid(told) != thoughts.read_grid(plan)
+  assert 8 <= differ <= 19
+
+
 # --- the second world: its test ---
 
 

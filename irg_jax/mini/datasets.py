@@ -21,6 +21,7 @@ from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 PURPOSES = ("words", "base", "trajectories", "better", "altered")  # of random numbers in a run
+_SAME = {False: 0.4, True: 0.15}  # share of images that show their plan, by `World.told`
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
@@ -146,7 +147,7 @@ def _reflected(rng, world):
     if careless:
       scene, drawn = _careless(scene, rng)
     else:
-      drawn = _spoiled(scene, rng)
+      drawn = _spoiled(scene, rng, same=_SAME[world.told])
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
       cells = thoughts.grid(drawn) if careless else None
@@ -196,16 +197,15 @@ def _looked(rng, world, crowded, vae):
   return LOOK, _shown(paint(scene), scene, vae)
 
 
-def _looked_after_plan(rng, world, same=0.4):
+def _looked_after_plan(rng, world):
   """An image that may differ from the plan before it, or be an average of two scenes.
 
-  `same` is the share of those that do not differ. The average looks like a bad drawing: a cell that
-  shows two things at once is unclear.
+  The average looks like a bad drawing: a cell that shows two things at once is unclear.
   """
   while True:
     record = training_record(rng, world)
     scene = sample_scene(record, rng)
-    drawn = paint(_spoiled(scene, rng, in_place=True, same=same))
+    drawn = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.told]))
     if rng.random() < 0.5:
       drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
     seen = verifier.look(drawn, world)
@@ -222,8 +222,7 @@ _BASE = (
     (0.11, 0.08, _arranged), (0.04, 0.03, _copied), (0.20, 0.18, _planned),
     (0.04, 0.02, functools.partial(_drawn, prompt=True)),
     (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
-    (0.16, 0.12, _described), (0.08, 0.0, _looked_after_plan),
-    (0.0, 0.11, functools.partial(_looked_after_plan, same=0.15)),
+    (0.16, 0.12, _described), (0.08, 0.11, _looked_after_plan),
     *((0.03, 0.02, functools.partial(_looked, crowded=crowded, vae=vae))
       for crowded in (False, True) for vae in (False, True)))
 
@@ -264,7 +263,7 @@ def _careless(scene, rng):
   return _with(scene, things), _with(scene, things[:lost] + things[lost + 1:])
 
 
-def _spoiled(scene, rng, in_place=False, same=0.4):
+def _spoiled(scene, rng, in_place=False, same=_SAME[False]):
   """A scene in which things may be removed, added, moved, or have another shape, colour or detail.
 
   A share `same` stays as it is. With `in_place` nothing is added or moved, so that nothing can
