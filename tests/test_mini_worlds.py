@@ -317,6 +317,9 @@ def test_the_second_world_s_test_has_prompts_of_all_tasks_in_both_splits():
   items = benchmark.MINIS["2"].read()
   tags = collections.Counter((item.extra["tag"], item.extra["split"]) for item in items)
   assert {tag for tag, _ in tags} == set(SECOND.tasks) and min(tags.values()) >= 6
+  for item in items:
+    assert world.is_for_test(item.extra)
+    assert world.is_unseen(item.extra) == (item.extra["split"] == "unseen")
   assert len({item.prompt for item in items}) == len(items) == sum(tags.values())
   right = scenes.paint(scenes.sample_scene(items[-1].extra, np.random.default_rng(0)))
   assert benchmark.MINIS["2"].right(items[-1], right)

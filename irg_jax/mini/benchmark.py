@@ -1,8 +1,7 @@
 """The mini world's test: a benchmark whose judge is the verifier, and its figures.
 
-  --prompts    test.jsonl; it comes with this package. Prompts of tasks that it lacks, which a fork
-               has added to `tasks.TASKS`, are generated and stand after its own; those of another
-               world than the first are all generated
+  --prompts    test.jsonl, of world 2 test2.jsonl; they come with this package. Prompts of tasks that
+               they lack, which a fork has added to a world's tasks, are generated and stand last
   item ids     "00000", the line from 0
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 """
@@ -24,7 +23,7 @@ from irg_jax.mini.world import WORLD1, WORLDS, World, of, test_records
 
 FILES = pathlib.Path(__file__).parent / "files"
 SPLITS = ("seen", "unseen")
-NEW_PROMPTS = 24  # of a task that test.jsonl lacks, in each split
+NEW_PROMPTS = 24  # of a task that the file lacks, in each split
 PARTS = ("things", "shape", "fill")  # see `parts`
 RIGHT = "correct"  # the words of an image without a fault
 
@@ -49,12 +48,10 @@ class Mini(clauses.ClauseBenchmark):
     super().__init__()
 
   def read_items(self, path):
-    own, items = path == FILES, []
-    if not own or self.world is WORLD1:
-      path = records.file_in(path, "test.jsonl")
-      items = self.clause_items(path, self.world.tasks, SPLITS)
+    path = records.file_in(path, self.name.replace("mini", "test") + ".jsonl")
+    items = self.clause_items(path, self.world.tasks, SPLITS)
     known = frozenset(i.extra["tag"] for i in items)
-    new = new_records(self.world, known) if own or path.parent == FILES else ()
+    new = new_records(self.world, known) if path.parent == FILES else ()
     return items + [base.Item(self.name, f"{i:05}", record["prompt"], 4, record)
                     for i, record in enumerate(new, len(items))]
 
