@@ -225,7 +225,7 @@ def test_the_page_holds_everything_and_shows_each_kind_of_trace(run_folder):
   kinds = re.findall(r'<p class="label">([^·]+) ·', page)
   assert [kinds.count(kind) for kind, *_ in benchmark.KINDS] == [4, 2, 1, 1]
   assert page.count('alt="image ') == 16 and "<b>What falls short:</b> nothing." in page
-  for name in ("scores.png", "tasks.png"):
+  for name in ("scores.png", "tasks.png", "choices.png"):
     with Image.open(run_folder / "report" / name) as image:
       assert image.size[0] > 1000
 

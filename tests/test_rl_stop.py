@@ -208,8 +208,9 @@ def made(*kept, text="more"):
   return types.SimpleNamespace(trajectory=irg.Trajectory("a", rounds), record={"prompt": "a"})
 
 
-def test_rounds_after_a_stop_have_its_reward(folder):
-  functions = {"level": lambda record, t: float(t.rounds[-1].image.mean()),
+def test_rounds_after_a_stop_have_its_reward_and_are_not_judged_again():
+  asked = []
+  functions = {"asked": lambda record, t: asked.append(len(t.rounds)) or 0, "level": lambda record, t: float(t.rounds[-1].image.mean()),
                "words": lambda record, t: len(t.rounds[-1].thought.ids),
                "rounds": lambda record, t: len(t.rounds)}
   rollouts = [made(7, 7, 7, 1), made(3, 4, 5, 9)]
@@ -217,6 +218,7 @@ def test_rounds_after_a_stop_have_its_reward(folder):
   np.testing.assert_array_equal(found["level"], [[7, 7, 7], [3, 4, 5]])
   np.testing.assert_array_equal(found["words"], [[1, 2, 2], [1, 2, 3]])
   np.testing.assert_array_equal(found["rounds"], [[1, 2, 2], [1, 2, 3]])
+  assert asked == [1, 1, 2, 2, 3]
 
 
 def test_figures_say_who_stopped_and_who_was_right(folder):

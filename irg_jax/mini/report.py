@@ -5,7 +5,7 @@
   OUT/evaluation/autoencoder.json   painted images that are correct after the autoencoder
   OUT/report/report.json            every figure; a shipped checkpoint has it as scores.json
   OUT/report/report.md, index.html  the tables; a page with tables, plots and traces
-  OUT/report/scores.png, tasks.png  the plots
+  OUT/report/*.png                  the plots: scores, tasks, choices
 """
 
 import dataclasses
@@ -305,6 +305,14 @@ def charts(report: dict) -> dict[str, bytes]:
   if series:
     found["tasks.png"] = plots.bar_chart(
         "By task, seen and unseen together", list(_world(report).tasks), series)
+  if free := [row for row in rows if "choices" in row]:
+    entropy = lambda value: value and dict.fromkeys(("value", "low", "high"), value["entropy"])
+    found["choices.png"] = plots.bar_chart(
+        "What prompts leave open: entropy of the choice, 1 if even",
+        [row["name"].replace(", ", "\n") for row in free],
+        [(name, [entropy(row["choices"][key]) for row in free])
+         for key, name in WORDING["choices"].items()
+         if any(row["choices"][key] for row in free)])
   return found
 
 

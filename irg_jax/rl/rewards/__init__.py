@@ -38,19 +38,23 @@ def of_trajectories(functions: dict[str, Callable], records,
 
   ValueError names a reward that is no number.
   """
-  rounds = range(1, len(trajectories[0].rounds) + 1)
-  return {name: np.stack([_of_round(name, function, records, trajectories, number)
-                          for number in rounds], 1) for name, function in functions.items()}
+  return {name: _by_round(name, function, records, trajectories)
+          for name, function in functions.items()}
 
 
-def _of_round(name, function, records, trajectories, rounds):
-  cut = [Trajectory(t.prompt, stopping.own(t.rounds[:rounds])) for t in trajectories]
+def _by_round(name, function, records, trajectories):
+  """Rewards [N, rounds]. After a round that kept its image there is nothing new to ask about."""
   many = getattr(function, "many", lambda *args: list(map(function, *args)))
-  values = many(records, cut)
-  for value in values:
-    if not isinstance(value, (int, float, np.number, np.bool_)) or math.isinf(value):
-      raise ValueError(f"reward {name!r} gave {value!r:.80}, which is no finite number")
-  return np.array(values, np.float64)
+  found = np.full((len(trajectories), len(trajectories[0].rounds)), np.nan)
+  for number in range(found.shape[1]):
+    cut = [Trajectory(t.prompt, stopping.own(t.rounds[:number + 1])) for t in trajectories]
+    new = [i for i, trajectory in enumerate(cut) if len(trajectory.rounds) == number + 1]
+    values = many([records[i] for i in new], [cut[i] for i in new]) if new else []
+    for i, value in zip(new, values, strict=True):
+      if not isinstance(value, (int, float, np.number, np.bool_)) or math.isinf(value):
+        raise ValueError(f"reward {name!r} gave {value!r:.80}, which is no finite number")
+      found[i, number:] = value
+  return found
 
 
 def mixed(found: dict[str, np.ndarray], mixture: str) -> np.ndarray:
