@@ -19,7 +19,6 @@ Its updates are fewer, so that each of its controls (`irg mini controls`) takes 
 """
 
 import dataclasses
-import functools
 
 from ml_collections import config_dict
 
@@ -62,7 +61,7 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # Of a training: steps of the two stages in a quick run; in the second world steps, tokens of text
   # in a row of each stage, and how it is made there.
   trainings = {
-      "base": (_base, (240, 160), (1400, 1500), (560, 304), functools.partial(_base, look=0.35)),
+      "base": (_base, (240, 160), (1400, 1500), (560, 304), _base2),
       "irgl": (_irgl, (20, 60), (100, 800), (608, 608), _irgl),
       "quality": (_quality, (20, 20), (200, 900), (608, 608), _quality)}
   presets = {"world": _world, "quick": _quick, "world2": _world2,
@@ -121,8 +120,7 @@ def _irgl():
   return config
 
 
-def _base(look=0.2):
-  """`look` is the share of the second stage that describes images; the rest draws them."""
+def _base():
   config = _irgl()
   config.data.dropout.vae = 0.0
   config.data.noise_samples = 4
@@ -130,8 +128,8 @@ def _base(look=0.2):
   config.stage1.mixture = _mixture(initial_thinking_generation_learning=1.0)  # text alone
   config.stage1.sizes.update(und=352, gen=0, vit=0, text=304, samples=3)
   config.stage1.steps = 2300
-  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=look,
-                                   initial_full_learning=1 - look)
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.2,
+                                   initial_full_learning=0.8)
   # Attention over short rows is cheap.
   config.stage2.sizes.update(und=224, gen=128, vit=32, text=200, samples=3)
   config.stage2.steps = 1500
@@ -139,6 +137,15 @@ def _base(look=0.2):
     stage.learning_rate = rate
     stage.warmup_steps = 100
     stage.decay_steps = stage.steps // 4
+  return config
+
+
+def _base2():
+  """The second world's: it describes more images, and changes given ones."""
+  config = _base()
+  config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.35,
+                                   initial_full_learning=0.65)
+  config.stage2.sizes.update(und=240, gen=160)
   return config
 
 

@@ -188,8 +188,28 @@ def _copied(rng, world):
 
 def _described(rng, world):
   scene = crowded_scene(rng, world)
-  told = text_part(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
-  return DRAW, [assistant([told, _image(paint(scene), need_loss=True)])]
+  return DRAW, [assistant([_told(scene), _image(paint(scene), need_loss=True)])]
+
+
+def _edited(rng, world):
+  """An image, and the description of another one that keeps most of it: only the rest is drawn anew.
+
+  The average of both looks like a bad drawing of the second.
+  """
+  scene = crowded_scene(rng, world) if rng.random() < 0.5 else training_scene(rng, world)
+  before, after = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.told])), paint(scene)
+  if rng.random() < 0.3:
+    before = _average(before, after)
+  return DRAW, [assistant([_image(before, need_vae=True, need_vit=True), _told(scene),
+                           _image(after, need_loss=True)])]
+
+
+def _told(scene):
+  return text_part(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
+
+
+def _average(one, other):
+  return ((one.astype(np.uint16) + other) // 2).astype(np.uint8)
 
 
 def _looked(rng, world, crowded, vae):
@@ -207,7 +227,7 @@ def _looked_after_plan(rng, world):
     scene = sample_scene(record, rng)
     drawn = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.told]))
     if rng.random() < 0.5:
-      drawn = ((paint(scene).astype(np.uint16) + drawn) // 2).astype(np.uint8)
+      drawn = _average(paint(scene), drawn)
     seen = verifier.look(drawn, world)
     plan = text_part(thoughts.plan(record, scene), need_loss=False)
     with contextlib.suppress(thoughts.Inexpressible):
@@ -219,10 +239,10 @@ def _looked_after_plan(rng, world):
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
     (0.08, 0.24, functools.partial(_planned, drawn=False)), (0.13, 0.12, _reflected),
-    (0.11, 0.08, _arranged), (0.04, 0.03, _copied), (0.20, 0.18, _planned),
+    (0.11, 0.08, _arranged), (0.04, 0.03, _copied), (0.20, 0.15, _planned),
     (0.04, 0.02, functools.partial(_drawn, prompt=True)),
     (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
-    (0.16, 0.12, _described), (0.08, 0.11, _looked_after_plan),
+    (0.16, 0.07, _described), (0.08, 0.11, _looked_after_plan), (0.0, 0.08, _edited),
     *((0.03, 0.02, functools.partial(_looked, crowded=crowded, vae=vae))
       for crowded in (False, True) for vae in (False, True)))
 
