@@ -83,6 +83,7 @@ def _world():
 
 def _world2():
   config = _second(_world())
+  config.vit_steps = 2500
   config.base_rows = 50000
   config.trajectories = 3000
   return config

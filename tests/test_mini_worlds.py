@@ -2,11 +2,14 @@
 
 import base64
 import collections
+import dataclasses
 import functools
 import hashlib
+import io
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,8 +18,11 @@ from irg_jax import images, storage, weights
 from irg_jax.data.records import parse_conversation
 from irg_jax.generate import irg
 from irg_jax.mini import (
-    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, world)
+    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
+    world)
+from irg_jax.model.vit import Vit
 from irg_jax.tokenizer import load_tokenizer
+from irg_jax.weights import init
 
 SECOND = world.WORLD2
 
@@ -310,6 +316,19 @@ def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_pl
   assert 8 <= differ <= 19
 
 
+def test_a_changed_image_keeps_all_but_what_its_description_changes():
+  rng, kept = np.random.default_rng(0), []
+  for _ in range(12):
+    (_, row), = [datasets._edited(rng, SECOND)]
+    first, told, last = row[0]["content"]
+    assert first["need_vae"] and first["need_vit"] and last["need_loss"] and not told["need_loss"]
+    before, after = (np.array(Image.open(io.BytesIO(base64.b64decode(part["content"]))))
+                     for part in (first, last))
+    assert thoughts.read_grid(told["content"]) == benchmark.seen_grid(verifier.look(after, SECOND))
+    kept.append((before == after).all(-1).mean())
+  assert 0.6 < np.mean(kept) < 0.98
+
+
 # --- the second world: its test ---
 
 
@@ -368,3 +387,40 @@ def test_the_second_world_s_autoencoder_in_the_package_keeps_its_images_right():
   assert vae.round_trip(sizes, params, records, rng).sum() >= 18
   assert run.load("configs/mini.py:world2-quick").autoencoder.endswith("autoencoder2")
   assert not run.load("configs/mini.py:world2").autoencoder
+
+
+# --- the second world: its ViT ---
+
+
+def small_vit():
+  model = run.load("configs/mini.py:world2", [
+      "model.llm.num_layers=1", "model.vit.num_layers=1", "model.vit.hidden_size=64"]).model
+  return model, init.random_params(model, jax.random.key(0))["transformer"]["vit"]
+
+
+def test_the_vit_is_shown_the_patches_and_the_words_of_all_cells():
+  patches, words = vit.examples(6, np.random.default_rng(0), SECOND)
+  assert patches.shape == (6, 16, 16 * 16 * 3) and words.shape == (6, 16, 3)
+  empty = np.ptp(patches.reshape(6, 16, -1, 3), axis=2).max(-1) == 0  # one level: only ground
+  assert len({tuple(cell) for cell in words[empty]}) == 1 < len(np.unique(words[~empty], axis=0))
+  assert empty[1::2].sum() < empty[::2].sum()  # every other scene is crowded
+
+
+def test_the_vit_learns_to_name_what_cells_show(monkeypatch):
+  model, params = small_vit()
+  patches, words = vit.examples(32, np.random.default_rng(9), SECOND)
+  states, step = [], vit._step
+  monkeypatch.setattr(vit, "_step", lambda *args: states.append(step(*args)) or states[-1])
+  trained = vit.train(model, params, steps=80, images=200, seed=0, world=SECOND)
+  assert jax.tree.structure(trained) == jax.tree.structure(params) and len(states) == 80
+  float32 = dataclasses.replace(model, dtype="float32")
+  own, others = (float(vit.loss_fn(states[-1][0], float32, patches, shown))
+                 for shown in (words, np.roll(words, 1, axis=0)))
+  assert own < 0.8 * others
+
+
+def test_the_vit_needs_a_patch_for_each_cell():
+  model, params = small_vit()
+  wide = dataclasses.replace(model, vit=dataclasses.replace(model.vit, grid_size=8))
+  with pytest.raises(ValueError, match="'vit_steps'.*grid_size is 8, not 4"):
+    vit.train(wide, params, steps=1, images=2, seed=0, world=SECOND)

@@ -1,6 +1,6 @@
 """`irg mini run`: all steps from nothing to a trained and measured model.
 
-    autoencoder      painted images                                  -> start
+    autoencoder      painted images; in world 2 the ViT, too          -> start
     base             text alone, then prompts, plans, images         -> base/stage2/weights
     trajectories     thoughts and images of the base model, the
                      verifier's verdict, the improved image          -> trajectories
@@ -27,7 +27,7 @@ from irg_jax.data import latents, parquet, sources
 from irg_jax.data.records import MODES
 from irg_jax.generate import prompts
 from irg_jax.generate import settings as generate_settings
-from irg_jax.mini import STEPS, datasets, report, thoughts, trajectories, vae
+from irg_jax.mini import STEPS, datasets, report, thoughts, trajectories, vae, vit
 from irg_jax.mini.world import COLORS, WORLD1, WORLDS, World, prompt_rules
 from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
@@ -57,6 +57,8 @@ class Settings:
   vae_learning_rate: float = setting(1e-3, "peak learning rate of the autoencoder", above=0)
   vae_images: int = setting(
       6000, "distinct images to train the autoencoder on", low=1, was="vae_pictures")
+  vit_steps: int = setting(
+      0, "updates of the ViT before the base model, on as many images; 0: it starts random", low=0)
   autoencoder: str = setting(
       "", "checkpoint folder to take the autoencoder from; empty: train one", path=True)
   base: str = setting(
@@ -120,7 +122,8 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
   """Records the settings of a run; ValueError if it was started with others."""
   now = dataclasses.asdict(settings) | {"config": None}  # the file may move
   if (out / "mini.json").exists():
-    new = {name: getattr(Settings(), name) for name in ("world", "altered_plans", "base")}
+    new = {name: getattr(Settings(), name)
+           for name in ("world", "altered_plans", "base", "vit_steps")}
     recorded = new | runs.read(out / "mini.json")
     recorded["generate"] = generate_settings.with_new(
         recorded.get("generate", {}), now["generate"])
@@ -130,7 +133,7 @@ def check_same(settings: Settings, out: pathlib.Path) -> None:
 
 
 def make_start(settings: Settings, out: pathlib.Path) -> None:
-  """A checkpoint with the autoencoder, random other weights, and the tokenizer.
+  """A checkpoint with the autoencoder, maybe a trained ViT, random other weights, the tokenizer.
 
   With `settings.base` it is that base model.
   """
@@ -152,6 +155,12 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
           images=settings.vae_images, seed=settings.seed, world=settings.in_world,
           progress=progress)
   params = init.random_params(settings.model, jax.random.key(settings.seed))
+  if settings.vit_steps:
+    with Progress() as progress:
+      params["transformer"]["vit"] = vit.train(
+          settings.model, params["transformer"]["vit"], steps=settings.vit_steps,
+          images=settings.vae_images, seed=settings.seed, world=settings.in_world,
+          progress=progress)
   with storage.atomic_folder(out / "start") as folder:
     words = folder / "words"
     words.mkdir()
