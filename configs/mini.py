@@ -84,7 +84,7 @@ def _world():
 def _world2():
   config = _second(_world())
   config.vit_steps = 2500
-  config.base_rows = 50000
+  config.base_rows = 56000
   config.trajectories = 3000
   return config
 
@@ -146,6 +146,7 @@ def _base2():
   config = _base()
   config.stage2.mixture = _mixture(initial_thinking_understanding_learning=0.35,
                                    initial_full_learning=0.65)
+  config.stage1.sizes.samples = 8  # some of its texts are short
   config.stage2.sizes.update(und=240, gen=160)
   return config
 

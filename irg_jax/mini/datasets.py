@@ -169,6 +169,20 @@ def _arranged(rng, world):
   return TELL, [_user(thoughts.places(scene)), assistant([text_part(cells)])]
 
 
+def _understood(rng, world):
+  """A prompt as typed, and what it asks for in the fixed wording of plans."""
+  record = training_record(rng, world)
+  said = text_part(f"{thoughts.request(record)}.")
+  return TELL, [_user(record["prompt"]), _user(thoughts.REQUEST), assistant([said])]
+
+
+def _placed(rng, world):
+  """The places of a plan, which follow from what is asked for."""
+  record = training_record(rng, world)
+  said = text_part(thoughts.places(sample_scene(record, rng), record))
+  return TELL, [_user(f"{thoughts.request(record)}."), assistant([said])]
+
+
 def _copied(rng, world):
   """Cells of any two words, to be listed and repeated: copied, without any meaning.
 
@@ -238,13 +252,13 @@ def _looked_after_plan(rng, world):
 # (share in world 1, share in world 2, kind of row: Generator, World -> (mode, conversation))
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
-    (0.08, 0.24, functools.partial(_planned, drawn=False)), (0.13, 0.12, _reflected),
-    (0.11, 0.08, _arranged), (0.04, 0.03, _copied), (0.20, 0.15, _planned),
-    (0.04, 0.02, functools.partial(_drawn, prompt=True)),
+    (0.08, 0.16, functools.partial(_planned, drawn=False)), (0.0, 0.14, _understood),
+    (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
+    (0.20, 0.14, _planned), (0.04, 0.02, functools.partial(_drawn, prompt=True)),
     (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
-    (0.16, 0.07, _described), (0.08, 0.11, _looked_after_plan), (0.0, 0.08, _edited),
-    *((0.03, 0.02, functools.partial(_looked, crowded=crowded, vae=vae))
-      for crowded in (False, True) for vae in (False, True)))
+    (0.16, 0.06, _described), (0.08, 0.10, _looked_after_plan), (0.0, 0.08, _edited),
+    *((0.03, share, functools.partial(_looked, crowded=crowded, vae=vae))
+      for crowded, share in ((False, 0.01), (True, 0.02)) for vae in (False, True)))
 
 
 def _retold(record, plan, rng):

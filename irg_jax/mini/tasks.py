@@ -116,8 +116,8 @@ TASKS2 = {
     "two_object": Task(0.04, lambda world, rng: _kinds(world, rng, (1, 1), 0.5, 0.3)),
     "color_attr": Task(0.05, lambda world, rng: _kinds(world, rng, (1, 1), 1.0)),
     "counting": Task(0.09, lambda world, rng: _kinds(world, rng, (rng.integers(2, 6),), 0.5)),
-    "position": Task(0.35, lambda world, rng: _placed(
+    "position": Task(0.45, lambda world, rng: _placed(
         _kinds(world, rng, rng.choice((1, 1, 2), 2)), (1, 0), rng=rng)),
-    "many": Task(0.90, _many),
+    "many": Task(0.45, _many),
     "relations": Task(0.60, _related),
 }

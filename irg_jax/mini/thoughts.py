@@ -32,6 +32,7 @@ from irg_jax.mini.world import (
 SYSTEM_PROMPT = "Think, draw, look, and draw again."
 SATISFIED = "What falls short: nothing."  # see `generate.settings.Defaults`
 QUESTION = "What does the picture show?"
+REQUEST = "What shall the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
