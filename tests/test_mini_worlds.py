@@ -318,14 +318,28 @@ def test_short_rows_are_the_parts_of_a_plan():
     assert all((shape in request) == (shape in places) for shape in SECOND.shapes)
 
 
+def test_a_reflection_marks_what_will_not_stay_and_says_what_comes_instead():
+  marked = 0
+  for seed in range(40):
+    *_, thought = datasets.texts(datasets._reflected(np.random.default_rng(seed), SECOND)[1])
+    seen, final = thoughts.read_seen(thought), thoughts.read_grid(thought)
+    changed = {at: new for at, old, new in zip(thoughts.LETTERS, seen, final) if old != new}
+    assert {at: new for new, at in re.findall(r"put ([a-z ]+) ([A-P])", thought)} == changed
+    things = re.search(r"Things: ([^.]*)\.", thought)[1].split(", ")
+    for thing in things:
+      assert thing.endswith(" wrong") == (thing[0] in changed)
+      marked += thing.endswith(" wrong")
+  assert marked > 10
+
+
 def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_plan():
   differ = 0
-  for seed in range(20):
+  for seed in range(40):
     _, plan, told, thought = datasets.texts(
         datasets._reflected(np.random.default_rng(seed), SECOND)[1][1:])
     assert f"I see: {told} " in thought
     differ += thoughts.read_grid(told) != thoughts.read_grid(plan)
-  assert 8 <= differ <= 19
+  assert 10 <= differ <= 35
 
 
 def test_a_changed_image_keeps_all_but_what_its_description_changes():
@@ -338,7 +352,7 @@ def test_a_changed_image_keeps_all_but_what_its_description_changes():
                      for part in (first, last))
     assert thoughts.read_grid(told["content"]) == benchmark.seen_grid(verifier.look(after, SECOND))
     kept.append((before == after).all(-1).mean())
-  assert 0.6 < np.mean(kept) < 0.98
+  assert np.mean(kept) > 0.6 and np.less(kept, 1).sum() >= 6
 
 
 # --- the second world: its test ---
@@ -423,12 +437,12 @@ def test_the_vit_learns_to_name_what_cells_show(monkeypatch):
   patches, words = vit.examples(32, np.random.default_rng(9), SECOND)
   states, step = [], vit._step
   monkeypatch.setattr(vit, "_step", lambda *args: states.append(step(*args)) or states[-1])
-  trained = vit.train(model, params, steps=80, images=200, seed=0, world=SECOND)
-  assert jax.tree.structure(trained) == jax.tree.structure(params) and len(states) == 80
+  trained = vit.train(model, params, steps=90, images=200, seed=0, world=SECOND)
+  assert jax.tree.structure(trained) == jax.tree.structure(params) and len(states) == 90
   float32 = dataclasses.replace(model, dtype="float32")
   own, others = (float(vit.loss_fn(states[-1][0], float32, patches, shown))
                  for shown in (words, np.roll(words, 1, axis=0)))
-  assert own < 0.8 * others
+  assert own < 0.9 * others
 
 
 def test_the_vit_needs_a_patch_for_each_cell():

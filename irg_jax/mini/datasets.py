@@ -21,7 +21,9 @@ from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 PURPOSES = ("words", "base", "trajectories", "better", "altered")  # of random numbers in a run
-_SAME = {False: 0.4, True: 0.15}  # share of images that show their plan, by `World.told`
+# Shares without and with `World.aided`: of images to look at that show their plan, and of careless
+# plans before a reflection in text alone.
+_SAME, _CARELESS = (0.4, 0.15), (0.4, 0.25)
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
@@ -136,24 +138,24 @@ def _drawn(rng, world, system=False, prompt=False, planned=False, drawn=True):
 def _reflected(rng, world):
   """A reflection, in text alone, on an imagined image that shows its plan or not.
 
-  A third of the plans are careless, as a model's can be: the image shows the cells, which do not
-  follow from the places. In a `World.told` the image is there in words: else what is "seen" can
+  Some plans are careless, as a model's can be: the image shows the cells, which do not
+  follow from the places. In an aided world the image is there in words: else what is "seen" can
   only be guessed from the plan, and a model that learns to guess does not look.
   """
   while True:
     record = training_record(rng, world)
     scene = sample_scene(record, rng)
-    careless = len(scene.things) > 1 and rng.random() < 0.4
+    careless = len(scene.things) > 1 and rng.random() < _CARELESS[world.aided]
     if careless:
       scene, drawn = _careless(scene, rng)
     else:
-      drawn = _spoiled(scene, rng, same=_SAME[world.told])
+      drawn = _spoiled(scene, rng)
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
       cells = thoughts.grid(drawn) if careless else None
       plan, better = thoughts.plan(record, scene, cells), thoughts.improve(record, verdict, rng)
       thought = thoughts.reflect(record, verdict, better, plan)
-      told = [thoughts.describe(verdict.seen)] if world.told else []
+      told = [thoughts.describe(verdict.seen)] if world.aided else []
       said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]
       return TELL, [*_asked(record), assistant(said)]
 
@@ -211,7 +213,7 @@ def _edited(rng, world):
   The average of both looks like a bad drawing of the second.
   """
   scene = crowded_scene(rng, world) if rng.random() < 0.5 else training_scene(rng, world)
-  before, after = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.told])), paint(scene)
+  before, after = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.aided])), paint(scene)
   if rng.random() < 0.3:
     before = _average(before, after)
   return DRAW, [assistant([_image(before, need_vae=True, need_vit=True), _told(scene),
@@ -239,7 +241,7 @@ def _looked_after_plan(rng, world):
   while True:
     record = training_record(rng, world)
     scene = sample_scene(record, rng)
-    drawn = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.told]))
+    drawn = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.aided]))
     if rng.random() < 0.5:
       drawn = _average(paint(scene), drawn)
     seen = verifier.look(drawn, world)

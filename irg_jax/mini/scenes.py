@@ -20,14 +20,14 @@ _WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 
 def sample_scene(record: dict, rng) -> Scene:
   """A scene that shows exactly what a record asks for; all else is random.
 
-  What the record leaves open never makes a pair held out of training. In a `World.ordered`, things
-  without relations stand in the order of the prompt.
+  What the record leaves open never makes a pair held out of training. In an aided world, things
+  without relations stand in the order of the prompt, row by row.
   """
   world, include = of(record), record["include"]
   owners = [i for i, clause in enumerate(include) for _ in range(clause["count"])]
   while True:
     cells = [divmod(int(i), GRID) for i in rng.choice(GRID**2, len(owners), replace=False)]
-    if world.ordered and not relations(include):
+    if world.aided and not relations(include):
       cells.sort()
     groups = [[c for c, owner in zip(cells, owners) if owner == i] for i in range(len(include))]
     if relations_hold(include, groups):

@@ -118,6 +118,6 @@ TASKS2 = {
     "counting": Task(0.09, lambda world, rng: _kinds(world, rng, (rng.integers(2, 6),), 0.5)),
     "position": Task(0.45, lambda world, rng: _placed(
         _kinds(world, rng, rng.choice((1, 1, 2), 2)), (1, 0), rng=rng)),
-    "many": Task(0.45, _many),
+    "many": Task(0.75, _many),
     "relations": Task(0.60, _related),
 }

@@ -67,12 +67,13 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen = verdict.seen
-  cells = grid(seen)
+  cells, after = grid(seen), grid(better)
+  marked = after if better.world.aided else cells
   short = ", ".join(verdict.faults) or "nothing"
   wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
-  return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before))} "
+  return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before), marked)} "
           f"What falls short: {short}. Improvements: {wanted}. "
-          f"Steps: {', '.join(edits(cells, grid(better)))}. "
+          f"Steps: {', '.join(edits(cells, after))}. "
           f"Final prompt: {describe(better)} </think>")
 
 
@@ -119,12 +120,17 @@ def grid_text(cells) -> str:
   return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(LETTERS, cells))}."
 
 
-def listed(cells, first=()) -> str:
-  """The cells at the letters `first`, in their order, then all others that are not empty."""
+def listed(cells, first=(), wanted=None) -> str:
+  """The cells at the letters `first`, in their order, then all others that are not empty.
+
+  Those that are not as in `wanted`, other cells, are marked.
+  """
   there = dict(zip(LETTERS, cells))
+  wrong = {at for at, *pair in zip(LETTERS, cells, wanted or cells) if len({*pair}) > 1}
   filled = [at for at, cell in there.items() if not cell.endswith(EMPTY)]
   others = [at for at in filled if at not in first]
-  return f"Things: {', '.join(f'{at} {there[at]}' for at in [*first, *others]) or 'none'}."
+  said = [f"{at} {there[at]}{' wrong' * (at in wrong)}" for at in [*first, *others]]
+  return f"Things: {', '.join(said) or 'none'}."
 
 
 def read_grid(text: str) -> list[str] | None:

@@ -56,8 +56,7 @@ class World:
   tasks: dict[str, tasks.Task]
   wording: dict  # the content of its file: phrasings, and what is held out
   phrase: typing.Callable  # include clauses, wording, Generator -> prompt
-  told: bool = True  # a reflection in text alone has the image before it, in words
-  ordered: bool = True  # things without relations stand in the order of the prompt, row by row
+  aided: bool = True  # its texts and rows help a model to place and to look (docs/mini.md)
   colors: typing.ClassVar[dict] = COLORS
 
   @property
@@ -79,7 +78,7 @@ WORLD1 = World(
     name="1", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "ring"),
     radii={"": (5.5, 7.5)}, most=5, inside=False, star=0.42, cross=0.32, tasks=tasks.TASKS,
     wording=tomllib.loads((_FILES / "world.toml").read_text()), phrase=phrasing.formal,
-    told=False, ordered=False)  # as the package's model was trained
+    aided=False)  # as the package's model was trained
 _LARGE = (6.2, 7.0)
 WORLD2 = World(
     name="2", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "heart"),
