@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 import irg_jax
-from irg_jax.mini import benchmark, report, thoughts, verifier
+from irg_jax.mini import benchmark, thoughts, verifier
 from irg_jax.mini.world import WORLD1, WORLDS
 
 
@@ -28,7 +28,7 @@ def main():
   args = parser.parse_args()
   irg_jax.keep_programs()
   loaded, mini = irg_jax.load(args.checkpoint), benchmark.MINIS[args.world]
-  items = report.select(args.prompts, 0, 1, mini)
+  items = benchmark.select(args.prompts, 0, 1, mini)
   settings = dataclasses.replace(loaded.settings, rounds=2)
   prompts, seeds = [item.prompt for item in items], range(len(items))
   draw = lambda settings, **given: loaded.batch(

@@ -12,7 +12,7 @@ import unicodedata
 
 import numpy as np
 import tokenizers
-from tokenizers import pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from irg_jax import config, storage
 
@@ -157,6 +157,27 @@ def write_byte_tokenizer(folder) -> None:
   added = [added_token(name, i, True) for i, name in enumerate(CONTROL_NAMES.values(), len(vocab))]
   text = json.dumps(qwen2_spec(vocab, [], added), ensure_ascii=False, indent=1)
   (storage.path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
+
+
+def train_tokenizer(folder, texts, vocab_size: int) -> None:
+  """Learns a byte-level BPE from texts and writes `folder`/tokenizer.json in Qwen2's form.
+
+  `vocab_size` is the most tokens, with the 256 bytes and the four control tokens.
+  """
+  spec = qwen2_spec({}, [], [])
+  learner = tokenizers.Tokenizer(models.BPE())
+  split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+  learner.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  learner.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=vocab_size - len(CONTROL_NAMES), show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  learned = json.loads(learner.to_str())["model"]
+  names = enumerate(CONTROL_NAMES.values(), len(learned["vocab"]))
+  spec = qwen2_spec(learned["vocab"], learned["merges"],
+                    [added_token(name, i, True) for i, name in names])
+  storage.write_json(storage.path(folder) / "tokenizer.json", spec, ensure_ascii=False, indent=1)
 
 
 def _check_steps(steps, path):

@@ -86,7 +86,7 @@ for item in items[264:]:
   assert not verifier.judge(verifier.Seen("grey", scene.things[1:], ()), item.extra).correct
   assert thoughts.read_scene(thoughts.plan(item.extra, scene)) is not None
 quick = run.load("configs/mini.py:quick")
-chosen = [item.extra["tag"] for item in report.select(quick.test_seen, quick.test_unseen)]
+chosen = [item.extra["tag"] for item in benchmark.select(quick.test_seen, quick.test_unseen)]
 assert len(chosen) == quick.test_seen + quick.test_unseen and chosen.count("twins") >= 4
 scores = figures.scores(np.ones(len(items)), items)
 assert scores["seen"]["tasks"]["twins"]["prompts"] == 24

@@ -368,7 +368,7 @@ def test_irg_generate_takes_them_too_and_the_package_s_checkpoint_where_none_is_
 
 
 def test_a_model_s_images_are_drawn_once_and_scored(checkpoint, tmp_path):
-  items = report.select(seen=1, unseen=1, images=1)
+  items = benchmark.select(seen=1, unseen=1, images=1)
   arms = [report.ARMS[0], dataclasses.replace(report.FINAL, rounds=2)]
   report.evaluate(tmp_path, items, 2, arms, checkpoint[0])
   for arm_, rounds in zip(arms, (1, 2)):

@@ -17,7 +17,7 @@ from irg_jax.mini import datasets, run, scenes, thoughts, vae, verifier, world
 from irg_jax.mini.scenes import paint
 from irg_jax.model.vae import Vae, sample_latents
 from irg_jax.reports import pages
-from irg_jax.tokenizer import load_tokenizer
+from irg_jax.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT_CONFIG = "configs/mini.py"
 
@@ -43,7 +43,7 @@ def test_a_plan_says_what_stands_in_each_cell_and_can_be_read_back():
 def test_every_cell_takes_three_tokens_wherever_it_stands(tmp_path):
   small = run.load("configs/mini.py")
   size = small.model.llm.vocab_size
-  datasets.write_tokenizer(tmp_path, run.sample_texts(small, 2000), size)
+  train_tokenizer(tmp_path, run.sample_texts(small, 2000), size)
   words = load_tokenizer(tmp_path, size)
   things = [f"{c} {s}" for c in world.COLORS for s in world.WORLD1.shapes]
   rng = np.random.default_rng(0)
@@ -256,7 +256,7 @@ def test_the_base_learns_from_rows_that_the_reader_accepts_and_no_unseen_pair():
 def test_the_tokenizer_has_a_token_for_each_word_of_the_world(tmp_path):
   rng = np.random.default_rng(0)
   texts = [t for _, row in datasets.base_rows(1500, rng) for t in datasets.texts(row)]
-  datasets.write_tokenizer(tmp_path, texts, 512)
+  train_tokenizer(tmp_path, texts, 512)
   words = load_tokenizer(tmp_path, 512)
   for word in (*world.WORLD1.shapes, *world.COLORS, *world.BACKGROUNDS):
     assert len(words.encode(f" {word}")) == 1

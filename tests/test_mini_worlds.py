@@ -21,7 +21,7 @@ from irg_jax.mini import (
     benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
     world)
 from irg_jax.model.vit import Vit
-from irg_jax.tokenizer import load_tokenizer
+from irg_jax.tokenizer import load_tokenizer, train_tokenizer
 from irg_jax.weights import init
 
 SECOND = world.WORLD2
@@ -239,7 +239,7 @@ def test_a_plan_of_the_second_world_says_it_all_and_can_be_read_back():
 def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_path):
   settings = run.load("configs/mini.py:world2")
   size = settings.model.llm.vocab_size
-  datasets.write_tokenizer(tmp_path, run.sample_texts(settings, 600), size)
+  train_tokenizer(tmp_path, run.sample_texts(settings, 600), size)
   words, rng = load_tokenizer(tmp_path, size), np.random.default_rng(0)
   things = [f"{d} {c} {s}" for d in SECOND.details for c in world.COLORS for s in SECOND.shapes]
   for _ in range(30):

@@ -1,7 +1,7 @@
 """The mini world's test: a benchmark whose judge is the verifier, and its figures.
 
-  --prompts    test.jsonl, of world 2 test2.jsonl; they come with this package. Prompts of tasks that
-               they lack, which a fork has added to a world's tasks, are generated and stand last
+  --prompts    test.jsonl, or test2.jsonl of world 2, as in this package. Prompts of tasks that it
+               lacks, which a fork has added to a world's tasks, are generated and stand last
   item ids     "00000", the line from 0
   images       roundN/00000/samples/00000.png ... 00003.png, and roundN/00000/metadata.jsonl
 """
@@ -196,6 +196,19 @@ def choose(drawn: Drawn) -> list[dict]:
       chosen.append({"kind": kind, "prompt": trace["prompt"], "seed": trace["seed"],
                      "tasks": lines[0]["tasks"], "turns": turns})
   return chosen
+
+
+def select(seen: int | None = None, unseen: int | None = None, images: int = 4,
+           mini: Mini = MINI):
+  """The first test prompts of each split, a task in turn, with at most `images` images each."""
+  items, chosen = mini.read(), []
+  for split, limit in (("seen", seen), ("unseen", unseen)):
+    groups = {}
+    for i, item in enumerate(items):
+      if item.extra["split"] == split:
+        groups.setdefault(item.extra["tag"], []).append(i)
+    chosen += [items[i] for i in in_turn(groups)[:limit]]
+  return [dataclasses.replace(item, images=min(images, item.images)) for item in chosen]
 
 
 def in_turn(groups: dict) -> list:

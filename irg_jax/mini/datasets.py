@@ -1,23 +1,17 @@
-"""Training rows of the mini world, (mode, conversation) in IRGL's published form; tokenizer."""
+"""Training rows of the mini world, (mode, conversation) in IRGL's published form."""
 
 import contextlib
 import dataclasses
 import functools
 import itertools
-import json
-import pathlib
 
 import numpy as np
-import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
 
-from irg_jax import storage
 from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.images import encode_image
 from irg_jax.mini import thoughts, verifier
 from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
 from irg_jax.mini.world import WORLD1, WORLDS, Scene, World, of, training_record
-from irg_jax.tokenizer import CONTROL_NAMES, added_token, qwen2_spec
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 PURPOSES = ("words", "base", "trajectories", "better", "altered")  # of random numbers in a run
@@ -105,27 +99,6 @@ def texts(conversation: list):
       yield from (part["content"] for part in turn["content"] if part["type"] == "text")
 
 
-def write_tokenizer(folder, texts, vocab_size: int) -> None:
-  """Learns a byte-level BPE from texts and writes `folder`/tokenizer.json in Qwen2's form.
-
-  `vocab_size` is the most tokens, with the 256 bytes and the four control tokens.
-  """
-  spec = qwen2_spec({}, [], [])
-  learner = tokenizers.Tokenizer(models.BPE())
-  split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-  learner.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-  learner.train_from_iterator(texts, trainers.BpeTrainer(
-      vocab_size=vocab_size - len(CONTROL_NAMES), show_progress=False,
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-  learned = json.loads(learner.to_str())["model"]
-  names = enumerate(CONTROL_NAMES.values(), len(learned["vocab"]))
-  spec = qwen2_spec(learned["vocab"], learned["merges"],
-                    [added_token(name, i, True) for i, name in names])
-  storage.write_json(pathlib.Path(folder) / "tokenizer.json", spec, ensure_ascii=False, indent=1)
-
-
 def _drawn(rng, world, system=False, prompt=False, planned=False, drawn=True):
   record = training_record(rng, world)
   scene = sample_scene(record, rng)
@@ -208,7 +181,7 @@ def _described(rng, world):
 
 
 def _edited(rng, world):
-  """An image, and the description of another one that keeps most of it: only the rest is drawn anew.
+  """An image, and the description of another one that keeps most of it.
 
   The average of both looks like a bad drawing of the second.
   """

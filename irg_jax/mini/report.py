@@ -42,7 +42,7 @@ def run(out, arms: tuple[Arm, ...] = ARMS) -> pathlib.Path:
     settings = runs.read(out / "mini.json")
     images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
     mini = benchmark.MINIS[settings.get("world", WORLD1.name)]
-    items = select(settings["test_seen"], settings["test_unseen"], images, mini)
+    items = benchmark.select(settings["test_seen"], settings["test_unseen"], images, mini)
     evaluate(out, items, settings["sample_batch"], arms)
     return make(out, settings=settings, mini=mini)
   if (out / "mini.json").is_file():
@@ -52,7 +52,7 @@ def run(out, arms: tuple[Arm, ...] = ARMS) -> pathlib.Path:
     raise ValueError(f"--out {out}: no run of irg mini run in there, and this copy of the package "
                      "comes without a checkpoint to measure; make a run first")
   others = _shipped_arms(checkpoint / score.SCORES)
-  evaluate(out, select(), arms=[FINAL], checkpoint=checkpoint)
+  evaluate(out, benchmark.select(), arms=[FINAL], checkpoint=checkpoint)
   return make(out, others)
 
 
@@ -132,19 +132,6 @@ def _shipped_arms(path):
             if name != FINAL.name}
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{path}: is not a report.json of irg mini report ({e})") from e
-
-
-def select(seen: int | None = None, unseen: int | None = None, images: int = 4,
-           mini: benchmark.Mini = benchmark.MINI):
-  """The first test prompts of each split, a task in turn, with at most `images` images each."""
-  items, chosen = mini.read(), []
-  for split, limit in (("seen", seen), ("unseen", unseen)):
-    groups = {}
-    for i, item in enumerate(items):
-      if item.extra["split"] == split:
-        groups.setdefault(item.extra["tag"], []).append(i)
-    chosen += [items[i] for i in benchmark.in_turn(groups)[:limit]]
-  return [dataclasses.replace(item, images=min(images, item.images)) for item in chosen]
 
 
 def evaluate(out: pathlib.Path, items, batch_size: int = 64, arms=ARMS,

@@ -33,6 +33,7 @@ from irg_jax.model.vae import encode_levels
 from irg_jax.progress import Progress
 from irg_jax.train import run as train_run
 from irg_jax.train import settings as train_settings
+from irg_jax.tokenizer import train_tokenizer
 from irg_jax.weights import init, published
 
 # Of 108 images of five things of two kinds, 23 were wrong; of four, 22 of 180.
@@ -164,7 +165,7 @@ def make_start(settings: Settings, out: pathlib.Path) -> None:
   with storage.atomic_folder(out / "start") as folder:
     words = folder / "words"
     words.mkdir()
-    datasets.write_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
+    train_tokenizer(words, sample_texts(settings), settings.model.llm.vocab_size)
     published.save(folder / "weights", params | {"vae": vae_params}, settings.model, source=words)
     generate_settings.write_defaults(folder / "weights", defaults(settings))
 
