@@ -292,14 +292,14 @@ def charts(report: dict) -> dict[str, bytes]:
   if series:
     found["tasks.png"] = plots.bar_chart(
         "By task, seen and unseen together", list(_world(report).tasks), series)
-  if free := [row for row in rows if "choices" in row]:
-    entropy = lambda value: value and dict.fromkeys(("value", "low", "high"), value["entropy"])
+  free = [row for row in rows if "choices" in row]
+  bar = lambda value: value and dict.fromkeys(("value", "low", "high"), value["entropy"])
+  chosen = [(name, [bar(row["choices"][key]) for row in free])
+            for key, name in WORDING["choices"].items() if any(row["choices"][key] for row in free)]
+  if chosen:
     found["choices.png"] = plots.bar_chart(
         "What prompts leave open: entropy of the choice, 1 if even",
-        [row["name"].replace(", ", "\n") for row in free],
-        [(name, [entropy(row["choices"][key]) for row in free])
-         for key, name in WORDING["choices"].items()
-         if any(row["choices"][key] for row in free)])
+        [row["name"].replace(", ", "\n") for row in free], chosen)
   return found
 
 
