@@ -24,14 +24,9 @@ SEED = 77  # of the prompts, for nothing else
 
 def records(count: int, world) -> list[dict]:
   """Records of all tasks in turn, none of the test; training may have some prompt by chance."""
-  rng, found = np.random.default_rng([SEED, 1]), []
-  for task in itertools.cycle(world.tasks):
-    if len(found) == count:
-      return found
-    record = world_lib.sample_record(task, rng, world)
-    while world_lib.is_unseen(record) or world_lib.is_for_test(record):
-      record = world_lib.sample_record(task, rng, world)
-    found.append(record)
+  rng = np.random.default_rng([SEED, 1])
+  return [world_lib.training_record(rng, world, task)
+          for task in itertools.islice(itertools.cycle(world.tasks), count)]
 
 
 def planned_right(text: str, record: dict) -> bool:

@@ -20,7 +20,6 @@ from irg_jax.generate import irg
 from irg_jax.mini import (
     benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
     world)
-from irg_jax.model.vit import Vit
 from irg_jax.tokenizer import load_tokenizer, train_tokenizer
 from irg_jax.weights import init
 
@@ -137,7 +136,7 @@ def read_noun(text):
 
 
 def read_prompt(prompt):
-  """What a prompt asks for, read by itself: ([clause], [(clause, relation, other)])."""
+  """The request of a prompt, read by itself: ([clause], [(clause, relation, other)])."""
   text = prompt.lower().rstrip(".!")
   frames = sorted(SECOND.wording["frames"], key=len, reverse=True)
   for before, after in (frame.split("{}") for frame in frames):
@@ -345,7 +344,7 @@ def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_pl
 def test_a_changed_image_keeps_all_but_what_its_description_changes():
   rng, kept = np.random.default_rng(0), []
   for _ in range(12):
-    (_, row), = [datasets._edited(rng, SECOND)]
+    _, row = datasets._edited(rng, SECOND)
     first, told, last = row[0]["content"]
     assert first["need_vae"] and first["need_vit"] and last["need_loss"] and not told["need_loss"]
     before, after = (np.array(Image.open(io.BytesIO(base64.b64decode(part["content"]))))

@@ -210,7 +210,8 @@ def made(*kept, text="more"):
 
 def test_rounds_after_a_stop_have_its_reward_and_are_not_judged_again():
   asked = []
-  functions = {"asked": lambda record, t: asked.append(len(t.rounds)) or 0, "level": lambda record, t: float(t.rounds[-1].image.mean()),
+  functions = {"asked": lambda record, t: asked.append(len(t.rounds)) or 0,
+               "level": lambda record, t: float(t.rounds[-1].image.mean()),
                "words": lambda record, t: len(t.rounds[-1].thought.ids),
                "rounds": lambda record, t: len(t.rounds)}
   rollouts = [made(7, 7, 7, 1), made(3, 4, 5, 9)]

@@ -14,7 +14,8 @@ from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_sce
 from irg_jax.mini.world import WORLD1, WORLDS, Scene, World, of, training_record
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
-PURPOSES = ("words", "base", "trajectories", "better", "altered")  # of random numbers in a run
+# Of random numbers in a run.
+PURPOSES = ("words", "base", "trajectories", "better", "altered", "vit")
 # Shares without and with `World.aided`: of images to look at that show their plan, and of careless
 # plans before a reflection in text alone.
 _SAME, _CARELESS = (0.4, 0.15), (0.4, 0.25)

@@ -1,6 +1,6 @@
 """`irg mini run`: all steps from nothing to a trained and measured model.
 
-    autoencoder      painted images; in world 2 the ViT, too          -> start
+    autoencoder      painted images; in world 2 the ViT, too         -> start
     base             text alone, then prompts, plans, images         -> base/stage2/weights
     trajectories     thoughts and images of the base model, the
                      verifier's verdict, the improved image          -> trajectories

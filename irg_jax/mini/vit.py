@@ -14,9 +14,9 @@ import optax
 
 from irg_jax.config import ModelConfig
 from irg_jax.images import patchify, to_pixels
-from irg_jax.mini import thoughts
+from irg_jax.mini import datasets, thoughts
 from irg_jax.mini.scenes import crowded_scene, paint, training_scene
-from irg_jax.mini.world import GRID, WORLD1, World
+from irg_jax.mini.world import CELL, GRID, WORLD1, World
 from irg_jax.model.vit import Vit
 
 _BATCH, _LEARNING_RATE = 64, 2e-3  # the peak of a cosine
@@ -37,7 +37,7 @@ def train(config: ModelConfig, params: dict, *, steps: int, images: int, seed: i
   if config.vit.grid_size != GRID:
     raise ValueError(f"config field 'vit_steps': a patch of the ViT must be a cell of the world, "
                      f"but model.vit.grid_size is {config.vit.grid_size}, not {GRID}; train with 0")
-  config, rng = dataclasses.replace(config, dtype="float32"), np.random.default_rng([seed, 2])
+  config, rng = dataclasses.replace(config, dtype="float32"), datasets.generator(seed, "vit")
   patches, words = examples(images, rng, world)
   state = {"vit": params, "head": jnp.zeros((config.vit.hidden_size, int(words.max()) + 1))}
   opt_state = _optimizer(steps).init(state)
@@ -55,23 +55,17 @@ def examples(count: int, rng, world: World = WORLD1) -> tuple[np.ndarray, np.nda
   The words are numbers, int32 [count, cells, 2 or 3], different for each place in the name.
   """
   scenes = [(crowded_scene if i % 2 else training_scene)(rng, world) for i in range(count)]
-  patch = len(paint(scenes[0])) // GRID
-  patches = np.stack([patchify(to_pixels(paint(scene)), patch) for scene in scenes])
+  patches = np.stack([patchify(to_pixels(paint(scene)), CELL) for scene in scenes])
   names = np.array([[cell.split() for cell in thoughts.grid(scene)] for scene in scenes])
   said = np.char.add(names, np.arange(names.shape[-1]).astype(str))
   return patches, np.unique(said, return_inverse=True)[1].reshape(said.shape).astype(np.int32)
 
 
-def logits(config: ModelConfig, state, patches_BPC):
-  """Scores of all words for each cell, [B, cells, words]."""
+def loss_fn(state, config: ModelConfig, patches_BPC, words_BPN):
+  """Sigmoid loss, as of SigLIP: which of all words each cell shows; a scalar."""
   place_BP = jnp.broadcast_to(jnp.arange(patches_BPC.shape[1]), patches_BPC.shape[:2])
   seen_BPD = Vit(config).apply({"params": state["vit"]}, patches_BPC, place_BP, place_BP * 0)
-  return seen_BPD.astype(jnp.float32) @ state["head"]
-
-
-def loss_fn(state, config, patches_BPC, words_BPN):
-  """Sigmoid loss, as of SigLIP: which of all words each cell shows; a scalar."""
-  scores_BPW = logits(config, state, patches_BPC)
+  scores_BPW = seen_BPD @ state["head"]
   said_BPW = jax.nn.one_hot(words_BPN, scores_BPW.shape[-1]).sum(-2)
   return optax.sigmoid_binary_cross_entropy(scores_BPW, said_BPW).sum(-1).mean()
 

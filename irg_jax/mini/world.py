@@ -147,12 +147,12 @@ def sample_record(task: str, rng, world: World = WORLD1) -> dict:
   return record if world is WORLD1 else record | {"world": world.name}
 
 
-def training_record(rng, world: World = WORLD1) -> dict:
-  """A record that training may show, of a random task."""
+def training_record(rng, world: World = WORLD1, task: str | None = None) -> dict:
+  """A record that training may show, of a task, or of a random one."""
   shares = np.array([task.share for task in world.tasks.values()])
   while True:
-    task = str(rng.choice([*world.tasks], p=shares / shares.sum()))
-    record = sample_record(task, rng, world)
+    chosen = task or str(rng.choice([*world.tasks], p=shares / shares.sum()))
+    record = sample_record(chosen, rng, world)
     if not is_unseen(record) and not is_for_test(record):
       return record
 
