@@ -32,8 +32,7 @@ def records(count: int, world) -> list[dict]:
 def planned_right(text: str, record: dict) -> bool:
   """Whether the cells of a thought are what the prompt asks for."""
   scene = thoughts.read_scene(text, world_lib.of(record))
-  return scene is not None and verifier.judge(
-      verifier.Seen(scene.background, scene.things, (), scene.world), record).correct
+  return scene is not None and verifier.judge_scene(scene, record).correct
 
 
 def main():

@@ -127,7 +127,8 @@ def _reflected(rng, world):
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
       cells = thoughts.grid(drawn) if careless else None
-      plan, better = thoughts.plan(record, scene, cells), thoughts.improve(record, verdict, rng)
+      plan = thoughts.plan(record, scene, cells)
+      better = thoughts.improve(record, verdict, rng, plan)
       thought = thoughts.reflect(record, verdict, better, plan)
       told = [thoughts.describe(verdict.seen)] if world.aided else []
       said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]

@@ -26,18 +26,21 @@ def nouns(include, article: bool = True) -> list[str]:
   return [noun(c["count"], c["class"], c.get("color"), article, c.get("detail")) for c in include]
 
 
-def formal(include, wording: dict, rng) -> str:
-  """A prompt in one of few phrasings, in lower case; at most one relation, of two clauses."""
+def formal(include, wording: dict, rng) -> tuple[str, list]:
+  """A prompt in one of few phrasings, in lower case, and its `relations`, one at most."""
   *most, last = names = nouns(include)
   text = f"{', '.join(most)} and {last}" if most else last
   for i, relation, other in relations(include):
     text = f"{names[i]} {wording['relations'][relation][int(rng.integers(2))]} {names[other]}"
   frames = wording["frames"]
-  return frames[int(rng.integers(len(frames)))].format(text)
+  return frames[int(rng.integers(len(frames)))].format(text), relations(include)
 
 
-def typed(include, wording: dict, rng) -> str:
-  """A prompt as people type it; what it asks for can be read back without doubt.
+def typed(include, wording: dict, rng) -> tuple[str, list]:
+  """A prompt as people type it, and its `relations` in the words of the prompt.
+
+  What it asks for can be read back without doubt. "Left of" may be said as "right of", the other
+  way round.
 
   It is a list of things, each with its relation where none stands in two; or a list, and then the
   relations; or one relation alone, as a sentence.
@@ -67,7 +70,7 @@ def typed(include, wording: dict, rng) -> str:
   if case == "upper" and len(text) > _LOUD:  # capitals take many tokens
     case = "sentence"
   return {"lower": str, "sentence": lambda t: t[0].upper() + t[1:], "upper": str.upper}[
-      case](text + pick("ends"))
+      case](text + pick("ends")), placed
 
 
 def _named(clause, said, style, wording, rng):

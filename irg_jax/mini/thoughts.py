@@ -43,11 +43,16 @@ class Inexpressible(ValueError):
 
 
 def request(record: dict) -> str:
-  """The include clauses of a record in the fixed wording of thoughts."""
-  named, placed = nouns(record["include"], article=False), relations(record["include"])
+  """What a record asks for, in the fixed wording of thoughts and the order of its prompt."""
+  named, placed = nouns(record["include"], article=False), _relations(record)
   alone = {*range(len(named))} - {i for first, _, other in placed for i in (first, other)}
   said = [f"{named[i]} {relation} {named[other]}" for i, relation, other in placed]
   return ", ".join(said + [named[i] for i in sorted(alone)])
+
+
+def _relations(record):
+  """`relations`, where possible as the prompt says them: then a model need not turn them round."""
+  return record.get("placed") or relations(record["include"])
 
 
 def plan(record: dict, scene: Scene, cells=None) -> str:
@@ -64,14 +69,15 @@ def describe(seen) -> str:
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  Inexpressible where `before`, the thought before the image, has no readable places.
+  In an aided world it says first what the prompt asks for: faults follow from that. Inexpressible where `before`, the thought before the image, has no readable places.
   """
-  seen = verdict.seen
+  seen, aided = verdict.seen, better.world.aided
   cells, after = grid(seen), grid(better)
-  marked = after if better.world.aided else cells
   short = ", ".join(verdict.faults) or "nothing"
-  wanted = f"the prompt asks for {request(record)}" if verdict.faults else "none"
-  return (f"<think> I see: {describe(seen)} {listed(cells, read_places(before), marked)} "
+  asked = f"the prompt asks for {request(record)}"
+  wanted = ("show all of it" if aided else asked) if verdict.faults else "none"
+  return (f"<think> {f'First, {asked}. ' * aided}I see: {describe(seen)} "
+          f"{listed(cells, read_places(before), after if aided else cells)} "
           f"What falls short: {short}. Improvements: {wanted}. "
           f"Steps: {', '.join(edits(cells, after))}. "
           f"Final prompt: {describe(better)} </think>")
@@ -94,7 +100,7 @@ def places(scene: Scene, record: dict | None = None) -> str:
     groups = [sorted(itertools.islice(rest, clause["count"]), key=lambda t: t.cell)
               for clause in record["include"]]
     # "a star above a cross": the cross is the first clause.
-    first = [i for i, _, other in relations(record["include"]) for i in (i, other)]
+    first = [i for i, _, other in _relations(record) for i in (i, other)]
     things = itertools.chain(*(groups[i] for i in dict.fromkeys([*first, *range(len(groups))])))
   named = [f"{t.kind} {LETTERS[GRID * t.cell[0] + t.cell[1]]}" for t in things]
   return f"The ground is {scene.background}. Places: {', '.join(named) or 'none'}."
@@ -189,8 +195,11 @@ def read_seen(text: str) -> list[str] | None:
   return read_grid(text.split("What falls short:")[0])
 
 
-def improve(record: dict, verdict, rng) -> Scene:
+def improve(record: dict, verdict, rng, plan: str = "") -> Scene:
   """A correct scene, in the order of the prompt, that keeps as much of the image as possible.
+
+  In an aided world, what is missing stands where `plan`, the thought before the image, has it, if
+  that plan is right: only what was drawn badly is then drawn again, and nothing is planned again.
 
   Inexpressible where the image shows what training must not, or no arrangement was found.
   """
@@ -199,6 +208,9 @@ def improve(record: dict, verdict, rng) -> Scene:
   matches, _ = verifier.assign(seen.things, record["include"])
   if verdict.correct:
     things = tuple(itertools.chain(*matches))
+    return _expressible(Scene(seen.background, things, world=seen.world))
+  planned = read_scene(plan, seen.world) if seen.world.aided else None
+  if planned and (things := _restored(record, matches, planned, rng)):
     return _expressible(Scene(seen.background, things, world=seen.world))
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
@@ -231,6 +243,26 @@ def check_showable(seen) -> None:
     raise Inexpressible("a pair that training must not show")
   if seen.background is None:
     raise Inexpressible("no known ground")
+
+
+def _restored(record, kept, planned, rng):
+  """The things of a right plan, those in `kept` as they are; None if it has them elsewhere."""
+  if not verifier.judge_scene(planned, record).correct:
+    return None
+  wanted, _ = verifier.assign(planned.things, record["include"])
+  there = [{t.cell: t for t in group} for group in kept]
+  if any({*old} - {t.cell for t in new} for old, new in zip(there, wanted)):
+    return None
+  things = [old.get(t.cell, t) for old, new in zip(there, wanted) for t in new]
+  places_ = [(t.x, t.y, t.radius) for old in there for t in old.values()]
+  for i, thing in enumerate(things):
+    if all(thing is not t for old in there for t in old.values()):
+      place = place_beside(thing.cell, places_, rng, thing.detail, planned.world)
+      if place is None:
+        return None
+      places_.append(place)
+      things[i] = Thing(thing.shape, thing.color, *place, thing.detail)
+  return tuple(things)
 
 
 def _complete(include, kept, seen, rng, lure):

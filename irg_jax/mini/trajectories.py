@@ -84,7 +84,7 @@ def trajectory_rows(settings, folder: pathlib.Path, counts: dict[str, int]):
     for record, plan, image in list(rows)[:left]:
       try:
         verdict = verifier.score(image, record)
-        better = thoughts.improve(record, verdict, rng)
+        better = thoughts.improve(record, verdict, rng, str(plan))
         modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
       except thoughts.Inexpressible as e:
         counts[str(e)] = counts.get(str(e), 0) + 1

@@ -108,6 +108,11 @@ def judge(seen: Seen, record: dict) -> Verdict:
   return Verdict(not faults, tuple(faults), seen, share)
 
 
+def judge_scene(scene, record: dict) -> Verdict:
+  """Judges a scene as if it were seen."""
+  return judge(Seen(scene.background, scene.things, (), scene.world), record)
+
+
 def assign(things, include) -> tuple[list[list], list]:
   """(things of each clause, the rest); the clauses that say more choose first."""
   groups, left = [[] for _ in include], list(things)

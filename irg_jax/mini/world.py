@@ -55,7 +55,7 @@ class World:
   cross: float  # half the width of the bars of a cross, in radii
   tasks: dict[str, tasks.Task]
   wording: dict  # the content of its file: phrasings, and what is held out
-  phrase: typing.Callable  # include clauses, wording, Generator -> prompt
+  phrase: typing.Callable  # include clauses, wording, Generator -> prompt, its relations
   aided: bool = True  # its texts and rows help a model to place and to look (docs/mini.md)
   colors: typing.ClassVar[dict] = COLORS
 
@@ -138,13 +138,17 @@ def of(record: dict) -> World:
 
 
 def sample_record(task: str, rng, world: World = WORLD1) -> dict:
-  """A random record of a task, with a prompt in one of several phrasings."""
+  """A random record of a task, with a prompt in one of several phrasings.
+
+  In world 2 "placed" has the relations as its prompt says them.
+  """
   while not (include := world.tasks[task].clauses(world, rng)):
     pass
   exclude = [{"class": c["class"], "count": c["count"] + 1} for c in include]
+  prompt, placed = world.phrase(include, world.wording, rng)
   record = {"tag": task, "include": include, "exclude": exclude if task == "counting" else [],
-            "prompt": world.phrase(include, world.wording, rng)}
-  return record if world is WORLD1 else record | {"world": world.name}
+            "prompt": prompt}
+  return record if world is WORLD1 else record | {"world": world.name, "placed": placed}
 
 
 def training_record(rng, world: World = WORLD1, task: str | None = None) -> dict:
