@@ -231,8 +231,36 @@ def test_a_plan_of_the_second_world_says_it_all_and_can_be_read_back():
     for clause in record["include"]:
       assert world.noun(clause["count"], clause["class"], clause.get("color"), False,
                         clause.get("detail")) in thoughts.request(record)
-    for _, relation, _ in world.relations(record["include"]):
+    for _, relation, _ in record["placed"]:
       assert f" {relation} " in thoughts.request(record)
+
+
+def test_a_request_of_the_second_world_has_the_relations_as_its_prompt_says_them():
+  turned = 0
+  for record, _, _ in second_cases(100, seed=9):
+    include, (clauses, read) = record["include"], read_prompt(record["prompt"])
+    bare = [{key: c[key] for key in c if key != "position"} for c in include]
+    placed = [(i, way, j) for i, way, j in record["placed"]]
+    assert [(clauses[i], way, clauses[j]) for i, way, j in read] == [
+        (bare[i], way, bare[j]) for i, way, j in placed]
+    assert meaning(bare, placed) == meaning(bare, world.relations(include))
+    names = world.nouns(bare, article=False)
+    assert thoughts.request(record).startswith(
+        ", ".join(f"{names[i]} {way} {names[j]}" for i, way, j in placed))
+    turned += placed != world.relations(include)
+  assert turned > 10
+
+
+def test_a_better_image_of_the_second_world_has_what_a_right_plan_wanted_and_keeps_the_rest():
+  restored = 0
+  for record, scene, rng in second_cases(60, seed=10):
+    plan = thoughts.plan(record, scene)
+    drawn = thoughts.read_scene(datasets.altered_plan(record, plan, rng), SECOND)
+    verdict = verifier.judge_scene(drawn, record)
+    better = thoughts.improve(record, verdict, rng, plan)
+    assert verifier.judge_scene(better, record).correct and thoughts.keeps(record, verdict, better)
+    restored += not verdict.correct and thoughts.grid(better) == thoughts.grid(scene)
+  assert restored > 30
 
 
 def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_path):
