@@ -1,4 +1,4 @@
-"""What hosts read of weights in a bucket, and what that costs them: bytes and memory."""
+"""Reading weights in a bucket by several hosts: bytes read and memory needed."""
 
 import json
 import math
@@ -49,7 +49,7 @@ print(json.dumps({"sums": sums, "raised": peak[0] - before, "arrays": size}))
 
 
 def load(folder, shape, processes, devices):
-  """What each process says."""
+  """The output of each process."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"

@@ -70,7 +70,7 @@ def drawn(work, number):
 
 
 def story(work):
-  """What an engine tells of a work that draws."""
+  """The events that an engine tells of a work that draws."""
   rounds = [drawn(work, number) for number in range(work.settings.rounds)]
   for number, found in enumerate(rounds):
     for end in (7, 9, None):
@@ -103,7 +103,7 @@ def made(engine):
 
 
 def all_of(steps):
-  """What an async generator yields."""
+  """The values that an async generator yields."""
   async def collect():
     return [step async for step in steps]
   return asyncio.run(collect())

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: every second in one phase, kept across restarts."""
+"""Shares of the time of a run: every second in one phase, kept across restarts."""
 
 import json
 

@@ -127,7 +127,7 @@ def trained():
 
 
 def meaning(text):
-  """What a trained prompt asks for, as `asked`, by the nouns and the relation in it."""
+  """The request of a trained prompt, as `asked`, by the nouns and the relation in it."""
   ways = world.WORLD1.wording["relations"]
   said = {words: relation for relation in ways for words in ways[relation]}
   found = []

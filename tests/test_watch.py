@@ -61,7 +61,7 @@ def records(out):
 
 
 def results(out):
-  """What an evaluation found, without its seconds."""
+  """The results of an evaluation, without its seconds."""
   return {step: record | {"seconds": None, "samples": [
       sample | {"rounds": [entry | {"seconds": None} for entry in sample["rounds"]]}
       for sample in record["samples"]]} for step, record in records(out).items()}

@@ -43,7 +43,7 @@ class Inexpressible(ValueError):
 
 
 def request(record: dict) -> str:
-  """What a record asks for, in the fixed wording of thoughts and the order of its prompt."""
+  """The request of a record, in the fixed wording of thoughts and the order of its prompt."""
   named, placed = nouns(record["include"], article=False), _relations(record)
   alone = {*range(len(named))} - {i for first, _, other in placed for i in (first, other)}
   said = [f"{named[i]} {relation} {named[other]}" for i, relation, other in placed]
