@@ -69,7 +69,9 @@ def describe(seen) -> str:
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  In an aided world it says first what the prompt asks for: faults follow from that. Inexpressible where `before`, the thought before the image, has no readable places.
+  In an aided world it says first what the prompt asks for: faults follow from that.
+
+  Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen, aided = verdict.seen, better.world.aided
   cells, after = grid(seen), grid(better)
