@@ -61,7 +61,7 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # Of a training: steps of the two stages in a quick run; in the second world steps, tokens of text
   # in a row of each stage, and how it is made there.
   trainings = {
-      "base": (_base, (240, 160), (1400, 1500), (560, 304), _base2),
+      "base": (_base, (240, 160), (1400, 1500), (608, 304), _base2),
       "irgl": (_irgl, (20, 60), (100, 800), (608, 608), _irgl),
       "quality": (_quality, (20, 20), (200, 900), (608, 608), _quality)}
   presets = {"world": _world, "quick": _quick, "world2": _world2,

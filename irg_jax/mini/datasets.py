@@ -77,12 +77,7 @@ def altered_plan(record: dict, plan: str, rng) -> str | None:
   scene = thoughts.read_scene(plan, of(record))
   if scene is None or not scene.things:
     return None
-  things, others = list(scene.things), crowded_scene(rng, scene.world).things
-  for i in rng.permutation(len(things))[:rng.integers(1, 3)]:
-    change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
-    changed = None if change == "gone" else _like(things[i], other, change)
-    things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed
-  cells = thoughts.grid(_with(scene, filter(None, things)))
+  cells = thoughts.grid(_altered(scene, rng))
   return plan.replace(thoughts.grid_text(thoughts.read_grid(plan)), thoughts.grid_text(cells))
 
 
@@ -112,9 +107,29 @@ def _drawn(rng, world, system=False, prompt=False, planned=False, drawn=True):
 def _reflected(rng, world):
   """A reflection, in text alone, on an imagined image that shows its plan or not.
 
-  Some plans are careless, as a model's can be: the image shows the cells, which do not
-  follow from the places. In an aided world the image is there in words: else what is "seen" can
-  only be guessed from the plan, and a model that learns to guess does not look.
+  In an aided world the image is there in words: else what is "seen" can only be guessed from the
+  plan, and a model that learns to guess does not look.
+  """
+  record, plan, seen, thought = _imagined_reflection(rng, world)
+  told = [thoughts.describe(seen)] if world.aided else []
+  said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]
+  return TELL, [*_asked(record), assistant(said)]
+
+
+def _compared(rng, world):
+  """The middle of a reflection: the places of a plan beside the cells seen, and what follows."""
+  record, plan, seen, thought = _imagined_reflection(rng, world)
+  places = plan[plan.index("Places:"):plan.index(" Cells:")]
+  middle = thought[thought.index("Things:"):thought.index(" Final prompt:")]
+  given = f"{thoughts.request(record)}. {places} {thoughts.grid_text(thoughts.grid(seen))}"
+  return TELL, [_user(given), assistant([text_part(middle)])]
+
+
+def _imagined_reflection(rng, world):
+  """A record, a plan, the `verifier.Seen` of an image, and the reflection on it.
+
+  Some plans are careless, as a model's can be: the image shows the cells, which do not follow from
+  the places.
   """
   while True:
     record = training_record(rng, world)
@@ -123,16 +138,12 @@ def _reflected(rng, world):
     if careless:
       scene, drawn = _careless(scene, rng)
     else:
-      drawn = _spoiled(scene, rng)
+      drawn = _drawn_badly(scene, rng)
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
-      cells = thoughts.grid(drawn) if careless else None
-      plan = thoughts.plan(record, scene, cells)
+      plan = thoughts.plan(record, scene, thoughts.grid(drawn) if careless else None)
       better = thoughts.improve(record, verdict, rng, plan)
-      thought = thoughts.reflect(record, verdict, better, plan)
-      told = [thoughts.describe(verdict.seen)] if world.aided else []
-      said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]
-      return TELL, [*_asked(record), assistant(said)]
+      return record, plan, verdict.seen, thoughts.reflect(record, verdict, better, plan)
 
 
 def _arranged(rng, world):
@@ -229,8 +240,8 @@ def _looked_after_plan(rng, world):
 # (share in world 1, share in world 2, kind of row: Generator, World -> (mode, conversation))
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
-    (0.08, 0.16, functools.partial(_planned, drawn=False)), (0.0, 0.14, _understood),
-    (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
+    (0.08, 0.13, functools.partial(_planned, drawn=False)), (0.0, 0.07, _understood),
+    (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.0, 0.10, _compared), (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
     (0.20, 0.14, _planned), (0.04, 0.02, functools.partial(_drawn, prompt=True)),
     (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
     (0.16, 0.06, _described), (0.08, 0.10, _looked_after_plan), (0.0, 0.08, _edited),
@@ -243,7 +254,7 @@ def _retold(record, plan, rng):
   scene = thoughts.read_scene(plan, of(record))
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
-      return thoughts.reflect(record, _imagined(record, _spoiled(scene, rng), rng), scene, plan)
+      return thoughts.reflect(record, _imagined(record, _drawn_badly(scene, rng), rng), scene, plan)
   return plan
 
 
@@ -299,6 +310,23 @@ def _spoiled(scene, rng, in_place=False, same=_SAME[False]):
     things += [] if change == "gone" else [thing]
   things += others[:1] if rng.random() < 0.15 and not in_place else ()
   return _with(scene, things)
+
+
+def _altered(scene, rng):
+  """A scene in which one or two things are gone, or have another shape, colour or detail."""
+  things, others = list(scene.things), crowded_scene(rng, scene.world).things
+  for i in rng.permutation(len(things))[:rng.integers(1, 3)]:
+    change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
+    changed = None if change == "gone" else _like(things[i], other, change)
+    things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed
+  return _with(scene, filter(None, things))
+
+
+def _drawn_badly(scene, rng):
+  """What a bad drawing of a scene may show; in an aided world little of it is wrong."""
+  if not scene.world.aided:
+    return _spoiled(scene, rng)
+  return scene if rng.random() < _SAME[False] else _altered(scene, rng)
 
 
 def _with(scene, things):

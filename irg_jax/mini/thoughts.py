@@ -74,20 +74,22 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen, aided = verdict.seen, better.world.aided
-  cells, after = grid(seen), grid(better)
+  cells, after, wanted = grid(seen), grid(better), read_wanted(before)
+  letters = [at for _, at in wanted]
   short = ", ".join(verdict.faults) or "nothing"
   asked = f"the prompt asks for {request(record)}"
-  wanted = ("show all of it" if aided else asked) if verdict.faults else "none"
+  improved = ("show all of it" if aided else asked) if verdict.faults else "none"
   return (f"<think> {f'First, {asked}. ' * aided}I see: {describe(seen)} "
-          f"{listed(cells, read_places(before), after if aided else cells)} "
-          f"What falls short: {short}. Improvements: {wanted}. "
-          f"Steps: {', '.join(edits(cells, after))}. "
+          f"{compared(cells, after, wanted) if aided else listed(cells, letters)} "
+          f"What falls short: {short}. Improvements: {improved}. "
+          f"Steps: {', '.join(edits(cells, after, letters if aided else ()))}. "
           f"Final prompt: {describe(better)} </think>")
 
 
-def edits(before, after) -> list[str]:
-  """The steps from one list of cells to another."""
-  steps = [f"put {new} {letter}" for letter, old, new in zip(LETTERS, before, after) if old != new]
+def edits(before, after, first=()) -> list[str]:
+  """The steps from one list of cells to another, those at the letters `first` first."""
+  change = {at: new for at, old, new in zip(LETTERS, before, after) if old != new}
+  steps = [f"put {change[at]} {at}" for at in dict.fromkeys([*first, *LETTERS]) if at in change]
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
@@ -128,17 +130,30 @@ def grid_text(cells) -> str:
   return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(LETTERS, cells))}."
 
 
-def listed(cells, first=(), wanted=None) -> str:
-  """The cells at the letters `first`, in their order, then all others that are not empty.
-
-  Those that are not as in `wanted`, other cells, are marked.
-  """
+def listed(cells, first=()) -> str:
+  """The cells at the letters `first`, in their order, then all others that are not empty."""
   there = dict(zip(LETTERS, cells))
-  wrong = {at for at, *pair in zip(LETTERS, cells, wanted or cells) if len({*pair}) > 1}
-  filled = [at for at, cell in there.items() if not cell.endswith(EMPTY)]
-  others = [at for at in filled if at not in first]
-  said = [f"{at} {there[at]}{' wrong' * (at in wrong)}" for at in [*first, *others]]
+  said = [f"{at} {there[at]}" for at in [*first, *_others(cells, first)]]
   return f"Things: {', '.join(said) or 'none'}."
+
+
+def compared(cells, after, wanted) -> str:
+  """The cells beside the things that were `wanted` there, then all others that are not empty.
+
+  "Things: red star F empty ground wrong, blue ring G blue ring, A pink star wrong." What will not
+  be so in the cells `after` is marked, and what cannot be there: it is missing, or the second thing
+  in its cell. So the steps are a list of marks.
+  """
+  there, will, said, met = dict(zip(LETTERS, cells)), dict(zip(LETTERS, after)), [], set()
+  for thing, at in [*wanted, *(("", at) for at in _others(cells, [at for _, at in wanted]))]:
+    wrong = there[at] != will[at] or at in met or there[at].endswith(EMPTY)
+    said.append(f"{thing} {at} {there[at]}{' wrong' * wrong}".lstrip())
+    met.add(at)
+  return f"Things: {', '.join(said) or 'none'}."
+
+
+def _others(cells, letters):
+  return [at for at, cell in zip(LETTERS, cells) if at not in letters and not cell.endswith(EMPTY)]
 
 
 def read_grid(text: str) -> list[str] | None:
@@ -151,18 +166,23 @@ def read_grid(text: str) -> list[str] | None:
 
 
 def read_places(text: str) -> list[str]:
-  """The letters of the cells where a thought wants things; Inexpressible if it cannot be read.
+  """The letters of `read_wanted`."""
+  return [at for _, at in read_wanted(text)]
+
+
+def read_wanted(text: str) -> list[tuple[str, str]]:
+  """(thing, letter of its cell) of all a thought wants; Inexpressible if it cannot be read.
 
   They are a plan's places, in its order, maybe with repeats; or the filled cells of a reflection's
   final prompt.
   """
   if found := re.findall(r"Places: ([^.]*)\.", text):
-    named = [re.fullmatch("[a-z]+ [a-z]+ (?:[a-z]+ )?([A-P])", place)
+    named = [re.fullmatch("([a-z]+ [a-z]+(?: [a-z]+)?) ([A-P])", place)
              for place in found[-1].split(", ")]
     if found[-1] == "none" or all(named):
-      return [place[1] for place in named if place]
+      return [place.groups() for place in named if place]
   elif cells := read_grid(text):
-    return [at for at, cell in zip(LETTERS, cells) if not cell.endswith(EMPTY)]
+    return [(cells[LETTERS.index(at)], at) for at in _others(cells, ())]
   raise Inexpressible("a thought before that cannot be read")
 
 
