@@ -18,7 +18,7 @@ from irg_jax import images, storage, weights
 from irg_jax.data.records import parse_conversation
 from irg_jax.generate import irg
 from irg_jax.mini import (
-    benchmark, datasets, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
+    benchmark, datasets, mistakes, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
     world)
 from irg_jax.tokenizer import load_tokenizer, train_tokenizer
 from irg_jax.weights import init
@@ -280,7 +280,7 @@ def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_
 def test_the_second_image_of_a_trajectory_is_right_and_keeps_what_was_right():
   told, rows = [], 0
   for record, scene, rng in second_cases(40, seed=4):
-    image = scenes.paint(datasets._spoiled(scene, rng, in_place=True))
+    image = scenes.paint(mistakes.drawn_badly(scene, rng))
     verdict = verifier.score(image, record)
     try:
       plan, better = thoughts.plan(record, scene), thoughts.improve(record, verdict, rng)
@@ -305,7 +305,7 @@ def test_a_better_image_that_drops_what_was_right_is_told_apart():
   for record, scene, _ in second_cases(20, seed=5):
     verdict = verifier.judge(verifier.Seen("grey", scene.things, (), SECOND), record)
     assert thoughts.keeps(record, verdict, scene)
-    assert not thoughts.keeps(record, verdict, datasets._with(scene, scene.things[1:]))
+    assert not thoughts.keeps(record, verdict, mistakes.with_things(scene, scene.things[1:]))
 
 
 def test_an_altered_plan_says_the_same_but_for_one_or_two_cells():
@@ -347,16 +347,25 @@ def test_short_rows_are_the_parts_of_a_plan():
 
 def test_a_reflection_marks_what_will_not_stay_and_says_what_comes_instead():
   marked = 0
-  for seed in range(40):
-    *_, thought = datasets.texts(datasets._reflected(np.random.default_rng(seed), SECOND)[1])
-    seen, final = thoughts.read_seen(thought), thoughts.read_grid(thought)
-    changed = {at: new for at, old, new in zip(thoughts.LETTERS, seen, final) if old != new}
-    assert {at: new for new, at in re.findall(r"put ([a-z ]+) ([A-P])", thought)} == changed
-    things = re.search(r"Things: ([^.]*)\.", thought)[1].split(", ")
-    for thing in things:
-      assert thing.endswith(" wrong") == (thing[0] in changed)
+  for seed in range(60):
+    *_, plan, _, thought = datasets.texts(
+        datasets._reflected(np.random.default_rng(seed), SECOND)[1])
+    wanted, cells = thoughts.read_wanted(plan), thoughts.read_seen(thought)
+    seen, final = (dict(zip(thoughts.LETTERS, c)) for c in (cells, thoughts.read_grid(thought)))
+    steps = re.findall(r"put ([a-z ]+) ([A-P])", thought)
+    assert {at: new for new, at in steps} == {
+        at: final[at] for at in seen if seen[at] != final[at]}
+    things, met = re.search(r"Things: ([^.]*)\.", thought)[1].split(", "), []
+    assert [thing.split(f" {at} ")[0] for thing, (_, at) in zip(things, wanted)] == [
+        thing for thing, _ in wanted]
+    for thing, at in zip(things, re.findall("[A-P]", ", ".join(things))):
+      missing = at in met or seen[at].endswith(thoughts.EMPTY)
+      assert f"{at} {seen[at]}" in thing
+      assert thing.endswith(" wrong") == (seen[at] != final[at] or missing)
+      met.append(at)
       marked += thing.endswith(" wrong")
-  assert marked > 10
+    assert thoughts.read_faults(thought) or "wrong" not in thought
+  assert marked > 30
 
 
 def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_plan():
@@ -405,7 +414,7 @@ def test_the_second_world_s_scores_say_how_much_of_an_image_is_right(tmp_path):
   for number, things in enumerate((scene.things[1:], scene.things), 1):
     path = tmp_path / mini.image_path(item, 0, number)
     path.parent.mkdir(parents=True)
-    Image.fromarray(scenes.paint(datasets._with(scene, things))).save(path)
+    Image.fromarray(scenes.paint(mistakes.with_things(scene, things))).save(path)
   report.score_new(tmp_path, mini)
   first, second = json.loads((tmp_path / "scores.json").read_text())["rounds"].values()
   count = len(scene.things)
@@ -425,7 +434,7 @@ def test_the_reward_part_by_part_falls_with_each_thing_that_is_missing():
   item = next(i for i in mini.read() if i.extra["tag"] == "many")
   scene, found = scenes.sample_scene(item.extra, rng), []
   for kept in range(len(scene.things) + 1):
-    image = scenes.paint(datasets._with(scene, scene.things[:kept]))
+    image = scenes.paint(mistakes.with_things(scene, scene.things[:kept]))
     rounds = [irg.Round(irg.Thought(), None, image, {})]
     found.append(rewards.part_by_part(item.extra, irg.Trajectory(item.prompt, rounds)))
   assert found[0] == 0 and found == sorted(found) and len(set(found)) == len(found)

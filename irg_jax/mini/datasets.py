@@ -1,7 +1,6 @@
 """Training rows of the mini world, (mode, conversation) in IRGL's published form."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 
@@ -9,16 +8,15 @@ import numpy as np
 
 from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.images import encode_image
-from irg_jax.mini import thoughts, verifier
+from irg_jax.mini import mistakes, thoughts, verifier
 from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
 from irg_jax.mini.world import WORLD1, WORLDS, Scene, World, of, training_record
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 # Of random numbers in a run.
 PURPOSES = ("words", "base", "trajectories", "better", "altered", "vit")
-# Shares without and with `World.aided`: of images to look at that show their plan, and of careless
-# plans before a reflection in text alone.
-_SAME, _CARELESS = (0.4, 0.15), (0.4, 0.25)
+# Share of careless plans before a reflection in text alone, without and with `World.aided`.
+_CARELESS = 0.4, 0.25
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
@@ -77,7 +75,7 @@ def altered_plan(record: dict, plan: str, rng) -> str | None:
   scene = thoughts.read_scene(plan, of(record))
   if scene is None or not scene.things:
     return None
-  cells = thoughts.grid(_altered(scene, rng))
+  cells = thoughts.grid(mistakes.altered(scene, rng))
   return plan.replace(thoughts.grid_text(thoughts.read_grid(plan)), thoughts.grid_text(cells))
 
 
@@ -136,9 +134,9 @@ def _imagined_reflection(rng, world):
     scene = sample_scene(record, rng)
     careless = len(scene.things) > 1 and rng.random() < _CARELESS[world.aided]
     if careless:
-      scene, drawn = _careless(scene, rng)
+      scene, drawn = mistakes.careless(scene, rng)
     else:
-      drawn = _drawn_badly(scene, rng)
+      drawn = mistakes.drawn_badly(scene, rng)
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
       plan = thoughts.plan(record, scene, thoughts.grid(drawn) if careless else None)
@@ -199,7 +197,7 @@ def _edited(rng, world):
   The average of both looks like a bad drawing of the second.
   """
   scene = crowded_scene(rng, world) if rng.random() < 0.5 else training_scene(rng, world)
-  before, after = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.aided])), paint(scene)
+  before, after = paint(mistakes.spoiled(scene, rng, in_place=True)), paint(scene)
   if rng.random() < 0.3:
     before = _average(before, after)
   return DRAW, [assistant([_image(before, need_vae=True, need_vit=True), _told(scene),
@@ -227,7 +225,7 @@ def _looked_after_plan(rng, world):
   while True:
     record = training_record(rng, world)
     scene = sample_scene(record, rng)
-    drawn = paint(_spoiled(scene, rng, in_place=True, same=_SAME[world.aided]))
+    drawn = paint(mistakes.spoiled(scene, rng, in_place=True))
     if rng.random() < 0.5:
       drawn = _average(paint(scene), drawn)
     seen = verifier.look(drawn, world)
@@ -241,7 +239,8 @@ def _looked_after_plan(rng, world):
 _planned = functools.partial(_drawn, system=True, prompt=True, planned=True)
 _BASE = (
     (0.08, 0.13, functools.partial(_planned, drawn=False)), (0.0, 0.07, _understood),
-    (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.0, 0.10, _compared), (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
+    (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.0, 0.10, _compared),
+    (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
     (0.20, 0.14, _planned), (0.04, 0.02, functools.partial(_drawn, prompt=True)),
     (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
     (0.16, 0.06, _described), (0.08, 0.10, _looked_after_plan), (0.0, 0.08, _edited),
@@ -254,7 +253,8 @@ def _retold(record, plan, rng):
   scene = thoughts.read_scene(plan, of(record))
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
-      return thoughts.reflect(record, _imagined(record, _drawn_badly(scene, rng), rng), scene, plan)
+      verdict = _imagined(record, mistakes.drawn_badly(scene, rng), rng)
+      return thoughts.reflect(record, verdict, scene, plan)
   return plan
 
 
@@ -265,83 +265,6 @@ def _imagined(record, scene, rng):
   unclear = tuple(t.cell for t in things[:blurred])
   return verifier.judge(verifier.Seen(scene.background, things[blurred:], unclear, scene.world),
                         record)
-
-
-def _careless(scene, rng):
-  """The scenes of a careless plan's places and of its cells.
-
-  Two things collide in one cell, and one is left; or one has a word of another, unless that makes
-  a pair held out of training.
-  """
-  collide, things = rng.integers(2) == 0, list(scene.things)
-  one, other = rng.choice(len(things), 2, replace=False)
-  name = "cell" if collide else rng.choice(_words(scene.world))
-  things[one] = _like(things[one], things[other], name)
-  if things[one].pairs & scene.world.unseen_pairs:
-    return scene, scene
-  if not collide:
-    return scene, _with(scene, things)
-  lost = rng.choice((one, other))
-  return _with(scene, things), _with(scene, things[:lost] + things[lost + 1:])
-
-
-def _spoiled(scene, rng, in_place=False, same=_SAME[False]):
-  """A scene in which things may be removed, added, moved, or have another shape, colour or detail.
-
-  A share `same` stays as it is. With `in_place` nothing is added or moved, so that nothing can
-  touch.
-  """
-  if rng.random() < same:
-    return scene
-  others = training_scene(rng, scene.world).things
-  if rng.random() < 0.2:
-    return _with(scene, others)
-  things, words = [], _words(scene.world)
-  changes = ("none", "gone", *words, "cell")
-  shares = (0.8 - 0.1 * len(words), *[0.1] * (len(changes) - 1))
-  for thing in scene.things:
-    change = rng.choice(changes, p=shares)
-    other = others[rng.integers(len(others))]
-    if change in words:
-      changed = _like(thing, other, change)
-      thing = thing if changed.pairs & scene.world.unseen_pairs else changed
-    elif change == "cell" and not in_place:
-      thing = _like(thing, other, change)
-    things += [] if change == "gone" else [thing]
-  things += others[:1] if rng.random() < 0.15 and not in_place else ()
-  return _with(scene, things)
-
-
-def _altered(scene, rng):
-  """A scene in which one or two things are gone, or have another shape, colour or detail."""
-  things, others = list(scene.things), crowded_scene(rng, scene.world).things
-  for i in rng.permutation(len(things))[:rng.integers(1, 3)]:
-    change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
-    changed = None if change == "gone" else _like(things[i], other, change)
-    things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed
-  return _with(scene, filter(None, things))
-
-
-def _drawn_badly(scene, rng):
-  """What a bad drawing of a scene may show; in an aided world little of it is wrong."""
-  if not scene.world.aided:
-    return _spoiled(scene, rng)
-  return scene if rng.random() < _SAME[False] else _altered(scene, rng)
-
-
-def _with(scene, things):
-  return dataclasses.replace(scene, things=tuple(things))
-
-
-def _words(world):
-  """The fields of a thing that words name."""
-  return ("shape", "color", "detail")[:2 + (len(world.details) > 1)]
-
-
-def _like(thing, other, name):
-  """A thing with the shape, color, detail or cell of another."""
-  names = {"cell": ("x", "y"), "detail": ("detail", "radius")}.get(name, (name,))
-  return dataclasses.replace(thing, **{name: getattr(other, name) for name in names})
 
 
 def _asked(record):
