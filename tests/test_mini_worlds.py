@@ -348,24 +348,28 @@ def test_short_rows_are_the_parts_of_a_plan():
 def test_a_reflection_marks_what_will_not_stay_and_says_what_comes_instead():
   marked = 0
   for seed in range(60):
-    *_, plan, _, thought = datasets.texts(
-        datasets._reflected(np.random.default_rng(seed), SECOND)[1])
-    wanted, cells = thoughts.read_wanted(plan), thoughts.read_seen(thought)
-    seen, final = (dict(zip(thoughts.LETTERS, c)) for c in (cells, thoughts.read_grid(thought)))
-    steps = re.findall(r"put ([a-z ]+) ([A-P])", thought)
-    assert {at: new for new, at in steps} == {
-        at: final[at] for at in seen if seen[at] != final[at]}
-    things, met = re.search(r"Things: ([^.]*)\.", thought)[1].split(", "), []
-    assert [thing.split(f" {at} ")[0] for thing, (_, at) in zip(things, wanted)] == [
-        thing for thing, _ in wanted]
-    for thing, at in zip(things, re.findall("[A-P]", ", ".join(things))):
-      missing = at in met or seen[at].endswith(thoughts.EMPTY)
-      assert f"{at} {seen[at]}" in thing
-      assert thing.endswith(" wrong") == (seen[at] != final[at] or missing)
-      met.append(at)
-      marked += thing.endswith(" wrong")
-    assert thoughts.read_faults(thought) or "wrong" not in thought
+    *_, told, thought = datasets.texts(datasets._reflected(np.random.default_rng(seed), SECOND)[1])
+    seen, final = thoughts.read_seen(thought), thoughts.read_grid(thought)
+    changed = {at: new for at, old, new in zip(thoughts.LETTERS, seen, final) if old != new}
+    assert seen == thoughts.read_grid(told)
+    assert {at: new for new, at in re.findall(r"put ([a-z ]+) ([A-P])", thought)} == changed
+    said = thought[:thought.index("What falls short")]
+    assert re.findall("([A-P]) [a-z ]+? wrong", said) == [*changed]
+    assert bool(changed) == bool(thoughts.read_faults(thought))
+    marked += len(changed)
   assert marked > 30
+
+
+def test_rows_of_comparing_mark_the_cells_that_differ():
+  differ = 0
+  for seed in range(20):
+    (_, asked), (_, said) = (turn.items() for turn in datasets._compared(
+        np.random.default_rng(seed), SECOND)[1])
+    wanted, seen = (thoughts.read_grid(part + ".") for part in asked[1].split(". "))
+    marks = re.findall("([A-P]) [a-z ]+? wrong", said[1][0]["content"])
+    assert marks == [at for at, a, b in zip(thoughts.LETTERS, wanted, seen) if a != b]
+    differ += len(marks)
+  assert differ > 40
 
 
 def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_plan():
@@ -373,7 +377,7 @@ def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_pl
   for seed in range(40):
     _, plan, told, thought = datasets.texts(
         datasets._reflected(np.random.default_rng(seed), SECOND)[1][1:])
-    assert f"I see: {told} " in thought
+    assert f"I see: {told} " in thought.replace(" wrong", "")
     differ += thoughts.read_grid(told) != thoughts.read_grid(plan)
   assert 10 <= differ <= 35
 

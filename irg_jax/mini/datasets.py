@@ -115,12 +115,15 @@ def _reflected(rng, world):
 
 
 def _compared(rng, world):
-  """The middle of a reflection: the places of a plan beside the cells seen, and what follows."""
-  record, plan, seen, thought = _imagined_reflection(rng, world)
-  places = plan[plan.index("Places:"):plan.index(" Cells:")]
-  middle = thought[thought.index("Things:"):thought.index(" Final prompt:")]
-  given = f"{thoughts.request(record)}. {places} {thoughts.grid_text(thoughts.grid(seen))}"
-  return TELL, [_user(given), assistant([text_part(middle)])]
+  """The cells of a plan, those of an image, and the latter as a reflection says them, with marks.
+
+  More things differ than in a reflection, so that more of the loss is comparing.
+  """
+  scene = crowded_scene(rng, world)
+  drawn = mistakes.altered(scene, rng, len(scene.things))
+  wanted, seen = thoughts.grid(scene), thoughts.grid(drawn)
+  given = f"{thoughts.grid_text(wanted)} {thoughts.grid_text(seen)}"
+  return TELL, [_user(given), assistant([text_part(thoughts.compared(seen, wanted))])]
 
 
 def _imagined_reflection(rng, world):

@@ -15,10 +15,13 @@ def drawn_badly(scene, rng):
   return scene if rng.random() < _SAME else altered(scene, rng)
 
 
-def altered(scene, rng):
-  """A scene in which one or two things are gone, or have another shape, colour or detail."""
+def altered(scene, rng, most=2):
+  """A scene in which some things are gone, or have another shape, colour or detail.
+
+  They are at least one, and `most` at most.
+  """
   things, others = list(scene.things), crowded_scene(rng, scene.world).things
-  for i in rng.permutation(len(things))[:rng.integers(1, 3)]:
+  for i in rng.permutation(len(things))[:rng.integers(1, most + 1)]:
     change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
     changed = None if change == "gone" else _like(things[i], other, change)
     things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed

@@ -74,22 +74,22 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
   seen, aided = verdict.seen, better.world.aided
-  cells, after, wanted = grid(seen), grid(better), read_wanted(before)
-  letters = [at for _, at in wanted]
+  cells, after, letters = grid(seen), grid(better), read_places(before)
   short = ", ".join(verdict.faults) or "nothing"
   asked = f"the prompt asks for {request(record)}"
-  improved = ("show all of it" if aided else asked) if verdict.faults else "none"
-  return (f"<think> {f'First, {asked}. ' * aided}I see: {describe(seen)} "
-          f"{compared(cells, after, wanted) if aided else listed(cells, letters)} "
-          f"What falls short: {short}. Improvements: {improved}. "
-          f"Steps: {', '.join(edits(cells, after, letters if aided else ()))}. "
-          f"Final prompt: {describe(better)} </think>")
+  if aided:
+    said = f"First, {asked}. I see: The ground is {seen.background}. {compared(cells, after)}"
+    improved = "show all of it"
+  else:
+    said, improved = f"I see: {describe(seen)} {listed(cells, letters)}", asked
+  return (f"<think> {said} What falls short: {short}. "
+          f"Improvements: {improved if verdict.faults else 'none'}. "
+          f"Steps: {', '.join(edits(cells, after))}. Final prompt: {describe(better)} </think>")
 
 
-def edits(before, after, first=()) -> list[str]:
-  """The steps from one list of cells to another, those at the letters `first` first."""
-  change = {at: new for at, old, new in zip(LETTERS, before, after) if old != new}
-  steps = [f"put {change[at]} {at}" for at in dict.fromkeys([*first, *LETTERS]) if at in change]
+def edits(before, after) -> list[str]:
+  """The steps from one list of cells to another."""
+  steps = [f"put {new} {letter}" for letter, old, new in zip(LETTERS, before, after) if old != new]
   return steps + ["keep the rest" if steps else "keep everything"]
 
 
@@ -130,30 +130,17 @@ def grid_text(cells) -> str:
   return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(LETTERS, cells))}."
 
 
+def compared(cells, after) -> str:
+  """The cells, each marked that is not so in the cells `after`."""
+  return grid_text(f"{cell}{' wrong' * (cell != will)}" for cell, will in zip(cells, after))
+
+
 def listed(cells, first=()) -> str:
   """The cells at the letters `first`, in their order, then all others that are not empty."""
   there = dict(zip(LETTERS, cells))
-  said = [f"{at} {there[at]}" for at in [*first, *_others(cells, first)]]
+  others = [at for at, cell in there.items() if at not in first and not cell.endswith(EMPTY)]
+  said = [f"{at} {there[at]}" for at in [*first, *others]]
   return f"Things: {', '.join(said) or 'none'}."
-
-
-def compared(cells, after, wanted) -> str:
-  """The cells beside the things that were `wanted` there, then all others that are not empty.
-
-  "Things: red star F empty ground wrong, blue ring G blue ring, A pink star wrong." What will not
-  be so in the cells `after` is marked, and what cannot be there: it is missing, or the second thing
-  in its cell. So the steps are a list of marks.
-  """
-  there, will, said, met = dict(zip(LETTERS, cells)), dict(zip(LETTERS, after)), [], set()
-  for thing, at in [*wanted, *(("", at) for at in _others(cells, [at for _, at in wanted]))]:
-    wrong = there[at] != will[at] or at in met or there[at].endswith(EMPTY)
-    said.append(f"{thing} {at} {there[at]}{' wrong' * wrong}".lstrip())
-    met.add(at)
-  return f"Things: {', '.join(said) or 'none'}."
-
-
-def _others(cells, letters):
-  return [at for at, cell in zip(LETTERS, cells) if at not in letters and not cell.endswith(EMPTY)]
 
 
 def read_grid(text: str) -> list[str] | None:
@@ -166,23 +153,18 @@ def read_grid(text: str) -> list[str] | None:
 
 
 def read_places(text: str) -> list[str]:
-  """The letters of `read_wanted`."""
-  return [at for _, at in read_wanted(text)]
-
-
-def read_wanted(text: str) -> list[tuple[str, str]]:
-  """(thing, letter of its cell) of all a thought wants; Inexpressible if it cannot be read.
+  """The letters of the cells where a thought wants things; Inexpressible if it cannot be read.
 
   They are a plan's places, in its order, maybe with repeats; or the filled cells of a reflection's
   final prompt.
   """
   if found := re.findall(r"Places: ([^.]*)\.", text):
-    named = [re.fullmatch("([a-z]+ [a-z]+(?: [a-z]+)?) ([A-P])", place)
+    named = [re.fullmatch("[a-z]+ [a-z]+ (?:[a-z]+ )?([A-P])", place)
              for place in found[-1].split(", ")]
     if found[-1] == "none" or all(named):
-      return [place.groups() for place in named if place]
+      return [place[1] for place in named if place]
   elif cells := read_grid(text):
-    return [(cells[LETTERS.index(at)], at) for at in _others(cells, ())]
+    return [at for at, cell in zip(LETTERS, cells) if not cell.endswith(EMPTY)]
   raise Inexpressible("a thought before that cannot be read")
 
 
@@ -214,7 +196,7 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 def read_seen(text: str) -> list[str] | None:
   """The cells that a reflection says it sees, as of `read_grid`."""
-  return read_grid(text.split("What falls short:")[0])
+  return read_grid(text.split("What falls short:")[0].replace(" wrong", ""))
 
 
 def improve(record: dict, verdict, rng, plan: str = "") -> Scene:
