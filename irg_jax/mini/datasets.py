@@ -115,15 +115,19 @@ def _reflected(rng, world):
 
 
 def _compared(rng, world):
-  """The cells of a plan, those of an image, and the latter as a reflection says them, with marks.
+  """The filled cells of a plan, those of an image, and the latter with the marks of a reflection.
 
-  More things differ than in a reflection, so that more of the loss is comparing.
+  Up to all of them differ, mostly in a word: a model learns to compare late, and only where much of
+  the loss is comparing.
   """
   scene = crowded_scene(rng, world)
-  drawn = mistakes.altered(scene, rng, len(scene.things))
-  wanted, seen = thoughts.grid(scene), thoughts.grid(drawn)
-  given = f"{thoughts.grid_text(wanted)} {thoughts.grid_text(seen)}"
-  return TELL, [_user(given), assistant([text_part(thoughts.compared(seen, wanted))])]
+  wanted = thoughts.grid(scene)
+  seen = thoughts.grid(mistakes.altered(scene, rng, len(scene.things)))
+  filled = [i for i, cell in enumerate(wanted) if not cell.endswith(thoughts.EMPTY)]
+  text = lambda cells: thoughts.grid_text([cells[i] for i in filled],
+                                          [thoughts.LETTERS[i] for i in filled])
+  said = text_part(text(thoughts.compared(seen, wanted)))
+  return TELL, [_user(f"{text(wanted)} {text(seen)}"), assistant([said])]
 
 
 def _imagined_reflection(rng, world):

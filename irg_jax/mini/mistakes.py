@@ -7,12 +7,14 @@ from irg_jax.mini.scenes import crowded_scene, training_scene
 _SAME = 0.4  # share of images without a mistake, ...
 _SAME_AIDED = 0.15  # ... and of those that an aided model shall look at: most are unlike their plan
 
+_GONE = 0.25  # share of the altered things that are gone
+
 
 def drawn_badly(scene, rng):
-  """What a bad drawing of a scene may show; in an aided world little of it is wrong."""
+  """What a bad drawing of a scene may show; in an aided world all things are where they should."""
   if not scene.world.aided:
     return spoiled(scene, rng)
-  return scene if rng.random() < _SAME else altered(scene, rng)
+  return scene if rng.random() < _SAME else altered(scene, rng, len(scene.things))
 
 
 def altered(scene, rng, most=2):
@@ -22,9 +24,11 @@ def altered(scene, rng, most=2):
   """
   things, others = list(scene.things), crowded_scene(rng, scene.world).things
   for i in rng.permutation(len(things))[:rng.integers(1, most + 1)]:
-    change, other = rng.choice(("gone", *_words(scene.world))), others[rng.integers(len(others))]
-    changed = None if change == "gone" else _like(things[i], other, change)
-    things[i] = None if changed is None or changed.pairs & scene.world.unseen_pairs else changed
+    changed = [_like(things[i], other, name) for other in others for name in _words(scene.world)]
+    changed = [t for t in changed if t.kind != things[i].kind
+               and not t.pairs & scene.world.unseen_pairs]
+    gone = not changed or rng.random() < _GONE
+    things[i] = None if gone else changed[rng.integers(len(changed))]
   return with_things(scene, filter(None, things))
 
 

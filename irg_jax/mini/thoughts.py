@@ -78,7 +78,8 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   short = ", ".join(verdict.faults) or "nothing"
   asked = f"the prompt asks for {request(record)}"
   if aided:
-    said = f"First, {asked}. I see: The ground is {seen.background}. {compared(cells, after)}"
+    marked = grid_text(compared(cells, after))
+    said = f"First, {asked}. I see: The ground is {seen.background}. {marked}"
     improved = "show all of it"
   else:
     said, improved = f"I see: {describe(seen)} {listed(cells, letters)}", asked
@@ -126,13 +127,13 @@ def grid(seen) -> list[str]:
   return cells
 
 
-def grid_text(cells) -> str:
-  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(LETTERS, cells))}."
+def grid_text(cells, letters=LETTERS) -> str:
+  return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(letters, cells))}."
 
 
-def compared(cells, after) -> str:
+def compared(cells, after) -> list[str]:
   """The cells, each marked that is not so in the cells `after`."""
-  return grid_text(f"{cell}{' wrong' * (cell != will)}" for cell, will in zip(cells, after))
+  return [f"{cell}{' wrong' * (cell != will)}" for cell, will in zip(cells, after)]
 
 
 def listed(cells, first=()) -> str:
