@@ -271,7 +271,8 @@ def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_
   things = [f"{d} {c} {s}" for d in SECOND.details for c in world.COLORS for s in SECOND.shapes]
   for _ in range(30):
     cells = rng.choice([*things, "plain empty ground", "plain unclear shape"], 16).tolist()
-    assert len(words.encode(" " + thoughts.grid_text(cells))) == 2 + 4 * 16 + 1
+    for letters in (thoughts.LETTERS, thoughts.SEEN_LETTERS):
+      assert len(words.encode(" " + thoughts.grid_text(cells, letters))) == 2 + 4 * 16 + 1
   for record, scene, _ in second_cases(100, seed=3):
     assert len(words.encode(record["prompt"])) <= settings.generate.max_prompt_tokens
     assert len(words.encode(thoughts.plan(record, scene))) < settings.generate.think_limit
@@ -351,17 +352,17 @@ def test_a_reflection_marks_what_will_not_stay_and_says_what_comes_instead():
     *_, told, thought = datasets.texts(datasets._reflected(np.random.default_rng(seed), SECOND)[1])
     seen, final = thoughts.read_seen(thought), thoughts.read_grid(thought)
     changed = {at: new for at, old, new in zip(thoughts.LETTERS, seen, final) if old != new}
-    assert seen == thoughts.read_grid(told)
+    assert seen == thoughts.read_seen(told)
     assert {at: new for new, at in re.findall(r"put ([a-z ]+) ([A-P])", thought)} == changed
-    said = thought[:thought.index("What falls short")]
-    assert re.findall("([A-P]) [a-z ]+? wrong", said) == [*changed]
+    marks = re.findall("([α-π]) [a-z ]+? wrong", thought)
+    assert [thoughts.LETTERS[thoughts.SEEN_LETTERS.index(at)] for at in marks] == [*changed]
     assert bool(changed) == bool(thoughts.read_faults(thought))
     marked += len(changed)
   assert marked > 30
 
 
 def test_rows_of_comparing_mark_the_cells_that_differ():
-  differ, cell = [], r"([A-P]) ([a-z]+ [a-z]+ [a-z]+?)( wrong)?(?= [A-P] |\.)"
+  differ, cell = [], r"([A-Pα-π]) ([a-z]+ [a-z]+ [a-z]+?)( wrong)?(?= [A-Pα-π] |\.)"
   for seed in range(40):
     _, (asked, answer) = datasets._compared(np.random.default_rng(seed), SECOND)
     wanted, seen = (re.findall(cell, f"{part}.") for part in asked["content"][:-1].split(". "))
@@ -378,7 +379,7 @@ def test_a_reflection_in_text_alone_sees_the_image_in_words_before_it_not_its_pl
     _, plan, told, thought = datasets.texts(
         datasets._reflected(np.random.default_rng(seed), SECOND)[1][1:])
     assert f"I see: {told} " in thought.replace(" wrong", "")
-    differ += thoughts.read_grid(told) != thoughts.read_grid(plan)
+    differ += thoughts.read_seen(told) != thoughts.read_grid(plan)
   assert 10 <= differ <= 35
 
 

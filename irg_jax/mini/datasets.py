@@ -109,7 +109,7 @@ def _reflected(rng, world):
   plan, and a model that learns to guess does not look.
   """
   record, plan, seen, thought = _imagined_reflection(rng, world)
-  told = [thoughts.describe(seen)] if world.aided else []
+  told = [thoughts.observe(seen)] if world.aided else []
   said = [*(text_part(text, need_loss=False) for text in (plan, *told)), text_part(thought)]
   return TELL, [*_asked(record), assistant(said)]
 
@@ -124,10 +124,11 @@ def _compared(rng, world):
   wanted = thoughts.grid(scene)
   seen = thoughts.grid(mistakes.altered(scene, rng, len(scene.things)))
   filled = [i for i, cell in enumerate(wanted) if not cell.endswith(thoughts.EMPTY)]
-  text = lambda cells: thoughts.grid_text([cells[i] for i in filled],
-                                          [thoughts.LETTERS[i] for i in filled])
-  said = text_part(text(thoughts.compared(seen, wanted)))
-  return TELL, [_user(f"{text(wanted)} {text(seen)}"), assistant([said])]
+  text = lambda cells, letters: thoughts.grid_text(
+      [cells[i] for i in filled], [letters[i] for i in filled])
+  given = f"{text(wanted, thoughts.LETTERS)} {text(seen, thoughts.SEEN_LETTERS)}"
+  said = text(thoughts.compared(seen, wanted), thoughts.SEEN_LETTERS)
+  return TELL, [_user(given), assistant([text_part(said)])]
 
 
 def _imagined_reflection(rng, world):
@@ -281,7 +282,7 @@ def _asked(record):
 def _shown(pixels, seen, vae, *before):
   """An image, after the parts before it in the same turn, and its description."""
   return [assistant([*before, _image(pixels, need_vit=True, need_vae=vae)]),
-          _user(thoughts.QUESTION), assistant([text_part(thoughts.describe(seen))])]
+          _user(thoughts.QUESTION), assistant([text_part(thoughts.observe(seen))])]
 
 
 def _user(text):

@@ -36,6 +36,9 @@ REQUEST = "What shall the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
+# In an aided world, of the cells of an image that is looked at: a small model that looks up "E" can
+# hardly tell what is there from what was planned.
+SEEN_LETTERS = "αβγδεζηθικλμνξοπ"
 
 
 class Inexpressible(ValueError):
@@ -61,9 +64,19 @@ def plan(record: dict, scene: Scene, cells=None) -> str:
           f"{grid_text(cells or grid(scene))} </think>")
 
 
-def describe(seen) -> str:
+def describe(scene) -> str:
   """The background and cells of a `Scene` or a `verifier.Seen`."""
-  return f"The ground is {seen.background}. {grid_text(grid(seen))}"
+  return f"The ground is {scene.background}. {grid_text(grid(scene))}"
+
+
+def observe(seen) -> str:
+  """`describe` of an image that is looked at, with letters of its own in an aided world."""
+  return _observed(seen, grid(seen))
+
+
+def _observed(seen, cells):
+  letters = SEEN_LETTERS if seen.world.aided else LETTERS
+  return f"The ground is {seen.background}. {grid_text(cells, letters)}"
 
 
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
@@ -78,11 +91,10 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   short = ", ".join(verdict.faults) or "nothing"
   asked = f"the prompt asks for {request(record)}"
   if aided:
-    marked = grid_text(compared(cells, after))
-    said = f"First, {asked}. I see: The ground is {seen.background}. {marked}"
+    said = f"First, {asked}. I see: {_observed(seen, compared(cells, after))}"
     improved = "show all of it"
   else:
-    said, improved = f"I see: {describe(seen)} {listed(cells, letters)}", asked
+    said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
   return (f"<think> {said} What falls short: {short}. "
           f"Improvements: {improved if verdict.faults else 'none'}. "
           f"Steps: {', '.join(edits(cells, after))}. Final prompt: {describe(better)} </think>")
@@ -144,10 +156,10 @@ def listed(cells, first=()) -> str:
   return f"Things: {', '.join(said) or 'none'}."
 
 
-def read_grid(text: str) -> list[str] | None:
+def read_grid(text: str, letters=LETTERS) -> list[str] | None:
   """The last list of cells in a text; None if there is none."""
   for word in ("[a-z]+ [a-z]+", "[a-z]+ [a-z]+ [a-z]+"):
-    pattern = " ".join(f"{letter} ({word})" for letter in LETTERS)
+    pattern = " ".join(f"{letter} ({word})" for letter in letters)
     if found := re.findall(rf"Cells: {pattern}\.", text):
       return list(found[-1])
   return None
@@ -196,8 +208,9 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 
 def read_seen(text: str) -> list[str] | None:
-  """The cells that a reflection says it sees, as of `read_grid`."""
-  return read_grid(text.split("What falls short:")[0].replace(" wrong", ""))
+  """The cells that a reflection or description says it sees, as of `read_grid`."""
+  text = text.split("What falls short:")[0].replace(" wrong", "")
+  return read_grid(text, SEEN_LETTERS) or read_grid(text)
 
 
 def improve(record: dict, verdict, rng, plan: str = "") -> Scene:
