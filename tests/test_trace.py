@@ -202,8 +202,14 @@ def test_a_plan_is_drawn_as_a_grid_with_blank_cells_and_its_words_are_folded(tmp
   assert "Two things.\nPlaces: none." in text and "<b>Steps:</b> none." in content
 
 
+def test_what_is_seen_is_drawn_with_greek_letters_and_its_marks():
+  seen = cells("plain empty ground", "plain empty ground wrong", letters="αβγδεζηθικλμνξοπ")
+  (shown,) = grids(str(pages.drawn(seen)))
+  assert sum(shown, [])[:3] == [("α", ""), ("β", "plain empty ground wrong"), ("γ", "")]
+
+
 @pytest.mark.parametrize("text", [
-    cells("red circle").replace("B empty", "C empty"), cells(letters="ABC"), cells(letters="BCDE"),
+    cells("red circle").replace("B empty", "β empty"), cells("red circle").replace("B empty", "C empty"), cells(letters="ABC"), cells(letters="BCDE"),
     cells("x" * 61), "Cells: A cat", "Cells: A . B . C . D .", "Cells: A  B  C  D .",
     "cells: A a B b C c D d.", "Cells: none.", cells("a: b"), cells().removesuffix(".")])
 def test_a_plan_that_cannot_be_read_stays_text(tmp_path, text):

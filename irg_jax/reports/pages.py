@@ -91,8 +91,8 @@ def drawn(text: str) -> markupsafe.Markup | None:
   """A thought as markup that draws each list of cells as a grid; None if it has no such list.
 
   A list of cells is "Cells: A red circle B empty ground C ...", up to a full stop, of 2 x 2 to
-  5 x 5 cells in the order of the alphabet. A cell whose first word is "empty" is left blank. The
-  other sentences begin on lines of their own where they have a title: "Steps: keep the rest."
+  5 x 5 cells in the order of the alphabet, the Latin one or small letters of the Greek one. A cell
+  that ends with "empty ground" is left blank. The other sentences begin on lines of their own where they have a title: "Steps: keep the rest."
   """
   parts, end, text = [], 0, shown(text)
   for found in _CELLS.finditer(text):
@@ -105,13 +105,13 @@ def drawn(text: str) -> markupsafe.Markup | None:
 
 def _read_cells(text):
   """[(letter, content), ...] of a list of cells, or None."""
-  _, *parts = re.split(r"(?:^| )([A-Y])(?= )", text)
-  letters, cells = parts[::2], [cell.strip() for cell in parts[1::2]]
-  if len(cells) not in (4, 9, 16, 25) or letters != list(string.ascii_uppercase[: len(cells)]):
+  _, *parts = re.split(r"(?:^| )([A-Yα-ω])(?= )", text)
+  letters, cells = "".join(parts[::2]), [cell.strip() for cell in parts[1::2]]
+  if len(cells) not in (4, 9, 16, 25) or not any(a.startswith(letters) for a in _ALPHABETS):
     return None
   if not all(0 < len(cell) <= 60 for cell in cells):
     return None
-  return [(at, "" if cell.split()[0] == "empty" else cell) for at, cell in zip(letters, cells)]
+  return [(at, "" if cell.endswith("empty ground") else cell) for at, cell in zip(letters, cells)]
 
 
 def _titled(text):
@@ -135,7 +135,8 @@ def visible(value):
 # C0, C1, marks, embeddings, overrides and isolates of direction, separators of lines, tags.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
                      r"\u2066-\u2069\ufeff\U000e0000-\U000e007f]|\r(?!\n)")
-_CELLS = re.compile(r"\bCells: (A [^.:]*)\.")
+_CELLS = re.compile(r"\bCells: ([Aα] [^.:]*)\.")
+_ALPHABETS = string.ascii_uppercase, "αβγδεζηθικλμνξοπρστυφχψω"
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("irg_jax.reports"), autoescape=jinja2.select_autoescape(["html"]),
     trim_blocks=True, lstrip_blocks=True,
