@@ -92,7 +92,8 @@ def drawn(text: str) -> markupsafe.Markup | None:
 
   A list of cells is "Cells: A red circle B empty ground C ...", up to a full stop, of 2 x 2 to
   5 x 5 cells in the order of the alphabet, the Latin one or small letters of the Greek one. A cell
-  that ends with "empty ground" is left blank. The other sentences begin on lines of their own where they have a title: "Steps: keep the rest."
+  that ends with "empty ground" is left blank. The other sentences begin on lines of their own where
+  they have a title: "Steps: keep the rest."
   """
   parts, end, text = [], 0, shown(text)
   for found in _CELLS.finditer(text):
