@@ -18,8 +18,8 @@ from irg_jax import images, storage, weights
 from irg_jax.data.records import parse_conversation
 from irg_jax.generate import irg
 from irg_jax.mini import (
-    benchmark, datasets, mistakes, phrasing, report, rewards, run, scenes, thoughts, vae, verifier, vit,
-    world)
+    benchmark, datasets, mistakes, phrasing, report, rewards, run, scenes, thoughts, vae, verifier,
+    vit, world)
 from irg_jax.tokenizer import load_tokenizer, train_tokenizer
 from irg_jax.weights import init
 
@@ -261,6 +261,13 @@ def test_a_better_image_of_the_second_world_has_what_a_right_plan_wanted_and_kee
     assert verifier.judge_scene(better, record).correct and thoughts.keeps(record, verdict, better)
     restored += not verdict.correct and thoughts.grid(better) == thoughts.grid(scene)
   assert restored > 30
+
+
+def test_a_plan_of_no_things_can_be_retold():
+  record, scene, rng = next(second_cases(1))
+  plan = thoughts.plan(record, mistakes.with_things(scene, ()))
+  for _ in range(10):
+    assert thoughts.read_places(datasets._retold(record, plan, rng)) == []
 
 
 def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_path):

@@ -209,7 +209,8 @@ def test_what_is_seen_is_drawn_with_greek_letters_and_its_marks():
 
 
 @pytest.mark.parametrize("text", [
-    cells("red circle").replace("B empty", "β empty"), cells("red circle").replace("B empty", "C empty"), cells(letters="ABC"), cells(letters="BCDE"),
+    cells("red circle").replace("B empty", "C empty"), cells(letters="ABC"), cells(letters="BCDE"),
+    cells("red circle").replace("B empty", "β empty"),
     cells("x" * 61), "Cells: A cat", "Cells: A . B . C . D .", "Cells: A  B  C  D .",
     "cells: A a B b C c D d.", "Cells: none.", cells("a: b"), cells().removesuffix(".")])
 def test_a_plan_that_cannot_be_read_stays_text(tmp_path, text):

@@ -6,15 +6,16 @@ from irg_jax.mini.scenes import crowded_scene, training_scene
 
 _SAME = 0.4  # share of images without a mistake, ...
 _SAME_AIDED = 0.15  # ... and of those that an aided model shall look at: most are unlike their plan
-
 _GONE = 0.25  # share of the altered things that are gone
 
 
 def drawn_badly(scene, rng):
-  """What a bad drawing of a scene may show; in an aided world all things are where they should."""
+  """A scene as a bad drawing may show it; in an aided world all things are where they should."""
   if not scene.world.aided:
     return spoiled(scene, rng)
-  return scene if rng.random() < _SAME else altered(scene, rng, len(scene.things))
+  if not scene.things or rng.random() < _SAME:
+    return scene
+  return altered(scene, rng, len(scene.things))
 
 
 def altered(scene, rng, most=2):

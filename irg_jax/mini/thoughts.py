@@ -17,6 +17,11 @@ final prompt is looked up like a plan. Things have the letter first, and are not
   ground, G blue star. What falls short: one red circle is missing. Improvements: the prompt asks
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
+
+In an aided world it begins with the request, and marks the cells seen in place of listing things:
+
+  <think> First, the prompt asks for two red circles. I see: The ground is grey. Cells: α plain
+  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing. ...
 """
 
 import itertools
@@ -69,14 +74,13 @@ def describe(scene) -> str:
   return f"The ground is {scene.background}. {grid_text(grid(scene))}"
 
 
-def observe(seen) -> str:
-  """`describe` of an image that is looked at, with letters of its own in an aided world."""
-  return _observed(seen, grid(seen))
+def observe(seen, cells=None) -> str:
+  """`describe` of an image that is looked at; `cells` are those with marks, else its own.
 
-
-def _observed(seen, cells):
+  In an aided world the letters are `SEEN_LETTERS`.
+  """
   letters = SEEN_LETTERS if seen.world.aided else LETTERS
-  return f"The ground is {seen.background}. {grid_text(cells, letters)}"
+  return f"The ground is {seen.background}. {grid_text(cells or grid(seen), letters)}"
 
 
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
@@ -91,7 +95,7 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   short = ", ".join(verdict.faults) or "nothing"
   asked = f"the prompt asks for {request(record)}"
   if aided:
-    said = f"First, {asked}. I see: {_observed(seen, compared(cells, after))}"
+    said = f"First, {asked}. I see: {observe(seen, compared(cells, after))}"
     improved = "show all of it"
   else:
     said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
@@ -271,15 +275,16 @@ def _restored(record, kept, planned, rng):
   there = [{t.cell: t for t in group} for group in kept]
   if any({*old} - {t.cell for t in new} for old, new in zip(there, wanted)):
     return None
-  things = [old.get(t.cell, t) for old, new in zip(there, wanted) for t in new]
-  places_ = [(t.x, t.y, t.radius) for old in there for t in old.values()]
-  for i, thing in enumerate(things):
-    if all(thing is not t for old in there for t in old.values()):
-      place = place_beside(thing.cell, places_, rng, thing.detail, planned.world)
-      if place is None:
-        return None
-      places_.append(place)
-      things[i] = Thing(thing.shape, thing.color, *place, thing.detail)
+  things, places_ = [], [(t.x, t.y, t.radius) for old in there for t in old.values()]
+  for old, new in zip(there, wanted):
+    for thing in new:
+      if thing.cell not in old:
+        place = place_beside(thing.cell, places_, rng, thing.detail, planned.world)
+        if place is None:
+          return None
+        places_.append(place)
+        thing = Thing(thing.shape, thing.color, *place, thing.detail)
+      things.append(old.get(thing.cell, thing))
   return tuple(things)
 
 
