@@ -375,6 +375,37 @@ def test_files_of_peft_are_read_back_bit_for_bit(folder):
   assert tensors[f"{key}.lora_B.weight"].shape == (16, 4)
 
 
+def test_peft_itself_merges_the_same_weights_and_what_it_writes_is_read(folder, tmp_path):
+  """On linear layers with the published names."""
+  torch = pytest.importorskip("torch", reason="no torch")
+  theirs = pytest.importorskip("peft", reason="no peft")
+  model, want = torch.nn.Module(), {}
+  merged = names.flatten(merge(copied(base()), random_adapters(), LORA.scale))
+  for row in lora.kernel_rows(CONFIG):
+    before, after = (tree[row.path.removeprefix("transformer/")]
+                     for tree in (names.flatten(base()), merged))
+    for i, key in enumerate(row.keys):
+      *parents, name, _ = key.split(".")
+      module = model
+      for parent in parents:
+        if parent not in dict(module.named_children()):
+          module.add_module(parent, torch.nn.Module())
+        module = getattr(module, parent)
+      linear = torch.nn.Linear(*row.layer_shape, bias=False)
+      linear.weight.data = torch.tensor(np.array(before[i] if row.layers else before).T)
+      module.add_module(name, linear)
+      want[key] = np.array(after[i] if row.layers else after).T
+  adapted = theirs.PeftModel.from_pretrained(model, folder)
+  adapted.save_pretrained(tmp_path / "again")
+  adapters, scale = peft.load(tmp_path / "again", CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, adapters, random_adapters())
+  assert scale == LORA.scale
+  found = adapted.merge_and_unload().state_dict()
+  assert found.keys() == want.keys()
+  for key, x in want.items():
+    np.testing.assert_allclose(found[key].numpy(), x, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 def test_an_adapter_s_name_in_keys_and_the_scale_of_rslora_are_read(folder):
   change(folder, use_rslora=True)
   path = folder / "adapter_model.safetensors"
