@@ -5,36 +5,21 @@ Imported by `storage.path` alone, where a path names a bucket; its packages are 
 nothing can be renamed. A write may depend on the state of its object, of which `Look.version` (GCS:
 generation, S3: ETag) changes with every write: `Path.put_if`.
 
-A store that does not answer is asked again for `PATIENCE` seconds, or `_FIRST` if it never has;
-then OSError names the object. Each answer of a range is checked to be complete.
+A store that does not answer is asked again, see `stores`. Each answer of a range is checked to be
+complete.
 """
 
-import asyncio
 import contextlib
 import errno
 import fnmatch
-import importlib
-import inspect
-import json
-import logging
-import os
-import re
-import socket
-import sys
-import threading
-import time
 import types
 import typing
-import urllib.parse
 
 from etils.epath import gpath
 
-PATIENCE = float(os.environ.get("IRG_BUCKET_PATIENCE", 600))  # seconds
-_FIRST = 10.0  # seconds, before the store has answered at all: it may be out of reach for good
-_LAST = 5.0  # seconds, once the patience has ended, until the store answers again
-_TIMEOUTS = {"total": None, "sock_connect": 30, "sock_read": 60}  # seconds
+from irg_jax import stores
+
 _PART = 32 * 2**20  # bytes of a part of a large upload
-_SHORT, _LONG = 0.5, 30.0  # seconds between two attempts
 
 
 class Look(typing.NamedTuple):
@@ -53,7 +38,7 @@ class Path(gpath.PosixGPath):
   @property
   def fs(self):
     """The filesystem of fsspec."""
-    return _filesystem(self._uri_scheme)
+    return stores.filesystem(self._uri_scheme)
 
   @property
   def place(self) -> tuple[str, str]:
@@ -229,12 +214,7 @@ class Path(gpath.PosixGPath):
                           uploadType="media", name=key, ifGenerationMatch=version or "0",
                           data=data, json_out=True)["generation"]
     how = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    try:
-      return self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **how)["ETag"]
-    except OSError as e:
-      if re.search("PreconditionFailed|ConditionalRequestConflict|412|pre-conditions", repr(e)):
-        raise FileExistsError(errno.EEXIST, "has changed", str(self)) from e
-      raise
+    return self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **how)["ETag"]
 
   def _version(self):
     found = self.fs.info(str(self))
@@ -247,96 +227,3 @@ class Path(gpath.PosixGPath):
       return self.fs.info(str(self))["type"]
     except FileNotFoundError:
       return None
-
-
-_FILESYSTEMS, _making = {}, threading.Lock()
-_answered = threading.Event()  # a request was answered
-_given_up = threading.Event()  # a request has ended without an answer, and none was answered since
-
-
-def _filesystem(scheme):
-  """The filesystem of a scheme, the same that etils.epath uses, and with it Orbax."""
-  with _making:
-    if scheme not in _FILESYSTEMS:
-      conf = importlib.import_module("fsspec.config").conf
-      # Listings are not kept: other hosts write, too.
-      if scheme == "gs":
-        aiohttp = importlib.import_module("aiohttp")
-        conf["gcs"] = {"use_listings_cache": False, "consistency": "md5",
-                       "session_kwargs": {"timeout": aiohttp.ClientTimeout(**_TIMEOUTS)}
-                       } | conf.get("gcs", {})
-        _register_patient()
-      else:
-        conf["s3"] = {"use_listings_cache": False, "config_kwargs": {
-            "retries": {"mode": "standard", "total_max_attempts": 20}}} | conf.get("s3", {})
-      _FILESYSTEMS[scheme] = gpath.backend_lib.fsspec_backend.fs(f"{scheme}://")
-    return _FILESYSTEMS[scheme]
-
-
-def _register_patient():
-  """Makes fsspec's "gcs" a filesystem that asks again, see `_patiently`."""
-  core = importlib.import_module("gcsfs.core")
-  once = inspect.unwrap(core.GCSFileSystem._request)
-  known = importlib.import_module("gcsfs.retry")
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-
-  async def request(self, method, path, *args, **kwargs):
-    name = _object_name(path, args, kwargs)
-    return await _patiently(lambda: once(self, method, path, *args, **kwargs), name, known)
-
-  patient = type("PatientGCSFileSystem", (core.GCSFileSystem,), {"_request": request})
-  for scheme in ("gcs", "gs"):
-    importlib.import_module("fsspec").register_implementation(scheme, patient, clobber=True)
-
-
-async def _patiently(attempt, name, known):
-  """The result of a request, made again while the store does not answer; else OSError."""
-  start, pause = time.monotonic(), _SHORT
-  while True:
-    patience = min(PATIENCE, _LAST if _given_up.is_set() else
-                   PATIENCE if _answered.is_set() else _FIRST)
-    try:
-      answer = await attempt()
-      _answered.set()
-      _given_up.clear()
-      return answer
-    except FileNotFoundError:
-      _answered.set()
-      raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", name) from None
-    except FileExistsError:
-      raise FileExistsError(errno.EEXIST, "has changed", name) from None
-    except Exception as e:  # of several libraries
-      fault = str(e).partition("\n")[2 if "Forbidden" in str(e) else 0] or type(e).__name__
-      code = str(getattr(e, "code", ""))
-      again = known.is_retriable(e) and code != "501" or isinstance(
-          e, (TimeoutError, asyncio.TimeoutError))
-      if not again and (code == "401" or "Forbidden" in str(e)):
-        raise PermissionError(errno.EACCES, f"access denied by the store ({fault}); check the "
-                              "credentials and the bucket's permissions", name) from e
-      if not again:
-        raise OSError(errno.EIO, f"the store refuses ({fault})", name) from e
-      waited = time.monotonic() - start
-      unknown = isinstance(getattr(e, "os_error", None), socket.gaierror)  # offline, most likely
-      if waited > patience or unknown and not _answered.is_set():
-        _given_up.set()
-        after = f" for {waited:.0f} s" if waited >= 1 else ""
-        raise OSError(errno.EIO, f"the store did not answer{after} ({fault})", name) from e
-      if pause > 4:
-        print(f"note: {name}: the store does not answer ({fault}); asking again for at most "
-              f"{patience - waited:.0f} s", file=sys.stderr, flush=True)
-      await asyncio.sleep(pause)
-      pause = min(2 * pause, _LONG, max(patience - waited, _SHORT))
-
-
-def _object_name(path, args, options) -> str:
-  """The gs:// path that a request is about."""
-  found = re.search(r"/b/([^/?]+)(?:/o(?:/([^?]*))?)?", path)
-  parts = args or (found.groups() if found else (path,))
-  key = options.get("name") or options.get("prefix")
-  if query := re.search(r"[?&]name=([^&]*)", path):
-    key = query[1]
-  data = options.get("data")  # of an upload in parts, the first of which has the name
-  if isinstance(data, bytes) and (named := re.search(rb'"name": ("[^"]*")', data[:4096])):
-    key = json.loads(named[1])
-  names = [part for part in (*parts[:2], None if len(parts) > 1 and parts[1] else key) if part]
-  return "gs://" + "/".join(urllib.parse.unquote(name) for name in names)

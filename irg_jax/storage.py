@@ -182,6 +182,14 @@ def _temporary(parent, make):
     yield path
 
 
+def remove_folder(folder) -> None:
+  """Removes a folder and all that is in it, if it is there."""
+  if is_local(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+  else:
+    folder.rmtree()
+
+
 @contextlib.contextmanager
 def naming(path):
   """Adds `path` to the error of a full disk, which the system may raise without a file name."""

@@ -10,7 +10,7 @@ import numpy as np
 from engine import SYSTEM_PROMPT, TINY, make_checkpoint
 
 from irg_jax import config as config_lib
-from irg_jax import sharding, weights
+from irg_jax import sharding, storage, weights
 from irg_jax.generate import generator
 from irg_jax.generate.settings import Defaults
 from irg_jax.model.unified import UnifiedTransformer
@@ -135,7 +135,7 @@ def rows(folder, *overrides, worth=None):
 def lines(out) -> dict[int, dict]:
   """The figures of each iteration in the log, without times."""
   found = {}
-  for text in (pathlib.Path(out) / "log.jsonl").read_text().splitlines():
+  for text in (storage.path(out) / "log.jsonl").read_text().splitlines():
     line = json.loads(text)
     if "loss" in line:
       assert line["step"] not in found

@@ -128,7 +128,7 @@ def test_a_bucket_that_is_away_is_waited_for(bucket, data, whole):
 @pytest.mark.long
 def test_a_bucket_that_stays_away_ends_the_run_with_the_last_good_checkpoint_named(
     bucket, data, whole, capsys, monkeypatch):
-  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 1.0)
+  monkeypatch.setattr(sys.modules["irg_jax.stores"], "PATIENCE", 1.0)
   gone = []
 
   def after_a_checkpoint(method, name):

@@ -127,14 +127,14 @@ def test_denied_and_missing_objects_are_one_error_that_names_them(bucket, fault,
 
 
 def test_a_store_that_is_away_ends_in_an_error_that_names_the_object(bucket, monkeypatch):
-  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 1.0)
+  monkeypatch.setattr(sys.modules["irg_jax.stores"], "PATIENCE", 1.0)
   with broken(bucket, lambda *_: 503), pytest.raises(OSError) as caught:
     at("x").write_bytes(b"")
   assert "gs://bucket/x: the store did not answer for" in messages.message(caught.value)
-  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 600.0)
-  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "_FIRST", 1.0)
+  monkeypatch.setattr(sys.modules["irg_jax.stores"], "PATIENCE", 600.0)
+  monkeypatch.setattr(sys.modules["irg_jax.stores"], "_FIRST", 1.0)
   for name in ("_answered", "_given_up"):  # as in a new process
-    monkeypatch.setattr(sys.modules["irg_jax.buckets"], name, threading.Event())
+    monkeypatch.setattr(sys.modules["irg_jax.stores"], name, threading.Event())
   with broken(bucket, lambda *_: 503), pytest.raises(OSError, match="did not answer for"):
     at("x").read_bytes()
   with pytest.raises(OSError, match="object is shorter"):
@@ -191,7 +191,7 @@ def test_a_holder_elsewhere_is_known_by_its_signs_and_finds_out_that_it_lost(buc
 
 def test_a_holder_whose_sign_was_written_but_not_answered_goes_on(bucket, monkeypatch):
   path = at("locks/e/.lock")
-  monkeypatch.setattr(sys.modules["irg_jax.buckets"], "PATIENCE", 0.1)
+  monkeypatch.setattr(sys.modules["irg_jax.stores"], "PATIENCE", 0.1)
   lost = lambda method, name: "lost" if method == "POST" and name.endswith("e/.lock") else None
   with leases.leased(path, "busy", 0.05, 60):
     before = path.look().version

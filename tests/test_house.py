@@ -19,7 +19,7 @@ LAYERS = ("commands", "serve", "mini", "rl", "evaluate", "plan", "train", "gener
           "model", "reports")
 # The modules at the root, from top to bottom; they import no package.
 GROUND = ("compiled", "chips", "sharding", "hub", "runs", "leases", "holders", "tokenizer", "flow",
-          "images", "progress", "config", "storage", "buckets", "messages", "tokens")
+          "images", "progress", "config", "storage", "buckets", "stores", "messages", "tokens")
 
 # Reading order of one prompt, from the command line to the compiled steps.
 PROMPT_PATH = ("commands/generate.py", "generate/run.py", "generate/generator.py",

@@ -5,14 +5,16 @@ import dataclasses
 import json
 import math
 
+import bucket_server
 import jax
 import numpy as np
 import pytest
 import rl_runs
+from bucket_server import bucket
 from conftest import ROOT
 from judge_server import JudgeServer
 
-from irg_jax import commands, evaluate, weights
+from irg_jax import commands, evaluate, leases, storage, weights
 from irg_jax.generate import irg
 from irg_jax.generate.settings import Settings
 from irg_jax.mini import benchmark, scenes, world
@@ -96,6 +98,15 @@ def check_killed(folder, whole, out, when, stops=False):
     "among the trajectories", pytest.param("before an update", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_bit_for_bit(folder, whole, tmp_path, when):
   check_killed(folder, whole, tmp_path, when)
+
+
+@pytest.mark.long
+@bucket_server.needed
+def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bytes_of_one_on_disk(folder, whole, bucket):
+  check_killed(folder, whole, storage.path("gs://bucket/rl"), "among the trajectories")
+  assert bucket.names("rl/rollouts/000002/00004/00005/trace.json")
+  assert not [n for n in bucket.names("rl") if leases.UNFINISHED in n or ".lock" in n]
+  assert not list(storage.cache_folder("logs").glob("*"))
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ _HELP = tomllib.loads(pathlib.Path(__file__).with_name("help.toml").read_text(en
 _PATHS = ("DIR", "FILE", "FILE[:PRESET]", "SRC", "DST", "PATH", "OUT")
 # Verbs whose paths may be in buckets, but for --config, which is a program.
 _IN_BUCKETS = tuple(f"irg {verb}" for verb in (
-    "generate", "ask", "serve", "demo", "convert", "init", "train", "data", "fetch", "eval"))
+    "generate", "ask", "serve", "demo", "convert", "init", "train", "data", "fetch", "eval", "rl"))
 
 
 def rounds(text: str) -> str:

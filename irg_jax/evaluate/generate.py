@@ -92,10 +92,7 @@ class OutFolder:
 
   def remove(self, relative) -> None:
     """Removes a folder and all that is in it."""
-    if storage.is_local(path := self.out / relative):
-      shutil.rmtree(path, ignore_errors=True)
-    else:
-      path.rmtree()
+    storage.remove_folder(self.out / relative)
 
   def exists(self, relative) -> bool:
     return self.out / relative in self._new or self._there(relative)

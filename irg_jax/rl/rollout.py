@@ -15,16 +15,15 @@ them, so a run that goes on after a kill learns the same.
 
 import dataclasses
 import functools
+import io
 import json
-import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from irg_jax import flow, sharding, storage
+from irg_jax import flow, leases, sharding, storage
 from irg_jax.generate import generator, irg, steps, stopping
 from irg_jax.generate.context import FULL, in_layers
 from irg_jax.reports import trace
@@ -118,13 +117,13 @@ def sample(loaded: generator.Generator, settings: RlSettings, generation, record
   size, found = min(settings.rollout.batch_size, len(rows)), []
   storage.remove_partials(folder)
   for numbers in generator.batches(len(rows), size):
-    place = pathlib.Path(folder) / f"{numbers[0]:05}"
+    place = storage.path(folder) / f"{numbers[0]:05}"
     if not _is_complete(place, identity):
-      shutil.rmtree(place, ignore_errors=True)
+      storage.remove_folder(place)
       say(f"trajectories {numbers[0] + 1} to {numbers[-1] + 1} of {len(rows)}")
       some = [[x[i] for i in numbers] for x in (rows, seeds)]
       made = _sample_batch(loaded, settings, generation, *some, iteration, size)
-      with storage.atomic_folder(place) as partial:
+      with leases.new_folder(place) as partial:
         for number, (rollout, record) in zip(numbers, made):
           trace.write_trace(partial / f"{number:05}", record)
           _write(partial / f"{number:05}", rollout)
@@ -135,8 +134,9 @@ def sample(loaded: generator.Generator, settings: RlSettings, generation, record
 
 def read(folder) -> Rollout:
   """Reads a trajectory."""
-  folder = pathlib.Path(folder)
-  told, arrays = storage.read_json(folder / f"{_ROW}.json"), np.load(folder / f"{_ROW}.npz")
+  folder = storage.path(folder)
+  told = storage.read_json(folder / f"{_ROW}.json")
+  arrays = np.load(io.BytesIO(storage.read_file(folder / f"{_ROW}.npz")))
   thoughts = [irg.Thought(**thought | {"ids": tuple(thought["ids"])})
               for thought in told["thoughts"]]
   rounds = [irg.Round(thought, None, image, {}, kept=kept) for thought, image, kept in zip(
@@ -149,8 +149,8 @@ def read(folder) -> Rollout:
 
 def _is_complete(place, identity):
   try:
-    return storage.read_json(place / _BATCH)["identity"] == identity
-  except (OSError, ValueError, LookupError):
+    return leases.is_finished(place) and storage.read_json(place / _BATCH)["identity"] == identity
+  except (FileNotFoundError, ValueError, LookupError):
     return False
 
 
@@ -205,8 +205,9 @@ def _read_back(loaded, generation, drawn, seeds, size):
 def _write(folder, rollout):
   stacked = lambda name: np.stack([x[name] for x in rollout.seen]) if rollout.seen else np.zeros(0)
   rounds = rollout.trajectory.rounds
-  np.savez(folder / f"{_ROW}.npz", path=rollout.path, images=np.stack([r.image for r in rounds]),
-           latents=stacked("latents"), patches=stacked("patches"))
+  with storage.writer(folder / f"{_ROW}.npz") as file:
+    np.savez(file, path=rollout.path, images=np.stack([r.image for r in rounds]),
+             latents=stacked("latents"), patches=stacked("patches"))
   told = {"record": rollout.record, "seed": rollout.seed, "start": rollout.start,
           "thoughts": [dataclasses.asdict(r.thought) for r in rounds]}
   if any(r.kept for r in rounds):
@@ -216,11 +217,11 @@ def _write(folder, rollout):
 
 def forget(folder, iteration: int, keep: int) -> None:
   """Removes the trajectories of all but the newest `keep` iterations; 0 keeps all."""
-  for path in pathlib.Path(folder).glob("[0-9]*") if keep else ():
+  for path in storage.path(folder).glob("[0-9]*") if keep else ():
     if int(path.name) <= iteration - keep:
-      shutil.rmtree(path, ignore_errors=True)
+      storage.remove_folder(path)
 
 
-def iteration_folder(out, iteration: int) -> pathlib.Path:
+def iteration_folder(out, iteration: int):
   """The folder of an iteration's trajectories in the folder of a run."""
-  return pathlib.Path(out) / "rollouts" / f"{iteration:06}"
+  return storage.path(out) / "rollouts" / f"{iteration:06}"

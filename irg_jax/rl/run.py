@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 
@@ -75,7 +74,7 @@ def run_rl(settings: RlSettings, out) -> int:
   Returns the exit status: 0, or `distributed.PREEMPTED` after SIGTERM. ValueError and OSError have
   a message for the user.
   """
-  out = storage.local_path(out)
+  out = storage.path(out)
   with contextlib.ExitStack() as stack:
     stopping = stack.enter_context(preemption())
     stack.enter_context(runs.locked(
@@ -166,13 +165,14 @@ def learn(run: Run):
                f"{s.iterations}; {s.batch} prompts of {s.group} trajectories each")
       if iteration < s.iterations:  # what was exported before there were more iterations
         for name in ("weights", "adapters"):
-          shutil.rmtree(run.out / STAGE / name, ignore_errors=True)
+          storage.remove_folder(run.out / STAGE / name)
       learner = Learner(run, optimizer, log.busy)
       for iteration in range(iteration + 1, s.iterations + 1):
         state = iterate(run, learner, state, iteration, log)
         checkpoints.check()
         stopping = run.stopping()
         if stopping or iteration == s.iterations or iteration % s.checkpoint_every == 0:
+          log.copy()  # before the checkpoint, which is of no use without its lines
           checkpoints.save(iteration, state, {"0": {"iteration": iteration}})
         rollout.forget(run.out / "rollouts", iteration, s.rollout.keep)
         if stopping:
@@ -309,11 +309,13 @@ def identity(run: Run, iteration: int) -> str:
 def open_log(run: Run, start: int):
   """The log of the run, continued after iteration `start`."""
   s = run.settings
-  logs.forget_after(run.out, STAGE, start, (STAGE,))
-  with logs.Log(run.out, STAGE, run.mesh, start=start, total=s.iterations, every=1,
-                step_flops=lambda values: 0.0, peak_flops=0.0,
-                sink=tracking.sink(run, STAGE, run.out), summary=statistics.line) as log:
-    yield log
+  with logs.written(run.out) as (folder, copy):
+    logs.forget_after(folder, STAGE, start, (STAGE,))
+    with logs.Log(folder, STAGE, run.mesh, start=start, total=s.iterations, every=1,
+                  step_flops=lambda values: 0.0, peak_flops=0.0,
+                  sink=tracking.sink(run, STAGE, folder), summary=statistics.line) as log:
+      log.copy = copy
+      yield log
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import gcs_utils  # private, see `_let_orbax_write_s3`
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from irg_jax import config as config_lib
 from irg_jax import leases, storage
@@ -213,6 +215,31 @@ def quiet() -> None:
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   if getattr(sys.unraisablehook, "func", None) is not _show_unless_closed:
     sys.unraisablehook = functools.partial(_show_unless_closed, sys.unraisablehook)
+
+
+def _let_orbax_write_s3() -> None:
+  """Gives arrays in s3:// to TensorStore's driver; Orbax itself knows that of gs:// alone.
+
+  There is no public way. Like s3fs, it follows AWS_ENDPOINT_URL, and then needs a region.
+  """
+  normal, is_known, spec = (tensorstore_utils._normalize_path, tensorstore_utils._use_gcs_driver,
+                            gcs_utils.get_kvstore_for_gcs)
+
+  def of_s3(path):
+    if not path.startswith("s3://"):
+      return spec(path)
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+    where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
+    return {"driver": "s3", "bucket": bucket, "path": key, **where}
+
+  tensorstore_utils._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normal(path))
+  tensorstore_utils._use_gcs_driver = lambda path: path.startswith("s3://") or is_known(path)
+  gcs_utils.get_kvstore_for_gcs = of_s3
+
+
+_let_orbax_write_s3()
 
 
 def _show_unless_closed(show, unraisable):

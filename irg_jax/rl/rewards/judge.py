@@ -8,6 +8,7 @@ import math
 import pathlib
 import tempfile
 
+from irg_jax import storage
 from irg_jax.evaluate import answers, questions
 from irg_jax.evaluate import judge as judge_lib
 from irg_jax.evaluate.answers import NoAnswer
@@ -33,7 +34,7 @@ def opened(settings, out):
   template = {"grade": GRADE, "probability": YES}[options.form]
   if options.template:
     template = questions.load_template(options.template, "judge", ("prompt",))
-  with judge_lib.Judge(endpoint, pathlib.Path(out) / judge_lib.CACHE) as opened_judge:
+  with judge_lib.Judge(endpoint, storage.path(out) / judge_lib.CACHE) as opened_judge:
     yield _reward(opened_judge.ask, template, options.form == "probability")
 
 
