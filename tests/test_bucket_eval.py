@@ -19,7 +19,7 @@ from bucket_server import broken, bucket
 from judge_server import JudgeServer
 from test_eval_generate import checkpoint, engine, files, tree
 
-from irg_jax import buckets, commands, evaluate, leases, runs, storage
+from irg_jax import commands, evaluate, leases, runs, storage, stores
 from irg_jax.commands import eval as eval_verb
 from irg_jax.evaluate import judge, records, score
 from irg_jax.evaluate import generate as runner
@@ -252,8 +252,8 @@ def test_two_processes_cannot_write_one_database(bucket, wise, capsys):
 def test_answers_that_the_store_does_not_take_are_kept_here_and_the_file_is_named(
     bucket, wise, tmp_path, cache_folder, monkeypatch, capsys):
   _, there = wise
-  monkeypatch.setattr(buckets, "PATIENCE", 0.1)
-  monkeypatch.setattr(buckets, "_LAST", 0.1)
+  monkeypatch.setattr(stores, "PATIENCE", 0.1)
+  monkeypatch.setattr(stores, "_LAST", 0.1)
   with JudgeServer(test_judging.answer) as server, broken(
       bucket, lambda method, name: 503 if method == "POST" and name.endswith(judge.CACHE) else None):
     assert scored(server, *there) == 2
