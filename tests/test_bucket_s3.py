@@ -6,15 +6,20 @@ The rules are those of gs://, which tests/test_buckets.py and its neighbours che
 """
 
 import functools
+import json
 import os
+import pathlib
 import sys
 import threading
 
 import pytest
+import test_judging
 import train_runs
+from judge_server import JudgeServer
 from train_runs import cache, data
 
 from irg_jax import commands, leases, messages, runs, storage
+from irg_jax.evaluate import score
 
 pytest.importorskip("s3fs", reason="no s3fs: pip install 'irg_jax[s3]'")
 apps = pytest.importorskip("moto.server", reason="no S3 on loopback: pip install 'moto[server]'")
@@ -122,6 +127,25 @@ def test_a_store_that_is_away_ends_in_an_error_that_names_the_object(faults, mon
     with pytest.raises(OSError) as caught:
       action()
     assert "s3://bucket/x: the store did not answer" in messages.message(caught.value)
+
+
+def test_scores_and_paid_answers_in_a_bucket_are_those_of_disk(server, tmp_path):
+  test_judging.make_run(tmp_path / "images", "wise")
+  prompts = [item.extra | {"Prompt": item.prompt, "Explanation": "e", "Subcategory": "s",
+                           "Category": "CULTURE"} for item in test_judging.ITEMS["wise"]]
+  (tmp_path / "wise.json").write_text(json.dumps(prompts))
+  for path in filter(pathlib.Path.is_file, (tmp_path / "images").rglob("*")):
+    at(f"wise/{path.relative_to(tmp_path / 'images').as_posix()}").upload(path)
+  with JudgeServer(test_judging.answer) as endpoint:
+    asked = []
+    for out in (tmp_path / "images", at("wise"), at("wise")):
+      assert commands.main(["eval", "score", "wise", "--out", str(out), "--prompts", str(
+          tmp_path / "wise.json"), "--judge-url", endpoint.url, "--judge-model", "m"]) == 0
+      asked.append(len(endpoint.bodies))
+  assert asked[1:] == [2 * asked[0]] * 2  # the last one paid for nothing
+  for name in (score.SCORES, score.ITEMS):
+    here, there = (path.read_text() for path in (tmp_path / "images" / name, at(f"wise/{name}")))
+    assert there.replace("s3://bucket/wise", str(tmp_path / "images")) == here
 
 
 @pytest.mark.long
