@@ -262,8 +262,7 @@ def _retold(record, plan, rng):
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
       verdict = _imagined(record, mistakes.drawn_badly(scene, rng), rng)
-      steps = thoughts.places_text(plan)  # what the record asks for does not fit a wrong plan
-      return thoughts.reflect(record, verdict, scene, plan, steps)
+      return thoughts.reflect(record, verdict, scene, plan)
   return plan
 
 

@@ -18,14 +18,10 @@ final prompt is looked up like a plan. Things have the letter first, and are not
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-In an aided world it begins with the request, and marks the cells seen in place of listing things.
-Its steps place everything anew, in the words of a plan: they are copied from the plan where that is
-right, so a final prompt is right although the faults may be misread.
+In an aided world it begins with the request, and marks the cells seen in place of listing things:
 
   <think> First, the prompt asks for two red circles. I see: The ground is grey. Cells: α plain
-  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing.
-  Improvements: show all of it. Steps: The ground is grey. Places: red circle E, red circle I.
-  Final prompt: ...
+  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing. ...
 """
 
 import itertools
@@ -87,11 +83,10 @@ def observe(seen, cells=None) -> str:
   return f"The ground is {seen.background}. {grid_text(cells or grid(seen), letters)}"
 
 
-def reflect(record: dict, verdict, better: Scene, before: str, steps: str = "") -> str:
+def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  In an aided world it says first what the prompt asks for: faults follow from that. There `steps`
-  are the `places` of `better`, by default in the order of the prompt.
+  In an aided world it says first what the prompt asks for: faults follow from that.
 
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
@@ -101,13 +96,12 @@ def reflect(record: dict, verdict, better: Scene, before: str, steps: str = "") 
   asked = f"the prompt asks for {request(record)}"
   if aided:
     said = f"First, {asked}. I see: {observe(seen, compared(cells, after))}"
-    improved, steps = "show all of it", steps or places(better, record)
+    improved = "show all of it"
   else:
     said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
-    steps = f"{', '.join(edits(cells, after))}."
   return (f"<think> {said} What falls short: {short}. "
           f"Improvements: {improved if verdict.faults else 'none'}. "
-          f"Steps: {steps} Final prompt: {describe(better)} </think>")
+          f"Steps: {', '.join(edits(cells, after))}. Final prompt: {describe(better)} </think>")
 
 
 def edits(before, after) -> list[str]:
@@ -189,11 +183,6 @@ def read_places(text: str) -> list[str]:
   elif cells := read_grid(text):
     return [at for at, cell in zip(LETTERS, cells) if not cell.endswith(EMPTY)]
   raise Inexpressible("a thought before that cannot be read")
-
-
-def places_text(text: str) -> str:
-  """The last ground and places in a text, as `places` says them; "" if there are none."""
-  return next(reversed(re.findall(r"The ground is [a-z]+\. Places: [^.]*\.", text)), "")
 
 
 def read_scene(text: str, world: World = WORLD1) -> Scene | None:
