@@ -18,10 +18,13 @@ final prompt is looked up like a plan. Things have the letter first, and are not
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-In an aided world it begins with the request, and marks the cells seen in place of listing things:
+In an aided world it begins with the request, and marks the cells seen in place of listing things.
+Its steps name no cell: else the final prompt would be what is seen but for them, and right only
+where each change was noticed. So it is copied from the plan, unless that was wrong.
 
   <think> First, the prompt asks for two red circles. I see: The ground is grey. Cells: α plain
-  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing. ...
+  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing.
+  Improvements: show all of it. Steps: draw again what is wrong, keep the rest. Final prompt: ...
 """
 
 import itertools
@@ -39,6 +42,7 @@ SATISFIED = "What falls short: nothing."  # see `generate.settings.Defaults`
 QUESTION = "What does the picture show?"
 REQUEST = "What shall the picture show?"
 EMPTY, UNCLEAR = "empty ground", "unclear shape"
+_AGAIN, _REST, _ALL = "draw again what is wrong", "keep the rest", "keep everything"  # steps
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of the cells, row by row
 # In an aided world, of the cells of an image that is looked at: a small model that looks up "E" can
@@ -96,18 +100,19 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   asked = f"the prompt asks for {request(record)}"
   if aided:
     said = f"First, {asked}. I see: {observe(seen, compared(cells, after))}"
-    improved = "show all of it"
+    improved, steps = "show all of it", [_AGAIN, _REST] if cells != after else [_ALL]
   else:
     said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
+    steps = edits(cells, after)
   return (f"<think> {said} What falls short: {short}. "
           f"Improvements: {improved if verdict.faults else 'none'}. "
-          f"Steps: {', '.join(edits(cells, after))}. Final prompt: {describe(better)} </think>")
+          f"Steps: {', '.join(steps)}. Final prompt: {describe(better)} </think>")
 
 
 def edits(before, after) -> list[str]:
   """The steps from one list of cells to another."""
   steps = [f"put {new} {letter}" for letter, old, new in zip(LETTERS, before, after) if old != new]
-  return steps + ["keep the rest" if steps else "keep everything"]
+  return steps + [_REST if steps else _ALL]
 
 
 def places(scene: Scene, record: dict | None = None) -> str:
