@@ -20,7 +20,7 @@ final prompt is looked up like a plan. Things have the letter first, and are not
 
 In an aided world it begins with the request, and marks the cells seen in place of listing things.
 Its steps name no cell: else the final prompt would be what is seen but for them, and right only
-where each change was noticed. So it is copied from the plan, unless that was wrong.
+where each change was noticed. It can be copied from the plan, where that is right.
 
   <think> First, the prompt asks for two red circles. I see: The ground is grey. Cells: α plain
   empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing.
