@@ -66,13 +66,13 @@ def _register_gs():
 def _register_s3():
   """Makes fsspec's "s3" a filesystem that asks again; its own attempts are few."""
   core, asyn = map(importlib.import_module, ("s3fs.core", "fsspec.asyn"))
-  away = importlib.import_module("botocore.exceptions").HTTPClientError
+  away = importlib.import_module("botocore.exceptions").ConnectionError  # s3fs has the others
 
   def verdict(e):
     response = getattr(e.__cause__ or e, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if status == 429 or status >= 500 and status != 501 or isinstance(
-        e, (away, *core.S3_RETRYABLE_ERRORS, TimeoutError)):
+        e, (away, *core.S3_RETRYABLE_ERRORS)):
       return _AGAIN
     if status in (409, 412):
       return _CHANGED
@@ -88,7 +88,7 @@ def _register_s3():
 
   # Listings and the bodies of answers do not go through the first.
   methods = {name: patient(getattr(core.S3FileSystem, name))
-             for name in ("_call_s3", "_cat_file", "_lsdir", "_find")}
+             for name in ("_call_s3", "_cat_file", "_lsdir")}
   methods["call_s3"] = asyn.sync_wrapper(methods["_call_s3"])
   _register(type("PatientS3FileSystem", (core.S3FileSystem,), methods), "s3", config_kwargs={
       "connect_timeout": _TIMEOUTS["sock_connect"], "read_timeout": _TIMEOUTS["sock_read"],

@@ -170,11 +170,7 @@ def test_verbs_for_this_machine_alone_say_so(verb, capsys):
 @pytest.fixture
 def wise(bucket, tmp_path):
   """Folders of images and a prompt file, (on disk, in the bucket)."""
-  items = test_judging.ITEMS["wise"]
-  test_judging.make_run(tmp_path / "images", "wise")
-  prompts = [item.extra | {"Prompt": item.prompt, "Explanation": "e", "Subcategory": "s",
-                           "Category": "CULTURE"} for item in items]
-  (tmp_path / "wise.json").write_text(json.dumps(prompts))
+  test_judging.make_wise(tmp_path)
   at("wise").rmtree()
   return ((tmp_path / "images", tmp_path / "wise.json"),
           (uploaded(tmp_path / "images", "wise/images"), uploaded(tmp_path / "wise.json", "wise/p")))

@@ -6,9 +6,9 @@ The rules are those of gs://, which tests/test_buckets.py and its neighbours che
 """
 
 import functools
-import json
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 
@@ -16,6 +16,7 @@ import pytest
 import test_judging
 import train_runs
 from judge_server import JudgeServer
+from test_bucket_train import WEIGHTS
 from train_runs import cache, data
 
 from irg_jax import commands, leases, messages, runs, storage
@@ -24,7 +25,6 @@ from irg_jax.evaluate import score
 pytest.importorskip("s3fs", reason="no s3fs: pip install 'irg_jax[s3]'")
 apps = pytest.importorskip("moto.server", reason="no S3 on loopback: pip install 'moto[server]'")
 serving = pytest.importorskip("werkzeug.serving")
-WEIGHTS = ("ema.safetensors", "ae.safetensors", "tokenizer.json")
 
 
 class Server:
@@ -129,11 +129,15 @@ def test_a_store_that_is_away_ends_in_an_error_that_names_the_object(faults, mon
     assert "s3://bucket/x: the store did not answer" in messages.message(caught.value)
 
 
+def test_an_endpoint_that_cannot_be_reached_is_asked_again_and_named(server):
+  code = "from irg_jax import storage; storage.path('s3://bucket/x').read_bytes()"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+                        | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "IRG_BUCKET_PATIENCE": "1"})
+  assert "did not answer for" in done.stderr and "'s3://bucket/x'" in done.stderr
+
+
 def test_scores_and_paid_answers_in_a_bucket_are_those_of_disk(server, tmp_path):
-  test_judging.make_run(tmp_path / "images", "wise")
-  prompts = [item.extra | {"Prompt": item.prompt, "Explanation": "e", "Subcategory": "s",
-                           "Category": "CULTURE"} for item in test_judging.ITEMS["wise"]]
-  (tmp_path / "wise.json").write_text(json.dumps(prompts))
+  test_judging.make_wise(tmp_path)
   for path in filter(pathlib.Path.is_file, (tmp_path / "images").rglob("*")):
     at(f"wise/{path.relative_to(tmp_path / 'images').as_posix()}").upload(path)
   with JudgeServer(test_judging.answer) as endpoint:

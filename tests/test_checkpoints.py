@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import train_runs
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import gcs_utils
 
 from irg_jax import sharding
 from irg_jax.train import checkpoints
 from irg_jax.train.checkpoints import Checkpoints
+from irg_jax.weights import orbax
 from irg_jax.weights.names import CheckpointError
 
 # Of a read that fails, Orbax leaves the others unawaited.
@@ -305,3 +307,11 @@ def test_two_processes_skip_a_checkpoint_that_one_cannot_read_and_fail_together(
         "checkpoint of step 2 cannot be saved") in text
     assert "File too large" in text
     assert f"the last good checkpoint is {tmp_path / 'run' / '1'}" in text
+
+
+def test_a_version_of_orbax_that_cannot_keep_checkpoints_in_s3_is_refused_by_name(monkeypatch):
+  monkeypatch.delattr(gcs_utils, "get_kvstore_for_gcs")
+  orbax._know_s3.cache_clear()
+  with pytest.raises(ValueError, match=r"Orbax 0\S+ cannot keep checkpoints in s3://.*'orbax-check"):
+    orbax.know_store("s3://bucket/run")
+  orbax.know_store("gs://bucket/run")

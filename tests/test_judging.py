@@ -60,6 +60,14 @@ def make_run(out, benchmark):
   return score.ImageFolder(out, evaluate.get(benchmark), tuple(items), (1, 2), {})
 
 
+def make_wise(folder):
+  """`make_run` of WISE in `folder`/images, and its prompt file, wise.json."""
+  make_run(folder / "images", "wise")
+  prompts = [item.extra | {"Prompt": item.prompt, "Explanation": "e", "Subcategory": "s",
+                           "Category": "CULTURE"} for item in ITEMS["wise"]]
+  (folder / "wise.json").write_text(json.dumps(prompts))
+
+
 def answer(body):
   """The answer to any question, decided by the question alone."""
   text = prompt_of(body)

@@ -41,6 +41,7 @@ class Checkpoints:
     self.folder = storage.path(folder).absolute()
     self._report, self._saving = report, None
     orbax.quiet()
+    orbax.know_store(self.folder)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
         cleanup_tmp_directories=True,  # of a killed save: a checkpoint is large

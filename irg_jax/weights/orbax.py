@@ -8,6 +8,7 @@ run started from.
 
 import dataclasses
 import functools
+import importlib
 import logging
 import math
 import os
@@ -21,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.path import gcs_utils  # private, see `_let_orbax_write_s3`
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from irg_jax import config as config_lib
 from irg_jax import leases, storage
@@ -39,6 +38,7 @@ PARAMS = "params"
 CONFIG = "model_config.json"
 # A folder that cannot be made in the background is waited for, 300 s long.
 FOLDERS_FIRST = {"create_directories_asynchronously": False}
+_WITH_S3 = "0.12.8"  # a version of Orbax that `_know_s3` fits
 GROUPS = 20  # `restore` reads 1 / GROUPS of all bytes at a time; Orbax holds several copies of it
 
 RUN_FILE = "run.json"  # in the folder of a training run
@@ -73,6 +73,7 @@ def save(folder, params: dict, config: ModelConfig, *, source=None) -> None:
   parameters do not fit `config`, FileExistsError for a folder that is not empty.
   """
   names.check_params(params, config)
+  know_store(folder)
   with leases.new_folder(folder) as partial:
     write_json(partial / CONFIG, dataclasses.asdict(config))
     copy_tokenizer(source, partial)
@@ -122,6 +123,7 @@ def is_int8(folder) -> bool:
 
 def _stored(path) -> dict:
   """Shapes and dtypes of the parameters in a folder; CheckpointError."""
+  know_store(path)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
@@ -142,7 +144,7 @@ def base_folder(folder) -> pathlib.Path:
 
 def load_adapters(folder) -> dict:
   """Reads the moving average of the adapters of a run's checkpoint, numpy in float32."""
-  run, path = read_run(folder), pathlib.Path(folder).absolute() / "state"
+  run, path = read_run(folder), storage.path(folder).absolute() / "state"
   wanted = names.flatten({"ema": lora.abstract_adapters(run.model, run.lora)})
   found = restore(path, {name: _placed(x) for name, x in wanted.items()})
   found = names.unflatten(found)["ema"]
@@ -169,6 +171,7 @@ def restore(path, wanted: dict, finish=None) -> dict:
   `finish` is a function (path, array) -> {path: array}, called before the next arrays are read.
   Raises CheckpointError for arrays that are missing, damaged or not finite.
   """
+  know_store(path)
   leaves = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     size = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in wanted.items()}
@@ -217,13 +220,31 @@ def quiet() -> None:
     sys.unraisablehook = functools.partial(_show_unless_closed, sys.unraisablehook)
 
 
-def _let_orbax_write_s3() -> None:
+def _show_unless_closed(show, unraisable):
+  if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's, of each array
+    show(unraisable)
+
+
+def know_store(path) -> None:
+  """Readies Orbax for a path; ValueError for one in s3:// with a version that cannot be readied."""
+  if str(path).startswith("s3://"):
+    _know_s3()
+
+
+@functools.cache
+def _know_s3():
   """Gives arrays in s3:// to TensorStore's driver; Orbax itself knows that of gs:// alone.
 
   There is no public way. Like s3fs, it follows AWS_ENDPOINT_URL, and then needs a region.
   """
-  normal, is_known, spec = (tensorstore_utils._normalize_path, tensorstore_utils._use_gcs_driver,
-                            gcs_utils.get_kvstore_for_gcs)
+  try:
+    paths = importlib.import_module("orbax.checkpoint._src.path.gcs_utils")
+    arrays = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+    normal, is_known, spec = (
+        arrays._normalize_path, arrays._use_gcs_driver, paths.get_kvstore_for_gcs)
+  except (ImportError, AttributeError) as e:
+    raise ValueError(f"Orbax {ocp.__version__} cannot keep checkpoints in s3:// ({e}); pip install "
+                     f"'orbax-checkpoint=={_WITH_S3}', or use another store") from e
 
   def of_s3(path):
     if not path.startswith("s3://"):
@@ -234,17 +255,9 @@ def _let_orbax_write_s3() -> None:
     where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
     return {"driver": "s3", "bucket": bucket, "path": key, **where}
 
-  tensorstore_utils._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normal(path))
-  tensorstore_utils._use_gcs_driver = lambda path: path.startswith("s3://") or is_known(path)
-  gcs_utils.get_kvstore_for_gcs = of_s3
-
-
-_let_orbax_write_s3()
-
-
-def _show_unless_closed(show, unraisable):
-  if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's, of each array
-    show(unraisable)
+  arrays._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normal(path))
+  arrays._use_gcs_driver = lambda path: path.startswith("s3://") or is_known(path)
+  paths.get_kvstore_for_gcs = of_s3
 
 
 def reason(error) -> str:
