@@ -68,14 +68,14 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
 
 
 def altered_plan(record: dict, plan: str, rng) -> str | None:
-  """A plan with one or two other things in its cells; None if it plans nothing that can be read.
+  """A plan with up to three other things in its cells; None if it plans nothing that can be read.
 
   An image that is drawn after it is wrong although `plan` may be right, as a bad drawing would be.
   """
   scene = thoughts.read_scene(plan, of(record))
   if scene is None or not scene.things:
     return None
-  cells = thoughts.grid(mistakes.altered(scene, rng))
+  cells = thoughts.grid(mistakes.altered(scene, rng, include=record["include"]))
   return plan.replace(thoughts.grid_text(thoughts.read_grid(plan)), thoughts.grid_text(cells))
 
 
@@ -144,7 +144,7 @@ def _imagined_reflection(rng, world):
     if careless:
       scene, drawn = mistakes.careless(scene, rng)
     else:
-      drawn = mistakes.drawn_badly(scene, rng)
+      drawn = mistakes.drawn_badly(scene, rng, record["include"])
     verdict = _imagined(record, drawn, rng)
     with contextlib.suppress(thoughts.Inexpressible):
       plan = thoughts.plan(record, scene, thoughts.grid(drawn) if careless else None)
@@ -261,7 +261,7 @@ def _retold(record, plan, rng):
   scene = thoughts.read_scene(plan, of(record))
   if scene is not None:
     with contextlib.suppress(thoughts.Inexpressible):
-      verdict = _imagined(record, mistakes.drawn_badly(scene, rng), rng)
+      verdict = _imagined(record, mistakes.drawn_badly(scene, rng, record["include"]), rng)
       return thoughts.reflect(record, verdict, scene, plan)
   return plan
 

@@ -3,31 +3,36 @@
 import dataclasses
 
 from irg_jax.mini.scenes import crowded_scene, training_scene
+from irg_jax.mini.verifier import meant
 
 _SAME = 0.4  # share of images without a mistake, ...
 _SAME_AIDED = 0.15  # ... and of those that an aided model shall look at: most are unlike their plan
 _GONE = 0.25  # share of the altered things that are gone
 
 
-def drawn_badly(scene, rng):
-  """A scene as a bad drawing may show it; in an aided world all things are where they should."""
+def drawn_badly(scene, rng, include=()):
+  """A scene as a bad drawing may show it; in an aided world all things are where they should.
+
+  There no changed thing is what one of the clauses `include` asks for: the image is wrong.
+  """
   if not scene.world.aided:
     return spoiled(scene, rng)
   if not scene.things or rng.random() < _SAME:
     return scene
-  return altered(scene, rng, len(scene.things))
+  return altered(scene, rng, len(scene.things), include)
 
 
-def altered(scene, rng, most=2):
+def altered(scene, rng, most=3, include=()):
   """A scene in which some things are gone, or have another shape, colour or detail.
 
-  They are at least one, and `most` at most.
+  They are at least one, and `most` at most, and none is what a clause of `include` asks for.
   """
   things, others = list(scene.things), crowded_scene(rng, scene.world).things
   for i in rng.permutation(len(things))[:rng.integers(1, most + 1)]:
     changed = [_like(things[i], other, name) for other in others for name in _words(scene.world)]
     changed = [t for t in changed if t.kind != things[i].kind
-               and not t.pairs & scene.world.unseen_pairs]
+               and not t.pairs & scene.world.unseen_pairs
+               and not any(meant(t, clause) for clause in include)]
     gone = not changed or rng.random() < _GONE
     things[i] = None if gone else changed[rng.integers(len(changed))]
   return with_things(scene, filter(None, things))

@@ -14,24 +14,20 @@ _TONE = 6  # levels by which the colour of a background varies
 _SHIFT = 1.0  # pixels between a thing and the middle of its cell, at most, in each direction
 _GAP = 2.0  # pixels between the bounding squares of two things, at least
 _FIRST_DETAIL = 0.6  # share of things with the first detail of a world, where it is left open
+_ARRANGEMENTS = 8  # arrangements of which `_clear_cells` takes one
 _WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x, y
 
 
 def sample_scene(record: dict, rng) -> Scene:
   """A scene that shows exactly what a record asks for; all else is random.
 
-  What the record leaves open never makes a pair held out of training. In an aided world, things
-  without relations stand in the order of the prompt, row by row.
+  What the record leaves open never makes a pair held out of training. In an aided world relations
+  hold clearly (`_clear_cells`).
   """
   world, include = of(record), record["include"]
   owners = [i for i, clause in enumerate(include) for _ in range(clause["count"])]
-  while True:
-    cells = [divmod(int(i), GRID) for i in rng.choice(GRID**2, len(owners), replace=False)]
-    if world.aided and not relations(include):
-      cells.sort()
-    groups = [[c for c, owner in zip(cells, owners) if owner == i] for i in range(len(include))]
-    if relations_hold(include, groups):
-      break
+  groups = _clear_cells(include, rng) if world.aided else _cells(include, rng)
+  cells = list(itertools.chain(*groups))
   details = [detail_of(include[i], rng, world) for i in owners]
   # Two large things in neighbouring cells fit only with small shifts: all are sampled again.
   while True:
@@ -42,6 +38,35 @@ def sample_scene(record: dict, rng) -> Scene:
                  for i, place, detail in zip(owners, places, details))
   tone = _sample_tone(rng)
   return Scene(str(rng.choice(list(BACKGROUNDS))), things, tone, world)
+
+
+def _cells(include, rng, counts=None):
+  """Cells of the things of each clause, such that all relations hold."""
+  counts = counts or [clause["count"] for clause in include]
+  while True:
+    cells = iter(rng.choice(GRID**2, sum(counts), replace=False).tolist())
+    groups = [[divmod(i, GRID) for i in itertools.islice(cells, count)] for count in counts]
+    if relations_hold(include, groups):
+      return groups
+
+
+def _clear_cells(include, rng):
+  """The same, in an arrangement that a small model can learn to plan.
+
+  Of several samples of the clauses with relations, the one whose relations hold most clearly: a
+  plan that is off by a cell is then still right. All other things stand in the order of the prompt,
+  row by row.
+  """
+  placed = {i for first, _, other in relations(include) for i in (first, other)}
+  counts = [clause["count"] * (i in placed) for i, clause in enumerate(include)]
+  samples = [_cells(include, rng, counts) for _ in range(_ARRANGEMENTS if placed else 1)]
+  groups = max(samples, key=lambda groups: _clearance(include, groups))
+  taken = {*itertools.chain(*groups)}
+  free = [c for c in itertools.product(range(GRID), repeat=2) if c not in taken]
+  count = sum(clause["count"] for clause in include) - len(taken)
+  rest = iter([free[i] for i in sorted(rng.choice(len(free), count, replace=False))])
+  return [groups[i] or [*itertools.islice(rest, clause["count"])]
+          for i, clause in enumerate(include)]
 
 
 def training_scene(rng, world: World = WORLD1) -> Scene:
@@ -86,13 +111,18 @@ def _pick(values, rng):
 
 def relations_hold(include, groups) -> bool:
   """Whether all relations hold between `groups`, the cells of each clause; none on a diagonal."""
+  return _clearance(include, groups) > 0
+
+
+def _clearance(include, groups):
+  """Cells by which the way of a relation is longer than that to its side: the least of all."""
+  found = []
   for i, relation, other in relations(include):
     x, y = _WAYS[relation]
     for a, b in itertools.product(groups[i], groups[other]):
       down, right = a[0] - b[0], a[1] - b[1]
-      if x * right + y * down <= abs(y * right + x * down):
-        return False
-  return True
+      found.append(x * right + y * down - abs(y * right + x * down))
+  return min(found, default=GRID)
 
 
 def place_beside(cell, others, rng, detail, world: World) -> tuple[float, float, float] | None:

@@ -87,37 +87,37 @@ def _placed(include, *pairs, rng):
 
 
 def _many(world, rng):
-  """Five things or more, of three to five kinds."""
+  """Seven things or more, of three to five kinds."""
   counts = rng.integers(1, 6, rng.integers(3, 6))
-  return _kinds(world, rng, counts) if 5 <= counts.sum() <= world.most else None
+  return _kinds(world, rng, counts) if 7 <= counts.sum() <= world.most else None
+
+
+def _beside(world, rng):
+  """A relation of two kinds, one or two things each, and two to five things of a third kind."""
+  counts = (*rng.choice((1, 1, 2), 2), rng.integers(2, 6))
+  return _placed(_kinds(world, rng, counts), (1, 0), rng=rng)
 
 
 def _related(world, rng):
-  """Three or four kinds with two relations: in a row, to the same kind, or apart.
+  """Four kinds with two relations: in a row, to the same kind, or apart.
 
-  One kind has up to three things, or two where it is placed: more hardly ever fit.
+  A kind without a relation has two to four things, the others one; or, where all have one, one of
+  them has two: more hardly ever fit.
   """
-  kinds = int(rng.integers(3, 5))
-  pairs = [((1, 0), (2, 1)), ((1, 0), (2, 0)), ((1, 0), (3, 2))][rng.integers(kinds - 1)]
-  counts, many = np.ones(kinds, int), int(rng.integers(kinds))
-  counts[many] += rng.integers(2 if any(many in pair for pair in pairs) else 3)
+  pairs = [((1, 0), (2, 1)), ((1, 0), (2, 0)), ((1, 0), (3, 2))][rng.integers(3)]
+  counts = np.ones(4, int)
+  if pairs[1][0] == 2:
+    counts[3] = rng.integers(2, 5)
+  else:
+    counts[rng.integers(4)] = 2
   return _placed(_kinds(world, rng, counts), *pairs, rng=rng)
 
 
-def _alone(world, rng):
-  """One thing with a detail, mostly of a named colour."""
-  return _kinds(world, rng, (1,), color=0.7, detail=1.0)
-
-
 TASKS2 = {
-    "single_object": Task(0.03, lambda world, rng: _kinds(world, rng, (1,), 0.0, 0.0)),
-    "colors": Task(0.04, lambda world, rng: _kinds(world, rng, (1,), 1.0, 0.0)),
-    "detail": Task(0.07, _alone),
-    "two_object": Task(0.04, lambda world, rng: _kinds(world, rng, (1, 1), 0.5, 0.3)),
-    "color_attr": Task(0.05, lambda world, rng: _kinds(world, rng, (1, 1), 1.0)),
-    "counting": Task(0.09, lambda world, rng: _kinds(world, rng, (rng.integers(2, 6),), 0.5)),
-    "position": Task(0.45, lambda world, rng: _placed(
-        _kinds(world, rng, rng.choice((1, 1, 2), 2)), (1, 0), rng=rng)),
-    "many": Task(0.75, _many),
+    "detail": Task(0.12, lambda world, rng: _kinds(world, rng, (rng.integers(1, 4),), 0.7, 1.0)),
+    "color_attr": Task(0.12, lambda world, rng: _kinds(world, rng, rng.integers(1, 4, 2), 1.0)),
+    "counting": Task(0.25, lambda world, rng: _kinds(world, rng, rng.integers(3, 6, 2), 0.5)),
+    "position": Task(0.50, _beside),
+    "many": Task(0.70, _many),
     "relations": Task(0.60, _related),
 }

@@ -18,13 +18,14 @@ final prompt is looked up like a plan. Things have the letter first, and are not
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-In an aided world it begins with the request, and marks the cells seen in place of listing things.
-Its steps name no cell: else the final prompt would be what is seen but for them, and right only
-where each change was noticed. It can be copied from the plan, where that is right.
+In an aided world it begins with the request and the final prompt, and marks the cells seen that are
+not so, in place of listing things. A small model copies: with what is seen before it, the final
+prompt would be that, faults and all. Here it is the plan, where that is right.
 
-  <think> First, the prompt asks for two red circles. I see: The ground is grey. Cells: α plain
-  empty ground ... ι plain empty ground wrong ... What falls short: one red circle is missing.
-  Improvements: show all of it. Steps: draw again what is wrong, keep the rest. Final prompt: ...
+  <think> First, the prompt asks for two red circles. Final prompt: The ground is grey. Cells: A
+  plain empty ground ... I see: The ground is grey. Cells: α plain empty ground ... ι plain empty
+  ground wrong ... What falls short: one red circle is missing. Improvements: show all of it.
+  Steps: draw again what is wrong, keep the rest. </think>
 """
 
 import itertools
@@ -90,23 +91,22 @@ def observe(seen, cells=None) -> str:
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  In an aided world it says first what the prompt asks for: faults follow from that.
+  In an aided world it says first what the prompt asks for, and the final prompt: faults follow.
 
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
-  seen, aided = verdict.seen, better.world.aided
+  seen, faults = verdict.seen, verdict.faults
   cells, after, letters = grid(seen), grid(better), read_places(before)
-  short = ", ".join(verdict.faults) or "nothing"
-  asked = f"the prompt asks for {request(record)}"
-  if aided:
-    said = f"First, {asked}. I see: {observe(seen, compared(cells, after))}"
-    improved, steps = "show all of it", [_AGAIN, _REST] if cells != after else [_ALL]
-  else:
-    said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
-    steps = edits(cells, after)
-  return (f"<think> {said} What falls short: {short}. "
-          f"Improvements: {improved if verdict.faults else 'none'}. "
-          f"Steps: {', '.join(steps)}. Final prompt: {describe(better)} </think>")
+  asked, final = f"the prompt asks for {request(record)}", f"Final prompt: {describe(better)}"
+  short = f"What falls short: {', '.join(faults) or 'nothing'}. Improvements:"
+  if better.world.aided:
+    first = f"First, {asked}. {final} I see: {observe(seen, compared(cells, after))}"
+    steps = f"{_AGAIN}, {_REST}" if cells != after else _ALL
+    return (f"<think> {first} {short} {'show all of it' if faults else 'none'}. "
+            f"Steps: {steps}. </think>")
+  return (f"<think> I see: {observe(seen)} {listed(cells, letters)} {short} "
+          f"{asked if faults else 'none'}. Steps: {', '.join(edits(cells, after))}. "
+          f"{final} </think>")
 
 
 def edits(before, after) -> list[str]:
@@ -195,7 +195,8 @@ def read_scene(text: str, world: World = WORLD1) -> Scene | None:
 
   A cell whose words are no colour and shape (and detail) counts as empty.
   """
-  grounds, cells = re.findall(r"The ground is ([a-z]+)\.", text), read_grid(text)
+  cells = read_grid(text)
+  grounds = re.findall(r"The ground is ([a-z]+)\.(?: Places: [^.]*\.)? Cells: A", text)
   if not grounds or cells is None:
     return None
   things = []
@@ -218,7 +219,7 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 def read_seen(text: str) -> list[str] | None:
   """The cells that a reflection or description says it sees, as of `read_grid`."""
-  text = text.split("What falls short:")[0].replace(" wrong", "")
+  text = text.split("What falls short:")[0].replace(" wrong", "")  # world 1's final prompt is last
   return read_grid(text, SEEN_LETTERS) or read_grid(text)
 
 

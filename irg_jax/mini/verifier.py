@@ -117,13 +117,15 @@ def assign(things, include) -> tuple[list[list], list]:
   """(things of each clause, the rest); the clauses that say more choose first."""
   groups, left = [[] for _ in include], list(things)
   for i in sorted(range(len(include)), key=lambda i: -len({"color", "detail"} & {*include[i]})):
-    clause = include[i]
-    fit = [t for t in left if t.shape == clause["class"]
-           and t.color == clause.get("color", t.color)
-           and t.detail == clause.get("detail", t.detail)]
-    groups[i] = fit[:clause["count"]]
+    groups[i] = [t for t in left if meant(t, include[i])][:include[i]["count"]]
     left = [t for t in left if all(t is not other for other in groups[i])]
   return groups, left
+
+
+def meant(thing, clause) -> bool:
+  """Whether a thing is of the kind that a clause asks for."""
+  return (thing.shape == clause["class"] and thing.color == clause.get("color", thing.color)
+          and thing.detail == clause.get("detail", thing.detail))
 
 
 def misplaced(include, groups) -> list[tuple[int, str, int]]:

@@ -84,7 +84,7 @@ WORLD2 = World(
     name="2", shapes=("circle", "square", "triangle", "diamond", "star", "cross", "heart"),
     radii={"plain": _LARGE, "hollow": _LARGE, "striped": _LARGE, "dotted": _LARGE,
            "small": (4.0, 4.8)},
-    most=10, inside=True, star=0.58, cross=0.47, tasks=tasks.TASKS2,
+    most=12, inside=True, star=0.58, cross=0.47, tasks=tasks.TASKS2,
     wording=tomllib.loads((_FILES / "world2.toml").read_text()), phrase=phrasing.typed)
 WORLDS = {world.name: world for world in (WORLD1, WORLD2)}
 
