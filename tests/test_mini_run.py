@@ -70,7 +70,7 @@ def test_a_preset_of_a_run_has_trainings_of_its_own(monkeypatch, tmp_path):
 def test_the_second_world_s_model_reads_prompts_as_typed_and_knows_its_words():
   first, second = (run.defaults(run.load(f"configs/mini.py:{name}")).prompts
                    for name in ("world", "world2"))
-  assert first.rules and not second.rules and (first.most, second.most) == (5, 10)
+  assert first.rules and not second.rules and (first.most, second.most) == (5, 12)
   assert "ring" in first.note and "heart" in second.note and "striped" in second.note
   assert "one to 10 shapes" in second.note and "one to five shapes" in first.note
 
