@@ -43,7 +43,7 @@ QUICK_MODEL = dataclasses.replace(MODEL, llm=LlmConfig(
     vocab_size=576, hidden_size=128, mlp_size=384, num_layers=4, num_heads=4, num_kv_heads=2,
     rope_theta=300.0))
 # The second world has more words, and four tokens a cell. Its longest conversations, of 1 in 100,
-# have 560 tokens of text, 470 without an image in words; a reflection has at most 360, a prompt 50.
+# have 530 tokens of text, 460 without an image in words; a reflection has at most 320, a prompt 48.
 VOCABULARY2 = 640
 _TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
 # No guidance. In training one thought and image precede a reflection, never more: window 1.
