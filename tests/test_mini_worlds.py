@@ -311,6 +311,21 @@ def test_the_second_image_of_a_trajectory_is_right_and_keeps_what_was_right():
   assert rows == 6 * len(told) >= 6 * 36 and 0.2 < np.mean(told) < 0.8
 
 
+def test_some_second_images_repair_what_their_reflection_overlooks():
+  overlooked = []
+  for record, scene, rng in second_cases(40, seed=13):
+    drawn = mistakes.altered(scene, rng, include=record["include"])
+    image, plan = scenes.paint(drawn), thoughts.plan(record, scene)
+    verdict = verifier.score(image, record)
+    better = thoughts.improve(record, verdict, rng, plan)
+    *_, (_, row) = datasets.trajectory_rows(record, plan, image, verdict, better, rng)
+    *_, told, last = row[-1]["content"]
+    assert last["need_loss"] and thoughts.read_grid(told["content"]) == thoughts.grid(scene)
+    overlooked.append(thoughts.read_faults(told["content"]) == ())
+    assert told.get("need_loss", True) != overlooked[-1] and not verdict.correct
+  assert 4 <= sum(overlooked) <= 24
+
+
 def test_a_better_image_that_drops_what_was_right_is_told_apart():
   for record, scene, _ in second_cases(20, seed=5):
     verdict = verifier.judge(verifier.Seen("grey", scene.things, (), SECOND), record)

@@ -17,6 +17,8 @@ LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 PURPOSES = ("words", "base", "trajectories", "better", "altered", "vit")
 # Share of careless plans before a reflection in text alone, without and with `World.aided`.
 _CARELESS = 0.4, 0.25
+# Share of the second images in an aided world after a reflection that overlooks what is wrong.
+OVERLOOKED = 0.3
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
 
@@ -45,6 +47,9 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
 
+  In an aided world a share `OVERLOOKED` of the second images follows a reflection that sees no
+  fault, without loss: the image shall show the final prompt, whatever was overlooked.
+
   Inexpressible where `plan` cannot be read, or where `better` does not keep what was right; the
   latter only in a world with details.
   """
@@ -56,15 +61,19 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   improved, reflection = paint(better), thoughts.reflect(record, verdict, better, before)
   # Without a plan before it, the reflection takes its places from the better image.
   shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
+  said = text_part(reflection)
+  if of(record).aided and rng.random() < OVERLOOKED:
+    sure = verifier.judge_scene(better, record)
+    said = text_part(thoughts.reflect(record, sure, better, before), need_loss=False)
   told = [text_part(before, need_loss=False), _image(first, need_vae=True, need_vit=True)]
   parts = ([_image(target, need_vit=True), text_part(first_plan)],
            [text_part(first_plan)],
            [text_part(first_plan), _image(target, need_loss=True)],
            [_image(first, need_vit=True), _image(improved, need_vit=True), text_part(shown)],
            [*told, text_part(reflection)],
-           [*told, text_part(reflection), _image(improved, need_loss=True)])
-  for mode, said in zip(MODES, parts, strict=True):
-    yield mode, [*_asked(record), assistant(said)]
+           [*told, said, _image(improved, need_loss=True)])
+  for mode, content in zip(MODES, parts, strict=True):
+    yield mode, [*_asked(record), assistant(content)]
 
 
 def altered_plan(record: dict, plan: str, rng) -> str | None:
