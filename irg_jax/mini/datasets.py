@@ -17,7 +17,7 @@ LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 PURPOSES = ("words", "base", "trajectories", "better", "altered", "vit")
 # Share of careless plans before a reflection in text alone, without and with `World.aided`.
 _CARELESS = 0.4, 0.25
-# Share of the second images in an aided world after a reflection that overlooks what is wrong.
+# Share of the second images after a reflection that overlooks faults: they show the final prompt.
 OVERLOOKED = 0.3
 LATER_ROUNDS = 0.25  # share of the trajectories with a reflection, not a plan, before their image
 
@@ -47,8 +47,7 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
 
-  In an aided world a share `OVERLOOKED` of the second images follows a reflection that sees no
-  fault, without loss: the image shall show the final prompt, whatever was overlooked.
+  In an aided world a share `OVERLOOKED` of the second images follows a reflection that sees no fault.
 
   Inexpressible where `plan` cannot be read, or where `better` does not keep what was right; the
   latter only in a world with details.
@@ -124,7 +123,7 @@ def _reflected(rng, world):
 
 
 def _compared(rng, world):
-  """The filled cells of a plan, those of an image, and the latter with the marks of a reflection.
+  """The filled cells of a plan, those of an image, and which of the latter a reflection names.
 
   Up to all of them differ, mostly in a word: a model learns to compare late, and only where much of
   the loss is comparing.
@@ -136,7 +135,7 @@ def _compared(rng, world):
   text = lambda cells, letters: thoughts.grid_text(
       [cells[i] for i in filled], [letters[i] for i in filled])
   given = f"{text(wanted, thoughts.LETTERS)} {text(seen, thoughts.SEEN_LETTERS)}"
-  said = text(thoughts.compared(seen, wanted), thoughts.SEEN_LETTERS)
+  said = thoughts.unlike(seen, wanted)
   return TELL, [_user(given), assistant([text_part(said)])]
 
 

@@ -11,10 +11,7 @@ _GONE = 0.25  # share of the altered things that are gone
 
 
 def drawn_badly(scene, rng, include=()):
-  """A scene as a bad drawing may show it; in an aided world all things are where they should.
-
-  There no changed thing is what one of the clauses `include` asks for: the image is wrong.
-  """
+  """A scene as a bad drawing may show it; in an aided world it is the same or `altered`."""
   if not scene.world.aided:
     return spoiled(scene, rng)
   if not scene.things or rng.random() < _SAME:
@@ -23,9 +20,9 @@ def drawn_badly(scene, rng, include=()):
 
 
 def altered(scene, rng, most=3, include=()):
-  """A scene in which some things are gone, or have another shape, colour or detail.
+  """A scene in which one to `most` things are gone, or have another shape, colour or detail.
 
-  They are at least one, and `most` at most, and none is what a clause of `include` asks for.
+  None is then what a clause of `include` asks for.
   """
   things, others = list(scene.things), crowded_scene(rng, scene.world).things
   for i in rng.permutation(len(things))[:rng.integers(1, most + 1)]:

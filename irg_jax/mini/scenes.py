@@ -53,9 +53,8 @@ def _cells(include, rng, counts=None):
 def _clear_cells(include, rng):
   """The same, in an arrangement that a small model can learn to plan.
 
-  Of several samples of the clauses with relations, the one whose relations hold most clearly: a
-  plan that is off by a cell is then still right. All other things stand in the order of the prompt,
-  row by row.
+  Of several samples, the one whose relations hold most clearly: off by a cell, a plan is still
+  right. Things without relations stand in the order of the prompt, row by row.
   """
   placed = {i for first, _, other in relations(include) for i in (first, other)}
   counts = [clause["count"] * (i in placed) for i, clause in enumerate(include)]
@@ -65,8 +64,7 @@ def _clear_cells(include, rng):
   free = [c for c in itertools.product(range(GRID), repeat=2) if c not in taken]
   count = sum(clause["count"] for clause in include) - len(taken)
   rest = iter([free[i] for i in sorted(rng.choice(len(free), count, replace=False))])
-  return [groups[i] or [*itertools.islice(rest, clause["count"])]
-          for i, clause in enumerate(include)]
+  return [groups[i] or [*itertools.islice(rest, c["count"])] for i, c in enumerate(include)]
 
 
 def training_scene(rng, world: World = WORLD1) -> Scene:

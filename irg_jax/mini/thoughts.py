@@ -18,14 +18,14 @@ final prompt is looked up like a plan. Things have the letter first, and are not
   for two red circles left of one blue star. Steps: put red circle I, keep the rest. Final
   prompt: The ground is grey. Cells: A empty ground ... </think>
 
-In an aided world it begins with the request and the final prompt, and marks the cells seen that are
-not so, in place of listing things. A small model copies: with what is seen before it, the final
-prompt would be that, faults and all. Here it is the plan, where that is right.
+In an aided world it begins with the request, and of what is seen it names the cells alone that are
+not as they shall be. A small model copies the nearest list of cells: a second one in a reflection
+would become its final prompt, or, if it stood last, the image. Here the final prompt is the plan,
+where that is right, and stands directly before the image, as a plan does.
 
-  <think> First, the prompt asks for two red circles. Final prompt: The ground is grey. Cells: A
-  plain empty ground ... I see: The ground is grey. Cells: α plain empty ground ... ι plain empty
-  ground wrong ... What falls short: one red circle is missing. Improvements: show all of it.
-  Steps: draw again what is wrong, keep the rest. </think>
+  <think> First, the prompt asks for two red circles. I see: The ground is grey. Wrong: ι plain
+  empty ground. What falls short: one red circle is missing. Improvements: show all of it. Steps:
+  draw again what is wrong, keep the rest. Final prompt: The ground is grey. Cells: A plain ...
 """
 
 import itertools
@@ -79,19 +79,16 @@ def describe(scene) -> str:
   return f"The ground is {scene.background}. {grid_text(grid(scene))}"
 
 
-def observe(seen, cells=None) -> str:
-  """`describe` of an image that is looked at; `cells` are those with marks, else its own.
-
-  In an aided world the letters are `SEEN_LETTERS`.
-  """
+def observe(seen) -> str:
+  """`describe` of an image that is looked at; in an aided world the letters are `SEEN_LETTERS`."""
   letters = SEEN_LETTERS if seen.world.aided else LETTERS
-  return f"The ground is {seen.background}. {grid_text(cells or grid(seen), letters)}"
+  return f"The ground is {seen.background}. {grid_text(grid(seen), letters)}"
 
 
 def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   """The thought after an image: its faults, and the steps to the scene `better`.
 
-  In an aided world it says first what the prompt asks for, and the final prompt: faults follow.
+  In an aided world it says first what the prompt asks for: faults follow from that.
 
   Inexpressible where `before`, the thought before the image, has no readable places.
   """
@@ -100,13 +97,13 @@ def reflect(record: dict, verdict, better: Scene, before: str) -> str:
   asked, final = f"the prompt asks for {request(record)}", f"Final prompt: {describe(better)}"
   short = f"What falls short: {', '.join(faults) or 'nothing'}. Improvements:"
   if better.world.aided:
-    first = f"First, {asked}. {final} I see: {observe(seen, compared(cells, after))}"
-    steps = f"{_AGAIN}, {_REST}" if cells != after else _ALL
-    return (f"<think> {first} {short} {'show all of it' if faults else 'none'}. "
-            f"Steps: {steps}. </think>")
-  return (f"<think> I see: {observe(seen)} {listed(cells, letters)} {short} "
-          f"{asked if faults else 'none'}. Steps: {', '.join(edits(cells, after))}. "
-          f"{final} </think>")
+    said = f"First, {asked}. I see: The ground is {seen.background}. {unlike(cells, after)}"
+    improved, steps = "show all of it", [_AGAIN, _REST] if cells != after else [_ALL]
+  else:
+    said, improved = f"I see: {observe(seen)} {listed(cells, letters)}", asked
+    steps = edits(cells, after)
+  return (f"<think> {said} {short} {improved if faults else 'none'}. "
+          f"Steps: {', '.join(steps)}. {final} </think>")
 
 
 def edits(before, after) -> list[str]:
@@ -152,9 +149,10 @@ def grid_text(cells, letters=LETTERS) -> str:
   return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(letters, cells))}."
 
 
-def compared(cells, after) -> list[str]:
-  """The cells, each marked that is not so in the cells `after`."""
-  return [f"{cell}{' wrong' * (cell != will)}" for cell, will in zip(cells, after)]
+def unlike(cells, wanted, letters=SEEN_LETTERS) -> str:
+  """The cells of an image that are not as `wanted`."""
+  found = [f"{at} {cell}" for at, cell, want in zip(letters, cells, wanted) if cell != want]
+  return f"Wrong: {', '.join(found) or 'none'}."
 
 
 def listed(cells, first=()) -> str:
@@ -218,8 +216,15 @@ def read_faults(text: str) -> tuple[str, ...] | None:
 
 
 def read_seen(text: str) -> list[str] | None:
-  """The cells that a reflection or description says it sees, as of `read_grid`."""
-  text = text.split("What falls short:")[0].replace(" wrong", "")  # world 1's final prompt is last
+  """The cells that a reflection or description says it sees, as of `read_grid`.
+
+  An aided reflection says them by what is not as in its final prompt.
+  """
+  if wrong := re.search(r"Wrong: ([^.]*)\.", text):
+    said = re.findall("([α-π]) ([a-z ]+)", wrong[1])
+    cells = dict(zip(SEEN_LETTERS, read_grid(text) or ())) | dict(said)
+    return [*cells.values()] if len(cells) == len(SEEN_LETTERS) else None
+  text = text.split("What falls short:")[0]
   return read_grid(text, SEEN_LETTERS) or read_grid(text)
 
 
