@@ -72,7 +72,7 @@ def test_the_second_world_s_model_reads_prompts_as_typed_and_knows_its_words():
                    for name in ("world", "world2"))
   assert first.rules and not second.rules and (first.most, second.most) == (5, 12)
   assert "ring" in first.note and "heart" in second.note and "striped" in second.note
-  assert "one to 10 shapes" in second.note and "one to five shapes" in first.note
+  assert "one to 12 shapes" in second.note and "one to five shapes" in first.note
 
 
 @pytest.mark.parametrize("train", (run.train_base, run.train_quality,
