@@ -43,7 +43,7 @@ QUICK_MODEL = dataclasses.replace(MODEL, llm=LlmConfig(
     vocab_size=576, hidden_size=128, mlp_size=384, num_layers=4, num_heads=4, num_kv_heads=2,
     rope_theta=300.0))
 # The second world has more words, and four tokens a cell. Its longest conversations, of 1 in 100,
-# have 530 tokens of text, 460 without an image in words; a reflection has at most 320, a prompt 48.
+# have 500 tokens of text, 430 without an image in words; a reflection has at most 290, a prompt 45.
 VOCABULARY2 = 640
 _TRANSFORM = ImageTransform(max_size=64, min_size=64, stride=16)
 # No guidance. In training one thought and image precede a reflection, never more: window 1.
@@ -61,9 +61,9 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # Of a training: steps of the two stages in a quick run; in the second world steps, tokens of text
   # in a row of each stage, and how it is made there.
   trainings = {
-      "base": (_base, (240, 160), (1400, 1500), (576, 304), _base2),
-      "irgl": (_irgl, (20, 60), (100, 800), (544, 544), _irgl),
-      "quality": (_quality, (20, 20), (200, 900), (544, 544), _quality)}
+      "base": (_base, (240, 160), (1400, 1500), (512, 304), _base2),
+      "irgl": (_irgl, (20, 60), (100, 800), (448, 448), _irgl),
+      "quality": (_quality, (20, 20), (200, 900), (448, 448), _quality)}
   presets = {"world": _world, "quick": _quick, "world2": _world2,
              "world2-quick": lambda: _second(_quick())}
   for name, (make, quick, second, texts, other) in trainings.items():

@@ -385,6 +385,8 @@ def test_a_reflection_names_what_will_not_stay_and_its_steps_name_no_cell():
     assert [thoughts.LETTERS[thoughts.SEEN_LETTERS.index(at)] for at in letters] == [*changed]
     assert (wrong != "none") == bool(changed) == bool(thoughts.read_faults(thought))
     named += len(changed)
+    assert thoughts.read_seen(thought.replace(f" Wrong: {wrong}.", " Wrong: a cell.")) is None
+    assert thoughts.read_seen(thought.split(" Final prompt: ")[0]) is None
   assert named > 30
 
 

@@ -47,7 +47,7 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
     verdict, better: the verifier's on `first`, and the improved Scene.
     rng: also samples the scene of the initial modes, since their plan must match their image.
 
-  In an aided world a share `OVERLOOKED` of the second images is after a reflection without a fault.
+  Of an aided world, a share `OVERLOOKED` of the second images follows a thought without a fault.
 
   Inexpressible where `plan` cannot be read, or where `better` does not keep what was right; the
   latter only in a world with details.

@@ -149,9 +149,9 @@ def grid_text(cells, letters=LETTERS) -> str:
   return f"Cells: {' '.join(f'{letter} {cell}' for letter, cell in zip(letters, cells))}."
 
 
-def unlike(cells, wanted, letters=SEEN_LETTERS) -> str:
+def unlike(cells, wanted) -> str:
   """The cells of an image that are not as `wanted`."""
-  found = [f"{at} {cell}" for at, cell, want in zip(letters, cells, wanted) if cell != want]
+  found = [f"{at} {cell}" for at, cell, want in zip(SEEN_LETTERS, cells, wanted) if cell != want]
   return f"Wrong: {', '.join(found) or 'none'}."
 
 
@@ -221,9 +221,10 @@ def read_seen(text: str) -> list[str] | None:
   An aided reflection says them by what is not as in its final prompt.
   """
   if wrong := re.search(r"Wrong: ([^.]*)\.", text):
-    said = re.findall("([α-π]) ([a-z ]+)", wrong[1])
-    cells = dict(zip(SEEN_LETTERS, read_grid(text) or ())) | dict(said)
-    return [*cells.values()] if len(cells) == len(SEEN_LETTERS) else None
+    said = [re.fullmatch("([α-π]) ([a-z ]+)", cell) for cell in wrong[1].split(", ")]
+    if not (final := read_grid(text)) or wrong[1] != "none" and not all(said):
+      return None
+    return [*(dict(zip(SEEN_LETTERS, final)) | dict(c.groups() for c in said if c)).values()]
   text = text.split("What falls short:")[0]
   return read_grid(text, SEEN_LETTERS) or read_grid(text)
 
