@@ -62,8 +62,8 @@ def get_config(preset: str = "irgl") -> config_dict.ConfigDict:
   # in a row of each stage, and how it is made there.
   trainings = {
       "base": (_base, (240, 160), (1400, 1500), (512, 304), _base2),
-      "irgl": (_irgl, (20, 60), (100, 800), (448, 448), _irgl),
-      "quality": (_quality, (20, 20), (200, 900), (448, 448), _quality)}
+      "irgl": (_irgl, (20, 60), (100, 800), (464, 464), _irgl2),
+      "quality": (_quality, (20, 20), (200, 900), (464, 464), lambda: _quality(_irgl2))}
   presets = {"world": _world, "quick": _quick, "world2": _world2,
              "world2-quick": lambda: _second(_quick())}
   for name, (make, quick, second, texts, other) in trainings.items():
@@ -121,6 +121,17 @@ def _irgl():
   return config
 
 
+def _irgl2():
+  """The second world's: the image before is always seen, as nothing is guided without it."""
+  config = _irgl()
+  config.data.dropout.vae = 0.0
+  config.data.noise_samples = 4
+  config.stage2.mixture.improving_full_learning = 2.0
+  for stage in (config.stage1, config.stage2):
+    stage.sizes.update(gen=128)
+  return config
+
+
 def _base():
   config = _irgl()
   config.data.dropout.vae = 0.0
@@ -151,8 +162,8 @@ def _base2():
   return config
 
 
-def _quality():
-  config = _irgl()
+def _quality(make=_irgl):
+  config = make()
   config.run_stages = "stage2"
   config.stage2.mixture = _mixture(initial_full_learning=1.0)
   config.stage2.steps = 200

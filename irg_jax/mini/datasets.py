@@ -10,7 +10,7 @@ from irg_jax.data.records import MODES, assistant, image_part, text_part
 from irg_jax.images import encode_image
 from irg_jax.mini import mistakes, thoughts, verifier
 from irg_jax.mini.scenes import crowded_scene, paint, sample_scene, training_scene
-from irg_jax.mini.world import WORLD1, WORLDS, Scene, World, of, training_record
+from irg_jax.mini.world import CELL, GRID, WORLD1, WORLDS, Scene, World, of, training_record
 
 LOOK, TELL, DRAW = MODES[:3]  # of the base model; TELL is text alone
 # Of random numbers in a run.
@@ -57,7 +57,8 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
   scene = sample_scene(record, rng)
   target, first_plan = paint(scene), thoughts.plan(record, scene)
   before = _retold(record, plan, rng) if rng.random() < LATER_ROUNDS else plan
-  improved, reflection = paint(better), thoughts.reflect(record, verdict, better, before)
+  improved = repaired(first, verdict.seen, better) if of(record).inside else paint(better)
+  reflection = thoughts.reflect(record, verdict, better, before)
   # Without a plan before it, the reflection takes its places from the better image.
   shown = thoughts.reflect(record, verdict, better, thoughts.plan(record, better))
   said = text_part(reflection)
@@ -73,6 +74,19 @@ def trajectory_rows(record: dict, plan: str, first: np.ndarray, verdict, better,
            [*told, said, _image(improved, need_loss=True)])
   for mode, content in zip(MODES, parts, strict=True):
     yield mode, [*_asked(record), assistant(content)]
+
+
+def repaired(first, seen, better) -> np.ndarray:
+  """`first` with those cells painted anew whose content differs; all others keep their pixels.
+
+  A model that shall keep what is right must see it kept: a scene painted anew is always a bit off.
+  """
+  image, painted = first.copy(), paint(better)
+  for i, (old, new) in enumerate(zip(thoughts.grid(seen), thoughts.grid(better), strict=True)):
+    if old != new:
+      cell = tuple(slice(CELL * k, CELL * (k + 1)) for k in divmod(i, GRID))
+      image[cell] = painted[cell]
+  return image
 
 
 def altered_plan(record: dict, plan: str, rng) -> str | None:
@@ -204,24 +218,29 @@ def _copied(rng, world):
 
 def _described(rng, world):
   scene = crowded_scene(rng, world)
-  return DRAW, [assistant([_told(scene), _image(paint(scene), need_loss=True)])]
+  return DRAW, [assistant([_told(thoughts.describe(scene)),
+                           _image(paint(scene), need_loss=True)])]
 
 
 def _edited(rng, world):
-  """An image, and the description of another one that keeps most of it.
+  """An image, and what another one shall show that keeps most of it: all of it, or the changes.
 
-  The average of both looks like a bad drawing of the second.
+  Only what changes is said in most rows: what stays must then be copied. A model that is always
+  told all draws it anew. The average of both images looks like a bad drawing of the second.
   """
   scene = crowded_scene(rng, world) if rng.random() < 0.5 else training_scene(rng, world)
-  before, after = paint(mistakes.spoiled(scene, rng, in_place=True)), paint(scene)
-  if rng.random() < 0.3:
+  wrong = scene if rng.random() < 0.2 else mistakes.altered(scene, rng)
+  before, after = paint(wrong), paint(scene)
+  if rng.random() < 0.5:
     before = _average(before, after)
-  return DRAW, [assistant([_image(before, need_vae=True, need_vit=True), _told(scene),
+  steps = ", ".join(thoughts.edits(thoughts.grid(wrong), thoughts.grid(scene)))
+  told = thoughts.describe(scene) if rng.random() < 0.4 else f"Steps: {steps}."
+  return DRAW, [assistant([_image(before, need_vae=True, need_vit=True), _told(told),
                            _image(after, need_loss=True)])]
 
 
-def _told(scene):
-  return text_part(f"<think> {thoughts.describe(scene)} </think>", need_loss=False)
+def _told(text):
+  return text_part(f"<think> {text} </think>", need_loss=False)
 
 
 def _average(one, other):
@@ -257,9 +276,9 @@ _BASE = (
     (0.08, 0.13, functools.partial(_planned, drawn=False)), (0.0, 0.07, _understood),
     (0.0, 0.06, _placed), (0.13, 0.08, _reflected), (0.0, 0.10, _compared),
     (0.11, 0.05, _arranged), (0.04, 0.03, _copied),
-    (0.20, 0.14, _planned), (0.04, 0.02, functools.partial(_drawn, prompt=True)),
-    (0.02, 0.01, functools.partial(_drawn, system=True)), (0.02, 0.01, _drawn),
-    (0.16, 0.06, _described), (0.08, 0.10, _looked_after_plan), (0.0, 0.08, _edited),
+    (0.20, 0.12, _planned), (0.04, 0.02, functools.partial(_drawn, prompt=True)),
+    (0.02, 0.005, functools.partial(_drawn, system=True)), (0.02, 0.005, _drawn),
+    (0.16, 0.02, _described), (0.08, 0.10, _looked_after_plan), (0.0, 0.15, _edited),
     *((0.03, share, functools.partial(_looked, crowded=crowded, vae=vae))
       for crowded, share in ((False, 0.01), (True, 0.02)) for vae in (False, True)))
 

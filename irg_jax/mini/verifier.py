@@ -46,6 +46,8 @@ class Seen:
   world: World = dataclasses.field(default=WORLD1, repr=False)
   # Of each thing, then of each unclear object: how well its shape and its fill are drawn, 0 to 1.
   fidelity: tuple[tuple[float, float], ...] = ()
+  # Levels by which the colour of the background is off the named one.
+  tone: tuple[int, ...] = dataclasses.field(default=(0, 0, 0), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,10 @@ def look(image, world: World = WORLD1) -> Seen:
           for i, box in enumerate(ndimage.find_objects(blobs, count))]
   things, unclear = _explained(image - ground, blobs, fits, ground, world)
   name = _nearest(ground, BACKGROUNDS, _BACKGROUND)
+  tone = tuple(int(v) for v in np.round(ground - BACKGROUNDS[name])) if name else (0, 0, 0)
   things, unclear = sorted(things, key=lambda t: (t[0].cell, t[0].x)), sorted(unclear)
   return Seen(name, tuple(t for t, _ in things), tuple(c for c, _ in unclear), world,
-              tuple(f for _, f in things + unclear))
+              tuple(f for _, f in things + unclear), tone)
 
 
 def judge(seen: Seen, record: dict) -> Verdict:
