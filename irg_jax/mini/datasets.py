@@ -1,6 +1,7 @@
 """Training rows of the mini world, (mode, conversation) in IRGL's published form."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
@@ -81,7 +82,7 @@ def repaired(first, seen, better) -> np.ndarray:
 
   A model that shall keep what is right must see it kept: a scene painted anew is always a bit off.
   """
-  image, painted = first.copy(), paint(better)
+  image, painted = first.copy(), paint(dataclasses.replace(better, tone=seen.tone))
   for i, (old, new) in enumerate(zip(thoughts.grid(seen), thoughts.grid(better), strict=True)):
     if old != new:
       cell = tuple(slice(CELL * k, CELL * (k + 1)) for k in divmod(i, GRID))

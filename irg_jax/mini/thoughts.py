@@ -241,21 +241,22 @@ def improve(record: dict, verdict, rng, plan: str = "") -> Scene:
   check_showable(seen)
   matches, _ = verifier.assign(seen.things, record["include"])
   if verdict.correct:
-    return _expressible(seen, tuple(itertools.chain(*matches)))
+    things = tuple(itertools.chain(*matches))
+    return _expressible(Scene(seen.background, things, world=seen.world))
   planned = read_scene(plan, seen.world) if seen.world.aided else None
   if planned and (things := _restored(record, matches, planned, rng)):
-    return _expressible(seen, things)
+    return _expressible(Scene(seen.background, things, world=seen.world))
   for attempt in range(2000):
     keep = 1.0 if attempt < 300 else 0.6 if attempt < 600 else 0.0
     kept = [[t for t in group if rng.random() < keep] for group in matches]
     things = _complete(record["include"], kept, seen, rng, 8.0 if attempt < 600 else 1.0)
     if things is not None:
-      return _expressible(seen, things)
+      return _expressible(Scene(seen.background, things, world=seen.world))
   raise Inexpressible("no arrangement found")
 
 
-def _expressible(seen, things):
-  grid(scene := Scene(seen.background, things, seen.tone, seen.world))  # raises
+def _expressible(scene):
+  grid(scene)  # raises
   return scene
 
 
