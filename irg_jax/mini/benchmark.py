@@ -19,7 +19,7 @@ from irg_jax import evaluate, images
 from irg_jax.evaluate import base, clauses, questions, records, score
 from irg_jax.mini import thoughts, verifier
 from irg_jax.mini import world as world_lib
-from irg_jax.mini.world import WORLD1, WORLDS, World, of, test_records
+from irg_jax.mini.world import WORLD1, WORLDS, World, test_records
 
 FILES = pathlib.Path(__file__).parent / "files"
 SPLITS = ("seen", "unseen")
@@ -185,11 +185,8 @@ def choose(drawn: Drawn) -> list[dict]:
   """
   chosen = []
   for kind, before, after, count in KINDS if len(drawn.right) > 1 else ():
-    fits, groups = (drawn.right[0] == before) & (drawn.right[1] == after), {}
-    for i, image in np.argwhere(fits).tolist():
-      extra = drawn.items[i].extra
-      groups.setdefault((extra["tag"], extra["split"]), []).append((i, image))
-    for key in in_turn(groups)[:count]:
+    keys = np.argwhere((drawn.right[0] == before) & (drawn.right[1] == after)).tolist()
+    for key in in_turn(keys, [drawn.lines[*key, 1]["tasks"] for key in keys])[:count]:
       trace, lines = drawn.traces[*key], [drawn.lines[*key, number] for number in (1, 2)]
       turns = [{"thought": entry["think"], "image": (drawn.folder / line["file"]).read_bytes(),
                 "faults": faults(line["words"])} for entry, line in zip(trace["rounds"], lines)]
@@ -203,15 +200,12 @@ def select(seen: int | None = None, unseen: int | None = None, images: int = 4,
   """The first test prompts of each split, a task in turn, with at most `images` images each."""
   items, chosen = mini.read(), []
   for split, limit in (("seen", seen), ("unseen", unseen)):
-    groups = {}
-    for i, item in enumerate(items):
-      if item.extra["split"] == split:
-        groups.setdefault(item.extra["tag"], []).append(i)
-    chosen += [items[i] for i in in_turn(groups)[:limit]]
+    own = [item for item in items if item.extra["split"] == split]
+    chosen += in_turn(own, [item.extra["tag"] for item in own])[:limit]
   return [dataclasses.replace(item, images=min(images, item.images)) for item in chosen]
 
 
-def in_turn(groups: dict) -> list:
-  """The members of all groups: the first of each, then the second of each, and so on."""
-  return [key for _, key in sorted(
-      (place, key) for group in groups.values() for place, key in enumerate(group))]
+def in_turn(entries: list, groups: list) -> list:
+  """The first entry of each group, then the second of each, and so on; `groups` are by entry."""
+  places = [groups[:i].count(group) for i, group in enumerate(groups)]
+  return [entries[i] for i in np.argsort(places, kind="stable")]

@@ -20,14 +20,11 @@ from irg_jax.weights.orbax import RUN_FILE
 
 
 def run_controls(settings: run.Settings, out, seeds: int = 3) -> int:
-  """Trains and draws the controls that are missing, then reports.
+  """Trains and draws the controls of the run in `out` that are missing, then reports.
 
-  Args:
-    settings: of the run in `out`.
-    seeds: of training, with the run's own.
-
-  Returns the exit status: 0, or that of a training that was asked to stop. ValueError as of
-  `run.check_same`, or where the run in `out` is not finished.
+  `seeds` is the number of seeds of training, with the run's own. Returns the exit status: 0, or
+  that of a training that was asked to stop. ValueError as of `run.check_same`, or where the run is
+  not finished.
   """
   out = pathlib.Path(out)
   if not (out / FINAL.weights).is_dir():

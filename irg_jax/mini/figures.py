@@ -71,9 +71,7 @@ def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
   rng, means, samples = np.random.default_rng(SEED), [], []
   by_seed = np.atleast_2d(values)
   there, seeds = ~np.isnan(by_seed).any(0), len(by_seed)
-  chosen = np.zeros((RESAMPLES, 1), int)
-  if seeds > 1:
-    chosen = rng.integers(seeds, size=(RESAMPLES, seeds))
+  chosen = rng.integers(seeds, size=(RESAMPLES, seeds))  # of one seed, draws nothing
   for tag in dict.fromkeys(tags.tolist()):
     own = by_seed[:, (tags == tag) & there]
     if own.size:
@@ -89,19 +87,14 @@ def interval(values: np.ndarray, tags: np.ndarray) -> dict | None:
 
 def changes(before: np.ndarray, after: np.ndarray) -> dict:
   """Shares of correct images made wrong and wrong ones made correct; as rows of `Drawn.right`."""
-  both = ~np.isnan(before) & ~np.isnan(after)
-  before, after = before[both] == 1, after[both] == 1
-  return {"right_to_wrong": _share((before & ~after).sum(), before.sum()),
-          "wrong_to_right": _share((~before & after).sum(), (~before).sum())}
+  return {"right_to_wrong": _share(after[(before == 1) & ~np.isnan(after)] == 0),
+          "wrong_to_right": _share(after[(before == 0) & ~np.isnan(after)] == 1)}
 
 
 def reflections(drawn: Drawn, number: int) -> dict:
   """Compares the thoughts before round `number` with the verifier's view of the image before.
 
-  Shares: "readable", of all; "faults_named": exactly the actual faults, of all (a correct image
-  has none); "wrong_faults_named": the same, of wrong images; "wrong_noticed": some fault, of wrong
-  images; "right_doubted": some fault, of correct ones; "seen_rightly": all cells as the verifier
-  sees them, of all.
+  The shares are those of files/report.toml.
   """
   rows = []
   for (i, image), trace in drawn.traces.items():
@@ -115,12 +108,9 @@ def reflections(drawn: Drawn, number: int) -> dict:
     rows.append((said is not None, said is not None and sorted(said) == sorted(actual), bool(said),
                  bool(actual), line["grid"] is not None and looked == line["grid"]))
   readable, exact, doubts, wrong, sees = np.array(rows, bool).reshape(-1, 5).T
-  return {"readable": _share(readable.sum(), len(rows)),
-          "faults_named": _share(exact.sum(), len(rows)),
-          "wrong_faults_named": _share((exact & wrong).sum(), wrong.sum()),
-          "wrong_noticed": _share((doubts & wrong).sum(), wrong.sum()),
-          "right_doubted": _share((doubts & ~wrong).sum(), (~wrong).sum()),
-          "seen_rightly": _share(sees.sum(), len(rows))}
+  return {"readable": _share(readable), "faults_named": _share(exact),
+          "wrong_faults_named": _share(exact[wrong]), "wrong_noticed": _share(doubts[wrong]),
+          "right_doubted": _share(doubts[~wrong]), "seen_rightly": _share(sees)}
 
 
 def plan_drawn(drawn: Drawn, number: int) -> dict | None:
@@ -130,7 +120,7 @@ def plan_drawn(drawn: Drawn, number: int) -> dict | None:
     line = drawn.lines.get((i, image, number))
     if line is not None and (thought := trace["rounds"][number - 1]["think"]) is not None:
       found.append(line["grid"] is not None and thoughts.read_grid(thought) == line["grid"])
-  return _share(sum(found), len(found)) if found else None
+  return _share(np.array(found)) if found else None
 
 
 def best_of_two(drawn: Drawn) -> dict | None:
@@ -154,8 +144,8 @@ def open_choices(drawn: Drawn, number: int) -> dict:
   whose clause names none and is the only one of its shape.
   """
   world = of(drawn.items[0].extra)
-  found = {"cells": collections.Counter(), "colors": collections.Counter(),
-           "details": collections.Counter()}
+  options = {"cells": thoughts.LETTERS, "colors": world.colors, "details": world.details}
+  found = {name: collections.Counter() for name in options}
   for (i, _, n), line in drawn.lines.items():
     if n != number or not line.get("grid"):
       continue
@@ -172,8 +162,7 @@ def open_choices(drawn: Drawn, number: int) -> dict:
         found["colors"][color] += 1
       if detail and "detail" not in free.get(shape, {"detail": ""}):
         found["details"][detail[0]] += 1
-  sizes = len(thoughts.LETTERS), len(world.colors), len(world.details)
-  return {name: _spread(counts, size) for (name, counts), size in zip(found.items(), sizes)}
+  return {name: _spread(counts, len(options[name])) for name, counts in found.items()}
 
 
 def read_seeds(out: pathlib.Path) -> dict[int, dict]:
@@ -209,8 +198,9 @@ def _scored(values, items):
           "by_prompt": [None if np.isnan(v) else float(v) for v in values]}
 
 
-def _share(count, of):
-  return {"count": int(count), "of": int(of), "share": float(count / of) if of else None}
+def _share(flags):
+  count, of = int(flags.sum()), len(flags)
+  return {"count": count, "of": of, "share": count / of if of else None}
 
 
 def _spread(counts: collections.Counter, options: int) -> dict | None:

@@ -101,7 +101,8 @@ def _fit_detail(near, own, free, window, ground, noise, world):
   at = np.stack([x, y, radius - _RIM], -1).repeat(len(_FILLS), 0)  # [K, 3]
   which = np.arange(len(at))
   for keep in (*_KEPT, 0):
-    drawn = _draw(*at.repeat(2, 0).T, window, shapes.layers, _layers(which), _FINE // _COARSE)
+    parts = (2 * which[:, None] + np.arange(2)).ravel()  # places in `shapes.layers`
+    drawn = _draw(*at.repeat(2, 0).T, window, shapes.layers, parts, _FINE // _COARSE)
     layers = drawn.reshape(len(at), 2, *free.shape)
     if not keep:  # also as an autoencoder would draw it
       soft = ndimage.gaussian_filter(layers, _BLUR, axes=(2, 3))
@@ -124,11 +125,6 @@ def _fit_detail(near, own, free, window, ground, noise, world):
       offset=colors[best, 0], window=window, cover=layers[best].sum(0), pale=_PALE[fill],
       drawn=np.einsum("ihw,ic->hwc", layers[best], colors[best]), error=error[best],
       second=error[second])
-
-
-def _layers(which):
-  """The places in `_shapes().layers` of the two parts of candidates [K], as [2 K]."""
-  return (2 * which[:, None] + np.arange(2)).ravel()
 
 
 def _colored(layers, near):
@@ -173,15 +169,14 @@ def _shapes(world):
     shape in each of `_FILLS`, [7 * 4 * 2, fewer samples, ...].
   """
   at = (np.arange(int(2 * _REACH * _FINE)) + 0.5) / _FINE - _REACH
-  drawn = [_mask(shape, at, world) for shape in world.shapes]
-  masks, lengths = np.stack([mask for mask, _ in drawn]), [length for _, length in drawn]
+  masks, lengths = map(np.array, zip(*(_mask(shape, at, world) for shape in world.shapes)))
   sums = lambda masks: np.pad((masks / _FINE**2).cumsum(1).cumsum(2),
                               ((0, 0), (1, 0), (1, 0))).astype(np.float32)
   share = masks / _FINE**2
   areas = share.sum((1, 2))
   layers = [layer for shape, mask in zip(world.shapes, masks) for layer in _parts(shape, mask, at)]
   return types.SimpleNamespace(
-      areas=areas, middles=share.sum(2) @ at / areas, lengths=np.array(lengths), sums=sums(masks),
+      areas=areas, middles=share.sum(2) @ at / areas, lengths=lengths, sums=sums(masks),
       layers=sums(np.stack(layers))[:, ::_COARSE, ::_COARSE].copy())
 
 

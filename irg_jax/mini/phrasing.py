@@ -28,8 +28,8 @@ def nouns(include, article: bool = True) -> list[str]:
 
 def formal(include, wording: dict, rng) -> tuple[str, list]:
   """A prompt in one of few phrasings, in lower case, and its `relations`, one at most."""
-  *most, last = names = nouns(include)
-  text = f"{', '.join(most)} and {last}" if most else last
+  names = nouns(include)
+  text = _joined(names, (", ", " and "))
   for i, relation, other in relations(include):
     text = f"{names[i]} {wording['relations'][relation][int(rng.integers(2))]} {names[other]}"
   frames = wording["frames"]
@@ -82,10 +82,10 @@ def _named(clause, said, style, wording, rng):
   if len(front) == 2 and rng.random() < 0.15:
     front.reverse()
   name = " ".join([*front, said["class"]])
+  number = str(count) if style["numbers"] == "digits" else _NUMBERS[count]
   if count > 1:
-    number = str(count) if style["numbers"] == "digits" else _NUMBERS[count]
     return f"{number} {_plural(name)}{after}"
-  one = {"a": _article(name), "": "", "one": "1" if style["numbers"] == "digits" else "one"}
+  one = {"a": _article(name), "": "", "one": number}
   return f"{one[style['one']]} {name}{after}".lstrip()
 
 

@@ -9,10 +9,9 @@
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
-import resource
-import sys
 
 from irg_jax import runs, storage
 from irg_jax.evaluate import generate, get, records, score
@@ -21,14 +20,13 @@ from irg_jax.generate import settings as generate_settings
 from irg_jax.mini import benchmark, figures, phases, vae
 from irg_jax.mini import world as world_lib
 from irg_jax.mini.arms import ALL, ARMS, FINAL, WORDING, Arm
-from irg_jax.mini.world import WORLD1, WORLDS
 from irg_jax.reports import pages, plots
-from irg_jax.reports.pages import table
 from irg_jax.train import logs
 
 HERE, ELSEWHERE = "here", "in the run that made the checkpoint"
 _TRAINED_AS = {"checkpoint": "irgl"}  # folder of weights -> folder of the training
 _SPLITS = ("seen", "unseen", "all")
+_OPEN = "What prompts leave open: entropy of the choice, 1 if even"
 
 
 def run(out, arms: tuple[Arm, ...] = ARMS) -> pathlib.Path:
@@ -41,7 +39,7 @@ def run(out, arms: tuple[Arm, ...] = ARMS) -> pathlib.Path:
   if (out / FINAL.weights).is_dir():
     settings = runs.read(out / "mini.json")
     images = settings.get("test_images") or settings["test_pictures"]  # the name in version 0.1
-    mini = benchmark.MINIS[settings.get("world", WORLD1.name)]
+    mini = benchmark.MINIS[settings.get("world", world_lib.WORLD1.name)]
     items = benchmark.select(settings["test_seen"], settings["test_unseen"], images, mini)
     evaluate(out, items, settings["sample_batch"], arms)
     return make(out, settings=settings, mini=mini)
@@ -65,8 +63,7 @@ def make(out, others: dict | None = None, settings: dict | None = None,
   """
   out = pathlib.Path(out)
   drawn = {arm.name: benchmark.read(out / "evaluation" / arm.name, mini)
-           for arm in ALL
-           if (out / "evaluation" / arm.name / score.ITEMS).is_file()}
+           for arm in ALL if (out / "evaluation" / arm.name / score.ITEMS).is_file()}
   if not drawn:
     raise ValueError(f"--out {out}: nothing in there has been drawn and scored")
   report, folder = build(drawn, others, mini), out / "report"
@@ -80,7 +77,9 @@ def make(out, others: dict | None = None, settings: dict | None = None,
   images, text = charts(report), json.dumps(report, indent=1, ensure_ascii=False) + "\n"
   examples = benchmark.choose(drawn[FINAL.name]) if FINAL.name in drawn else []
   texts = {folder / "report.json": text, folder / "report.md": markdown(report),
-           folder / "index.html": page(report, images, examples)}
+           folder / "index.html": pages.render(
+               "mini_report", test=report["test"], plots=images, tables=tables(report),
+               notes=notes(report), examples=examples)}
   if settings:
     checkpoint = out / FINAL.weights
     texts |= {checkpoint / score.SCORES: text, checkpoint / "README.md": card(report, settings)}
@@ -119,7 +118,7 @@ def build(drawn: dict, others: dict | None = None, mini=benchmark.MINI) -> dict:
           "intervals": "95 %, bootstrap over the prompts of each task, "
                        f"{figures.RESAMPLES} resamples, seed {figures.SEED}",
           "test": {"prompts": len(items), **mini.counts(len(items))}} | (
-              {} if mini.world is WORLD1 else {"world": mini.world.name})
+              {} if mini.world is world_lib.WORLD1 else {"world": mini.world.name})
 
 
 def _shipped_arms(path):
@@ -164,8 +163,7 @@ def draw(arm: Arm, checkpoint, folder: pathlib.Path, items, batch_size: int) -> 
       system_prompt=defaults.system_prompt if arm.think else "",
       draw=phases.blind if arm.blind else generator.Generator.batch))
   if result.generated:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process so far
-    peak *= 1 if sys.platform == "darwin" else 1024
+    peak = int(logs.memory()["memory/host_peak_gib"] * 2**30)  # of this process so far
     storage.write_json(folder / "cost.json", {"peak_bytes": peak, "batch_size": batch_size})
 
 
@@ -191,10 +189,8 @@ def read_training(out: pathlib.Path, arm: Arm) -> dict | None:
   path = out / _TRAINED_AS.get(training, training) / logs.FILE
   if training == "base" or not path.is_file():
     return None
-  steps = {}
-  for _, line in records.read_lines(path):
-    if line and "samples" in line:
-      steps[line["stage"], line["step"]] = line  # the last one, if it was made again
+  steps = {(line["stage"], line["step"]): line  # the last one, if it was made again
+           for _, line in records.read_lines(path) if line and "samples" in line}
   last = stage[0] if stage else "stage2"
   counted = [line for (name, _), line in steps.items() if name <= last]
   return {"updates": len(counted), "samples": sum(len(line["samples"]) for line in counted),
@@ -203,19 +199,21 @@ def read_training(out: pathlib.Path, arm: Arm) -> dict | None:
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
   """(title, head, rows) of every table, as text; those without a row are left out."""
-  rows, intervals = _rows(report), lambda values: [_interval(values[split]) for split in _SPLITS]
-  overall = lambda row: {split: row["scores"][split]["overall"] for split in _SPLITS}
+  rows = _rows(report)
+  by_name = lambda key, text: (WORDING[key].values(), [
+      [row["name"], *(text(row[key][name]) for name in WORDING[key])]
+      for row in rows if key in row])
   pairs = [(row["name"], row["reflections"] | row["changes"]) for row in rows if "changes" in row]
   seeds = report.get("seeds", {"seeds": [], "rows": {}})
   found = [
       ("Overall, mean over tasks", [*_SPLITS, "pictures"], [
-          [row["name"], *intervals(overall(row)), str(row["pictures"])] for row in rows]),
+          [row["name"], *(_interval(row["scores"][split]["overall"]) for split in _SPLITS),
+           str(row["pictures"])] for row in rows]),
       *(_by_task(report, rows, split) for split in ("seen", "unseen")),
-      ("Part by part, means over pictures", WORDING["parts"].values(), [
-          [row["name"], *(_number(row["parts"][key], 3) for key in WORDING["parts"])]
-          for row in rows if "parts" in row]),
+      ("Part by part, means over pictures", *by_name("parts", "{:.3f}".format)),
       ("Paired differences", _SPLITS, [
-          [name, *intervals(values)] for name, values in report["differences"].items()]),
+          [name, *(_interval(values[split]) for split in _SPLITS)]
+          for name, values in report["differences"].items()]),
       ("From the picture before to this round", [name for name, _ in pairs], [
           [text, *(_share(shares[key]) for _, shares in pairs)]
           for key, text in WORDING["shares"].items()]),
@@ -227,9 +225,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
           [arm["title"], str(cost["updates"]), str(cost["samples"]),
            _number(cost["seconds"], 1, 60)]
           for arm in report["arms"].values() if (cost := arm.get("training"))]),
-      ("What prompts leave open: entropy of the choice, 1 if even", WORDING["choices"].values(), [
-          [row["name"], *(_spread(row["choices"][key]) for key in WORDING["choices"])]
-          for row in rows if "choices" in row]),
+      (_OPEN, *by_name("choices", _spread)),
       ("Plans, seconds, memory", [
           "pictures as planned, cell by cell", "seconds a batch", "pictures a batch", "peak GiB"], [
           [row["name"], _share(row["plan_drawn"]), _number(row["seconds"], 1),
@@ -243,7 +239,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def _by_task(report, rows, split):
   scores = [(row["name"], row["scores"][split]["tasks"]) for row in rows]
-  tasks = [t for t in _world(report).tasks if any(t in values for _, values in scores)]
+  tasks = [t for t in world_lib.of(report).tasks if any(t in values for _, values in scores)]
   return f"By task, {split} combinations", tasks, [
       [name, *(_interval(values.get(t)) for t in tasks)] for name, values in scores]
 
@@ -258,7 +254,7 @@ def notes(report: dict) -> list[str]:
 
 def markdown_table(title: str, head: list[str], rows: list[list[str]]) -> str:
   """One of `tables` under its title."""
-  return f"## {title}\n\n{table(head, rows, numbers=True)}"
+  return f"## {title}\n\n{pages.table(head, rows, numbers=True)}"
 
 
 def markdown(report: dict) -> str:
@@ -268,48 +264,34 @@ def markdown(report: dict) -> str:
 
 def card(report: dict, settings: dict) -> str:
   """The model card, Markdown; `settings` is the mini.json of the run that made the checkpoint."""
-  return pages.render("mini_card.md", settings=settings, world=_world(report), lib=world_lib,
+  return pages.render("mini_card.md", settings=settings, world=world_lib.of(report), lib=world_lib,
                       tables="\n\n".join(_markdown(report))) + "\n"
 
 
-def page(report: dict, images: dict[str, bytes], examples: list[dict]) -> str:
-  """The page: plots (PNG by file name), tables, notes, and traces from `benchmark.choose`."""
-  return pages.render("mini_report", test=report["test"], plots=images, tables=tables(report),
-                      notes=notes(report), examples=examples)
-
-
 def charts(report: dict) -> dict[str, bytes]:
-  """The plots, PNG by file name."""
-  names = [arm.name for arm in ARMS]
+  """The plots, PNG by file name; those without a value are left out."""
+  names, tasks = [arm.name for arm in ARMS], list(world_lib.of(report).tasks)
   rows = [row for row in _rows(report) if row["key"][0] in names]
-  found = {"scores.png": plots.bar_chart(
-      "Whole images right, mean over tasks, with 95 % intervals",
-      [row["name"].replace(", ", "\n") for row in rows],
-      [(f"{split} combinations", [row["scores"][split]["overall"] for row in rows])
-       for split in ("seen", "unseen")])}
-  series = [(row["name"], [row["scores"]["all"]["tasks"].get(t) for t in _world(report).tasks])
-            for row in rows if row["key"] in (("base", "1"), ("irg", "1"), ("irg", "2"))]
-  if series:
-    found["tasks.png"] = plots.bar_chart(
-        "By task, seen and unseen together", list(_world(report).tasks), series)
   free = [row for row in rows if "choices" in row]
+  labels = lambda rows: [row["name"].replace(", ", "\n") for row in rows]
   bar = lambda value: value and dict.fromkeys(("value", "low", "high"), value["entropy"])
-  chosen = [(name, [bar(row["choices"][key]) for row in free])
-            for key, name in WORDING["choices"].items() if any(row["choices"][key] for row in free)]
-  if chosen:
-    found["choices.png"] = plots.bar_chart(
-        "What prompts leave open: entropy of the choice, 1 if even",
-        [row["name"].replace(", ", "\n") for row in free], chosen)
-  return found
+  found = {
+      "scores.png": ("Whole images right, mean over tasks, with 95 % intervals", labels(rows), [
+          (f"{split} combinations", [row["scores"][split]["overall"] for row in rows])
+          for split in ("seen", "unseen")]),
+      "tasks.png": ("By task, seen and unseen together", tasks, [
+          (row["name"], [row["scores"]["all"]["tasks"].get(task) for task in tasks])
+          for row in rows if row["key"] in (("base", "1"), ("irg", "1"), ("irg", "2"))]),
+      "choices.png": (_OPEN, labels(free), [
+          (name, [bar(row["choices"][key]) for row in free])
+          for key, name in WORDING["choices"].items()
+          if any(row["choices"][key] for row in free)])}
+  return {name: plots.bar_chart(*chart) for name, chart in found.items() if chart[-1]}
 
 
 def _markdown(report, *before_notes):
   return [*(markdown_table(*found) for found in tables(report)), *before_notes,
           "\n".join(f"- {text}" for text in notes(report))]
-
-
-def _world(report):
-  return WORLDS[report.get("world", WORLD1.name)]
 
 
 def _rows(report):
@@ -326,17 +308,11 @@ def _number(value, places, unit=1):
   return "–" if value is None else f"{value / unit:.{places}f}"
 
 
-def _interval(value):
-  return "–" if value is None else (
-      f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+def _shown(form, value):
+  """A figure of `figures` in words, where there is one."""
+  return "–" if value is None or None in value.values() else form.format(**value)
 
 
-def _spread(value):
-  """Of `figures.open_choices`: the entropy, and what is chosen most often."""
-  return "–" if value is None else (
-      f"{value['entropy']:.2f} ({value['most']} {value['share']:.2f}, of {value['count']})")
-
-
-def _share(value):
-  return "–" if value is None or value["share"] is None else (
-      f"{value['share']:.3f} ({value['count']} of {value['of']})")
+_interval = functools.partial(_shown, "{value:.3f} [{low:.3f}, {high:.3f}]")
+_spread = functools.partial(_shown, "{entropy:.2f} ({most} {share:.2f}, of {count})")
+_share = functools.partial(_shown, "{share:.3f} ({count} of {of})")

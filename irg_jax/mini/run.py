@@ -279,16 +279,14 @@ _STEPS = dict(zip(STEPS, (make_start, train_base, make_trajectories, train_quali
 def _prepare(settings, out, rows, data, modes):
   """`irg data build` and `irg data encode-latents` of published rows."""
   built, encoded = out / f"{data}.built", out / f"{data}.encoded"
-  if (out / data).exists():
-    shutil.rmtree(built, ignore_errors=True)
-    return
-  with Progress() as progress:
-    if not built.exists():
-      sources.build(out / rows, built, modes, progress=progress)
-    opened = sources.open_sources(built, modes, progress=progress)
-    _, params = weights.load_checkpoint(out / "start" / "weights", part="vae")
-    encoder = latents.Encoder(settings.model, params["vae"], encode_levels)
-    latents.encode_dataset(opened, encoded, encoder, settings.generate.vae_transform,
-                           progress=progress)
-  encoded.rename(out / data)
-  shutil.rmtree(built)
+  if not (out / data).exists():
+    with Progress() as progress:
+      if not built.exists():
+        sources.build(out / rows, built, modes, progress=progress)
+      opened = sources.open_sources(built, modes, progress=progress)
+      _, params = weights.load_checkpoint(out / "start" / "weights", part="vae")
+      encoder = latents.Encoder(settings.model, params["vae"], encode_levels)
+      latents.encode_dataset(opened, encoded, encoder, settings.generate.vae_transform,
+                             progress=progress)
+    encoded.rename(out / data)
+  shutil.rmtree(built, ignore_errors=True)

@@ -62,11 +62,12 @@ TASKS = {
 }
 
 
-def _kinds(world, rng, counts, color=0.8, detail=0.5):
+def _kinds(world, rng, counts, color=0.8, detail=0.5, placed=()):
   """Clauses of things, as many of each kind as `counts` says.
 
   `color` and `detail` are the shares of clauses that name theirs. Of one shape, all clauses name
-  colours, and different ones: else it would be open which clause a thing belongs to.
+  colours, and different ones: else it would be open which clause a thing belongs to. `placed` are
+  pairs of a clause and an earlier one, with a random relation.
   """
   shapes = rng.choice(world.shapes, len(counts))
   include = []
@@ -76,12 +77,7 @@ def _kinds(world, rng, counts, color=0.8, detail=0.5):
     named = rng.choice([c for c in world.colors if c not in taken])
     include.append(_clause(shape, count, named if alike or rng.random() < color else None,
                            detail=rng.choice(world.details) if rng.random() < detail else None))
-  return include
-
-
-def _placed(include, *pairs, rng):
-  """The clauses with random relations of (clause, an earlier one)."""
-  for i, other in pairs:
+  for i, other in placed:
     include[i]["position"] = [str(rng.choice(RELATIONS)), other]
   return include
 
@@ -95,7 +91,7 @@ def _many(world, rng):
 def _beside(world, rng):
   """A relation of two kinds, one or two things each, and two to five things of a third kind."""
   counts = (*rng.choice((1, 1, 2), 2), rng.integers(2, 6))
-  return _placed(_kinds(world, rng, counts), (1, 0), rng=rng)
+  return _kinds(world, rng, counts, placed=[(1, 0)])
 
 
 def _related(world, rng):
@@ -110,7 +106,7 @@ def _related(world, rng):
     counts[3] = rng.integers(2, 5)
   else:
     counts[rng.integers(4)] = 2
-  return _placed(_kinds(world, rng, counts), *pairs, rng=rng)
+  return _kinds(world, rng, counts, placed=pairs)
 
 
 TASKS2 = {

@@ -3,6 +3,7 @@
 `settings` is a `run.Settings` throughout.
 """
 
+import itertools
 import json
 import pathlib
 
@@ -77,19 +78,18 @@ def trajectory_rows(settings, folder: pathlib.Path, counts: dict[str, int]):
   `folder` is that of `sample_first_rounds`. Adds to `counts` the numbers of images by verdict, or
   by the reason why they cannot be used.
   """
-  rng, left = datasets.generator(settings.seed, "better"), settings.trajectories
-  for path in sorted(folder.glob("*.npz")):
-    batch = np.load(path)
-    rows = zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
-    for record, plan, image in list(rows)[:left]:
-      try:
-        verdict = verifier.score(image, record)
-        better = thoughts.improve(record, verdict, rng, str(plan))
-        modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
-      except thoughts.Inexpressible as e:
-        counts[str(e)] = counts.get(str(e), 0) + 1
-        continue
-      counts["right" if verdict.correct else "wrong"] += 1
-      yield from modes
-      yield from datasets.replayed_rows(rng, settings.in_world)
-    left -= len(batch["thoughts"])
+  rng = datasets.generator(settings.seed, "better")
+  rows = itertools.chain.from_iterable(
+      zip(json.loads(str(batch["records"])), batch["thoughts"], batch["pictures"])
+      for batch in map(np.load, sorted(folder.glob("*.npz"))))
+  for record, plan, image in itertools.islice(rows, settings.trajectories):
+    try:
+      verdict = verifier.score(image, record)
+      better = thoughts.improve(record, verdict, rng, str(plan))
+      modes = list(datasets.trajectory_rows(record, str(plan), image, verdict, better, rng))
+    except thoughts.Inexpressible as e:
+      counts[str(e)] = counts.get(str(e), 0) + 1
+      continue
+    counts["right" if verdict.correct else "wrong"] += 1
+    yield from modes
+    yield from datasets.replayed_rows(rng, settings.in_world)

@@ -26,14 +26,8 @@ def train(config: VaeConfig, path, *, steps: int, batch: int, learning_rate: flo
           progress=None) -> dict:
   """Trains on painted scenes; continues from the state in `path` if there is one.
 
-  Args:
-    steps, batch: updates, and images of each.
-    learning_rate: peak; it falls along a cosine, and once more from a lower peak.
-    images: number of distinct images to train on, of scenes of `world`.
-    save_every: updates between two writes of the state.
-
-  Returns:
-    parameters of `Vae`, see `normalise`.
+  The numbers are those of `run.Settings`; the state is written after every `save_every` updates.
+  Returns parameters of `Vae`, see `normalise`.
   """
   painted = paint_both(images, np.random.default_rng(seed), world)
   path, schedule = pathlib.Path(path), (steps, learning_rate)
@@ -137,7 +131,7 @@ def _init(config, key):
 
 
 def _optimizer(steps, learning_rate):
-  """Muon for kernels, Adam for the rest: fewer steps than Adam alone."""
+  """Muon for kernels, Adam for the rest: fewer steps than Adam alone. The rate falls twice."""
   first = -(-2 * steps // 3)
 
   def peak(rate):

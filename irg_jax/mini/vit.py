@@ -27,12 +27,8 @@ def train(config: ModelConfig, params: dict, *, steps: int, images: int, seed: i
           world: World = WORLD1, progress=None) -> dict:
   """Trains the parameters of `Vit` on painted scenes; returns them without the classifier.
 
-  Args:
-    params: where it starts.
-    steps: updates, of `_BATCH` images each.
-    images: number of distinct images, half of crowded scenes, half of training scenes.
-
-  ValueError where a patch of the ViT is not a cell of the world.
+  It starts from `params`; `images` is the number of distinct ones, see `examples`. ValueError where
+  a patch of the ViT is not a cell of the world.
   """
   if config.vit.grid_size != GRID:
     raise ValueError(f"config field 'vit_steps': a patch of the ViT must be a cell of the world, "
@@ -52,7 +48,8 @@ def train(config: ModelConfig, params: dict, *, steps: int, images: int, seed: i
 def examples(count: int, rng, world: World = WORLD1) -> tuple[np.ndarray, np.ndarray]:
   """Patches of painted scenes, float32 [count, cells, P], and the words of each cell.
 
-  The words are numbers, int32 [count, cells, 2 or 3], different for each place in the name.
+  Every other scene is a crowded one. The words are numbers, int32 [count, cells, 2 or 3],
+  different for each place in the name.
   """
   scenes = [(crowded_scene if i % 2 else training_scene)(rng, world) for i in range(count)]
   patches = np.stack([patchify(to_pixels(paint(scene)), CELL) for scene in scenes])
