@@ -281,10 +281,10 @@ def test_every_cell_of_the_second_world_takes_four_tokens_and_the_texts_fit(tmp_
     for letters in (thoughts.LETTERS, thoughts.SEEN_LETTERS):
       assert len(words.encode(" " + thoughts.grid_text(cells, letters))) == 2 + 4 * 16 + 1
   for record, scene, _ in second_cases(100, seed=3):
-    assert len(words.encode(record["prompt"])) <= 48 < settings.generate.max_prompt_tokens
-    assert len(words.encode(thoughts.plan(record, scene))) <= 175 < settings.generate.think_limit
+    assert len(words.encode(record["prompt"])) <= 45 < settings.generate.max_prompt_tokens
+    assert len(words.encode(thoughts.plan(record, scene))) <= 165 < settings.generate.think_limit
     *_, reflection = datasets._imagined_reflection(rng, SECOND)
-    assert len(words.encode(reflection)) <= 320 < settings.generate.think_limit
+    assert len(words.encode(reflection)) <= 290 < settings.generate.think_limit
 
 
 def test_the_second_image_of_a_trajectory_is_right_and_keeps_what_was_right():

@@ -224,10 +224,10 @@ def _described(rng, world):
 
 
 def _edited(rng, world):
-  """An image, and what another one shall show that keeps most of it: all of it, or the changes.
+  """An image, then an edited one; the text between says all that it shows, or only what changes.
 
-  Only what changes is said in most rows: what stays must then be copied. A model that is always
-  told all draws it anew. The average of both images looks like a bad drawing of the second.
+  Most rows say only what changes, so that the rest must be copied. A model that is always told all
+  draws it anew. The average of both images looks like a bad drawing of the second.
   """
   scene = crowded_scene(rng, world) if rng.random() < 0.5 else training_scene(rng, world)
   wrong = scene if rng.random() < 0.2 else mistakes.altered(scene, rng)
